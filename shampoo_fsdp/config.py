@@ -1,0 +1,151 @@
+"""Every setting of Shampoo: its name, default, meaning and the values it allows.
+
+:class:`ShampooConfig` is at once the keyword arguments of :class:`shampoo_fsdp.Shampoo` and the
+``[optimizer.shampoo]`` table of a TorchTitan job file.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+__all__ = ["ShampooConfig", "settings_from_keywords", "validate_hyperparameters"]
+
+# Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
+# their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
+_EMBEDDINGS_AND_OUTPUT = ("embed", r"(^|\.)(wte|wpe|output|lm_head)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShampooConfig:
+    """Settings of Shampoo that stay fixed for a run."""
+
+    max_preconditioner_dim: int = 1024
+    """Largest side of a block. A longer dimension is cut into tiles of nearly equal size; larger
+    blocks precondition better, cost more per step and more memory."""
+
+    precondition_frequency: int = 10
+    """Steps between two refreshes of a block's inverse roots."""
+
+    start_preconditioning_step: int | None = None
+    """First step that is preconditioned; before it the grafted method runs alone, while the
+    factors fill. Default: precondition_frequency."""
+
+    refresh_schedule: Literal["staggered", "together"] = "staggered"
+    """'staggered' spreads the refreshes of the blocks evenly over the steps of a period, so that
+    no step is slow; 'together' refreshes every block on the same step, as the papers do."""
+
+    grafting: Literal["adam"] = "adam"
+    """The method whose step size each block takes, and that updates the excluded parameters."""
+
+    grafting_beta2: float | None = None
+    """Decay of the grafted method's second moment. Default: the optimizer's beta2."""
+
+    preconditioner_eps: float = 1e-12
+    """Ridge that is added to the factors before their inverse roots are taken. (The optimizer's
+    `eps` is the epsilon of the grafted method.)"""
+
+    exclude: list[str] = field(default_factory=lambda: list(_EMBEDDINGS_AND_OUTPUT))
+    """Regular expressions; a parameter whose name contains a match is left to the grafted method.
+    Default: embeddings and the output layer."""
+
+    precondition_1d: bool = False
+    """Whether parameters of one dimension (biases, norms) are preconditioned, by one full matrix
+    per block; otherwise the grafted method updates them."""
+
+    batched_3d: bool = True
+    """Whether a parameter of three dimensions is a batch of matrices, as the experts of a MoE
+    layer are, or else a tensor of order three with a factor for each dimension."""
+
+    block_alignment: Literal["logical", "shard"] = "logical"
+    """'logical' cuts blocks on the whole parameter, so that the update does not depend on the
+    mesh; 'shard' cuts at the borders of the shards as well, so that nothing has to be sent."""
+
+    communication_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients travel to a block's owner and updates travel back."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in typing.get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), annotation)
+        _check_at_least("max_preconditioner_dim", self.max_preconditioner_dim, 1)
+        _check_at_least("precondition_frequency", self.precondition_frequency, 1)
+        if self.start_preconditioning_step is not None:
+            _check_at_least("start_preconditioning_step", self.start_preconditioning_step, 1)
+        if self.grafting_beta2 is not None and not 0.0 <= self.grafting_beta2 < 1.0:
+            _refuse("grafting_beta2", self.grafting_beta2, "0 <= grafting_beta2 < 1")
+        if not (math.isfinite(self.preconditioner_eps) and self.preconditioner_eps > 0.0):
+            _refuse("preconditioner_eps", self.preconditioner_eps, "a positive number")
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                _refuse("exclude", pattern, f"regular expressions ({error})")
+
+    @property
+    def first_preconditioned_step(self) -> int:
+        """`start_preconditioning_step`, or its default where it is not set."""
+        return self.start_preconditioning_step or self.precondition_frequency
+
+
+def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
+    """The configuration for keyword arguments; a TypeError names an unknown one."""
+    known = [f.name for f in dataclasses.fields(ShampooConfig)]
+    for name in keywords:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise TypeError(f"unknown setting '{name}'{hint} Allowed: {', '.join(known)}.")
+    return ShampooConfig(**keywords)
+
+
+def validate_hyperparameters(*, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not _is_number(value) or value < 0.0:
+            _refuse(name, value, "a finite number >= 0")
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_number, betas))):
+        _refuse("betas", betas, "two numbers (beta1, beta2)")
+    beta1, beta2 = betas
+    if not 0.0 <= beta1 < 1.0:
+        _refuse("beta1", beta1, "0 <= beta1 < 1")
+    if not 0.0 <= beta2 <= 1.0:
+        _refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        _refuse(name, value, f"an integer >= {least}")
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    """Settings also come from TOML files, where nothing else has checked their types."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is types.UnionType:
+        if value is not None:
+            _check_type(name, value, arguments[0])
+    elif origin is Literal:
+        if value not in arguments:
+            _refuse(name, value, " or ".join(f"'{choice}'" for choice in arguments))
+    elif origin is list:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            _refuse(name, value, "a list of strings")
+    elif annotation is float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            _refuse(name, value, "a number")
+    elif annotation is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            _refuse(name, value, "an integer")
+    elif not isinstance(value, annotation):
+        _refuse(name, value, f"a {annotation.__name__}")
+
+
+def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
+    raise ValueError(f"setting '{name}' is {value!r}; allowed: {allowed}.")

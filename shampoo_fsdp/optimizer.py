@@ -1,0 +1,332 @@
+"""The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
+from shampoo_fsdp.exchange import Update
+from shampoo_fsdp.grafting import adamw_step
+from shampoo_fsdp.parameters import (
+    Replicas,
+    check_parameters,
+    describe,
+    is_preconditioned,
+    local_shard,
+    named_param_groups,
+)
+from shampoo_fsdp.state import CAP, ShardedBlocks
+from shampoo_fsdp.team import Team, balance
+
+__all__ = ["Shampoo"]
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Shampoo on FSDP2, HSDP, tensor-parallel, replicated or plain parameters.
+
+    Shi et al. 2023 (arXiv 2309.06497). A parameter is cut into blocks; each block has one owner
+    among the ranks of the parameter's mesh, which keeps all of its state. On a step
+
+    1. the pieces of each gradient block travel to its owner, in one all-to-all;
+    2. the owner updates factors and momentum, refreshes the inverse roots that are due,
+       preconditions, and gives the direction the size of the grafted method's step;
+    3. the pieces of the updates travel back and are subtracted from the shards.
+
+    Parameters that are not preconditioned (see `exclude`, `precondition_1d`) take the grafted
+    method's own step on their shards. Blocks, and so the update, do not depend on the mesh.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        replicas: Replicas = None,
+        **settings: Any,
+    ) -> None:
+        """
+        Args:
+            params: `model.named_parameters()`, `model.parameters()` (then named by position, so
+                that `exclude` cannot find embeddings), or groups of either with their own lr,
+                betas, eps and weight_decay.
+            lr, betas, eps, weight_decay: as in AdamW. betas[1] also averages the factors; 1.0 sums
+                them. Weight decay is decoupled.
+            replicas: the mesh (of one dimension) or process group on which plain tensors are
+                replicated, as with DDP; its ranks share the work. Without it plain tensors are
+                trained by this process alone.
+            **settings: the fields of :class:`shampoo_fsdp.ShampooConfig`.
+
+        Raises:
+            ValueError, TypeError: names the setting or the parameter, what was found and what is
+                allowed. Raised on every rank if the ranks' plans differ.
+        """
+        self.config: ShampooConfig = settings_from_keywords(settings)
+        validate_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        groups, names = named_param_groups(params)
+        self._built = False
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults)
+        self._build(names, replicas)
+        self._built = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; only while constructing."""
+        if getattr(self, "_built", False):
+            raise RuntimeError(
+                "Shampoo plans its blocks when it is built: pass all parameter groups to the "
+                "constructor instead of add_param_group()."
+            )
+        super().add_param_group(param_group)
+        validate_hyperparameters(
+            **{k: self.param_groups[-1][k] for k in ("lr", "betas", "eps", "weight_decay")}
+        )
+
+    def _build(self, names: list[str], replicas: Replicas) -> None:
+        self._parameters: list[Tensor] = []
+        self._names: list[str] = []
+        self._group_of: list[int] = []
+        members = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        for name, (parameter, group) in zip(names, members, strict=True):
+            if parameter.requires_grad:
+                self._parameters.append(parameter)
+                self._names.append(name)
+                self._group_of.append(group)
+        check_parameters(self._names, self._parameters)
+        self._steps = [0] * len(self._parameters)
+
+        sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        self._excluded: list[int] = []
+        specs = {}
+        for i, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
+            if is_preconditioned(name, parameter, self.config):
+                specs[i] = describe(name, parameter, replicas)
+                sharing[tuple(sorted(specs[i].ranks))].append(i)
+            else:
+                self._excluded.append(i)
+        # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
+        self._teams = [
+            Team(
+                indices,
+                [specs[i] for i in indices],
+                [self._parameters[i] for i in indices],
+                [self._group_of[i] for i in indices],
+                replicas,
+                self.config,
+            )
+            for _, indices in sorted(sharing.items())
+        ]
+        self._create_state()
+
+    def _create_state(self) -> None:
+        # All state exists from the start: loading a checkpoint into an optimizer without state
+        # would make torch.distributed.checkpoint run a step with gradients of zero first.
+        for parameter in self._parameters:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            self.state[parameter]["step"] = step
+        for i in self._excluded:
+            for entry in ("exp_avg", "exp_avg_sq"):
+                self.state[self._parameters[i]][entry] = torch.zeros_like(self._parameters[i])
+        for team in self._teams:
+            for i, entries in team.state_entries():
+                self.state[self._parameters[i]].update(entries)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the parameters that have a gradient.
+
+        Every rank of a mesh must call it. A block whose gradient has a non-finite entry is left
+        as it is, and counted (see :meth:`counters`).
+
+        Raises:
+            ValueError: names a parameter whose gradient is sparse; nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = self._local_gradients()
+        for i, gradient in enumerate(gradients):
+            self._steps[i] += gradient is not None
+        for team in self._teams:
+            team_gradients = [gradients[i] for i in team.indices]
+            team.exchange.gather(
+                [None if g is None else team.in_view(p, g) for p, g in enumerate(team_gradients)]
+            )
+            self._precondition(team, team_gradients)
+            self._apply(team, team_gradients, team.exchange.scatter())
+        self._step_excluded(gradients)
+        return loss
+
+    def _local_gradients(self) -> list[Tensor | None]:
+        """This rank's shard of each parameter's gradient."""
+        gradients: list[Tensor | None] = []
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                gradients.append(None)
+                continue
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of parameter '{name}' is sparse ({gradient.layout}); Shampoo "
+                    "needs dense gradients: build the embedding with sparse=False."
+                )
+            if (
+                isinstance(parameter, DTensor)
+                and isinstance(gradient, DTensor)
+                and gradient.placements != parameter.placements
+            ):
+                # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
+                gradient = gradient.redistribute(placements=parameter.placements)
+            gradients.append(local_shard(gradient))
+        return gradients
+
+    def _precondition(self, team: Team, gradients: Sequence[Tensor | None]) -> None:
+        for stack in team.stacks:
+            group = self.param_groups[stack.group]
+            steps = [self._steps[team.indices[p]] for p in stack.parameters]
+            active = [gradients[p] is not None for p in stack.parameters]
+            beta1, beta2 = group["betas"]
+            stack.step(steps, active, beta1, beta2, group["eps"])
+
+    def _apply(
+        self, team: Team, gradients: Sequence[Tensor | None], updates: Sequence[Update]
+    ) -> None:
+        """W <- W - lr (D + weight_decay W) on this rank's shards."""
+        parameters = [self._parameters[i] for i in team.indices]
+        shards = [team.in_view(p, local_shard(tensor)) for p, tensor in enumerate(parameters)]
+        for number, group in enumerate(self.param_groups):
+            mine = [
+                p
+                for p, i in enumerate(team.indices)
+                if self._group_of[i] == number and gradients[p] is not None
+            ]
+            if not mine:
+                continue
+            torch._foreach_add_([self.state[parameters[p]]["step"] for p in mine], 1)
+            lr, weight_decay = group["lr"], group["weight_decay"]
+            if weight_decay:
+                torch._foreach_mul_([shards[p] for p in mine], 1.0 - lr * weight_decay)
+            chosen = set(mine)
+            targets = [shards[p][slices] for p, slices, _ in updates if p in chosen]
+            values = [value for p, _, value in updates if p in chosen]
+            if targets:
+                torch._foreach_add_(targets, values, alpha=-lr)
+
+    def _step_excluded(self, gradients: Sequence[Tensor | None]) -> None:
+        for number, group in enumerate(self.param_groups):
+            mine = [
+                i
+                for i in self._excluded
+                if self._group_of[i] == number and gradients[i] is not None
+            ]
+            if not mine:
+                continue
+            states = [self.state[self._parameters[i]] for i in mine]
+            beta1, beta2 = group["betas"]
+            adamw_step(
+                [local_shard(self._parameters[i]) for i in mine],
+                [g for i in mine if (g := gradients[i]) is not None],
+                [local_shard(state["exp_avg"]) for state in states],
+                [local_shard(state["exp_avg_sq"]) for state in states],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2 if self.config.grafting_beta2 is None else self.config.grafting_beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's. The state of blocks is in :class:`ShardedBlocks` where
+        several ranks share it, for torch.distributed.checkpoint; in plain tensors otherwise."""
+        state_dict = super().state_dict()
+        state_dict["state"] = {
+            key: {
+                name: value.whole() if isinstance(value, ShardedBlocks) and value.alone else value
+                for name, value in entries.items()
+            }
+            for key, entries in state_dict["state"].items()
+        }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, keeping the types of the state here.
+
+        Raises:
+            ValueError: names the parameter and the entry or setting that does not fit.
+        """
+        kept = self.state
+        groups = [
+            {key: saved.get(key, value) for key, value in own.items() if key != "params"}
+            | {"params": saved["params"]}
+            | ({"initial_lr": saved["initial_lr"]} if "initial_lr" in saved else {})
+            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
+        ]
+        groups += state_dict["param_groups"][len(groups) :]  # torch.optim refuses another number
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state = kept
+        keys = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        own = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        key_of = dict(zip(own, keys, strict=True))
+        for i, parameter in enumerate(self._parameters):
+            saved = state_dict["state"].get(key_of[parameter])
+            self._load_parameter(self._names[i], self.state[parameter], saved)
+            self._steps[i] = int(self.state[parameter]["step"])
+
+    def _load_parameter(
+        self, name: str, entries: dict[str, Tensor], saved: dict[str, Any] | None
+    ) -> None:
+        if saved is None:
+            raise ValueError(f"the state dict has no state for parameter '{name}'.")
+        if CAP in entries and CAP in saved and entries[CAP].shape != saved[CAP].shape:
+            raise ValueError(
+                f"the state dict was saved with {CAP} = {saved[CAP].shape[0]}, but it is "
+                f"{self.config.max_preconditioner_dim} here; set it to the saved value."
+            )
+        for entry, value in entries.items():
+            if entry not in saved:
+                raise ValueError(
+                    f"the state dict has no '{entry}' for parameter '{name}', only "
+                    f"{sorted(saved)}; was it preconditioned (see 'exclude') when it was saved?"
+                )
+            if isinstance(value, ShardedBlocks):
+                value.load(saved[entry], f"{name}.{entry}")
+            elif saved[entry] is not value:
+                value.copy_(torch.as_tensor(saved[entry]))
+
+    def counters(self) -> Tensor:
+        """[inverse roots taken, roots that failed, blocks skipped for a bad gradient] so far, for
+        this rank's blocks; int64, on the parameters' device."""
+        stacks = [stack for team in self._teams for stack in team.stacks]
+        device = self._parameters[0].device if self._parameters else None
+        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        for stack in stacks:
+            counts[0] += stack.refreshes
+            counts[1] += stack.failed_roots
+            counts[2] += stack.skipped_blocks
+        return counts
+
+    def summary(self) -> dict[str, float]:
+        """Figures about the plan, the same on every rank of a mesh."""
+        preconditioned = [i for team in self._teams for i in team.indices]
+        return {
+            "parameters_preconditioned": len(preconditioned),
+            "parameters_total": len(self._parameters),
+            "elements_preconditioned": sum(self._parameters[i].numel() for i in preconditioned),
+            "elements_total": sum(p.numel() for p in self._parameters),
+            **balance(self._teams),
+        }

@@ -1,0 +1,131 @@
+"""What the optimizer is given: names, shards and meshes of parameters, and the ranks they share."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.planner import ParameterSpec
+
+__all__ = [
+    "Replicas",
+    "check_parameters",
+    "describe",
+    "is_preconditioned",
+    "local_shard",
+    "named_param_groups",
+    "process_group",
+]
+
+Replicas = DeviceMesh | dist.ProcessGroup | None
+
+# Wrappers (torch.compile, activation checkpointing, DDP) put these into names; a parameter is the
+# same one with and without them.
+_WRAPPERS = re.compile(r"(^module\.)|_orig_mod\.|_checkpoint_wrapped_module\.")
+
+
+def named_param_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Parameter groups as torch.optim wants them, and the name of each parameter in their order.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either. Parameters without a name
+            are named by their position.
+    """
+    entries = list(params)
+    if not entries or not isinstance(entries[0], dict):
+        entries = [{"params": entries}]
+    groups: list[dict[str, Any]] = []
+    names: list[str] = []
+    for entry in entries:
+        members = entry["params"]
+        tensors = []
+        for member in [members] if isinstance(members, Tensor) else members:
+            name, tensor = member if isinstance(member, tuple) else (str(len(names)), member)
+            names.append(_WRAPPERS.sub("", name))
+            tensors.append(tensor)
+        groups.append({**entry, "params": tensors})
+    return groups, names
+
+
+def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+    """Raise a ValueError that names the first parameter that Shampoo cannot train."""
+    seen: set[str] = set()
+    first = parameters[0].device if parameters else None
+    for name, parameter in zip(names, parameters, strict=True):
+        if name in seen:
+            raise ValueError(f"two parameters are named '{name}'; names must be unique.")
+        seen.add(name)
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"parameter '{name}' is of type {parameter.dtype}; only real floating-point "
+                "parameters can be trained."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter '{name}' is on the meta device; materialise the model (to_empty, "
+                "then initialise) before building the optimizer."
+            )
+        if parameter.device != first:
+            raise ValueError(
+                f"parameter '{name}' is on {parameter.device} but '{names[0]}' is on {first}; all "
+                "parameters must be on one device."
+            )
+
+
+def is_preconditioned(name: str, parameter: Tensor, config: ShampooConfig) -> bool:
+    """Whether Shampoo preconditions a parameter; the grafted method alone updates it otherwise."""
+    least_order = 1 if config.precondition_1d else 2
+    return (
+        parameter.ndim >= least_order
+        and parameter.numel() > 0
+        and not any(re.search(pattern, name) for pattern in config.exclude)
+    )
+
+
+def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:
+    """What the planner needs to know of a parameter.
+
+    Args:
+        replicas: where plain tensors are replicated; without it this rank trains them alone.
+    """
+    shape = tuple(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        ranks = tuple(mesh.mesh.flatten().tolist())
+        return ParameterSpec(name, shape, ranks, tuple(mesh.shape), tuple(parameter.placements))
+    if isinstance(replicas, DeviceMesh):
+        ranks = tuple(replicas.mesh.flatten().tolist())
+    elif replicas is not None:
+        ranks = tuple(dist.get_process_group_ranks(replicas))
+    else:
+        ranks = (dist.get_rank() if dist.is_initialized() else 0,)
+    return ParameterSpec(name, shape, ranks, (len(ranks),), (Replicate(),))
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, or the plain tensor itself; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def process_group(
+    ranks: tuple[int, ...], parameters: Sequence[Tensor], replicas: Replicas
+) -> dist.ProcessGroup | None:
+    """A group of exactly these ranks: an existing one where there is one; None for one rank."""
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    for parameter in parameters:
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
+            return parameter.device_mesh.get_group()
+    if isinstance(replicas, dist.ProcessGroup):
+        return replicas
+    if isinstance(replicas, DeviceMesh) and replicas.ndim == 1:
+        return replicas.get_group()
+    group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    return group

@@ -1,0 +1,146 @@
+"""State entries whose pieces are spread over ranks by block, for distributed checkpoints.
+
+The state of a parameter's blocks is saved under the parameter's name as a few tensors, of which
+each rank holds the pieces of the blocks that it owns:
+
+    exp_avg, exp_avg_sq   in the shape of the parameter (its view, if dimensions are merged)
+    factor_i              all blocks' factors of dimension i, flattened one after the other
+    inverse_root_i        likewise
+
+`torch.distributed.checkpoint` knows the pieces by their offsets, never by rank, so that it saves
+on any mesh and loads on any other, and `exp_avg` and `exp_avg_sq` are those of AdamW.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+__all__ = ["CAP", "Piece", "ShardedBlocks"]
+
+CAP = "max_preconditioner_dim"
+"""Name of the entry whose shape tells the size of blocks that the state was saved with."""
+
+Piece = tuple[tuple[int, ...], Tensor]
+"""Offsets in the whole tensor, and the values there."""
+
+
+class ShardedBlocks(torch.Tensor):
+    """A tensor of which this rank holds some rectangles, as views of its stacks.
+
+    It carries no data of its own and takes part in no computation; it implements what distributed
+    checkpointing asks of a sharded tensor. Loading writes through to the stacks.
+    """
+
+    pieces: list[Piece]
+    alone: bool
+    """Whether one rank holds all pieces because no other shares the blocks."""
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], pieces: Sequence[Piece], alone: bool = False
+    ) -> "ShardedBlocks":
+        self: ShardedBlocks = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=torch.float32, device=torch.device("cpu")
+        )
+        self.pieces = list(pieces)
+        self.alone = alone
+        return self
+
+    def __init__(self, shape: Sequence[int], pieces: Sequence[Piece], alone: bool = False) -> None:
+        pass
+
+    def whole(self) -> Tensor:
+        """A plain tensor of all pieces, for a rank that holds them all."""
+        device = self.pieces[0][1].device
+        result = torch.empty(self.shape, dtype=self.dtype, device=device)
+        for offsets, values in self.pieces:
+            result[_slices(offsets, values)].copy_(values)
+        return result
+
+    def load(self, value: Tensor, name: str) -> None:
+        """Copy the values of a saved entry into the stacks; they are there already if `value` is
+        this very tensor, which a checkpoint has been read into.
+
+        Args:
+            value: the pieces of this rank, or the whole tensor.
+            name: of the entry, for errors.
+
+        Raises:
+            ValueError: if the shape differs or a piece is missing.
+        """
+        if value is self:
+            return
+        if value.shape != self.shape:
+            raise ValueError(
+                f"state entry '{name}' has shape {tuple(value.shape)} in the state dict but "
+                f"{tuple(self.shape)} here; was it saved with other settings or another model?"
+            )
+        if not isinstance(value, ShardedBlocks):
+            for offsets, mine in self.pieces:
+                mine.copy_(value[_slices(offsets, mine)])
+            return
+        saved = dict(value.pieces)
+        for offsets, mine in self.pieces:
+            if offsets not in saved or saved[offsets].shape != mine.shape:
+                raise ValueError(
+                    f"state entry '{name}' lacks the block at {offsets}, which this rank owns; "
+                    "to change the mesh, save and load with torch.distributed.checkpoint"
+                )
+            mine.copy_(saved[offsets])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].shape, args[0].pieces)
+        if func is torch.ops.aten.clone.default:
+            copies = [(offsets, values.clone()) for offsets, values in args[0].pieces]
+            return cls(args[0].shape, copies)
+        if func is torch.ops.aten.new_empty.default:
+            # Asynchronous saving makes an empty twin, then copies the attributes.
+            return cls(args[1], [])
+        raise NotImplementedError(
+            f"{func} on the state of Shampoo, whose blocks are spread over the ranks; read it "
+            "through torch.distributed.checkpoint, or `dcp_to_torch` for whole tensors"
+        )
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=values.shape)
+            for offsets, values in self.pieces
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for offsets, values in self.pieces:
+            if index.offset is not None and offsets == tuple(index.offset):
+                return values
+        raise ValueError(f"no block of '{index.fqn}' at {index.offset} on this rank")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        held = sum(math.prod(values.shape) for _, values in self.pieces)
+        return f"ShardedBlocks(shape={tuple(self.shape)}, pieces={len(self.pieces)}, held={held})"
+
+
+def _slices(offsets: tuple[int, ...], values: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))

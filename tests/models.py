@@ -1,0 +1,279 @@
+"""A tiny Llama's parameters under every layout, and gradients that are the same on all of them.
+
+    model, mesh = build("tp_fsdp")               # on 4 ranks
+    optimizer = Shampoo(model.named_parameters(), ...)
+    gradients = deterministic_gradients(model, step=1)
+    set_gradients(model, gradients)              # each rank takes its part; no communication
+    optimizer.step()
+    full_parameters(model)                       # plain tensors, to compare
+
+Parameters have TorchTitan's names and placements; the model has no forward pass, which no test of
+an optimizer needs.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "Built",
+    "TinyLlama",
+    "build",
+    "deterministic_gradients",
+    "full_parameters",
+    "local_part",
+    "set_gradients",
+]
+
+LAYOUTS = ("single", "fsdp", "hsdp", "tp_fsdp", "tp", "ddp")
+"""Names for `build`. hsdp and tp_fsdp need an even number of ranks, tp 2; the others any."""
+
+
+# ------------------------------------------------------------------------------- model
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(dim, dim // 2, bias=False)  # grouped queries
+        self.wv = nn.Linear(dim, dim // 2, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+
+class _TransformerBlock(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.attention = _Attention(dim)
+        self.feed_forward = _FeedForward(dim, hidden)
+        self.attention_norm = nn.RMSNorm(dim)
+        self.ffn_norm = nn.RMSNorm(dim)
+
+
+class TinyLlama(nn.Module):
+    """Llama's parameters, named as TorchTitan names them."""
+
+    def __init__(
+        self, *, dim: int = 24, hidden: int = 52, vocab: int = 40, n_layers: int = 2
+    ) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(vocab, dim)
+        self.layers = nn.ModuleDict(
+            {str(i): _TransformerBlock(dim, hidden) for i in range(n_layers)}
+        )
+        self.norm = nn.RMSNorm(dim)
+        self.output = nn.Linear(dim, vocab, bias=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for name, p in self.named_parameters():
+            noise = torch.randn(p.shape, generator=_generator(name), dtype=torch.float64)
+            p.copy_(1 + 0.1 * noise if p.ndim == 1 else 0.02 * noise)
+
+
+# ----------------------------------------------------------------------------- layouts
+
+
+class Built(NamedTuple):
+    """A model and its mesh: None for "single", the mesh of replicas for "ddp"."""
+
+    model: TinyLlama
+    mesh: DeviceMesh | None
+
+
+def build(
+    layout: str,
+    *,
+    dim: int = 24,
+    hidden: int = 52,
+    vocab: int = 40,
+    n_layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> Built:
+    """Make the model with the same values on every layout.
+
+    Args:
+        layout: "single" (plain tensors), "ddp" (the same, with the mesh of the ranks that hold
+            them), "fsdp" (all ranks), "hsdp" (2 replicas), "tp" (all ranks) or "tp_fsdp" (TP of 2
+            within FSDP, as TorchTitan does).
+        dim, hidden, vocab, n_layers: sizes; the default ones divide evenly by TP, and by FSDP on
+            2 and 4 ranks.
+        dtype: of the parameters.
+    """
+    model = TinyLlama(dim=dim, hidden=hidden, vocab=vocab, n_layers=n_layers).to(dtype)
+    if layout == "single":
+        return Built(model, None)
+    world = dist.get_world_size()
+    if layout == "ddp":
+        return Built(model, init_device_mesh("cpu", (world,), mesh_dim_names=("replica",)))
+    if layout == "fsdp":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+        _apply_fsdp(model, mesh)
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "fsdp"))
+        _apply_fsdp(model, mesh)
+    elif layout == "tp":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        _apply_tp(model, mesh)
+    elif layout == "tp_fsdp":
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("fsdp", "tp"))
+        _apply_tp(model, mesh["tp"])
+        _apply_fsdp(model, mesh["fsdp"])
+    else:
+        raise ValueError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    return Built(model, mesh)
+
+
+def _apply_tp(model: TinyLlama, mesh: DeviceMesh) -> None:
+    """TorchTitan's plan for Llama, with sequence parallelism."""
+    root = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, root)
+    for block in model.layers.values():
+        plan = {
+            "attention_norm": SequenceParallel(),
+            "attention.wq": ColwiseParallel(),
+            "attention.wk": ColwiseParallel(),
+            "attention.wv": ColwiseParallel(),
+            "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+            "ffn_norm": SequenceParallel(),
+            "feed_forward.w1": ColwiseParallel(),
+            "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+            "feed_forward.w3": ColwiseParallel(),
+        }
+        parallelize_module(block, mesh, plan)
+
+
+def _apply_fsdp(model: TinyLlama, mesh: DeviceMesh) -> None:
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+def deterministic_gradients(
+    model: nn.Module | Mapping[str, tuple[int, ...]],
+    step: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Full gradients that depend on names, shapes and the step alone.
+
+    Like a network's they are a few strong directions, whose columns stay from step to step, and
+    noise: the factors get spread eigenvalues and differ from one another.
+
+    Args:
+        model: a model, or the shape of each parameter by name.
+        step: any number; the same step gives the same gradients.
+        dtype: of the gradients.
+    """
+    if isinstance(model, nn.Module):
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    else:
+        shapes = {name: tuple(shape) for name, shape in model.items()}
+    return {name: _gradient(name, shape, step).to(dtype) for name, shape in shapes.items()}
+
+
+def _gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
+    rows = shape[0] if shape else 1
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    rank = max(1, min(rows, columns) // 4)
+    lasting, fresh = _generator(f"{name} gradient"), _generator(f"{name} gradient {step}")
+    left = torch.randn(rows, rank, generator=lasting, dtype=torch.float64)
+    right = torch.randn(rank, columns, generator=fresh, dtype=torch.float64)
+    noise = torch.randn(rows, columns, generator=fresh, dtype=torch.float64)
+    gradient: Tensor = 1e-2 * (left @ right / rank**0.5 + 0.3 * noise)
+    return gradient.reshape(shape)
+
+
+def _generator(key: str) -> torch.Generator:
+    # Not hash(): its value changes from process to process.
+    return torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+
+def set_gradients(
+    parameters: nn.Module | Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
+) -> None:
+    """Put full gradients as p.grad, for DTensors with p's mesh and placements.
+
+    Each rank takes its own part; nothing is communicated. Parameters whose gradient is None or
+    missing get none.
+    """
+    for name, p in _named(parameters).items():
+        gradient = gradients.get(name)
+        if gradient is None:
+            p.grad = None
+            continue
+        if gradient.shape != p.shape:
+            raise ValueError(f"{name}: a gradient of {tuple(gradient.shape)} for {tuple(p.shape)}")
+        gradient = gradient.to(p.dtype)
+        if isinstance(p, DTensor):
+            p.grad = DTensor.from_local(
+                local_part(gradient, p),
+                p.device_mesh,
+                p.placements,
+                run_check=False,
+                shape=p.shape,
+                stride=p.stride(),
+            )
+        else:
+            p.grad = gradient.clone()
+
+
+def local_part(full: Tensor, like: DTensor) -> Tensor:
+    """Copy the rectangle of a full tensor that this rank's shard of a DTensor covers."""
+    shape, offset = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    if shape != tuple(like.to_local().shape):
+        raise RuntimeError(
+            f"{like.placements} on {like.device_mesh} mean a shard of {tuple(shape)}, but the "
+            f"shard has {tuple(like.to_local().shape)}"
+        )
+    rectangle = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+    return full[rectangle].clone()
+
+
+def full_parameters(parameters: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather copies of all parameters as plain tensors, by name; every rank must call it."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in _named(parameters).items()
+    }
+
+
+def _named(parameters: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(parameters, nn.Module):
+        return dict(parameters.named_parameters())
+    return dict(parameters)
