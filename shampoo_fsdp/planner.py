@@ -226,6 +226,7 @@ class _Assignment:
         self.parameters, self.maps, self.blocks, self.ranks = parameters, maps, blocks, ranks
         self.frequency = config.precondition_frequency
         self.together = config.refresh_schedule == "together"
+        self.stay = config.block_alignment == "shard"
         self.owner: list[int] = [-1] * len(blocks)
         self.every_step = dict.fromkeys(ranks, 0.0)
         self.refresh: dict[int, dict[int, float]] = {rank: defaultdict(float) for rank in ranks}
@@ -272,7 +273,7 @@ class _Assignment:
                 self.every_step[holder] + every <= mean_every + slack
                 and self.refresh[holder][phase] + refresh <= mean_refresh + slack
             )
-            if fits or self._step_load(holder, phase) <= least:
+            if self.stay or fits or self._step_load(holder, phase) <= least:
                 owner = holder
             self.owner[number] = owner
             self.every_step[owner] += every

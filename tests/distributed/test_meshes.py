@@ -1,14 +1,11 @@
 """The mesh never changes the mathematics: the same gradients give the same parameters."""
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 from shampoo_fsdp import Shampoo
 from tests.models import build, deterministic_gradients, full_parameters, set_gradients
-from tests.ranks import ranks, run_ranks
+from tests.ranks import run_ranks
 
 STEPS = 20
 SETTINGS = {"lr": 1e-2, "max_preconditioner_dim": 16, "precondition_frequency": 4}

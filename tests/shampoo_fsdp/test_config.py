@@ -1,0 +1,59 @@
+"""Settings are refused by name, with what was found and what is allowed."""
+
+import pytest
+import torch
+
+from shampoo_fsdp import Shampoo, ShampooConfig
+
+
+def build(**settings):
+    return Shampoo([torch.nn.Parameter(torch.zeros(4, 4))], **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_preconditioner_dim": 0}, r"max_preconditioner_dim.* 0; allowed: an integer >= 1"),
+        ({"max_preconditioner_dim": "256"}, r"max_preconditioner_dim.*'256'.*an integer"),
+        ({"precondition_frequency": 0}, "precondition_frequency.* 0"),
+        ({"precondition_frequency": 2.5}, r"precondition_frequency.* 2\.5.*integer"),
+        ({"precondition_frequency": True}, "precondition_frequency.* True"),
+        ({"start_preconditioning_step": 0}, "start_preconditioning_step.* 0"),
+        ({"grafting": "adamw"}, r"grafting.*'adamw'; allowed: 'adam'"),
+        ({"refresh_schedule": "random"}, "'staggered' or 'together'"),
+        ({"grafting_beta2": 1.0}, r"grafting_beta2.* 1\.0; allowed: 0 <= grafting_beta2 < 1"),
+        ({"preconditioner_eps": 0.0}, r"preconditioner_eps.* 0\.0"),
+        ({"preconditioner_eps": float("nan")}, "preconditioner_eps.* nan"),
+        ({"exclude": "embed"}, "exclude.*'embed'.*a list of strings"),
+        ({"exclude": ["("]}, r"exclude.*'\('.*regular expressions"),
+        ({"communication_dtype": "fp8"}, "communication_dtype.*'float32' or 'bfloat16'"),
+        ({"precondition_1d": "no"}, "precondition_1d.*'no'.*a bool"),
+        ({"lr": -1.0}, r"lr.* -1\.0"),
+        ({"lr": torch.tensor(0.1)}, "lr.*tensor"),
+        ({"betas": (1.0, 0.9)}, r"beta1.* 1\.0; allowed: 0 <= beta1 < 1"),
+        ({"betas": (0.9, 1.1)}, r"beta2.* 1\.1"),
+        ({"betas": 0.9}, "betas.*two numbers"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": float("inf")}, "weight_decay.* inf"),
+    ],
+)
+def test_impossible_values_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+def test_an_unknown_setting_is_named_with_the_closest_one():
+    with pytest.raises(TypeError, match=r"'preconditioner_frequency'.*'precondition_frequency'"):
+        build(preconditioner_frequency=5)
+
+
+def test_a_group_is_checked_as_well():
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"weight_decay.* -1"):
+        Shampoo([{"params": [parameter], "weight_decay": -1}])
+
+
+def test_preconditioning_starts_after_one_period_by_default():
+    assert ShampooConfig(precondition_frequency=7).first_preconditioned_step == 7
+    config = ShampooConfig(precondition_frequency=7, start_preconditioning_step=3)
+    assert config.first_preconditioned_step == 3
