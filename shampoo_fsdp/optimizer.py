@@ -85,9 +85,15 @@ class Shampoo(torch.optim.Optimizer):
                 "constructor instead of add_param_group()."
             )
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         validate_hyperparameters(
-            **{k: self.param_groups[-1][k] for k in ("lr", "betas", "eps", "weight_decay")}
+            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         )
+        if group["betas"][1] == 1.0 and self.config.grafting_beta2 is None:
+            raise ValueError(
+                "beta2 is 1.0, which sums the factors; Adam grafting averages its second moment: "
+                "set 'grafting_beta2', for example to 0.95."
+            )
 
     def _build(self, names: list[str], replicas: Replicas) -> None:
         self._parameters: list[Tensor] = []

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -65,7 +66,7 @@ _preloaded = [
 
 
 def preload(*modules: str) -> None:
-    """Add modules that the ranks import before they fork; those that fail to import are skipped.
+    """Add modules that the ranks import before they fork; one that fails to import is a warning.
 
     Call it at the top of a test module: pytest imports all of them before the first test runs.
     Calls after the first use of ranks change nothing but the time that an import takes.
@@ -218,13 +219,15 @@ def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     importable = []
     for name in _preloaded:
-        # The server survives a missing module but not a broken one; tests that need it report it.
-        with suppress(Exception):
+        # The server survives a missing module but not a broken one.
+        try:
             importlib.import_module(name)
             importable.append(name)
+        except Exception as error:
+            warnings.warn(f"the ranks import {name} themselves: {error!r}", stacklevel=2)
     context.set_forkserver_preload(importable)
-    # The server takes its import path and number of threads (forking is only safe with one
-    # thread) from the environment that it starts in.
+    # The server takes its import path from the environment that it starts in (Python 3.11 ignores
+    # the one it is handed), and its number of threads: OpenMP's would not survive the fork.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(_ROOT), *filter(None, sys.path)]))
         patch.setenv("OMP_NUM_THREADS", "1")

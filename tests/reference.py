@@ -196,7 +196,8 @@ class ReferenceShampoo:
         if len(cut_shape) == 3 and self.batched_3d:
             for e in range(cut_shape[0]):
                 for coordinates, slices in block_slices(cut_shape[1:], self.cap).items():
-                    indices[(e, *coordinates)] = (e, *slices)
+                    block = (e, *coordinates)
+                    indices[block] = (e, *slices)
         else:
             indices.update(block_slices(cut_shape, self.cap))
 
@@ -248,33 +249,24 @@ class ReferenceShampoo:
 
     def _excluded_direction(self, name: str, grad: Tensor) -> Tensor:
         state = self.excluded[name]
-        good = grad.isfinite()
-        momentum, graft = self._averages(state.momentum, state.graft, grad)
-        state.momentum = torch.where(good, momentum, state.momentum)
-        state.graft = torch.where(good, graft, state.graft)
-        direction = self._graft_direction(state.momentum, state.graft, self.t[name])
-        return torch.where(good, direction, 0.0)
+        grad = torch.where(grad.isfinite(), grad, 0.0)
+        state.momentum, state.graft = self._averages(state.momentum, state.graft, grad)
+        return self._graft_direction(state.momentum, state.graft, self.t[name])
 
     def _block_direction(self, name: str, block: _Block, grad: Tensor) -> Tensor:
         """D for one block (Shi et al. 2023, Algorithm 2)."""
         t = self.t[name]
-        if not grad.isfinite().all():
-            return torch.zeros_like(grad)
-
-        # Gupta et al. 2018, Algorithm 2 (sums); Shi et al. 2023, Section 3 (averages).
-        for d in range(grad.ndim):
-            if self.beta2 == 1:
-                block.factors[d] = block.factors[d] + _gram(grad, d)
-            else:
-                block.factors[d] = self.beta2 * block.factors[d] + (1 - self.beta2) * _gram(grad, d)
-        block.momentum, block.graft = self._averages(block.momentum, block.graft, grad)
-
+        usable = bool(grad.isfinite().all())
+        if usable:
+            self._accumulate(block, grad)
         if self._refresh_is_due(name, block.coordinates):
             correction = 1.0 if self.beta2 == 1 else 1 - self.beta2**t
             block.roots = [
                 inverse_root(factor / correction, grad.ndim, self.preconditioner_eps)
                 for factor in block.factors
             ]
+        if not usable:
+            return torch.zeros_like(grad)
 
         graft_direction = self._graft_direction(block.momentum, block.graft, t)
         if t < self.start or block.roots is None:
@@ -288,6 +280,15 @@ class ReferenceShampoo:
             return torch.zeros_like(grad)
         scale: Tensor = torch.linalg.vector_norm(graft_direction) / norm
         return direction * scale
+
+    def _accumulate(self, block: _Block, grad: Tensor) -> None:
+        # Gupta et al. 2018, Algorithm 2 (sums); Shi et al. 2023, Section 3 (averages).
+        for d in range(grad.ndim):
+            if self.beta2 == 1:
+                block.factors[d] = block.factors[d] + _gram(grad, d)
+            else:
+                block.factors[d] = self.beta2 * block.factors[d] + (1 - self.beta2) * _gram(grad, d)
+        block.momentum, block.graft = self._averages(block.momentum, block.graft, grad)
 
     def _refresh_is_due(self, name: str, coordinates: tuple[int, ...]) -> bool:
         t = self.t[name]

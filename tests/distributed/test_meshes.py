@@ -1,14 +1,19 @@
 """The mesh never changes the mathematics: the same gradients give the same parameters."""
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp import Shampoo
 from tests.models import build, deterministic_gradients, full_parameters, set_gradients
-from tests.ranks import run_ranks
+from tests.ranks import ranks, run_ranks
 
 STEPS = 20
 SETTINGS = {"lr": 1e-2, "max_preconditioner_dim": 16, "precondition_frequency": 4}
+UNEVEN = {"dim": 10, "hidden": 17, "vocab": 11}
+FEWER_ROWS_THAN_RANKS = {"dim": 3, "hidden": 2, "vocab": 5}
 
 
 def train(layout: str, sizes: dict[str, int] | None = None, **settings) -> dict[str, Tensor]:
@@ -33,17 +38,100 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
 
 
 @pytest.mark.parametrize(
-    ("layout", "world"),
+    ("layout", "world", "sizes"),
     [
-        ("fsdp", 2),
-        ("fsdp", 4),
-        ("ddp", 2),
-        ("hsdp", 4),
-        ("tp", 2),
-        ("tp_fsdp", 4),
+        ("fsdp", 2, None),
+        ("fsdp", 4, None),
+        ("fsdp", 4, UNEVEN),
+        ("fsdp", 4, FEWER_ROWS_THAN_RANKS),
+        ("ddp", 2, None),
+        ("hsdp", 4, None),
+        ("hsdp", 4, UNEVEN),
+        ("tp", 2, None),
+        ("tp_fsdp", 4, None),
+        ("tp_fsdp", 4, {"hidden": 53}),
     ],
 )
-def test_every_mesh_equals_one_process(layout: str, world: int) -> None:
-    alone = train("single")
-    for parameters in run_ranks(world, train, layout=layout):
+def test_every_mesh_equals_one_process(layout, world, sizes):
+    alone = train("single", sizes)
+    for parameters in run_ranks(world, train, layout=layout, sizes=sizes):
         assert relative_difference(parameters, alone) <= 1e-5
+
+
+def test_blocks_cut_at_shards_are_trained_as_well():
+    """Another grid, so another update; but the same one on every replica."""
+    replicas = run_ranks(4, train, layout="hsdp", block_alignment="shard")
+    for parameters in replicas[1:]:
+        assert relative_difference(parameters, replicas[0]) == 0.0
+    assert 0.0 < relative_difference(replicas[0], train("single")) < 0.5
+
+
+def test_bf16_on_the_wire_rounds_gradients_and_updates_only():
+    alone = train("single")
+    (parameters, other) = run_ranks(2, train, layout="fsdp", communication_dtype="bfloat16")
+    assert relative_difference(parameters, other) == 0.0
+    assert 0.0 < relative_difference(parameters, alone) < 0.01
+
+
+def deviation_on_bf16_parameters(layout: str) -> dict[str, Tensor]:
+    built = build(layout, dtype=torch.bfloat16)
+    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
+    for step in range(8):
+        set_gradients(built.model, deterministic_gradients(built.model, step))
+        optimizer.step()
+    return {name: p.float() for name, p in full_parameters(built.model).items()}
+
+
+def test_bf16_parameters():
+    alone = deviation_on_bf16_parameters("single")
+    for parameters in run_ranks(2, deviation_on_bf16_parameters, layout="fsdp"):
+        assert relative_difference(parameters, alone) <= 1e-2  # one unit of the last place
+
+
+class Collectives(TorchDispatchMode):
+    """Records the name and the elements of each collective that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in str(func):
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            self.calls.append((str(func), tensors[-1].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def check_bytes(layout: str) -> None:
+    built = build(layout)
+    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
+    set_gradients(built.model, deterministic_gradients(built.model, 0))
+    with Collectives() as collectives:
+        optimizer.step()
+    names = [name for name, _ in collectives.calls]
+    assert len(names) == 2 and all("alltoall_base" in name for name in names), names
+    sent = torch.tensor([float(sum(numel for _, numel in collectives.calls))])
+    everyone = [torch.zeros(1) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, sent)
+    mib = torch.cat(everyone) * 4 / 2**20
+    summary = optimizer.summary()
+    assert mib.max().item() == pytest.approx(summary["mib_sent_per_step_max"])
+    assert mib.mean().item() == pytest.approx(summary["mib_sent_per_step_mean"])
+
+
+@ranks(4)
+def test_a_step_is_two_all_to_alls_of_the_bytes_that_the_plan_says():
+    for layout in ("fsdp", "hsdp", "tp_fsdp"):
+        check_bytes(layout)
+
+
+@ranks(2)
+def test_no_collective_where_nothing_moves():
+    built = build("fsdp")
+    optimizer = Shampoo(
+        built.model.named_parameters(), block_alignment="shard", max_preconditioner_dim=16
+    )
+    set_gradients(built.model, deterministic_gradients(built.model, 0))
+    with Collectives() as collectives:
+        optimizer.step()
+    assert collectives.calls == []

@@ -140,6 +140,7 @@ def test_steps_without_a_gradient_and_with_a_bad_one():
             gradients["layers.0.feed_forward.w1.weight"][3, 5] = torch.nan
         if step == 11:
             gradients["layers.0.attention.wq.weight"][0, 0] = torch.inf
+            gradients["tok_embeddings.weight"][4, 4] = torch.nan
 
     error = largest_error(
         LLAMA_LIKE, LEFT_OUT, change, max_preconditioner_dim=10, precondition_frequency=4

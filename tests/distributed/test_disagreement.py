@@ -1,0 +1,70 @@
+"""What goes wrong on one rank is an error on all of them, or harmless; never a hang."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from shampoo_fsdp import Shampoo
+from tests.models import build, deterministic_gradients, set_gradients
+from tests.ranks import ranks
+
+
+@ranks(2)
+def test_different_settings_are_an_error_on_every_rank():
+    built = build("fsdp")
+    with pytest.raises(ValueError, match=r"ranks disagree about the settings: .*=8.*=16"):
+        Shampoo(built.model.named_parameters(), max_preconditioner_dim=8 * (1 + dist.get_rank()))
+
+
+@ranks(2)
+def test_different_names_are_an_error_on_every_rank():
+    built = build("fsdp")
+    named = [(f"{n}{dist.get_rank()}", p) for n, p in built.model.named_parameters()]
+    with pytest.raises(ValueError, match="ranks disagree about the names of the parameters"):
+        Shampoo(named)
+
+
+@ranks(2)
+def test_an_unsupported_placement_is_named():
+    mesh = init_device_mesh("cpu", (2,))
+    weight = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"'w'.*Partial\(sum\).*supported: Replicate, Shard"):
+        Shampoo([("w", torch.nn.Parameter(weight))])
+
+
+@ranks(2)
+def test_a_gradient_that_one_rank_lacks_does_not_hang():
+    built = build("fsdp")
+    optimizer = Shampoo(
+        built.model.named_parameters(),
+        max_preconditioner_dim=64,
+        precondition_frequency=2,
+        exclude=[],
+    )
+    for step in range(4):
+        gradients = dict(deterministic_gradients(built.model, step))
+        if dist.get_rank() == 1 and step == 2:
+            gradients["layers.0.attention.wq.weight"] = None
+        set_gradients(built.model, gradients)
+        optimizer.step()
+    assert all(p.to_local().isfinite().all() for p in built.model.parameters())
+
+
+@ranks(2)
+def test_a_bad_gradient_on_one_rank_skips_the_same_blocks_everywhere():
+    mesh = init_device_mesh("cpu", (2,))
+    full = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(distribute_tensor(full, mesh, [Shard(0)]))
+    optimizer = Shampoo([("w", weight)], max_preconditioner_dim=8, weight_decay=0.0)
+    gradient = torch.ones(4, 8)
+    if dist.get_rank() == 1:
+        gradient[0, 0] = torch.nan
+    weight.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
+    optimizer.step()
+    # The one block lies on both ranks: neither half of it moves.
+    assert torch.equal(weight.detach().full_tensor(), full)
+    skipped = optimizer.counters()
+    dist.all_reduce(skipped)
+    assert skipped.tolist()[2] == 1
