@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -56,7 +57,10 @@ def save_and_go_on(layout: str, folder: Path, flat: bool, asynchronous: bool) ->
     built, optimizer = make(layout)
     train(built, optimizer, range(SAVED_AT))
     if asynchronous:
-        pending = dcp.async_save(states(built, optimizer, flat), checkpoint_id=folder)
+        # Saving communicates in the background: on a group of its own, as TorchTitan does.
+        pending = dcp.async_save(
+            states(built, optimizer, flat), checkpoint_id=folder, process_group=dist.new_group()
+        )
         train(built, optimizer, range(SAVED_AT, SAVED_AT + 1))  # must not leak into the checkpoint
         pending.result()
         train(built, optimizer, range(SAVED_AT + 1, END))
