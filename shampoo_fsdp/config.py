@@ -17,7 +17,7 @@ __all__ = ["ShampooConfig", "settings_from_keywords", "validate_hyperparameters"
 
 # Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
 # their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
-_EMBEDDINGS_AND_OUTPUT = ("embed", r"(^|\.)(wte|wpe|output|lm_head)\.")
+_EMBEDDINGS_AND_OUTPUT = ("embed", r"(^|\.)(wte|wpe|lm_head)\.", r"^output\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,9 @@ def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
     return ShampooConfig(**keywords)
 
 
-def validate_hyperparameters(*, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+def validate_hyperparameters(
+    config: ShampooConfig, *, lr: Any, betas: Any, eps: Any, weight_decay: Any
+) -> None:
     """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not _is_number(value) or value < 0.0:
@@ -114,6 +116,12 @@ def validate_hyperparameters(*, lr: Any, betas: Any, eps: Any, weight_decay: Any
         _refuse("beta1", beta1, "0 <= beta1 < 1")
     if not 0.0 <= beta2 <= 1.0:
         _refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
+    if beta2 == 1.0 and config.grafting_beta2 is None:
+        _refuse(
+            "grafting_beta2",
+            None,
+            "a number below 1 if beta2 is 1.0, since Adam grafting averages its second moment",
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -69,7 +69,9 @@ class Shampoo(torch.optim.Optimizer):
                 allowed. Raised on every rank if the ranks' plans differ.
         """
         self.config: ShampooConfig = settings_from_keywords(settings)
-        validate_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        validate_hyperparameters(
+            self.config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
         groups, names = named_param_groups(params)
         self._built = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -87,13 +89,8 @@ class Shampoo(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         validate_hyperparameters(
-            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            self.config, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         )
-        if group["betas"][1] == 1.0 and self.config.grafting_beta2 is None:
-            raise ValueError(
-                "beta2 is 1.0, which sums the factors; Adam grafting averages its second moment: "
-                "set 'grafting_beta2', for example to 0.95."
-            )
 
     def _build(self, names: list[str], replicas: Replicas) -> None:
         self._parameters: list[Tensor] = []

@@ -1,9 +1,11 @@
 """The parameters that live on the same ranks: their plan, the blocks this rank owns, exchange."""
 
+import hashlib
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from shampoo_fsdp.stack import BlockStack
 from shampoo_fsdp.state import CAP, Piece, ShardedBlocks
 
 __all__ = ["Team", "balance"]
+
+_T = TypeVar("_T")
 
 
 class Team:
@@ -183,18 +187,25 @@ def _agree(
 ) -> None:
     """Compare facts on all ranks, so that a problem or a mismatch is an error on each of them
     instead of a collective that hangs later."""
-    everyone: list[tuple[str | None, dict[str, str]]] = [(problem, facts)]
-    if group is not None:
-        everyone = [(None, {})] * len(ranks)
-        dist.all_gather_object(everyone, (problem, facts), group=group)
+    mine = {fact: hashlib.sha256(value.encode()).hexdigest() for fact, value in facts.items()}
+    everyone = _gather(group, ranks, (problem, mine))
     for rank, (theirs, _) in zip(ranks, everyone, strict=True):
         if theirs is not None:
             raise ValueError(theirs if theirs == problem else f"on rank {rank}: {theirs}")
-    for fact in facts:
-        found = [theirs[fact] for _, theirs in everyone]
-        odd = next((i for i, value in enumerate(found) if value != found[0]), None)
-        if odd is not None:
+    for fact, value in facts.items():
+        odd = next((i for i, (_, f) in enumerate(everyone) if f[fact] != everyone[0][1][fact]), 0)
+        if odd:
+            values = _gather(group, ranks, value)
             raise ValueError(
-                f"ranks disagree about {fact}: rank {ranks[0]} has {found[0]}, rank "
-                f"{ranks[odd]} has {found[odd]}."
+                f"ranks disagree about {fact}: rank {ranks[0]} has {values[0]}, rank "
+                f"{ranks[odd]} has {values[odd]}."
             )
+
+
+def _gather(group: dist.ProcessGroup | None, ranks: Sequence[int], mine: _T) -> list[_T]:
+    """What each rank has, in the order of the ranks."""
+    if group is None:
+        return [mine]
+    everyone = [mine] * len(ranks)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone

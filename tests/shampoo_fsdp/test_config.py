@@ -33,7 +33,7 @@ def build(**settings):
         ({"betas": (1.0, 0.9)}, r"beta1.* 1\.0; allowed: 0 <= beta1 < 1"),
         ({"betas": (0.9, 1.1)}, r"beta2.* 1\.1"),
         ({"betas": 0.9}, "betas.*two numbers"),
-        ({"betas": (0.9, 1.0)}, "beta2 is 1.0.*set 'grafting_beta2'"),
+        ({"betas": (0.9, 1.0)}, r"grafting_beta2.*None; allowed.*if beta2 is 1\.0"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": float("inf")}, "weight_decay.* inf"),
     ],
