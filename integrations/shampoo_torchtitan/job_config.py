@@ -1,0 +1,163 @@
+"""The table `[optimizer.shampoo]` of a job, and the checks that need no GPU and no process group.
+
+TorchTitan merges this module's `JobConfig` into its own (`job.custom_config_module`). On import the
+reading of a job also learns to check every value of the TOML file, which TorchTitan only does for
+the command line.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+from torchtitan.config import ConfigManager
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.config import validate_hyperparameters
+
+__all__ = ["JobConfig", "Optimizer", "check_job", "check_table"]
+
+_TITAN_OPTIMIZERS = ("Adam", "AdamW")
+_OWN_IMPORTS = ("", "shampoo_torchtitan")
+
+
+@dataclass
+class Optimizer:
+    """What we add to TorchTitan's `[optimizer]`."""
+
+    shampoo: ShampooConfig = field(default_factory=ShampooConfig)
+    """Shampoo's own settings; lr, betas, eps and weight_decay are those of `[optimizer]`."""
+
+
+@dataclass
+class JobConfig:
+    """What we add to TorchTitan's JobConfig."""
+
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def check_table(cls: type, table: dict[str, Any], path: str = "") -> None:
+    """Checks the keys and the types of a TOML table.
+
+    Args:
+        cls: The dataclass that the table is for; fields that are dataclasses are tables in it.
+        table: What the file says.
+        path: The table's name in the file, with dots.
+
+    Raises:
+        ValueError: A key that does not exist.
+        TypeError: A value of a type that the key does not take.
+    """
+    hints = typing.get_type_hints(cls)
+    for key, value in table.items():
+        name = f"{path}.{key}" if path else key
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown setting {name}.{hint} Allowed: {', '.join(sorted(hints))}")
+        if not dataclasses.is_dataclass(hints[key]):
+            if not _fits(value, hints[key]):
+                raise TypeError(f"{name} = {value!r}: must be {_describe(hints[key])}")
+        elif isinstance(value, dict):
+            check_table(typing.cast(type, hints[key]), value, name)
+        else:
+            raise TypeError(f"{name} = {value!r}: must be a table, [{name}]")
+
+
+def check_job(config: Any) -> None:
+    """Checks what settings mean together, for jobs that use Shampoo, and the optimizer's name.
+
+    Raises:
+        ValueError: It names the setting, its value and what is allowed.
+    """
+    optimizer = config.optimizer
+    if optimizer.name.lower() != "shampoo":
+        # Other extensions may bring optimizers that only they know.
+        known = config.experimental.custom_import not in _OWN_IMPORTS
+        if not known and optimizer.name not in _TITAN_OPTIMIZERS:
+            allowed = ", ".join(("shampoo", *_TITAN_OPTIMIZERS))
+            raise ValueError(f"optimizer.name = {optimizer.name!r}: must be one of {allowed}")
+        return
+    try:
+        validate_hyperparameters(
+            getattr(optimizer, "shampoo", None) or ShampooConfig(),
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"[optimizer] {error}") from None
+    if optimizer.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true: must be false with "
+            'optimizer.name = "shampoo", which needs all gradients at once'
+        )
+    if config.fault_tolerance.enable:
+        raise ValueError(
+            'fault_tolerance.enable = true: must be false with optimizer.name = "shampoo", '
+            "which does not support TorchFT"
+        )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value read from TOML has the annotated type; annotations unknown here fit all."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        return isinstance(value, list) and (
+            len(inner) != 1 or all(_fits(item, inner[0]) for item in value)
+        )
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (bool, str):
+        return isinstance(value, annotation)
+    return annotation is not types.NoneType
+
+
+def _describe(annotation: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        choices = [argument for argument in arguments if argument is not types.NoneType]
+        return " or ".join(_describe(choice) for choice in choices)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if origin in (list, tuple):
+        return "a list" if not arguments else f"a list, each {_describe(arguments[0])}"
+    return names.get(annotation, str(annotation))
+
+
+def _check_when_read() -> None:
+    """Lets TorchTitan's ConfigManager call the checks; there is no hook for it."""
+    to_dataclass, validate = ConfigManager._dict_to_dataclass, ConfigManager._validate_config
+
+    def checked_to_dataclass(self: ConfigManager, cls: Any, data: dict[str, Any]) -> Any:
+        # It calls itself for the tables inside: their names are complete only the first time,
+        # when all of them are checked.
+        if dataclasses.is_dataclass(cls):
+            check_table(typing.cast(type, cls), data)
+        try:
+            return to_dataclass(self, cls, data)
+        except (TypeError, ValueError) as error:
+            if cls is ShampooConfig:
+                raise type(error)(f"[optimizer.shampoo] {error}") from None
+            raise
+
+    def checked_validate(self: ConfigManager) -> None:
+        validate(self)
+        check_job(self.config)
+
+    ConfigManager._dict_to_dataclass = checked_to_dataclass
+    ConfigManager._validate_config = checked_validate
+
+
+_check_when_read()

@@ -1,0 +1,51 @@
+"""Adds Shampoo's counters to TorchTitan's metrics: log line, TensorBoard and W&B."""
+
+from typing import Any
+
+import torch.distributed as dist
+import torchtitan.components.metrics as titan
+from torchtitan.tools.logging import logger
+
+from shampoo_torchtitan.optimizer import ShampooContainer
+
+__all__ = ["ShampooMetricsProcessor", "register"]
+
+_NAMES = ("root_refreshes", "failed_roots", "skipped_blocks")
+
+
+class ShampooMetricsProcessor(titan.MetricsProcessor):
+    """TorchTitan's metrics, and for Shampoo how often roots were refreshed and trouble avoided."""
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Every rank calls this at the same step, as TorchTitan does: ranks add their counters."""
+        counts = self._counters()
+        if counts:
+            ours = {f"shampoo/{name}": n for name, n in zip(_NAMES, counts, strict=True)}
+            extra_metrics = {**(extra_metrics or {}), **ours}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        if counts:
+            refreshes, failed, skipped = counts
+            logger.info(
+                f"shampoo so far: {refreshes:,} root refreshes, {failed:,} failed, "
+                f"{skipped:,} blocks skipped for a non-finite gradient"
+            )
+
+    def _counters(self) -> list[int] | None:
+        if not isinstance(self.optimizers, ShampooContainer):
+            return None
+        counters = self.optimizers.counters()
+        if dist.is_initialized():
+            dist.all_reduce(counters)
+        return [int(n) for n in counters.tolist()]
+
+
+def register() -> None:
+    """Puts our class in the place of TorchTitan's, which its builder looks up when called."""
+    titan.MetricsProcessor = ShampooMetricsProcessor  # type: ignore[misc]

@@ -1,0 +1,143 @@
+"""Builds Shampoo where a TorchTitan job says `[optimizer] name = "shampoo"`."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+import torchtitan.components.optimizer as titan
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from shampoo_fsdp import Shampoo, ShampooConfig
+
+__all__ = ["NAME", "ShampooContainer", "build_optimizers", "register"]
+
+NAME = "shampoo"
+
+_titan_build_optimizers = titan.build_optimizers
+
+
+class ShampooContainer(OptimizersContainer):
+    """TorchTitan's container of optimizers, with one Shampoo per model part.
+
+    Its siblings make the optimizer from parameters alone; Shampoo is given their names too.
+
+    Args:
+        model_parts: The parts of the model on this rank; several under pipeline parallelism.
+        settings: Keyword arguments of Shampoo.
+        replicas: The ranks that hold the same plain tensors (DDP); None if parameters are DTensors.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[torch.nn.Module],
+        settings: dict[str, Any],
+        replicas: DeviceMesh | None = None,
+    ) -> None:
+        self.model_parts = model_parts
+        self.optimizers = []
+        parameters = []
+        for model in model_parts:
+            named = [(_plain(n), p) for n, p in model.named_parameters() if p.requires_grad]
+            self.optimizers.append(Shampoo(named, replicas=replicas, **settings))
+            parameters.extend(p for _, p in named)
+        self._validate_length(len(model_parts))
+        self._post_init(parameters, {})
+
+    def counters(self) -> torch.Tensor:
+        """Root refreshes, failed roots and skipped blocks so far, of this rank's blocks: int64 [3].
+
+        The caller sums them over ranks.
+        """
+        return torch.stack([optimizer.counters() for optimizer in self.optimizers]).sum(0)
+
+    def log_summary(self) -> None:
+        """Says what is preconditioned, and what each rank pays for it."""
+        for number, optimizer in enumerate(self.optimizers):
+            part = f" (model part {number})" if len(self.optimizers) > 1 else ""
+            s = optimizer.summary()
+            share = s["elements_preconditioned"] / max(s["elements_total"], 1)
+            logger.info(
+                f"Shampoo{part} preconditions {s['parameters_preconditioned']:,} of "
+                f"{s['parameters_total']:,} parameters ({share:.1%} of the elements) "
+                f"in {s['blocks']:,} blocks"
+            )
+            logger.info(
+                f"Shampoo{part} per rank: largest load {s['load_max_over_mean']:.2f} x the mean; "
+                f"state {s['state_mib_max']:,.1f} MiB at most, {s['state_mib_mean']:,.1f} on "
+                f"average; sends {s['mib_sent_per_step_max']:,.1f} MiB per step at most, "
+                f"{s['mib_sent_per_step_mean']:,.1f} on average"
+            )
+
+
+def build_optimizers(
+    model_parts: list[torch.nn.Module],
+    optimizer_config: Any,
+    parallel_dims: ParallelDims,
+    ft_manager: Any = None,
+) -> OptimizersContainer:
+    """In the place of TorchTitan's function of this name, which all its models call.
+
+    Args:
+        model_parts: The parts of the model on this rank, already parallelized.
+        optimizer_config: The job's `[optimizer]` table.
+        parallel_dims: The job's meshes.
+        ft_manager: TorchFT's manager; Shampoo does not support it.
+
+    Returns:
+        Shampoo if the name is "shampoo" in any case, else what TorchTitan returns.
+
+    Raises:
+        ValueError: Shampoo together with early_step_in_backward or TorchFT.
+    """
+    if optimizer_config.name.lower() != NAME:
+        return _titan_build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
+    if optimizer_config.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true makes one optimizer per parameter; "
+            'optimizer.name = "shampoo" needs all gradients at once: set it to false'
+        )
+    if ft_manager is not None and ft_manager.enabled:
+        raise ValueError(
+            'optimizer.name = "shampoo" does not support TorchFT: '
+            "set fault_tolerance.enable = false"
+        )
+
+    # Without the custom config module there is no such table: all defaults.
+    config = getattr(optimizer_config, "shampoo", None) or ShampooConfig()
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(ShampooConfig)}
+    settings |= {
+        "lr": optimizer_config.lr,
+        "betas": (optimizer_config.beta1, optimizer_config.beta2),
+        "eps": optimizer_config.eps,
+        "weight_decay": optimizer_config.weight_decay,
+    }
+    # DDP keeps plain tensors, which do not say with whom they are replicated.
+    ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
+    container = ShampooContainer(
+        model_parts, settings, parallel_dims.get_mesh("dp_replicate") if ddp else None
+    )
+    container.log_summary()
+    return container
+
+
+def register() -> None:
+    """Puts our `build_optimizers` in the place of TorchTitan's.
+
+    MoE models reach it through TorchTitan's global; others have copied that global at import.
+    """
+    for name, module in list(sys.modules.items()):
+        found = vars(module).get("build_optimizers") if name.startswith("torchtitan.") else None
+        if found is _titan_build_optimizers:
+            module.build_optimizers = build_optimizers  # type: ignore[attr-defined]
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the marks of activation checkpointing and torch.compile.
+
+    Checkpoints drop them as well: a job may switch either between two runs.
+    """
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

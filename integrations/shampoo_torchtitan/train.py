@@ -1,0 +1,125 @@
+"""TorchTitan's training, with Shampoo known, on GPUs or on the CPU.
+
+torchrun --nproc_per_node 2 -m shampoo_torchtitan.train --job.config_file my.toml
+"""
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torchtitan.train
+from torchtitan.config import ConfigManager
+from torchtitan.tools.logging import logger
+
+from shampoo_torchtitan import cpu, job_config
+from shampoo_torchtitan.byte_tokenizer import DEFAULT_FOLDER, write_byte_tokenizer
+
+__all__ = ["JobReader", "Trainer", "main"]
+
+_BAD_SETTING = 2  # exit code, that of argparse; launch.py knows it
+
+
+class JobReader(ConfigManager):
+    """Reads a job as TorchTitan does, with our settings in it even if it does not ask for them."""
+
+    def _maybe_load_toml(self, args: list[str]) -> Any:
+        logger.disabled = True  # it logs the traceback of what `parse_args` says in one line
+        try:
+            return super()._maybe_load_toml(args)
+        except ValueError as error:
+            raise ValueError(f"job.config_file is not TOML: {error}") from None
+        finally:
+            logger.disabled = False
+
+    def _maybe_add_custom_config(self, args: list[str], toml_values: Any) -> Any:
+        cls = super()._maybe_add_custom_config(args, toml_values)
+        if hasattr(cls().optimizer, "shampoo"):
+            return cls
+        return self._merge_configs(cls, job_config.JobConfig)
+
+    def _validate_config(self) -> None:
+        folder = self.config.model.hf_assets_path
+        if Path(folder) == Path(DEFAULT_FOLDER) and not Path(folder).exists():
+            write_byte_tokenizer(folder)
+        super()._validate_config()
+
+    def parse_args(self, args: list[str] | None = None) -> Any:
+        """Reads the job, or ends the process with one readable message."""
+        try:
+            config = super().parse_args(sys.argv[1:] if args is None else args)
+            changes = cpu.fit_job_config(config) if cpu.needed() else []
+        except (TypeError, ValueError, OSError) as error:
+            print(f"Bad job settings: {error}", file=sys.stderr, flush=True)
+            _leave_after_the_rank_that_is_shown()
+        except SystemExit as bad_argument:
+            if bad_argument.code == _BAD_SETTING:
+                _leave_after_the_rank_that_is_shown()
+            raise
+        if changes:
+            logger.info(f"No GPU: training on the CPU with {', '.join(changes)}")
+        return config
+
+
+class Trainer(torchtitan.train.Trainer):
+    """TorchTitan's Trainer; says at the end where the results are."""
+
+    def __init__(self, config: Any) -> None:
+        init = cpu.mesh_independent_init() if cpu.needed() else contextlib.nullcontext()
+        with init:
+            super().__init__(config)
+        self._trained = False
+
+    def train_step(self, data_iterator: Any) -> None:
+        self._trained = True
+        super().train_step(data_iterator)
+
+    def train(self) -> None:
+        super().train()
+        if dist.get_rank() == 0:
+            self._say_where()
+
+    def _say_where(self) -> None:
+        job, checkpoint, metrics = (
+            self.job_config.job,
+            self.job_config.checkpoint,
+            self.job_config.metrics,
+        )
+        folder = Path(job.dump_folder, checkpoint.folder)
+        if not self._trained:
+            logger.warning(
+                f"Nothing to train: {folder} already has step {self.step} of "
+                f"training.steps = {self.job_config.training.steps}. Ask for more steps, or "
+                "start anew with another --job.dump_folder"
+            )
+        if checkpoint.enable and not checkpoint.load_only:
+            logger.info(f"Checkpoint: {folder / f'step-{self.step}'}")
+        if metrics.enable_tensorboard and self._trained:
+            logger.info(f"TensorBoard: {Path(job.dump_folder, metrics.save_tb_folder)}")
+
+
+def _leave_after_the_rank_that_is_shown() -> None:
+    """Ends this rank. All ranks have the same to say, and torchrun ends all when the first ends.
+
+    So the ranks whose output torchrun shows end first.
+    """
+    shown = os.environ.get("LOG_RANK", "0").split(",")
+    if os.environ.get("LOCAL_RANK", "0") not in shown:
+        time.sleep(10)
+    sys.exit(_BAD_SETTING)
+
+
+def main() -> None:
+    """Trains the job that the command line describes."""
+    # TorchTitan's data loader calls it; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    torchtitan.train.ConfigManager = JobReader  # type: ignore[misc]
+    torchtitan.train.main(Trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# All checks: style, types, tests. Sets everything up on the first call.
+# Arguments go to pytest: ./run_tests.sh tests/shampoo_torchtitan -k tokenizer
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+source ./make_venv.sh
+make_venv test
+
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check -q .
+ruff format -q --check .
+mypy --strict shampoo_fsdp
+pytest -q "$@"

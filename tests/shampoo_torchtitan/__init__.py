@@ -1,0 +1,1 @@
+import shampoo_torchtitan  # noqa: F401  before TorchTitan: without a GPU it cannot be imported alone

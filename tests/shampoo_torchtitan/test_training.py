@@ -1,0 +1,209 @@
+"""Whole TorchTitan jobs with Shampoo, on the CPU."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torchtitan.components.metrics
+import torchtitan.components.optimizer
+import torchtitan.models.deepseek_v3
+import torchtitan.models.llama3
+from torchtitan.components.optimizer import OptimizersContainer
+
+import shampoo_torchtitan
+from shampoo_fsdp import Shampoo
+from shampoo_torchtitan import cpu, metrics, optimizer
+from tests.ranks import preload, run_ranks
+from tests.shampoo_torchtitan import jobs
+
+preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
+
+on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+
+
+@dataclasses.dataclass
+class Run:
+    """What a rank saw of a training."""
+
+    optimizer: str
+    logged: list[dict[str, float]]
+    weights: dict[str, torch.Tensor]
+    step: int
+
+
+def _train(job: Path, arguments: list[str]) -> Run:
+    logged = []
+    with mock.patch.object(
+        torchtitan.components.metrics.BaseLogger, "log", lambda self, m, step: logged.append(m)
+    ):
+        trainer = jobs.train(job, *arguments)
+    kind = type(trainer.optimizers.optimizers[0]).__name__
+    return Run(kind, logged, jobs.weights(trainer), trainer.step)
+
+
+def run(n: int, job: Path, *arguments: str) -> list[Run]:
+    return run_ranks(n, _train, init=False, job=job, arguments=list(arguments))
+
+
+def losses(run: Run) -> list[float]:
+    return [m["loss_metrics/global_avg_loss"] for m in run.logged]
+
+
+@on_cpu
+def test_shampoo_learns_and_its_counters_are_summed_over_ranks(tmp_path):
+    job = jobs.write_job(tmp_path)
+    first, second = run(2, job, "--training.steps=12")
+    assert first.optimizer == "Shampoo"
+    assert losses(first)[-1] < losses(first)[0] - 1
+    for name in ("root_refreshes", "failed_roots", "skipped_blocks"):
+        counts = [m[f"shampoo/{name}"] for m in first.logged]
+        assert counts == [m[f"shampoo/{name}"] for m in second.logged]
+        assert counts == sorted(counts)
+    # tiny: 2 layers of 7 matrices, one block of two factors each, every second step from step 2.
+    assert first.logged[-1]["shampoo/root_refreshes"] >= 2 * 7 * 2
+    assert first.logged[-1]["shampoo/failed_roots"] == 0
+
+
+@on_cpu
+def test_adamw_is_titans_own(tmp_path):
+    job = jobs.write_job(tmp_path)
+    (run_,) = run(1, job, "--optimizer.name=AdamW")
+    assert run_.optimizer == "AdamW"
+    assert not any(key.startswith("shampoo") for key in run_.logged[-1])
+
+
+# The sums of gradients round differently on each mesh. Adam makes whole steps of gradients that are
+# nothing but rounding, and so does Shampoo in directions that its first few gradients lack.
+# Clipping always: under DDP, TorchTitan's gradients are smaller by the number of ranks.
+_ROUNDS_LITTLE = [
+    "--optimizer.lr=3e-3",
+    "--optimizer.eps=1e-4",
+    "--optimizer.shampoo.preconditioner_eps=1e-6",
+    "--training.max_norm=0.5",
+]
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "n, mesh",
+    [
+        (2, ["--parallelism.tensor_parallel_degree=2"]),
+        (2, ["--parallelism.data_parallel_replicate_degree=2"]),
+        (4, ["--parallelism.data_parallel_replicate_degree=2"]),
+        (4, ["--parallelism.tensor_parallel_degree=2"]),
+    ],
+    ids=["TP2", "DDP2", "HSDP2x2", "FSDP2xTP2"],
+)
+def test_training_does_not_depend_on_the_mesh(tmp_path, n, mesh):
+    job = jobs.write_job(tmp_path)
+    # The data depend on the data parallel degree: compare with FSDP (or one rank) of the same.
+    data_parallel = n // 2 if "tensor" in mesh[0] else n
+    expected = run(data_parallel, job, *_ROUNDS_LITTLE)[0]
+    found = run(n, job, *_ROUNDS_LITTLE, *mesh)[0]
+    torch.testing.assert_close(losses(found), losses(expected), rtol=1e-5, atol=0)
+    for name in expected.weights:
+        torch.testing.assert_close(
+            found.weights[name], expected.weights[name], rtol=1e-4, atol=1e-5, msg=name
+        )
+
+
+@on_cpu
+def test_a_resumed_job_continues_as_if_never_stopped(tmp_path):
+    job = jobs.write_job(tmp_path)
+    at_once = run(2, job, "--training.steps=6")[0]
+    schedule = ["--checkpoint.enable", "--lr_scheduler.total_steps=6"]
+    run(2, job, *schedule, "--training.steps=3")
+    resumed = run(2, job, *schedule, "--training.steps=6")[0]
+    assert losses(resumed) == losses(at_once)[3:]
+    for name in at_once.weights:
+        assert torch.equal(resumed.weights[name], at_once.weights[name]), name
+
+
+@on_cpu
+def test_a_checkpoint_loads_on_another_mesh(tmp_path):
+    job = jobs.write_job(tmp_path)
+    common = ["--checkpoint.enable", "--checkpoint.exclude_from_loading=dataloader"]
+    saved = run(2, job, *common, "--training.steps=3")[0]
+    on_four = run(4, job, *common, "--training.steps=3", "--parallelism.tensor_parallel_degree=2")
+    for name in saved.weights:
+        assert torch.equal(on_four[0].weights[name], saved.weights[name]), name
+    assert on_four[0].logged == []  # nothing left to train
+    assert run(1, job, *common, "--training.steps=5")[0].step == 5
+
+
+def _config(**changes):
+    values = {
+        "name": "SHAMPOO",
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "implementation": "for-loop",
+        "early_step_in_backward": False,
+    }
+    return SimpleNamespace(**(values | changes))
+
+
+_ONE_RANK = SimpleNamespace(
+    dp_replicate_enabled=False, fsdp_enabled=False, ep_enabled=False, pp_enabled=False
+)
+
+
+def test_every_model_gets_our_builder_however_it_reaches_titans():
+    assert torchtitan.models.llama3.get_train_spec().build_optimizers_fn is (
+        optimizer.build_optimizers
+    )
+    # MoE: through TorchTitan's function that also adds the hook for the experts' bias.
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleDict({"0": torch.nn.Linear(4, 4)})
+    model.layers["0"].moe_enabled = True
+    model.layers["0"].moe = SimpleNamespace(load_balance_coeff=1e-3)
+    build = torchtitan.models.deepseek_v3.get_train_spec().build_optimizers_fn
+    container = build([model], _config(), _ONE_RANK)
+    assert isinstance(container, optimizer.ShampooContainer)
+    assert len(container._optimizer_step_pre_hooks) == 1
+
+
+def test_registering_again_changes_nothing():
+    before = torchtitan.components.metrics.MetricsProcessor
+    shampoo_torchtitan.register()
+    assert torchtitan.components.metrics.MetricsProcessor is before
+    assert torchtitan.components.optimizer.build_optimizers is optimizer.build_optimizers
+    config = _config(name="AdamW")
+    adamw = optimizer.build_optimizers([torch.nn.Linear(2, 2)], config, _ONE_RANK)
+    assert type(adamw) is OptimizersContainer
+
+
+@pytest.mark.parametrize(
+    "changes, ft_manager, said",
+    [
+        ({"early_step_in_backward": True}, None, "early_step_in_backward"),
+        ({}, SimpleNamespace(enabled=True), "TorchFT"),
+    ],
+)
+def test_what_shampoo_cannot_do_is_refused(changes, ft_manager, said):
+    with pytest.raises(ValueError, match=said):
+        optimizer.build_optimizers(
+            [torch.nn.Linear(2, 2)], _config(**changes), _ONE_RANK, ft_manager
+        )
+
+
+def test_names_are_those_of_the_checkpoint():
+    """Activation checkpointing and torch.compile wrap modules, and change the names inside."""
+    model = torch.nn.Module()
+    model._checkpoint_wrapped_module = torch.nn.Module()
+    model._checkpoint_wrapped_module._orig_mod = torch.nn.Module()
+    model._checkpoint_wrapped_module._orig_mod.output = torch.nn.Linear(8, 8, bias=False)
+    with mock.patch.object(optimizer, "Shampoo", wraps=Shampoo) as shampoo:
+        optimizer.build_optimizers([model], _config(), _ONE_RANK)
+    assert [name for name, _ in shampoo.call_args.args[0]] == ["output.weight"]
+
+
+def test_metrics_of_other_optimizers_are_left_alone():
+    processor = object.__new__(metrics.ShampooMetricsProcessor)
+    processor.optimizers = None
+    assert processor._counters() is None

@@ -1,0 +1,24 @@
+"""The README's settings are those that there are."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from shampoo_fsdp import ShampooConfig
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_table_lists_every_setting_with_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.MULTILINE))
+    config = ShampooConfig()
+    assert list(rows) == [field.name for field in dataclasses.fields(ShampooConfig)]
+    for name, default in rows.items():
+        if name != "exclude":
+            assert default.strip("`").replace('"', "'") == repr(getattr(config, name)), name
+
+
+def test_every_file_that_it_names_exists():
+    root = Path(__file__).parents[1]
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", README):
+        assert list(root.glob(f"**/{name}")), name
