@@ -13,11 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 import torchtitan.train
+from torch.distributed.checkpoint import CheckpointException
 from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
 from shampoo_torchtitan import cpu, job_config
 from shampoo_torchtitan.byte_tokenizer import DEFAULT_FOLDER, write_byte_tokenizer
+from shampoo_torchtitan.checkpoint import explain
 
 __all__ = ["JobReader", "Trainer", "main"]
 
@@ -79,9 +81,22 @@ class Trainer(torchtitan.train.Trainer):
         super().train_step(data_iterator)
 
     def train(self) -> None:
-        super().train()
+        try:
+            super().train()
+        except CheckpointException as error:  # on every rank, wherever it happened
+            if self._trained:
+                raise
+            message = f"Cannot load the checkpoint: {self._explain(error)}"
+            print(message, file=sys.stderr, flush=True)
+            _leave_after_the_rank_that_is_shown()
         if dist.get_rank() == 0:
             self._say_where()
+
+    def _explain(self, error: CheckpointException) -> str:
+        settings = self.job_config.checkpoint
+        folder = Path(self.job_config.job.dump_folder, settings.folder)
+        first = settings.initial_load_path if not folder.exists() else None
+        return explain(error, first or str(folder))
 
     def _say_where(self) -> None:
         job, checkpoint, metrics = (

@@ -1,6 +1,8 @@
 """Small TorchTitan jobs for tests, run on the CPU inside the calling process."""
 
 import os
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -8,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shampoo_torchtitan.byte_tokenizer import write_byte_tokenizer
+from shampoo_torchtitan.data import python_source
 from shampoo_torchtitan.train import JobReader, Trainer
 
 TINY_JOB = """
@@ -48,6 +51,15 @@ log_freq = 1
 seed = 0
 """
 
+TINY_JOB_WITH_DEFAULTS = TINY_JOB.replace(
+    """
+[optimizer.shampoo]
+precondition_frequency = 2
+start_preconditioning_step = 2
+""",
+    "",
+).replace("lr = 1e-2", "lr = 3e-3")
+
 
 def write_job(folder: Path, text: str = TINY_JOB) -> Path:
     """Writes a job file, the tokenizer and a few source files that it uses."""
@@ -72,13 +84,40 @@ def make_trainer(job: Path, *arguments: str) -> Trainer:
     return Trainer(read_job(job, *arguments))
 
 
-def train(job: Path, *arguments: str) -> Trainer:
+def train(job: Path, *arguments: str, same_batches: bool = False) -> Trainer:
     """Trains on this rank and closes the job, without TorchTitan's rest at the end."""
     trainer = make_trainer(job, *arguments)
+    if same_batches:
+        give_batches(trainer)
     with mock.patch("time.sleep"):
         trainer.train()
     trainer.close()
     return trainer
+
+
+def give_batches(trainer: Trainer, sequences: int = 8) -> None:
+    """Makes a trainer see the same text on every mesh.
+
+    TorchTitan's data loader hands a rank text that depends on the data parallel degree. Here step s
+    always trains on the same sequences of real text, which the data parallel ranks share.
+    """
+    text = "".join(python_source(sysconfig.get_paths()["stdlib"])["text"][:20])
+    tokens = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8).long()
+    length = trainer.job_config.training.seq_len + 1
+    batch = trainer.parallel_dims.get_optional_mesh("batch")
+    ranks, rank = (batch.size(), batch.get_local_rank()) if batch else (1, 0)
+    mine = slice(rank * sequences // ranks, (rank + 1) * sequences // ranks)
+
+    def batches(dataloader: object) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        while True:
+            generator = torch.Generator().manual_seed(trainer.step)
+            starts = torch.randint(0, len(tokens) - length, (sequences,), generator=generator)
+            taken = torch.stack([tokens[start : start + length] for start in starts])[mine]
+            trainer.metrics_processor.ntokens_since_last_log += taken.numel()
+            trainer.metrics_processor.data_loading_times.append(0.0)
+            yield {"input": taken[:, :-1].contiguous()}, taken[:, 1:].contiguous()
+
+    trainer.batch_generator = batches
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

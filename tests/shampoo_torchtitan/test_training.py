@@ -1,6 +1,8 @@
 """Whole TorchTitan jobs with Shampoo, on the CPU."""
 
+import contextlib
 import dataclasses
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,18 +36,20 @@ class Run:
     step: int
 
 
-def _train(job: Path, arguments: list[str]) -> Run:
+def _train(job: Path, arguments: list[str], same_batches: bool = False) -> Run:
     logged = []
     with mock.patch.object(
         torchtitan.components.metrics.BaseLogger, "log", lambda self, m, step: logged.append(m)
     ):
-        trainer = jobs.train(job, *arguments)
+        trainer = jobs.train(job, *arguments, same_batches=same_batches)
     kind = type(trainer.optimizers.optimizers[0]).__name__
     return Run(kind, logged, jobs.weights(trainer), trainer.step)
 
 
-def run(n: int, job: Path, *arguments: str) -> list[Run]:
-    return run_ranks(n, _train, init=False, job=job, arguments=list(arguments))
+def run(n: int, job: Path, *arguments: str, same_batches: bool = False) -> list[Run]:
+    return run_ranks(
+        n, _train, init=False, job=job, arguments=list(arguments), same_batches=same_batches
+    )
 
 
 def losses(run: Run) -> list[float]:
@@ -132,6 +136,71 @@ def test_a_checkpoint_loads_on_another_mesh(tmp_path):
         assert torch.equal(on_four[0].weights[name], saved.weights[name]), name
     assert on_four[0].logged == []  # nothing left to train
     assert run(1, job, *common, "--training.steps=5")[0].step == 5
+
+
+@on_cpu
+def test_a_run_saved_on_two_ranks_goes_on_alike_on_any_mesh(tmp_path):
+    """With Shampoo's own defaults."""
+    job = jobs.write_job(tmp_path, jobs.TINY_JOB_WITH_DEFAULTS)
+    saving = ["--checkpoint.enable", "--checkpoint.async_mode=async"]
+    saving += ["--checkpoint.interval=10", "--checkpoint.keep_latest_k=0"]
+    at_once = run(2, job, *saving, "--training.steps=20", same_batches=True)[0]
+    saved = tmp_path / "checkpoint" / "step-10"
+    meshes = {
+        "2": (2, []),
+        "4": (4, []),
+        "1": (1, []),
+        "FSDP2xTP2": (4, ["--parallelism.tensor_parallel_degree=2"]),
+    }
+    for name, (ranks, mesh) in meshes.items():
+        resuming = [f"--checkpoint.folder=on-{name}", f"--checkpoint.initial_load_path={saved}"]
+        resuming += ["--checkpoint.enable", "--checkpoint.no-initial_load_model_only"]
+        resuming += ["--checkpoint.exclude_from_loading=dataloader", "--training.steps=20"]
+        resumed = run(ranks, job, *resuming, *mesh, same_batches=True)[0]
+        assert len(losses(resumed)) == 10
+        assert losses(resumed) == pytest.approx(losses(at_once)[10:], rel=5e-5), name
+
+
+def _refusal(job: Path, arguments: list[str]) -> tuple[object, str]:
+    """Exit code and what is said by a job that cannot go on."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed, pytest.raises(SystemExit) as exit:
+        jobs.train(job, *arguments)
+    lines = printed.getvalue().splitlines()
+    (said,) = [line for line in lines if line.startswith("Cannot load the checkpoint")]
+    return exit.value.code, said
+
+
+def _tear(folder: Path) -> None:
+    file = max(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _lose(folder: Path) -> None:
+    max(folder.glob("*.distcp")).unlink()
+
+
+@on_cpu
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOG_RANK", "0,1")  # no rank waits for the one that is shown
+    job = jobs.write_job(tmp_path)
+    run(2, job, "--checkpoint.enable", "--training.steps=2")
+    resuming = ["--checkpoint.enable", "--training.steps=4"]
+
+    def refusals(*arguments: str) -> list[tuple[object, str]]:
+        arguments = [*resuming, *arguments]
+        return run_ranks(2, _refusal, init=False, job=job, arguments=arguments)
+
+    for code, said in refusals("--optimizer.shampoo.max_preconditioner_dim=32"):
+        assert code == 2
+        assert "optimizer.shampoo.max_preconditioner_dim = 1024, but the job says 32" in said
+    for _, said in refusals("--optimizer.shampoo.exclude=a_name_that_no_parameter_has"):
+        assert "optimizer.shampoo.exclude" in said
+    step_2 = tmp_path / "checkpoint" / "step-2"
+    for damage in (_tear, _lose):
+        damage(step_2)
+        for _, said in refusals():
+            assert "damaged or incomplete" in said and str(step_2.parent) in said
+            assert "--checkpoint.load_step" in said
 
 
 def _config(**changes):
