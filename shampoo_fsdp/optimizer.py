@@ -109,7 +109,7 @@ class Shampoo(torch.optim.Optimizer):
         self._excluded: list[int] = []
         specs = {}
         for i, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
-            if is_preconditioned(name, parameter, self.config):
+            if is_preconditioned(name, parameter.shape, self.config):
                 specs[i] = describe(name, parameter, replicas)
                 sharing[tuple(sorted(specs[i].ranks))].append(i)
             else:
@@ -152,7 +152,8 @@ class Shampoo(torch.optim.Optimizer):
         """Update the parameters that have a gradient.
 
         Every rank of a mesh must call it. A block whose gradient has a non-finite entry is left
-        as it is, and counted (see :meth:`counters`).
+        as it is, and counted (see :meth:`counters`); in the gradients of parameters that are not
+        preconditioned, such entries are set to zero.
 
         Raises:
             ValueError: names a parameter whose gradient is sparse; nothing has been changed then.
@@ -167,7 +168,11 @@ class Shampoo(torch.optim.Optimizer):
         for team in self._teams:
             team_gradients = [gradients[i] for i in team.indices]
             team.exchange.gather(
-                [None if g is None else team.in_view(p, g) for p, g in enumerate(team_gradients)]
+                [
+                    # Unlike a parameter's shard, a gradient may be copied, if it is not dense.
+                    None if g is None else g.reshape(team.plan.shard_shapes[p])
+                    for p, g in enumerate(team_gradients)
+                ]
             )
             self._precondition(team, team_gradients)
             self._apply(team, team_gradients, team.exchange.scatter())

@@ -10,8 +10,9 @@ __all__ = ["inverse_root_eigh"]
 def inverse_root_eigh(matrices: Tensor, exponent: float, eps: float) -> Tensor:
     """(A + eps I)^exponent of each matrix A, by its eigendecomposition.
 
-    Shi et al. 2023 (arXiv 2309.06497), section 3.2.1, with negative eigenvalues, which only
-    rounding can have made, clamped to zero before the ridge is added.
+    Shi et al. 2023 (arXiv 2309.06497), section 3.2.1. Before the ridge is added, eigenvalues are
+    raised to the largest one times the resolution of fp32: what is below is rounding, negative or
+    not, differs from mesh to mesh, and its inverse root would make it count.
 
     Never raises for a bad matrix: a stack that fails is decomposed again in fp64, then matrix by
     matrix.
@@ -27,7 +28,8 @@ def inverse_root_eigh(matrices: Tensor, exponent: float, eps: float) -> Tensor:
     finite = matrices.sum((1, 2)).isfinite().view(-1, 1, 1)
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     eigenvalues, vectors = _eigh(torch.where(finite, matrices, identity))
-    powers = eigenvalues.clamp_min_(0.0).add_(eps).pow_(exponent)
+    floor = eigenvalues[:, -1:].clamp_min(0.0) * torch.finfo(matrices.dtype).eps
+    powers = torch.maximum(eigenvalues, floor).add_(eps).pow_(exponent)
     roots = (vectors * powers.unsqueeze(-2)) @ vectors.mT
     return torch.where(finite, roots, torch.nan)
 

@@ -50,7 +50,10 @@ def block_slices(shape: tuple[int, ...], cap: int) -> dict[tuple[int, ...], tupl
 
 
 def inverse_root(factor: Tensor, order: int, preconditioner_eps: float) -> Tensor:
-    """Return (factor + eps I)^(-1/(2 order)), negative eigenvalues set to 0 before.
+    """Return (factor + eps I)^(-1/(2 order)).
+
+    Before, eigenvalues are raised to the largest one times the resolution of fp32, in which the
+    optimizer keeps its factors: it cannot know what is below.
 
     The exponent is that of Gupta et al. 2018, Algorithm 2: a tensor of order k has k factors, each
     to the power -1/(2k); for matrices (Algorithm 1) -1/4.
@@ -58,7 +61,8 @@ def inverse_root(factor: Tensor, order: int, preconditioner_eps: float) -> Tenso
     eigenvalues: Tensor
     eigenvectors: Tensor
     eigenvalues, eigenvectors = torch.linalg.eigh(factor)
-    eigenvalues = eigenvalues.clamp(min=0) + preconditioner_eps
+    floor = eigenvalues.max().clamp(min=0) * 2**-23
+    eigenvalues = eigenvalues.clamp(min=floor) + preconditioner_eps
     return eigenvectors @ torch.diag(eigenvalues ** (-1 / (2 * order))) @ eigenvectors.T
 
 

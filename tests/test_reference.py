@@ -70,9 +70,10 @@ def test_inverse_root_is_undone_by_its_power(order: int) -> None:
     torch.testing.assert_close(power @ (factor + ridge), torch.eye(5, dtype=torch.float64))
 
 
-def test_inverse_root_clamps_negative_eigenvalues() -> None:
-    root = inverse_root(torch.diag(torch.tensor([-5.0, 16.0], dtype=torch.float64)), 2, 1e-8)
-    torch.testing.assert_close(root, torch.diag(torch.tensor([100.0, 0.5], dtype=torch.float64)))
+def test_inverse_root_raises_eigenvalues_to_the_resolution_of_fp32() -> None:
+    root = inverse_root(torch.diag(torch.tensor([-5.0, 16.0], dtype=torch.float64)), 2, 1e-12)
+    least = (16 * 2**-23 + 1e-12) ** -0.25
+    torch.testing.assert_close(root, torch.diag(torch.tensor([least, 0.5], dtype=torch.float64)))
 
 
 def test_precondition_multiplies_each_dimension() -> None:

@@ -23,11 +23,26 @@ def test_the_root_is_the_inverse_root(exponent, condition):
     assert error.max() / 24**0.5 < 1e-6 * condition
 
 
-def test_the_ridge_is_added_after_negative_eigenvalues_were_clamped():
+def test_the_ridge_is_added_after_eigenvalues_were_raised_to_the_resolution():
     matrix = torch.diag(torch.tensor([4.0, 0.0, -1e-3])).unsqueeze(0)
     root = inverse_root_eigh(matrix, -0.25, 1e-4)
-    expected = torch.diag(torch.tensor([4.0 + 1e-4, 1e-4, 1e-4]) ** -0.25)
+    least = 4.0 * 2.0**-23 + 1e-4
+    expected = torch.diag(torch.tensor([4.0 + 1e-4, least, least]) ** -0.25)
     torch.testing.assert_close(root[0], expected)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_rounding_in_a_matrix_that_lacks_rank_is_not_amplified_without_bound(scale):
+    """The root of what is missing is at most resolution^exponent that of the largest value."""
+    torch.manual_seed(0)
+    matrices = stack_with_spectrum(torch.tensor([1.0] * 4 + [0.0] * 20)).float() * scale
+    values = torch.linalg.eigvalsh(inverse_root_eigh(matrices, -0.25, 1e-38).double())
+    assert values.max() / values.min() <= 1.01 * 2.0 ** (23 / 4)
+
+
+def test_a_matrix_of_zeros_has_the_root_of_the_ridge():
+    root = inverse_root_eigh(torch.zeros(2, 3, 3), -0.5, 1e-12)
+    torch.testing.assert_close(root, 1e6 * torch.eye(3).expand(2, 3, 3))
 
 
 def test_a_bad_matrix_spoils_no_other():
