@@ -8,6 +8,8 @@ from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
+from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
+from torchtitan.models.moe import MoEArgs
 
 from shampoo_torchtitan.byte_tokenizer import write_byte_tokenizer
 from shampoo_torchtitan.data import python_source
@@ -59,6 +61,26 @@ start_preconditioning_step = 2
 """,
     "",
 ).replace("lr = 1e-2", "lr = 3e-3")
+
+
+# A MoE model small enough for the CPU.
+deepseekv3_args.setdefault(
+    "tiny",
+    DeepSeekV3ModelArgs(
+        vocab_size=260,
+        dim=32,
+        inter_dim=64,
+        moe_inter_dim=24,
+        n_layers=3,
+        n_dense_layers=1,
+        n_heads=4,
+        moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=2),
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
+)
 
 
 def write_job(folder: Path, text: str = TINY_JOB) -> Path:

@@ -1,0 +1,118 @@
+"""Every mesh that TorchTitan builds from a job's settings gives the update of one process."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shampoo_torchtitan import cpu
+from tests.models import deterministic_gradients, local_part, set_gradients
+from tests.ranks import preload, run_ranks
+from tests.shampoo_torchtitan import jobs
+
+preload("shampoo_torchtitan.train", "torchtitan.models.llama3", "torchtitan.models.deepseek_v3")
+
+on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+
+STEPS = 10
+SETTINGS = [
+    "--optimizer.lr=1e-2",
+    "--optimizer.shampoo.max_preconditioner_dim=32",
+    "--optimizer.shampoo.precondition_frequency=3",
+    "--optimizer.shampoo.start_preconditioning_step=3",
+]
+
+
+def degrees(**sizes: int) -> list[str]:
+    return [f"--parallelism.{name}_degree={size}" for name, size in sizes.items()]
+
+
+DP, REPLICAS, TP, PP = (
+    "data_parallel_shard", "data_parallel_replicate", "tensor_parallel", "pipeline_parallel",
+)  # fmt: skip
+EP, ETP = "expert_parallel", "expert_tensor_parallel"
+DENSE = {
+    "FSDP2": (2, {}),
+    "FSDP4": (4, {}),
+    "HSDP2x2": (4, {REPLICAS: 2}),
+    "TP2xFSDP2": (4, {TP: 2}),
+    "TP4": (4, {TP: 4}),
+    "DDP4": (4, {REPLICAS: 4, DP: 1}),
+    "PP2": (2, {PP: 2}),
+    "PP2xFSDP2": (4, {PP: 2}),
+    "PP2xTP2": (4, {PP: 2, TP: 2}),
+}
+EXPERTS = {
+    "FSDP2": (2, {}),
+    "EP2": (2, {EP: 2}),
+    "EP2xFSDP2": (4, {EP: 2}),
+    "EP4": (4, {EP: 4}),
+    "EP2xETP2": (4, {TP: 2, EP: 2, ETP: 2}),
+    "EP4, TP2": (4, {TP: 2, EP: 4}),
+    "HSDP2x2, EP2": (4, {REPLICAS: 2, EP: 2}),
+    "PP2xEP2": (4, {PP: 2, EP: 2}),
+}
+
+
+def given_steps(job: Path, arguments: list[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """This rank's parameters, whole, after steps with given gradients; the kinds of placement."""
+    trainer = jobs.make_trainer(job, *arguments)
+    parts = trainer.model_parts
+    for part in parts:  # TorchTitan draws other weights for each pipeline stage
+        values = deterministic_gradients(part, -1)
+        with torch.no_grad():
+            for name, p in part.named_parameters():
+                value = local_part(values[name], p) if isinstance(p, DTensor) else values[name]
+                (p.to_local() if isinstance(p, DTensor) else p).copy_(value)
+    for step in range(STEPS):
+        for part in parts:
+            set_gradients(part, deterministic_gradients(part, step))
+        trainer.optimizers.step()
+    parameters = dict(itertools.chain(*(part.named_parameters() for part in parts)))
+    placements = {str(p.placements) for p in parameters.values() if isinstance(p, DTensor)}
+    whole = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in parameters.items()
+    }
+    trainer.close()
+    return whole, placements
+
+
+def after_given_steps(n: int, job: Path, *arguments: str) -> tuple[dict[str, Tensor], set[str]]:
+    """The parameters of all ranks' stages; every rank must agree on those that it has."""
+    results = run_ranks(
+        n, given_steps, init=False, job=job, arguments=[*SETTINGS, *arguments], timeout=180
+    )
+    together: dict[str, Tensor] = {}
+    for parameters, _ in results:
+        for name, value in parameters.items():
+            assert torch.equal(together.setdefault(name, value), value), name
+    return together, set().union(*(placements for _, placements in results))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process reaches, by model."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        model: after_given_steps(1, jobs.write_job(folder), f"--model.name={model}")[0]
+        for model in ("llama3", "deepseek_v3")
+    }
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [("llama3", mesh) for mesh in DENSE] + [("deepseek_v3", mesh) for mesh in EXPERTS],
+)
+def test_the_update_is_that_of_one_process(tmp_path, alone, model, mesh):
+    n, sizes = (DENSE if model == "llama3" else EXPERTS)[mesh]
+    arguments = [f"--model.name={model}", *degrees(**sizes)]
+    found, placements = after_given_steps(n, jobs.write_job(tmp_path), *arguments)
+    assert found.keys() == alone[model].keys()
+    for name, expected in alone[model].items():
+        difference = (found[name] - expected).norm() / expected.norm()
+        assert difference <= 1e-5, (name, placements)

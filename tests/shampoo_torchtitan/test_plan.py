@@ -1,0 +1,140 @@
+"""The plan of a job, made without running it, is the one that the job makes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.model_shapes import model_specs
+from shampoo_fsdp.planner import make_plan
+from shampoo_torchtitan import cpu
+from shampoo_torchtitan.plan import job_report, job_specs, main, read_job
+from tests.ranks import preload, run_ranks
+from tests.shampoo_torchtitan import jobs
+
+preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
+
+on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+
+
+def specs_of(world_size: int, model: str, flavor: str, *settings: str, **degrees: int):
+    arguments = [f"--model.name={model}", f"--model.flavor={flavor}", *settings]
+    arguments += [f"--parallelism.{name}_degree={n}" for name, n in degrees.items()]
+    return job_specs(read_job(arguments), world_size)
+
+
+@pytest.mark.parametrize(
+    ("built_in", "mesh", "model", "flavor", "degrees"),
+    [
+        ("llama3-8b", {"dp_shard": 64}, "llama3", "8B", {}),
+        ("llama3-8b", {"dp_shard": 8, "tp": 4}, "llama3", "8B", {"tensor_parallel": 4}),
+        (
+            "llama3-8b",
+            {"dp_replicate": 2, "dp_shard": 8},
+            "llama3",
+            "8B",
+            {"data_parallel_replicate": 2},
+        ),
+        (
+            "deepseek-v3-like",
+            {"dp_shard": 64, "ep": 32},
+            "deepseek_v3",
+            "671B",
+            {"expert_parallel": 32},
+        ),
+    ],
+)
+def test_the_built_in_models_are_laid_out_as_torchtitan_does(
+    built_in, mesh, model, flavor, degrees
+):
+    ranks = len(model_specs(built_in, mesh)[0].ranks)
+    (theirs,) = specs_of(ranks, model, flavor, **degrees)
+    ours = {spec.name: spec for spec in model_specs(built_in, mesh)}
+    matrices = {spec.name: spec for spec in theirs if len(spec.shape) > 1}
+    assert matrices == {name: spec for name, spec in ours.items() if len(spec.shape) > 1}
+
+
+def fingerprint_of_training(job: Path, arguments: list[str]) -> str:
+    trainer = jobs.make_trainer(job, *arguments)
+    (optimizer,) = trainer.optimizers.optimizers
+    (team,) = optimizer._teams
+    return team.plan.fingerprint
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        [],
+        ["--parallelism.tensor_parallel_degree", "2"],
+        [
+            *("--parallelism.data_parallel_replicate_degree", "4"),
+            *("--parallelism.data_parallel_shard_degree", "1"),
+        ],
+    ],
+)
+def test_a_job_makes_the_plan_that_was_shown(tmp_path, degrees):
+    job = jobs.write_job(tmp_path)
+    of_ranks = run_ranks(4, fingerprint_of_training, init=False, job=job, arguments=degrees)
+    config = read_job(["--job.config_file", str(job), *degrees])
+    (specs,) = job_specs(config, 4)
+    settings = config.optimizer.shampoo
+    assert settings.precondition_frequency == 2  # the job's own
+    chosen = [s for s in specs if len(s.shape) == 2 and "layers" in s.name]
+    assert set(of_ranks) == {make_plan(chosen, settings, 0).fingerprint}
+
+
+def test_each_part_of_a_pipeline_has_its_own_ranks_and_layers():
+    schedule = "--parallelism.pipeline_parallel_schedule=Interleaved1F1B"
+    degrees = {"pipeline_parallel": 2, "tensor_parallel": 2}
+    parts = specs_of(8, "llama3", "debugmodel", schedule, **degrees)
+    assert len(parts) == 4  # two of each rank
+    whole = {spec.name: spec.shape for spec in specs_of(1, "llama3", "debugmodel")[0]}
+    of_parts = [(spec.name, spec.shape) for part in parts for spec in part]
+    assert sorted(of_parts) == sorted(whole.items())
+    ranks = [{spec.ranks for spec in part if len(spec.shape) > 1} for part in parts]
+    assert ranks == [{(0, 1, 2, 3)}] * 2 + [{(4, 5, 6, 7)}] * 2
+
+
+def test_settings_of_the_command_line_reach_the_plan():
+    config = read_job(
+        [
+            *("--model.name", "llama3", "--model.flavor", "8B"),
+            *("--optimizer.name", "shampoo"),
+            *("--optimizer.shampoo.max_preconditioner_dim", "2048"),
+        ]
+    )
+    report = job_report(config, 16)
+    assert report.settings == ShampooConfig(max_preconditioner_dim=2048)
+    assert report.title == "llama3 8B on 16 ranks (dp_shard=16)"
+    assert max(report.blocks_by_shape) == (2048, 2048)
+
+
+def test_the_command_reads_a_job_file(capsys):
+    job = Path(__file__).parents[2] / "configs" / "llama3_8b.toml"
+    assert main(["--job.config_file", str(job), "--world-size", "16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ranks"] == 16
+    assert report["imbalance"]["gflop_per_step"] <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--world-size 7 --parallelism.tensor_parallel_degree 2", "WORLD_SIZE(7)"),
+        ("--world-size 0", "--world-size is 0"),
+        ("--world-size 4 --model.flavor 9B", "model.flavor = '9B'"),
+        ("--world-size 4 --job.config_file missing.toml", "missing.toml"),
+        (
+            "--world-size 4 --model.flavor 8B --optimizer.shampoo.memory_cap 1",
+            "39.0 GiB would fit",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, arguments, message):
+    assert main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
