@@ -41,7 +41,8 @@ def run_job(optimizer: str, lr: float, arguments: list[str]) -> tuple[str, str, 
         raise SystemExit(f"{' '.join(command)}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     log = _COLOR.sub("", run.stdout + run.stderr)
     validation = _VALIDATION.findall(log)[-1]
-    steps = [found for line in log.splitlines() for found in _TRAINING.findall(line)]
+    training = "\n".join(line for line in log.splitlines() if "validate" not in line)
+    steps = _TRAINING.findall(training)
     step, loss, _ = steps[-1]
     # The second half: the grafted method alone runs first, and the first steps warm up.
     rates = [float(tps.replace(",", "")) for _, _, tps in steps[len(steps) // 2 :]]

@@ -32,11 +32,18 @@ class AdamGrafting:
         decay = torch.where(usable, beta2, 1.0)
         self.exp_avg_sq.mul_(decay).addcmul_(gradient, gradient, value=1.0 - beta2)
 
-    def step(self, exp_avg: Tensor, correction2: float | Tensor, eps: float) -> Tensor:
-        """M / (sqrt(A / correction2) + eps), [B, ...]: Adam's step but for the bias correction of
-        its momentum M."""
-        denominator = self.exp_avg_sq.div(correction2).sqrt_().add_(eps)
-        return torch.div(exp_avg, denominator, out=denominator)
+    def step(
+        self,
+        exp_avg: Tensor,
+        correction1: float | Tensor,
+        correction2: float | Tensor,
+        eps: float,
+    ) -> tuple[Tensor, float | Tensor]:
+        """Adam's step M / correction1 / (sqrt(A / correction2) + eps), as a tensor [B, ...] and a
+        factor that it still has to be multiplied by; corrections are numbers or [B, 1, ...]."""
+        root = correction2**0.5
+        denominator = self.exp_avg_sq.sqrt().add_(eps * root)
+        return torch.div(exp_avg, denominator, out=denominator), root / correction1
 
 
 def adamw_step(

@@ -66,31 +66,33 @@ class BlockStack:
         usable = (largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)  # [B]
         self._count_skipped(usable, active)
         each = usable.view(-1, *(1 for _ in inner))  # [B, 1, ...]
-        gradient.masked_fill_(each.logical_not(), 0.0)
+        gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.where(each, 1.0, 0.0))
 
         self.preconditioner.update_factors(gradient, usable, beta2)
-        self.exp_avg.mul_(torch.where(each, beta1, 1.0)).add_(gradient, alpha=1.0 - beta1)
+        self.exp_avg.lerp_(gradient, torch.where(each, 1.0 - beta1, 0.0))
         self.grafting.update(gradient, each, grafting_beta2)
 
         self._refresh(steps, active, beta2)
 
-        correction1 = self._correction(beta1, steps, gradient.ndim)
-        graft = self.grafting.step(
-            self.exp_avg, self._correction(grafting_beta2, steps, gradient.ndim), eps
+        graft, factor = self.grafting.step(
+            self.exp_avg,
+            self._correction(beta1, steps, gradient.ndim),
+            self._correction(grafting_beta2, steps, gradient.ndim),
+            eps,
         )
         warm = [step >= config.first_preconditioned_step for step in steps]
         if any(warm):
             direction = self.preconditioner.precondition(self.exp_avg)
             graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True)
             norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
-            scale = torch.where((norm > 0.0) & each, graft_norm / (norm * correction1), 0.0)
+            scale = torch.where((norm > 0.0) & each, graft_norm * factor / norm, 0.0)
             torch.mul(direction, scale, out=gradient)
             if all(warm):
                 return
             cold = self._host_mask(warm).logical_not_().view_as(each)
-            torch.where(cold & each, graft / correction1, gradient, out=gradient)
+            torch.where(cold & each, graft * factor, gradient, out=gradient)
         else:
-            torch.mul(graft, torch.where(each, 1.0, 0.0) / correction1, out=gradient)
+            torch.mul(graft, torch.where(each, 1.0, 0.0) * factor, out=gradient)
 
     def _refresh(self, steps: Sequence[int], active: Sequence[bool], beta2: float) -> None:
         due = self._due(steps, active)
