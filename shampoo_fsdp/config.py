@@ -68,6 +68,28 @@ class ShampooConfig:
     communication_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients travel to a block's owner and updates travel back."""
 
+    memory_cap: float | None = None
+    """GiB of state of blocks that a rank may own, for each set of parameters that share their
+    ranks. Default: no cap."""
+
+    owner_scope: Literal["all", "shard", "auto"] = "all"
+    """Where the owners of a block may be. 'all': on all ranks of the parameter, so that replicas
+    share the work; 'shard': within each replica, so that every replica repeats the work of all
+    blocks and nothing is sent between replicas; 'auto': whichever takes less time by the model
+    that the next settings describe."""
+
+    ranks_per_node: int = 8
+    """Ranks with a fast connection: r and s are on one node if r // ranks_per_node is equal."""
+
+    intra_node_bandwidth: float = 300.0
+    """GB/s that a rank sends within its node; for owner_scope = 'auto'."""
+
+    inter_node_bandwidth: float = 40.0
+    """GB/s that a rank sends to other nodes; for owner_scope = 'auto'."""
+
+    device_tflops: float = 40.0
+    """TFLOP/s of a rank in fp32 matrix products; for owner_scope = 'auto'."""
+
     def __post_init__(self) -> None:
         for name, annotation in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), annotation)
@@ -79,6 +101,11 @@ class ShampooConfig:
             _refuse("grafting_beta2", self.grafting_beta2, "0 <= grafting_beta2 < 1")
         if not (math.isfinite(self.preconditioner_eps) and self.preconditioner_eps > 0.0):
             _refuse("preconditioner_eps", self.preconditioner_eps, "a positive number")
+        _check_at_least("ranks_per_node", self.ranks_per_node, 1)
+        positive = ("intra_node_bandwidth", "inter_node_bandwidth", "device_tflops")
+        for name in (*positive, *(() if self.memory_cap is None else ("memory_cap",))):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
+                _refuse(name, getattr(self, name), "a positive number")
         for pattern in self.exclude:
             try:
                 re.compile(pattern)

@@ -1,5 +1,6 @@
 """What the optimizer is given: names, shards and meshes of parameters, and the ranks they share."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -77,12 +78,12 @@ def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None
             )
 
 
-def is_preconditioned(name: str, parameter: Tensor, config: ShampooConfig) -> bool:
+def is_preconditioned(name: str, shape: Sequence[int], config: ShampooConfig) -> bool:
     """Whether Shampoo preconditions a parameter; the grafted method alone updates it otherwise."""
     least_order = 1 if config.precondition_1d else 2
     return (
-        parameter.ndim >= least_order
-        and parameter.numel() > 0
+        len(shape) >= least_order
+        and math.prod(shape) > 0
         and not any(re.search(pattern, name) for pattern in config.exclude)
     )
 
@@ -120,12 +121,15 @@ def process_group(
         return None
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    for parameter in parameters:
-        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
-            return parameter.device_mesh.get_group()
+    # Not a set: every rank must find the same one first.
+    meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
+    if isinstance(replicas, DeviceMesh):
+        meshes[replicas] = None
+    groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
     if isinstance(replicas, dist.ProcessGroup):
-        return replicas
-    if isinstance(replicas, DeviceMesh) and replicas.ndim == 1:
-        return replicas.get_group()
+        groups.append(replicas)
+    for existing in groups:
+        if tuple(dist.get_process_group_ranks(existing)) == ranks:
+            return existing
     group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
     return group

@@ -6,47 +6,23 @@ part that concerns itself: the blocks it owns and the pieces it sends or receive
 """
 
 import bisect
-import functools
 import hashlib
-import heapq
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.placement_types import Placement
-
-from shampoo_fsdp.blocks import BlockGrid, Rectangle, make_grid, refresh_phase, view_dims
+from shampoo_fsdp.assignment import choose_owners
+from shampoo_fsdp.blocks import BlockGrid, Rectangle, refresh_phase
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.layout import UnsupportedPlacement, shard_rectangle, view_rectangle
+from shampoo_fsdp.cost import block_flops, modelled_seconds, state_elements
+from shampoo_fsdp.owner_scope import first_replica, replica_of_rank
+from shampoo_fsdp.shard_map import ParameterSpec, ShardMap, Site, shape_of, shard_maps, volume
 
 __all__ = ["OwnedBlock", "ParameterSpec", "Plan", "Slices", "Transfer", "make_plan"]
 
-# One n x n symmetric eigendecomposition with its inverse root takes as long as a matrix product
-# of this many FLOPs times n^3 (fp32, LAPACK syevd against GEMM, n = 128 to 1024).
-_ROOT_FLOPS = 50.0
-
-# How far above the mean a rank's work may come for the sake of keeping a block where it lies.
-_LOCALITY_SLACK = 0.03
-
 Slices = tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """What the planner knows of a parameter.
-
-    `ranks` are the global ranks of its mesh in row-major order, `placements` one per dimension of
-    `mesh_shape`. A plain tensor has one rank, or is replicated on a mesh of one dimension.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-    mesh_shape: tuple[int, ...]
-    placements: tuple[Placement, ...]
 
 
 @dataclass(frozen=True)
@@ -90,8 +66,10 @@ class Transfer:
 class Plan:
     """One rank's part of the plan, and the balance of the whole."""
 
+    owner_scope: str
+    """'all' if the blocks are spread over all ranks, 'shard' if over those of one replica."""
     ranks: tuple[int, ...]
-    """All ranks that share the blocks, ascending."""
+    """The ranks that share the blocks, ascending."""
     grids: tuple[BlockGrid, ...]
     shard_shapes: tuple[tuple[int, ...], ...]
     """For each parameter the shape of this rank's shard in the parameter's view."""
@@ -106,12 +84,21 @@ class Plan:
     """Pieces of owned blocks that other ranks hold, by peer."""
     scatter_in: tuple[Transfer, ...]
     """Pieces of this rank's shards that other ranks own, by peer."""
+    owned: tuple[int, ...]
+    """For each rank the number of its blocks."""
+    refreshed: tuple[int, ...]
+    """For each phase the number of blocks, of all ranks, that are refreshed on its steps."""
     load: tuple[float, ...]
     """For each rank FLOPs per step, with a share of 1 / frequency of its roots."""
     phase_load: tuple[tuple[float, ...], ...]
     """For each rank and phase the FLOPs of a step of that phase."""
     elements_sent: tuple[int, ...]
     """For each rank the numbers it sends per step, gradients and updates."""
+    elements_across: tuple[int, ...]
+    """Of these the ones that go to another node."""
+    least_elements_sent: int
+    """What all ranks together would send if each block were owned by a rank that holds most of
+    it, whatever the work of that rank."""
     state_elements: tuple[int, ...]
     """For each rank the numbers it keeps as state of its blocks."""
     fingerprint: str
@@ -122,273 +109,225 @@ def make_plan(parameters: Sequence[ParameterSpec], config: ShampooConfig, rank: 
     """Plan the blocks of parameters that live on the same ranks, as seen by one of them.
 
     Raises:
-        ValueError: names the parameter whose placement is not supported.
+        ValueError: names the parameter whose placement is not supported, or says what
+            memory_cap would fit.
     """
+    scope = _scope(parameters, config)
+    if scope == "shard":
+        parameters = replica_of_rank(parameters, rank)
     ranks = tuple(sorted(parameters[0].ranks))
-    maps = [_shard_map(p, config) for p in parameters]
-    blocks = [
-        (parameter, index)
-        for parameter, shard_map in enumerate(maps)
-        for index in range(len(shard_map.grid))
-    ]
-    owners = _Assignment(parameters, maps, blocks, ranks, config)
-    owners.assign()
-    return _plan_of_rank(parameters, maps, blocks, owners, ranks, rank, config)
-
-
-class _ShardMap:
-    """The grid of a parameter and who holds which piece of its blocks.
-
-    Parameters of one shape and placement share one map, so that planning costs little more for a
-    hundred layers than for one.
-    """
-
-    def __init__(self, parameter: ParameterSpec, config: ShampooConfig) -> None:
-        shape, mesh_shape = parameter.shape, parameter.mesh_shape
-        dims, _ = view_dims(shape, config.batched_3d)
-        self.shard_of: dict[int, Rectangle] = {}
-        self.replica_of: dict[int, tuple[int, ...]] = {}
-        holders: dict[Rectangle, list[int]] = defaultdict(list)
-        coordinates = itertools.product(*map(range, mesh_shape))
-        for rank, coordinate in zip(parameter.ranks, coordinates, strict=True):
-            shard = shard_rectangle(shape, mesh_shape, parameter.placements, coordinate)
-            rectangle = view_rectangle(shard, shape, dims)
-            self.shard_of[rank] = rectangle
-            self.replica_of[rank] = tuple(
-                c
-                for c, p in zip(coordinate, parameter.placements, strict=True)
-                if isinstance(p, Replicate)
-            )
-            if _volume(rectangle):
-                holders[rectangle].append(rank)
-        self.holders = {rectangle: tuple(held_by) for rectangle, held_by in holders.items()}
-        self.intervals = [sorted({r[d] for r in self.holders}) for d in range(len(dims))]
-        borders = [sorted(set(itertools.chain(*pairs))) for pairs in self.intervals]
-        self.grid = make_grid(shape, config, borders if config.block_alignment == "shard" else ())
-        self.rectangles = [self.grid.rectangle(c) for c in self.grid.coordinates()]
-        self.shapes = [self.grid.block_shape(c) for c in self.grid.coordinates()]
-        self.pieces = [list(self._pieces(rectangle)) for rectangle in self.rectangles]
-
-    def _pieces(self, block: Rectangle) -> Iterator[tuple[Rectangle, tuple[int, ...]]]:
-        """The parts of a block that lie in one shard each, with the ranks that hold the shard."""
-        overlapping = []
-        for (start, stop), intervals in zip(block, self.intervals, strict=True):
-            # Intervals of one dimension are disjoint and sorted.
-            first = bisect.bisect_right(intervals, start, key=lambda interval: interval[1])
-            last = bisect.bisect_left(intervals, stop, key=lambda interval: interval[0])
-            overlapping.append(intervals[first:last])
-        for shard in itertools.product(*overlapping):
-            ranks = self.holders.get(shard)
-            if ranks is not None:
-                yield _intersection(block, shard), ranks
-
-
-def _shard_map(parameter: ParameterSpec, config: ShampooConfig) -> _ShardMap:
-    try:
-        return _cached_shard_map(
-            parameter.shape, parameter.ranks, parameter.mesh_shape, parameter.placements,
-            config.max_preconditioner_dim, config.block_alignment, config.batched_3d,
-        )  # fmt: skip
-    except UnsupportedPlacement as error:
-        raise ValueError(f"parameter '{parameter.name}' cannot be planned: {error}.") from None
-
-
-@functools.lru_cache(maxsize=512)
-def _cached_shard_map(
-    shape: tuple[int, ...],
-    ranks: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    cap: int,
-    alignment: str,
-    batched_3d: bool,
-) -> _ShardMap:
-    geometry = ShampooConfig(
-        max_preconditioner_dim=cap,
-        block_alignment="shard" if alignment == "shard" else "logical",
-        batched_3d=batched_3d,
-    )
-    return _ShardMap(ParameterSpec("", shape, ranks, mesh_shape, placements), geometry)
-
-
-class _Assignment:
-    """Chooses owners: longest processing time first, within each refresh phase, preferring the
-    rank that already holds most of a block while its work stays near the mean."""
-
-    def __init__(
-        self,
-        parameters: Sequence[ParameterSpec],
-        maps: Sequence[_ShardMap],
-        blocks: Sequence[tuple[int, int]],
-        ranks: tuple[int, ...],
-        config: ShampooConfig,
-    ) -> None:
-        self.parameters, self.maps, self.blocks, self.ranks = parameters, maps, blocks, ranks
-        self.frequency = config.precondition_frequency
-        self.together = config.refresh_schedule == "together"
-        self.stay = config.block_alignment == "shard"
-        self.owner: list[int] = [-1] * len(blocks)
-        self.every_step = dict.fromkeys(ranks, 0.0)
-        self.refresh: dict[int, dict[int, float]] = {rank: defaultdict(float) for rank in ranks}
-
-    def phase(self, parameter: int, index: int) -> int:
-        if self.together:
-            return 0
-        name, blocks = self.parameters[parameter].name, len(self.maps[parameter].grid)
-        return refresh_phase(name, index, blocks, self.frequency)
-
-    def assign(self) -> None:
-        by_phase: dict[int, list[int]] = defaultdict(list)
-        for number, (parameter, index) in enumerate(self.blocks):
-            by_phase[self.phase(parameter, index)].append(number)
-        costs = {
-            number: _flops(self.maps[parameter].shapes[index])
-            for number, (parameter, index) in enumerate(self.blocks)
-        }
-        mean_every = sum(cost[0] for cost in costs.values()) / len(self.ranks)
-        for phase in sorted(by_phase):
-            numbers = sorted(by_phase[phase], key=lambda n: (-sum(costs[n]), n))
-            self._assign_phase(phase, numbers, costs, mean_every)
-
-    def _assign_phase(
-        self,
-        phase: int,
-        numbers: Sequence[int],
-        costs: dict[int, tuple[float, float]],
-        mean_every: float,
-    ) -> None:
-        mean_refresh = sum(costs[n][1] for n in numbers) / len(self.ranks)
-        slack = _LOCALITY_SLACK * (mean_every + mean_refresh)
-        heap = [(self.every_step[rank], rank) for rank in self.ranks]
-        heapq.heapify(heap)
-        for number in numbers:
-            every, refresh = costs[number]
-            while heap[0][0] != self._step_load(heap[0][1], phase):  # an entry out of date
-                heapq.heapreplace(heap, (self._step_load(heap[0][1], phase), heap[0][1]))
-            least, owner = heap[0]
-            holder = min(
-                self._best_holders(number), key=lambda rank: (self._step_load(rank, phase), rank)
-            )
-            fits = (
-                self.every_step[holder] + every <= mean_every + slack
-                and self.refresh[holder][phase] + refresh <= mean_refresh + slack
-            )
-            if self.stay or fits or self._step_load(holder, phase) <= least:
-                owner = holder
-            self.owner[number] = owner
-            self.every_step[owner] += every
-            self.refresh[owner][phase] += refresh
-
-    def _step_load(self, rank: int, phase: int) -> float:
-        return self.every_step[rank] + self.refresh[rank][phase]
-
-    def _best_holders(self, number: int) -> list[int]:
-        parameter, index = self.blocks[number]
-        pieces = self.maps[parameter].pieces[index]
-        largest = max(_volume(rectangle) for rectangle, _ in pieces)
-        return [r for rectangle, held in pieces if _volume(rectangle) == largest for r in held]
-
-    def load(self, rank: int) -> float:
-        return self.every_step[rank] + sum(self.refresh[rank].values()) / self.frequency
-
-    def phase_load(self, rank: int) -> tuple[float, ...]:
-        return tuple(self._step_load(rank, phase) for phase in range(self.frequency))
-
-
-def _plan_of_rank(
-    parameters: Sequence[ParameterSpec],
-    maps: Sequence[_ShardMap],
-    blocks: Sequence[tuple[int, int]],
-    owners: _Assignment,
-    ranks: tuple[int, ...],
-    rank: int,
-    config: ShampooConfig,
-) -> Plan:
-    position = {r: i for i, r in enumerate(ranks)}
-    owned: list[OwnedBlock] = []
-    local: list[Transfer] = []
-    gather_out: list[Transfer] = []
-    gather_in: list[Transfer] = []
-    scatter_out: list[Transfer] = []
-    scatter_in: list[Transfer] = []
-    sent, state = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
-    for (parameter, index), owner in zip(blocks, owners.owner, strict=True):
-        shard_map = maps[parameter]
-        block = shard_map.rectangles[index]
-        state[owner] += _state_elements(shard_map.shapes[index])
-        if owner == rank:
-            phase = owners.phase(parameter, index)
-            owned.append(OwnedBlock(parameter, index, block, shard_map.shapes[index], phase))
-        for piece, held_by in shard_map.pieces[index]:
-            shape, numel = _shape(piece), _volume(piece)
-            in_block = (len(owned) - 1, _slices(piece, block)) if owner == rank else (-1, ())
-            in_shard: tuple[int, Slices] = (-1, ())
-            if rank in held_by:
-                in_shard = (parameter, _slices(piece, shard_map.shard_of[rank]))
-            if owner in held_by:
-                if owner == rank:
-                    local.append(Transfer(position[rank], shape, *in_shard, *in_block))
-            else:
-                # Replicas hold the same gradient: the owner takes it from its own replica.
-                replica = shard_map.replica_of[owner]
-                source = next(r for r in held_by if shard_map.replica_of[r] == replica)
-                sent[source] += numel
-                if source == rank:
-                    gather_out.append(Transfer(position[owner], shape, *in_shard))
-                if owner == rank:
-                    gather_in.append(Transfer(position[source], shape, -1, (), *in_block))
-            for holder in held_by:
-                if holder == owner:
-                    continue
-                sent[owner] += numel
-                if owner == rank:
-                    scatter_out.append(Transfer(position[holder], shape, -1, (), *in_block))
-                if holder == rank:
-                    scatter_in.append(Transfer(position[owner], shape, *in_shard))
-    digest = hashlib.sha256(repr((parameters, config, owners.owner)).encode()).hexdigest()
+    blocks, owners = _assign(parameters, config)
+    totals = _Totals(blocks, owners, ranks, config)
+    me = bisect.bisect_left(ranks, rank)
+    mine = _part_of_rank(blocks, owners, me)
+    digest = hashlib.sha256(repr((parameters, config, owners)).encode()).hexdigest()
     return Plan(
+        owner_scope=scope,
         ranks=ranks,
-        grids=tuple(shard_map.grid for shard_map in maps),
-        shard_shapes=tuple(_shape(shard_map.shard_of[rank]) for shard_map in maps),
-        blocks=tuple(owned),
-        local=tuple(local),
-        gather_out=_by_peer(gather_out),
-        gather_in=_by_peer(gather_in),
-        scatter_out=_by_peer(scatter_out),
-        scatter_in=_by_peer(scatter_in),
-        load=tuple(owners.load(r) for r in ranks),
-        phase_load=tuple(owners.phase_load(r) for r in ranks),
-        elements_sent=tuple(sent[r] for r in ranks),
-        state_elements=tuple(state[r] for r in ranks),
+        grids=tuple(shard_map.grid for shard_map in blocks.maps),
+        shard_shapes=tuple(shape_of(shard_map.shard_of[me]) for shard_map in blocks.maps),
+        blocks=tuple(mine.blocks),
+        local=tuple(mine.local),
+        gather_out=_by_peer(mine.gather_out),
+        gather_in=_by_peer(mine.gather_in),
+        scatter_out=_by_peer(mine.scatter_out),
+        scatter_in=_by_peer(mine.scatter_in),
+        owned=tuple(totals.owned),
+        refreshed=tuple(totals.refreshed),
+        load=tuple(totals.load),
+        phase_load=tuple(map(tuple, totals.phase_load)),
+        elements_sent=tuple(totals.sent),
+        elements_across=tuple(totals.across),
+        least_elements_sent=totals.least_sent,
+        state_elements=tuple(totals.state),
         fingerprint=digest,
     )
 
 
+def _scope(parameters: Sequence[ParameterSpec], config: ShampooConfig) -> str:
+    if config.owner_scope != "auto":
+        return config.owner_scope
+    seconds = {}
+    # Every rank looks at the same replica, so that all choose alike.
+    for scope, specs in (("all", parameters), ("shard", first_replica(parameters))):
+        try:
+            blocks, owners = _assign(specs, config)
+        except ValueError:  # more memory than memory_cap
+            seconds[scope] = math.inf
+            continue
+        totals = _Totals(blocks, owners, sorted(specs[0].ranks), config)
+        seconds[scope] = modelled_seconds(totals.phase_load, totals.sent, totals.across, config)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _assign(
+    parameters: Sequence[ParameterSpec], config: ShampooConfig
+) -> tuple["_Blocks", list[int]]:
+    blocks, ranks = _Blocks(parameters, config), sorted(parameters[0].ranks)
+    owners = choose_owners(blocks.sites, blocks.site_of, blocks.phase_of, ranks, config)
+    return blocks, owners
+
+
+class _Blocks:
+    """All blocks of the parameters, numbered in the order of parameters and grids."""
+
+    def __init__(self, parameters: Sequence[ParameterSpec], config: ShampooConfig) -> None:
+        self.maps: list[ShardMap] = shard_maps(parameters, config)
+        self.sites: list[Site] = []
+        self.first: list[int] = []
+        """Number of each parameter's first block."""
+        self.site_of: list[int] = []
+        self.phase_of: list[int] = []
+        frequency = config.precondition_frequency
+        first_site: dict[int, int] = {}
+        for parameter, shard_map in zip(parameters, self.maps, strict=True):
+            if id(shard_map) not in first_site:
+                first_site[id(shard_map)] = len(self.sites)
+                self.sites += shard_map.sites
+            blocks = len(shard_map.grid)
+            start = first_site[id(shard_map)]
+            self.first.append(len(self.site_of))
+            self.site_of += range(start, start + blocks)
+            if config.refresh_schedule == "together":
+                self.phase_of += itertools.repeat(0, blocks)
+            else:
+                phase = refresh_phase(parameter.name, 0, blocks, frequency)
+                self.phase_of += [(phase + index) % frequency for index in range(blocks)]
+
+    def maps_of_sites(self) -> list[ShardMap]:
+        maps = {id(shard_map): shard_map for shard_map in self.maps}
+        return [shard_map for shard_map in maps.values() for _ in shard_map.sites]
+
+
+class _Totals:
+    """Sums over the blocks of each rank, and what it sends.
+
+    All blocks of one site that one rank owns are counted together, and each site's pieces are
+    visited once, whatever the number of layers.
+    """
+
+    def __init__(
+        self, blocks: _Blocks, owners: Sequence[int], ranks: Sequence[int], config: ShampooConfig
+    ) -> None:
+        frequency = config.precondition_frequency
+        n = len(ranks)
+        self.owned = [0] * n
+        self.state = [0] * n
+        self.sent = [0] * n
+        self.across = [0] * n
+        self.least_sent = 0
+        self._node = [rank // config.ranks_per_node for rank in ranks]
+        in_phase = Counter(blocks.phase_of)
+        self.refreshed = [in_phase[phase] for phase in range(frequency)]
+        every = [0.0] * n
+        refresh = [[0.0] * frequency for _ in ranks]
+        flops = [block_flops(site.shape) for site in blocks.sites]
+        for number, phase, owner in zip(blocks.site_of, blocks.phase_of, owners, strict=True):
+            every[owner] += flops[number][0]
+            refresh[owner][phase] += flops[number][1]
+        self.load = [e + sum(r) / frequency for e, r in zip(every, refresh, strict=True)]
+        self.phase_load = [[e + r for r in row] for e, row in zip(every, refresh, strict=True)]
+
+        owners_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for (number, owner), count in Counter(zip(blocks.site_of, owners, strict=True)).items():
+            owners_of[number].append((owner, count))
+        for number, (site, shard_map) in enumerate(
+            zip(blocks.sites, blocks.maps_of_sites(), strict=True)
+        ):
+            self._add(site, shard_map, owners_of[number])
+
+    def _add(self, site: Site, shard_map: ShardMap, owners: list[tuple[int, int]]) -> None:
+        """Add the blocks of one site, given how many each owner has."""
+        node, held = self._node, site.held
+        size, state = volume(site.rectangle), state_elements(site.shape)
+        everywhere = shard_map.replicas * size
+        held_in: dict[int, int] = defaultdict(int)
+        for rank, elements in held.items():
+            held_in[node[rank]] += elements
+        wanted: dict[int, int] = defaultdict(int)  # by replica: blocks whose owner is there
+        wanted_near: dict[tuple[int, int], int] = defaultdict(int)  # and by node of the owner
+        count_of = dict(owners)
+        for owner, count in owners:
+            self.owned[owner] += count
+            self.state[owner] += count * state
+            # The update goes to all that hold a piece.
+            self.sent[owner] += count * (everywhere - held.get(owner, 0))
+            self.across[owner] += count * (everywhere - held_in.get(node[owner], 0))
+            replica = shard_map.replica_of[owner]
+            wanted[replica] += count
+            wanted_near[replica, node[owner]] += count
+        # The gradient comes from the owner's own replica.
+        for rank, elements in held.items():
+            replica = shard_map.replica_of[rank]
+            total = wanted[replica]
+            self.sent[rank] += elements * (total - count_of.get(rank, 0))
+            self.across[rank] += elements * (total - wanted_near.get((replica, node[rank]), 0))
+        least = everywhere + size - 2 * max(held.values())
+        self.least_sent += least * sum(count_of.values())
+
+
+class _Part:
+    """What concerns one rank: its blocks and the pieces it sends or receives."""
+
+    def __init__(self) -> None:
+        self.blocks: list[OwnedBlock] = []
+        self.local: list[Transfer] = []
+        self.gather_out: list[Transfer] = []
+        self.gather_in: list[Transfer] = []
+        self.scatter_out: list[Transfer] = []
+        self.scatter_in: list[Transfer] = []
+
+
+def _part_of_rank(blocks: _Blocks, owners: Sequence[int], me: int) -> _Part:
+    part = _Part()
+    for parameter, (first, shard_map) in enumerate(zip(blocks.first, blocks.maps, strict=True)):
+        for index, owner in enumerate(owners[first : first + len(shard_map.grid)]):
+            if owner == me:
+                phase = blocks.phase_of[first + index]
+                _add_owned(part, parameter, index, phase, shard_map, me)
+        for index in shard_map.blocks_of_shard(me):
+            _add_held(part, parameter, shard_map.sites[index], shard_map, owners[first + index], me)
+    return part
+
+
+def _add_owned(
+    part: _Part, parameter: int, index: int, phase: int, shard_map: ShardMap, me: int
+) -> None:
+    site, number = shard_map.sites[index], len(part.blocks)
+    part.blocks.append(OwnedBlock(parameter, index, site.rectangle, site.shape, phase))
+    for piece, holders in site.pieces:
+        shape, in_block = shape_of(piece), _slices(piece, site.rectangle)
+        if me in holders:
+            in_shard = _slices(piece, shard_map.shard_of[me])
+            part.local.append(Transfer(me, shape, parameter, in_shard, number, in_block))
+        else:
+            # Replicas hold the same gradient: the owner takes it from its own replica.
+            source = holders[shard_map.replica_of[me]]
+            part.gather_in.append(Transfer(source, shape, block=number, block_slices=in_block))
+        part.scatter_out += [
+            Transfer(holder, shape, block=number, block_slices=in_block)
+            for holder in holders
+            if holder != me
+        ]
+
+
+def _add_held(
+    part: _Part, parameter: int, site: Site, shard_map: ShardMap, owner: int, me: int
+) -> None:
+    if owner == me:
+        return
+    piece, holders = next((piece, holders) for piece, holders in site.pieces if me in holders)
+    shape, in_shard = shape_of(piece), _slices(piece, shard_map.shard_of[me])
+    transfer = Transfer(owner, shape, parameter, in_shard)
+    if owner not in holders and shard_map.replica_of[owner] == shard_map.replica_of[me]:
+        part.gather_out.append(transfer)
+    part.scatter_in.append(transfer)
+
+
 def _by_peer(transfers: list[Transfer]) -> tuple[Transfer, ...]:
-    # The sort is stable: sender and receiver list the pieces of a pair in the same order.
+    # The sort is stable: sender and receiver list the pieces of a pair, of which there is one for
+    # each block, in the same order.
     return tuple(sorted(transfers, key=lambda transfer: transfer.peer))
-
-
-def _flops(shape: tuple[int, ...]) -> tuple[float, float]:
-    """FLOPs of a block on every step (factors and preconditioning), and of its refresh."""
-    return 4.0 * math.prod(shape) * sum(shape), _ROOT_FLOPS * sum(n**3 for n in shape)
-
-
-def _state_elements(shape: tuple[int, ...]) -> int:
-    """Momentum, graft statistics, factors and inverse roots."""
-    return 2 * math.prod(shape) + 2 * sum(n * n for n in shape)
-
-
-def _shape(rectangle: Rectangle) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in rectangle)
-
-
-def _volume(rectangle: Rectangle) -> int:
-    return math.prod(_shape(rectangle))
-
-
-def _intersection(a: Rectangle, b: Rectangle) -> Rectangle:
-    return tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
 
 
 def _slices(inner: Rectangle, outer: Rectangle) -> Slices:

@@ -50,7 +50,7 @@ class Team:
         """
         device = parameters[0].device
         ranks = tuple(sorted(specs[0].ranks))
-        group = process_group(ranks, parameters, replicas)
+        everyone = process_group(ranks, parameters, replicas)
         problem = None
         try:
             rank = dist.get_rank() if len(ranks) > 1 else ranks[0]
@@ -58,13 +58,17 @@ class Team:
             self._check_shards(specs, parameters)
         except ValueError as error:
             problem = str(error)
-        fingerprint = "" if problem else self.plan.fingerprint
-        _agree(group, ranks, problem, {
+        _agree(everyone, ranks, problem, {
             "the names of the parameters": ", ".join(spec.name for spec in specs),
             "the shapes of the parameters": str([spec.shape for spec in specs]),
+            "the placements of the parameters": str([(s.mesh_shape, s.placements) for s in specs]),
             "the settings": str(config),
-            "the plan of blocks": fingerprint,
         })  # fmt: skip
+        # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
+        group = everyone
+        if self.plan.ranks != ranks:
+            group = process_group(self.plan.ranks, parameters, replicas)
+        _agree(group, self.plan.ranks, None, {"the plan of blocks": self.plan.fingerprint})
         self.indices = tuple(indices)
         self.config = config
         by_shape = defaultdict(list)

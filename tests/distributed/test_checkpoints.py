@@ -52,9 +52,11 @@ def states(built: Built, optimizer: torch.optim.Optimizer, flat: bool) -> dict[s
     }
 
 
-def save_and_go_on(layout: str, folder: Path, flat: bool, asynchronous: bool) -> dict[str, Tensor]:
+def save_and_go_on(
+    layout: str, folder: Path, flat: bool, asynchronous: bool, **settings
+) -> dict[str, Tensor]:
     """Save in the middle; the parameters at the end of the uninterrupted run."""
-    built, optimizer = make(layout)
+    built, optimizer = make(layout, **settings)
     train(built, optimizer, range(SAVED_AT))
     if asynchronous:
         # Saving communicates in the background: on a group of its own, as TorchTitan does.
@@ -109,6 +111,23 @@ def test_saved_on_any_mesh_it_resumes_on_two_ranks(tmp_path, world, layout):
     )
     for resumed in run_ranks(2, resume, layout="fsdp", folder=folder, flat=True):
         assert relative_difference(resumed, uninterrupted) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["hsdp", "ddp"])
+def test_state_that_replicas_repeat_is_saved_once(tmp_path, layout):
+    sizes = {}
+    resumes = {"shard": [(4, layout, "all"), (2, "fsdp", "shard")], "all": [(4, layout, "shard")]}
+    for scope, meshes in resumes.items():
+        folder = tmp_path / scope
+        kept = {"folder": folder, "flat": True}
+        uninterrupted, *_ = run_ranks(
+            4, save_and_go_on, layout=layout, asynchronous=False, owner_scope=scope, **kept
+        )
+        sizes[scope] = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+        for world, other, now in meshes:
+            for resumed in run_ranks(world, resume, layout=other, owner_scope=now, **kept):
+                assert relative_difference(resumed, uninterrupted) <= 1e-5
+    assert sizes["shard"] <= 1.05 * sizes["all"]
 
 
 def refusal(layout: str, folder: Path, **settings) -> str:

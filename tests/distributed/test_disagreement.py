@@ -18,6 +18,14 @@ def test_different_settings_are_an_error_on_every_rank():
         Shampoo(built.model.named_parameters(), max_preconditioner_dim=8 * (1 + dist.get_rank()))
 
 
+@ranks(4)
+def test_replicas_of_different_scopes_are_an_error_on_every_rank():
+    built = build("hsdp")
+    scope = "all" if dist.get_rank() < 2 else "shard"
+    with pytest.raises(ValueError, match=r"ranks disagree about the settings: .*'all'.*'shard'"):
+        Shampoo(built.model.named_parameters(), owner_scope=scope)
+
+
 @ranks(2)
 def test_different_names_are_an_error_on_every_rank():
     built = build("fsdp")

@@ -66,6 +66,31 @@ def test_blocks_cut_at_shards_are_trained_as_well():
     assert 0.0 < relative_difference(replicas[0], train("single")) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("layout", "sizes"), [("hsdp", None), ("hsdp", UNEVEN), ("ddp", None), ("tp_fsdp", None)]
+)
+def test_replicas_may_repeat_the_work(layout, sizes):
+    alone = train("single", sizes)
+    replicas = run_ranks(4, train, layout=layout, sizes=sizes, owner_scope="shard")
+    for parameters in replicas:
+        assert relative_difference(parameters, alone) <= 1e-5
+        assert relative_difference(parameters, replicas[0]) == 0.0
+
+
+@ranks(4)
+def test_nothing_crosses_replicas_that_repeat_the_work():
+    for layout, groups in (("hsdp", [2, 2]), ("ddp", [])):
+        built = build(layout)
+        replicas = built.mesh if layout == "ddp" else None
+        optimizer = Shampoo(
+            built.model.named_parameters(), replicas=replicas, owner_scope="shard", **SETTINGS
+        )
+        set_gradients(built.model, deterministic_gradients(built.model, 0))
+        with Collectives() as collectives:
+            optimizer.step()
+        assert collectives.group_sizes == groups
+
+
 def test_bf16_on_the_wire_rounds_gradients_and_updates_only():
     alone = train("single")
     (parameters, other) = run_ranks(2, train, layout="fsdp", communication_dtype="bfloat16")
@@ -94,11 +119,14 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, int]] = []
+        self.group_sizes: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "c10d" in str(func):
             tensors = [a for a in args if isinstance(a, Tensor)]
             self.calls.append((str(func), tensors[-1].numel()))
+            group = next(a for a in args if isinstance(a, torch.ScriptObject))
+            self.group_sizes.append(dist.ProcessGroup.unbox(group).size())
         return func(*args, **(kwargs or {}))
 
 

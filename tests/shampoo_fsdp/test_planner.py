@@ -1,6 +1,9 @@
 """The plan: every piece arrives, once; owners are where the data is; work is balanced."""
 
 import itertools
+import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -10,6 +13,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.model_shapes import model_specs
+from shampoo_fsdp.parameters import is_preconditioned
 from shampoo_fsdp.planner import ParameterSpec, Plan, make_plan
 
 COLUMN_WISE = (_StridedShard(0, split_factor=2), Shard(0))
@@ -119,10 +124,37 @@ def test_every_block_has_one_owner(mesh):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_plan_knows_what_each_rank_sends(mesh):
-    plans = plans_of_all_ranks(mesh)
+    config = ShampooConfig(max_preconditioner_dim=5, precondition_frequency=3, ranks_per_node=4)
+    plans = plans_of_all_ranks(mesh, config)
+    node = [rank // config.ranks_per_node for rank in plans[0].ranks]
     for me, plan in enumerate(plans):
-        sent = sum(t.numel for t in (*plan.gather_out, *plan.scatter_out))
-        assert plans[0].elements_sent[me] == sent
+        sent = [*plan.gather_out, *plan.scatter_out]
+        assert plans[0].elements_sent[me] == sum(t.numel for t in sent)
+        across = [t.numel for t in sent if node[t.peer] != node[me]]
+        assert plans[0].elements_across[me] == sum(across)
+        assert plans[0].owned[me] == len(plan.blocks)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_least_that_can_be_sent_is_counted_block_by_block(mesh):
+    """Each block at a rank that holds most of it: the rest comes, and goes to all replicas."""
+    plans = plans_of_all_ranks(mesh)
+    held: dict[tuple[int, int], Counter[int]] = {}
+    for me, plan in enumerate(plans):
+        for block, owned in enumerate(plan.blocks):
+            of_block = held.setdefault((owned.parameter, owned.index), Counter())
+            for t in (*plan.local, *plan.scatter_out):  # with replicas, all that hold a piece
+                if t.block == block:
+                    of_block[t.peer if t in plan.scatter_out else me] += t.numel
+    least = 0
+    for (parameter, index), ranks in held.items():
+        grid = plans[0].grids[parameter]
+        rectangle = grid.rectangle(list(grid.coordinates())[index])
+        size = torch.Size([stop - start for start, stop in rectangle]).numel()
+        most = max(ranks.values())
+        least += (size - most) + (sum(ranks.values()) - most)
+    assert plans[0].least_elements_sent == least
+    assert sum(plans[0].elements_sent) >= least
 
 
 def test_gradients_do_not_cross_replicas():
@@ -147,26 +179,181 @@ def test_shard_alignment_sends_nothing_on_uneven_shards():
     assert make_plan([spec], config, 0).elements_sent == (0, 0, 0)
 
 
-def llama3_8b(ranks: int) -> list[ParameterSpec]:
-    shapes = {
-        "attention.wq": (4096, 4096), "attention.wk": (1024, 4096), "attention.wv": (1024, 4096),
-        "attention.wo": (4096, 4096), "feed_forward.w1": (14336, 4096),
-        "feed_forward.w2": (4096, 14336), "feed_forward.w3": (14336, 4096),
-    }  # fmt: skip
+def test_a_block_goes_to_the_node_of_the_rank_that_holds_it():
+    # Rank 9 holds both blocks; its neighbour 8 should get the one that it cannot keep.
+    spec = ParameterSpec("w", (1, 8), (9, 0, 1, 8), (4,), (Shard(0),))
+    config = ShampooConfig(max_preconditioner_dim=4, refresh_schedule="together")
+    assert make_plan([spec], config, 0).owned == (0, 0, 1, 1)  # of ranks 0, 1, 8, 9
+    config = ShampooConfig(max_preconditioner_dim=4, refresh_schedule="together", ranks_per_node=16)
+    assert make_plan([spec], config, 0).owned == (1, 0, 0, 1)
+
+
+def plan_model(model: str, config: ShampooConfig | None = None, **mesh: int) -> Plan:
+    config = config or ShampooConfig()
+    specs = [s for s in model_specs(model, mesh) if is_preconditioned(s.name, s.shape, config)]
+    return make_plan(specs, config, 0)
+
+
+def imbalance(values) -> float:
+    return max(values) * len(values) / sum(values)
+
+
+def check_balance(plan: Plan) -> None:
+    assert imbalance(plan.load) <= 1.05
+    assert imbalance(plan.state_elements) <= 1.05
+    for loads in zip(*plan.phase_load, strict=True):
+        assert imbalance(loads) <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        ("llama3-8b", {"dp_shard": 8}),
+        ("llama3-8b", {"dp_shard": 64}),
+        ("llama3-8b", {"dp_shard": 8, "tp": 8}),
+        ("llama3-8b", {"dp_replicate": 2, "dp_shard": 8}),
+        ("llama3-70b", {"dp_shard": 64}),
+        ("llama3-70b", {"dp_shard": 256}),
+        ("llama3-405b", {"dp_replicate": 16, "dp_shard": 64}),
+        ("deepseek-v3-like", {"dp_shard": 64, "ep": 64}),
+    ],
+)
+def test_work_and_state_are_even_and_little_more_than_needed_is_sent(model, mesh):
+    plan = plan_model(model, **mesh)
+    check_balance(plan)
+    assert sum(plan.elements_sent) <= 1.1 * plan.least_elements_sent
+
+
+def test_experts_stay_where_they_lie():
+    mesh = {"dp_shard": 64, "ep": 64}
+    specs = [s for s in model_specs("deepseek-v3-like", mesh) if "layers.1" in s.name]
+    experts = [s for s in specs if "experts.w" in s.name and len(s.shape) == 3]
+    plan = make_plan(experts, ShampooConfig(), 0)
+    assert sum(plan.elements_sent) == 0
+    assert imbalance(plan.load) == 1.0
+
+
+PLAN_405B = """
+import json, resource, time
+from tests.shampoo_fsdp.test_planner import check_balance, plan_model
+start = time.perf_counter()
+plan = plan_model("llama3-405b", dp_shard=128, tp=8)
+seconds = time.perf_counter() - start
+check_balance(plan)
+assert sum(plan.elements_sent) <= 1.1 * plan.least_elements_sent
+kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, kib / 2**20, len(plan.blocks), sum(plan.owned)]))
+"""
+
+
+def test_405b_on_1024_ranks_is_planned_in_20_seconds_and_a_gibibyte():
+    out = subprocess.run([sys.executable, "-c", PLAN_405B], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    seconds, gib, mine, blocks = json.loads(out.stdout)
+    assert seconds < 20.0
+    assert gib < 1.0
+    assert blocks == 126 * 3040
+    assert mine <= 1.05 * blocks / 1024
+
+
+MIXED = [
+    ParameterSpec(f"layers.{i}.{name}", shape, tuple(range(6)), (6,), (Shard(0),))
+    for i in range(5)
+    for name, shape in (("square", (32, 32)), ("thin", (256, 4)), ("small", (40, 12)))
+]
+
+
+def test_a_memory_cap_is_kept_or_the_error_says_what_would_fit():
+    free = make_plan(MIXED, ShampooConfig(max_preconditioner_dim=64), 0)
+    most = max(free.state_elements) * 4 / 2**30
+    for alignment in ("logical", "shard"):
+        settings = {"max_preconditioner_dim": 64, "block_alignment": alignment}
+        with pytest.raises(ValueError, match=r"'memory_cap'.* GiB would fit") as error:
+            make_plan(MIXED, ShampooConfig(memory_cap=most / 100, **settings), 0)
+        fits = float(str(error.value).split(" GiB would fit")[0].split()[-1])
+        plan = make_plan(MIXED, ShampooConfig(memory_cap=fits, **settings), 0)
+        assert max(plan.state_elements) * 4 / 2**30 <= fits
+        if alignment == "logical":
+            assert fits < most  # work alone does not even out memory here
+            with pytest.raises(ValueError, match="would fit"):
+                make_plan(MIXED, ShampooConfig(memory_cap=0.999 * fits, **settings), 0)
+
+
+def test_a_memory_cap_costs_little_balance_of_work():
+    free = plan_model("llama3-8b", dp_shard=16)
+    cap = 1.01 * sum(free.state_elements) / 16 * 4 / 2**30
+    plan = plan_model("llama3-8b", ShampooConfig(memory_cap=cap), dp_shard=16)
+    assert max(plan.state_elements) * 4 / 2**30 <= cap
+    check_balance(plan)
+
+
+HSDP_WITH_TP = (2, 3, 2)  # of ranks 0 to 11; a replica is 0 to 5 or 6 to 11
+
+
+def hsdp_with_tp() -> list[ParameterSpec]:
+    column_wise = (Replicate(), *COLUMN_WISE)
+    gate = (Replicate(), Shard(0), Replicate())  # replicated over tensor parallelism as well
+    ranks = tuple(range(12))
     return [
-        ParameterSpec(f"layers.{i}.{n}.weight", s, tuple(range(ranks)), (ranks,), (Shard(0),))
-        for i in range(32)
-        for n, s in shapes.items()
+        ParameterSpec("w", (13, 9), ranks, HSDP_WITH_TP, column_wise),
+        ParameterSpec("gate", (9, 10), ranks, HSDP_WITH_TP, gate),
     ]
 
 
-@pytest.mark.parametrize("ranks", [8, 64])
-def test_llama3_8b_is_balanced_in_total_and_in_every_phase(ranks):
-    plan = make_plan(llama3_8b(ranks), ShampooConfig(), 0)
-    assert max(plan.load) * ranks / sum(plan.load) <= 1.05
-    assert max(plan.state_elements) * ranks / sum(plan.state_elements) <= 1.05
-    for loads in zip(*plan.phase_load, strict=True):
-        assert max(loads) * ranks / sum(loads) <= 1.05
+def test_with_the_scope_of_a_shard_each_replica_owns_every_block():
+    config = ShampooConfig(max_preconditioner_dim=5, precondition_frequency=3, owner_scope="shard")
+    plans = [make_plan(hsdp_with_tp(), config, rank) for rank in range(12)]
+    for first in (0, 6):
+        replica = plans[first : first + 6]
+        assert all(plan.ranks == tuple(range(first, first + 6)) for plan in replica)
+        owned = Counter((b.parameter, b.index) for plan in replica for b in plan.blocks)
+        assert owned.total() == len(owned) == sum(len(grid) for grid in replica[0].grids)
+        assert len({plan.fingerprint for plan in replica}) == 1
+    # Ranks of tensor parallelism that hold the same part of the gate share its blocks.
+    assert sum(t.numel for plan in plans[:6] for t in plan.gather_out if t.parameter == 1) < 90
+
+
+def test_parameters_of_different_meshes_share_a_replica():
+    config = ShampooConfig(max_preconditioner_dim=4, owner_scope="shard")
+    ranks = (0, 1, 2, 3)
+    # A lies once on {0, 1} and on {2, 3}, B on {0, 2} and on {1, 3}: both only on all four.
+    a = ParameterSpec("a", (8, 8), ranks, (2, 2), (Replicate(), Shard(0)))
+    b = ParameterSpec("b", (8, 8), ranks, (2, 2), (Shard(0), Replicate()))
+    assert make_plan([a, b], config, 0).ranks == ranks
+    assert make_plan([a], config, 2).ranks == (2, 3)
+    assert make_plan([b], config, 2).ranks == (0, 2)
+
+
+def test_a_replica_that_is_no_part_of_a_mesh_names_the_parameter():
+    ranks = (0, 1, 2, 3)
+    diagonal = ParameterSpec("a", (8, 8), (0, 3, 1, 2), (2, 2), (Replicate(), Shard(0)))
+    whole = ParameterSpec("b", (8, 8), ranks, (2, 2), (Replicate(), Replicate()))
+    with pytest.raises(ValueError, match=r"owner_scope = 'shard'.*\[0, 3\].*'b'"):
+        make_plan([diagonal, whole], ShampooConfig(owner_scope="shard"), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scope"),
+    [
+        ({"inter_node_bandwidth": 0.01}, "shard"),
+        ({"inter_node_bandwidth": 0.01, "ranks_per_node": 12}, "all"),
+        ({"device_tflops": 1e-6}, "all"),
+        # A block of 5 x 5 needs 5.6e-7 GiB; half of the ranks would own two each.
+        ({"inter_node_bandwidth": 0.01, "memory_cap": 8e-7}, "all"),
+    ],
+)
+def test_the_automatic_scope_weighs_work_against_traffic(settings, scope):
+    config = ShampooConfig(
+        **{
+            "max_preconditioner_dim": 5,
+            "owner_scope": "auto",
+            "ranks_per_node": 6,
+            "device_tflops": 1e-3,
+            **settings,
+        }
+    )
+    plans = [make_plan(hsdp_with_tp(), config, rank) for rank in range(12)]
+    assert {plan.owner_scope for plan in plans} == {scope}
 
 
 def test_an_unsupported_placement_names_the_parameter():

@@ -1,0 +1,201 @@
+"""The plan of a TorchTitan job before it runs: what each rank computes, keeps and sends.
+
+python -m shampoo_torchtitan.plan --job.config_file my.toml --world-size 1024
+
+Takes any setting of the job. The model is built without memory (on PyTorch's meta device) and cut
+by TorchTitan itself, on a process group that only pretends to have so many ranks, so that any
+machine will do and nothing is read but the job file.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.parameters import describe, named_param_groups
+from shampoo_fsdp.plan_report import PlanReport, plan_report
+from shampoo_fsdp.planner import ParameterSpec
+from shampoo_torchtitan import job_config
+from shampoo_torchtitan.train import JobReader
+
+__all__ = ["job_report", "job_specs", "main", "read_job"]
+
+
+_DEGREES = {
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "ep": "expert_parallel_degree",
+    "etp": "expert_tensor_parallel_degree",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line about what is wrong with the job."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shampoo_torchtitan.plan",
+        usage="%(prog)s --job.config_file FILE --world-size N [--json] [any setting of the job]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--world-size", "--world_size", type=int, required=True, help="ranks")
+    parser.add_argument("--json", action="store_true", help="figures as JSON instead of tables")
+    options, of_job = parser.parse_known_args(arguments)
+    logger.disabled = True  # TorchTitan tells how it goes; the report is all that is wanted
+    try:
+        report = job_report(read_job(of_job), options.world_size)
+    except (AssertionError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        logger.disabled = False
+    if options.json:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        report.print(Console())
+    return 0
+
+
+class _PlanReader(JobReader):
+    """Reads a job that is not going to run: as for the GPUs it is meant for, and with no need of
+    its tokenizer."""
+
+    def parse_args(self, args: list[str] | None = None) -> Any:
+        return ConfigManager.parse_args(self, args or [])
+
+    def _validate_config(self) -> None:
+        job_config.check_job(self.config)
+
+
+def read_job(arguments: Sequence[str]) -> Any:
+    """TorchTitan's JobConfig for its command line arguments.
+
+    Raises:
+        ValueError, TypeError, OSError: names the setting or the file.
+    """
+    return _PlanReader().parse_args(list(arguments))
+
+
+def job_report(config: Any, world_size: int) -> PlanReport:
+    """The plan of a job.
+
+    Raises:
+        ValueError, AssertionError, NotImplementedError: ours and TorchTitan's, about degrees of
+            parallelism that cannot be, or a memory cap.
+    """
+    dims = _parallel_dims(config, world_size)
+    degrees = {name: getattr(dims, name) for name in _DEGREES}
+    mesh = ", ".join(f"{name}={n}" for name, n in degrees.items() if n > 1)
+    title = f"{config.model.name} {config.model.flavor} on {world_size:,} ranks" + (
+        f" ({mesh})" if mesh else ""
+    )
+    settings = getattr(config.optimizer, "shampoo", None) or ShampooConfig()
+    return plan_report(title, job_specs(config, world_size), settings)
+
+
+def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
+    """The parameters of each part of a job's model; more than one under pipeline parallelism.
+
+    Args:
+        config: TorchTitan's JobConfig; settings that change no parameter are switched off in it.
+    """
+    _leave_out_what_changes_no_parameter(config)
+    stages = config.parallelism.pipeline_parallel_degree
+    specs: list[list[ParameterSpec]] = []
+    for stage in range(stages):
+        # Stages are the outermost dimension of TorchTitan's meshes.
+        with (
+            _pretended_ranks(world_size, rank=stage * world_size // stages),
+            warnings.catch_warnings(),
+        ):
+            # A stage lacks modules that TorchTitan's plan of tensor parallelism names.
+            warnings.filterwarnings("ignore", message="Parallelize plan key")
+            dims = _parallel_dims(config, world_size)
+            dims.build_mesh()
+            specs += [_specs(part, dims) for part in _model_parts(config, dims)]
+    return specs
+
+
+def _leave_out_what_changes_no_parameter(config: Any) -> None:
+    config.compile.enable = False
+    config.activation_checkpoint.mode = "none"
+    config.model.converters = []
+
+
+@contextmanager
+def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _parallel_dims(config: Any, world_size: int) -> ParallelDims:
+    if world_size < 1:
+        raise ValueError(f"--world-size is {world_size}; it must be at least 1.")
+    degrees = {name: getattr(config.parallelism, key) for name, key in _DEGREES.items()}
+    return ParallelDims(**degrees, world_size=world_size)
+
+
+def _model_parts(config: Any, dims: ParallelDims) -> list[nn.Module]:
+    """The parts of the model on this rank, parallelized, without memory."""
+    train_spec = get_train_spec(config.model.name)
+    if config.model.flavor not in train_spec.model_args:
+        raise ValueError(
+            f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
+            f"{', '.join(train_spec.model_args)}."
+        )
+    model_args: Any = train_spec.model_args[config.model.flavor]
+    model_args.update_from_config(config)
+    dtype = TORCH_DTYPE_MAP[config.training.dtype]
+    with torch.device("meta"), utils.set_default_dtype(dtype):
+        model: Any = train_spec.model_cls(model_args)
+    if not dims.pp_enabled:
+        return [train_spec.parallelize_fn(model, dims, config)]
+    if train_spec.pipelining_fn is None:
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree = {dims.pp}: TorchTitan has no pipeline for "
+            f"{config.model.name}."
+        )
+    _, parts, _, _ = train_spec.pipelining_fn(
+        model,
+        dims,
+        config,
+        torch.device("cpu"),
+        model_args,
+        train_spec.parallelize_fn,
+        train_spec.build_loss_fn(config, parallel_dims=dims),
+    )
+    return parts
+
+
+def _specs(part: nn.Module, dims: ParallelDims) -> list[ParameterSpec]:
+    # DDP keeps plain tensors, which do not say with whom they are replicated.
+    ddp = dims.dp_replicate_enabled and not dims.fsdp_enabled
+    replicas = dims.get_mesh("dp_replicate") if ddp else None
+    groups, names = named_param_groups(part.named_parameters())
+    parameters = groups[0]["params"]
+    return [describe(n, p, replicas) for n, p in zip(names, parameters, strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
