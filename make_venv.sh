@@ -20,6 +20,7 @@ make_venv() {
   fi
   # torch first and pinned, or the resolver is free to choose another one for TorchTitan.
   .venv/bin/python -m pip install -q --disable-pip-version-check "torch==2.13.0"
+  .venv/bin/python -m pip install -q --disable-pip-version-check "torchtitan==0.2.2"
   .venv/bin/python -m pip install -q --disable-pip-version-check -e ".${extra:+[$extra]}"
   echo "$wanted" > "$stamp"
 }

@@ -11,13 +11,18 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, NoReturn
 
 __all__ = ["ShampooConfig", "settings_from_keywords", "validate_hyperparameters"]
 
 # Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
 # their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
-_EMBEDDINGS_AND_OUTPUT = ("embed", r"(^|\.)(wte|wpe|lm_head)\.", r"^output\.")
+_EMBEDDINGS_AND_OUTPUT = (
+    r"(^|[._])emb",
+    r"(^|\.)(wte|wpe|lm_head)\.",
+    r"^(model\.)?(output|head|score)\.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,8 @@ class ShampooConfig:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
                 _refuse(name, getattr(self, name), "a positive number")
         for pattern in self.exclude:
+            if not pattern:
+                _refuse("exclude", "", "no empty pattern, which is in every name ('.' says so)")
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -124,8 +131,8 @@ def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
     for name in keywords:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise TypeError(f"unknown setting '{name}'{hint} Allowed: {', '.join(known)}.")
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise TypeError(f"unknown setting '{name}'.{hint} Allowed: {', '.join(known)}.")
     return ShampooConfig(**keywords)
 
 
@@ -152,7 +159,8 @@ def validate_hyperparameters(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Real: numpy's numbers as well.
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

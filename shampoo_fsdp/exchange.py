@@ -50,6 +50,8 @@ class Exchange:
         self._arrived_gradients = _pieces(self._block_buffer, plan.gather_in)
         self._packed_updates = _pieces(self._block_buffer, plan.scatter_out)
         self._arrived_updates = _pieces(self._shard_buffer, plan.scatter_in)
+        self._gather_splits = self._splits(plan.gather_in), self._splits(plan.gather_out)
+        self._scatter_splits = self._splits(plan.scatter_in), self._splits(plan.scatter_out)
         self._local = [blocks[t.block][t.block_slices] for t in plan.local]
         self._gather_in = [blocks[t.block][t.block_slices] for t in plan.gather_in]
         self._scatter_out = [blocks[t.block][t.block_slices] for t in plan.scatter_out]
@@ -66,9 +68,7 @@ class Exchange:
         plan = self._plan
         if self._anything_travels:
             _fill(self._packed_gradients, plan.gather_out, gradients)
-            self._all_to_all(
-                self._block_buffer, plan.gather_in, self._shard_buffer, plan.gather_out
-            )
+            self._all_to_all(self._block_buffer, self._shard_buffer, self._gather_splits)
             _copy(self._gather_in, self._arrived_gradients)
         _fill(self._local, plan.local, gradients)
 
@@ -81,9 +81,7 @@ class Exchange:
         transfers, pieces = list(plan.local), list(self._local)
         if self._anything_travels:
             _copy(self._packed_updates, self._scatter_out)
-            self._all_to_all(
-                self._shard_buffer, plan.scatter_in, self._block_buffer, plan.scatter_out
-            )
+            self._all_to_all(self._shard_buffer, self._block_buffer, self._scatter_splits)
             transfers += plan.scatter_in
             pieces += self._arrived_updates
         return [
@@ -91,13 +89,9 @@ class Exchange:
         ]
 
     def _all_to_all(
-        self,
-        output: Tensor,
-        incoming: Sequence[Transfer],
-        source: Tensor,
-        outgoing: Sequence[Transfer],
+        self, output: Tensor, source: Tensor, splits: tuple[list[int], list[int]]
     ) -> None:
-        receive, send = self._splits(incoming), self._splits(outgoing)
+        receive, send = splits
         dist.all_to_all_single(
             output[: sum(receive)], source[: sum(send)], receive, send, group=self._group
         )

@@ -5,6 +5,8 @@ grafted method sees the same gradients and momentum; of its step only the norm o
 used, or the whole step before preconditioning starts.
 """
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -19,17 +21,15 @@ class AdamGrafting:
     """Adam's second moment of a stack of blocks, [B, ...] in fp32."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.exp_avg_sq = torch.zeros(shape, device=device)
+        self.exp_avg_sq = torch.zeros(shape, dtype=torch.float32, device=device)
 
-    def update(self, gradient: Tensor, usable: Tensor, beta2: float) -> None:
-        """A <- beta2 A + (1 - beta2) G^2 where `usable`; elsewhere the gradient is zero and A
-        stays.
+    def update(self, gradient: Tensor, decay: Tensor, beta2: float) -> None:
+        """A <- beta2 A + (1 - beta2) G^2.
 
         Args:
-            gradient: [B, ...].
-            usable: bool, [B, 1, ...].
+            gradient: [B, ...]; zero where it is not usable.
+            decay: [B, 1, ...]; beta2, and 1 where the gradient is not usable.
         """
-        decay = torch.where(usable, beta2, 1.0)
         self.exp_avg_sq.mul_(decay).addcmul_(gradient, gradient, value=1.0 - beta2)
 
     def step(
@@ -61,14 +61,36 @@ def adamw_step(
 ) -> None:
     """One step of torch's AdamW on shards, in place.
 
-    Entries of the gradients that are not finite, or whose squares would not be, are set to zero,
-    each by itself: which rank holds them makes no difference.
+    Entries of the gradients that are not finite, or whose squares would not be, count as zero,
+    each by itself: which rank holds them makes no difference. The gradients stay as they are.
     """
-    for gradient in gradients:
-        gradient.masked_fill_((gradient.abs() < LARGEST_GRADIENT).logical_not_(), 0.0)
-    fused = parameters[0].device.type in ("cpu", "cuda", "xpu")
-    adamw(
-        parameters, gradients, exp_avgs, exp_avg_sqs, [], steps,
-        fused=fused, foreach=not fused, amsgrad=False, maximize=False,
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-    )  # fmt: skip
+    by_type: dict[torch.dtype, list[int]] = defaultdict(list)
+    for i, parameter in enumerate(parameters):
+        by_type[parameter.dtype].append(i)
+    for dtype, members in by_type.items():
+        chosen = [parameters[i] for i in members]
+        # In one piece, so that the number of kernels does not grow with that of the parameters.
+        flat = torch.cat([gradients[i].reshape(-1) for i in members]).to(dtype)
+        flat.masked_fill_((flat.abs() < LARGEST_GRADIENT).logical_not_(), 0.0)
+        parts = torch.split(flat, [parameter.numel() for parameter in chosen])
+        # The fused kernel takes memory as it lies, whatever the strides.
+        fused = flat.device.type in ("cpu", "cuda", "xpu") and all(
+            parameter.is_contiguous() for parameter in chosen
+        )
+        adamw(
+            chosen,
+            [part.view_as(parameter) for part, parameter in zip(parts, chosen, strict=True)],
+            [exp_avgs[i] for i in members],
+            [exp_avg_sqs[i] for i in members],
+            [],
+            [steps[i] for i in members],
+            fused=fused,
+            foreach=not fused,
+            amsgrad=False,
+            maximize=False,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )

@@ -1,7 +1,8 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
+import copy
 import itertools
-from collections import defaultdict
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -12,16 +13,17 @@ from torch.distributed.tensor import DTensor
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.exchange import Update
 from shampoo_fsdp.grafting import adamw_step
+from shampoo_fsdp.loading import check_entries, copy_entries
 from shampoo_fsdp.parameters import (
     Replicas,
     check_parameters,
-    describe,
-    is_preconditioned,
+    check_replicas,
     local_shard,
     named_param_groups,
 )
-from shampoo_fsdp.state import CAP, ShardedBlocks
-from shampoo_fsdp.team import Team, balance
+from shampoo_fsdp.precision import full_precision
+from shampoo_fsdp.state import ShardedBlocks
+from shampoo_fsdp.team import Team, balance, make_teams
 
 __all__ = ["Shampoo"]
 
@@ -93,39 +95,26 @@ class Shampoo(torch.optim.Optimizer):
         )
 
     def _build(self, names: list[str], replicas: Replicas) -> None:
+        members = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        check_parameters(names, [parameter for parameter, _ in members])
+        check_replicas(replicas)
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
         self._group_of: list[int] = []
-        members = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        self._frozen: list[tuple[str, Tensor]] = []
         for name, (parameter, group) in zip(names, members, strict=True):
             if parameter.requires_grad:
                 self._parameters.append(parameter)
                 self._names.append(name)
                 self._group_of.append(group)
-        check_parameters(self._names, self._parameters)
-        self._steps = [0] * len(self._parameters)
-
-        sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        self._excluded: list[int] = []
-        specs = {}
-        for i, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
-            if is_preconditioned(name, parameter.shape, self.config):
-                specs[i] = describe(name, parameter, replicas)
-                sharing[tuple(sorted(specs[i].ranks))].append(i)
             else:
-                self._excluded.append(i)
-        # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
-        self._teams = [
-            Team(
-                indices,
-                [specs[i] for i in indices],
-                [self._parameters[i] for i in indices],
-                [self._group_of[i] for i in indices],
-                replicas,
-                self.config,
-            )
-            for _, indices in sorted(sharing.items())
-        ]
+                self._frozen.append((name, parameter))
+        self._steps = [0] * len(self._parameters)
+        self._seen_a_gradient = False
+
+        self._teams, self._excluded = make_teams(
+            self._names, self._parameters, self._group_of, replicas, self.config
+        )
         self._create_state()
 
     def _create_state(self) -> None:
@@ -151,17 +140,24 @@ class Shampoo(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update the parameters that have a gradient.
 
-        Every rank of a mesh must call it. A block whose gradient has a non-finite entry is left
-        as it is, and counted (see :meth:`counters`); in the gradients of parameters that are not
-        preconditioned, such entries are set to zero.
+        Every rank of a mesh must call it. A block whose gradient has a non-finite entry keeps its
+        state and gets no update on this step but weight decay, and is counted (see
+        :meth:`counters`); in the gradients of parameters that are not preconditioned, such entries
+        count as zero.
 
         Raises:
-            ValueError: names a parameter whose gradient is sparse; nothing has been changed then.
+            ValueError: names a parameter whose gradient is sparse, or that was frozen when the
+                optimizer was built; nothing has been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with full_precision(self._parameters[0].device.type if self._parameters else "cpu"):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         gradients = self._local_gradients()
         for i, gradient in enumerate(gradients):
             self._steps[i] += gradient is not None
@@ -177,10 +173,15 @@ class Shampoo(torch.optim.Optimizer):
             self._precondition(team, team_gradients)
             self._apply(team, team_gradients, team.exchange.scatter())
         self._step_excluded(gradients)
-        return loss
 
     def _local_gradients(self) -> list[Tensor | None]:
         """This rank's shard of each parameter's gradient."""
+        for name, parameter in self._frozen:
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"parameter '{name}' has a gradient but did not require one when Shampoo was "
+                    "built, so that it has no state; build the optimizer after unfreezing."
+                )
         gradients: list[Tensor | None] = []
         for name, parameter in zip(self._names, self._parameters, strict=True):
             gradient = parameter.grad
@@ -200,6 +201,14 @@ class Shampoo(torch.optim.Optimizer):
                 # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
                 gradient = gradient.redistribute(placements=parameter.placements)
             gradients.append(local_shard(gradient))
+        if not self._seen_a_gradient:
+            self._seen_a_gradient = any(gradient is not None for gradient in gradients)
+            if not self._seen_a_gradient:
+                warnings.warn(
+                    "no parameter of this optimizer has a gradient; was it built before "
+                    "fully_shard(), which replaces the parameters?",
+                    stacklevel=4,
+                )
         return gradients
 
     def _precondition(self, team: Team, gradients: Sequence[Tensor | None]) -> None:
@@ -259,62 +268,64 @@ class Shampoo(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's. The state of blocks is in :class:`ShardedBlocks` where
-        several ranks share it, for torch.distributed.checkpoint; in plain tensors otherwise."""
+        """As torch.optim.Optimizer's.
+
+        Where several ranks share blocks, their state is in :class:`ShardedBlocks`, for
+        torch.distributed.checkpoint, and all tensors are those of the optimizer. In one process
+        all tensors are plain, and copies.
+        """
         state_dict = super().state_dict()
-        state_dict["state"] = {
-            key: {
-                name: value.whole() if isinstance(value, ShardedBlocks) and value.alone else value
-                for name, value in entries.items()
+        if all(len(team.plan.ranks) == 1 for team in self._teams):
+            state_dict["state"] = {
+                key: {
+                    name: value.whole() if isinstance(value, ShardedBlocks) else value.clone()
+                    for name, value in entries.items()
+                }
+                for key, entries in state_dict["state"].items()
             }
-            for key, entries in state_dict["state"].items()
-        }
         return state_dict
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, keeping the types of the state here.
 
         Raises:
-            ValueError: names the parameter and the entry or setting that does not fit.
+            ValueError: names the parameter and the entry or setting that does not fit; nothing has
+                been changed then.
         """
-        kept = self.state
-        groups = [
-            {key: saved.get(key, value) for key, value in own.items() if key != "params"}
-            | {"params": saved["params"]}
-            | ({"initial_lr": saved["initial_lr"]} if "initial_lr" in saved else {})
-            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
-        ]
-        groups += state_dict["param_groups"][len(groups) :]  # torch.optim refuses another number
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state = kept
-        keys = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        own = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        key_of = dict(zip(own, keys, strict=True))
-        for i, parameter in enumerate(self._parameters):
-            saved = state_dict["state"].get(key_of[parameter])
-            self._load_parameter(self._names[i], self.state[parameter], saved)
-            self._steps[i] = int(self.state[parameter]["step"])
-
-    def _load_parameter(
-        self, name: str, entries: dict[str, Tensor], saved: dict[str, Any] | None
-    ) -> None:
-        if saved is None:
-            raise ValueError(f"the state dict has no state for parameter '{name}'.")
-        if CAP in entries and CAP in saved and entries[CAP].shape != saved[CAP].shape:
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
             raise ValueError(
-                f"the state dict was saved with {CAP} = {saved[CAP].shape[0]}, but it is "
-                f"{self.config.max_preconditioner_dim} here; set it to the saved value."
+                f"the state dict has groups of {saved_sizes} parameters, here they have {sizes}."
             )
-        for entry, value in entries.items():
-            if entry not in saved:
-                raise ValueError(
-                    f"the state dict has no '{entry}' for parameter '{name}', only "
-                    f"{sorted(saved)}; was it preconditioned (see 'exclude') when it was saved?"
-                )
-            if isinstance(value, ShardedBlocks):
-                value.load(saved[entry], f"{name}.{entry}")
-            elif saved[entry] is not value:
-                value.copy_(torch.as_tensor(saved[entry]))
+        keys = itertools.chain.from_iterable(group["params"] for group in saved_groups)
+        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        key_of = dict(zip(own, keys, strict=True))
+        saved = [state_dict["state"].get(key_of[parameter]) for parameter in self._parameters]
+        for name, parameter, entries in zip(self._names, self._parameters, saved, strict=True):
+            check_entries(name, self.state[parameter], entries)
+
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            fixed = ("params", "param_names")
+            group.update({k: copy.deepcopy(v) for k, v in saved_group.items() if k not in fixed})
+        for i, (parameter, entries) in enumerate(zip(self._parameters, saved, strict=True)):
+            copy_entries(self.state[parameter], entries)
+            self._steps[i] = int(self.state[parameter]["step"])
+        for team in self._teams:
+            for stack in team.stacks:
+                stack.find_rooted()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "Shampoo cannot be copied or pickled, since its blocks are views of the stacks and its "
+            "plan belongs to this process: build another one and load_state_dict() into it."
+        )
 
     def counters(self) -> Tensor:
         """[inverse roots taken, roots that failed, blocks skipped for a bad gradient] so far, for
@@ -327,6 +338,10 @@ class Shampoo(torch.optim.Optimizer):
             counts[1] += stack.failed_roots
             counts[2] += stack.skipped_blocks
         return counts
+
+    def matrices_left_to_grafting(self) -> list[str]:
+        """Names of the parameters of two or more dimensions that are not preconditioned."""
+        return [self._names[i] for i in self._excluded if self._parameters[i].ndim > 1]
 
     def summary(self) -> dict[str, float]:
         """Figures about the plan, the same on every rank of a mesh."""

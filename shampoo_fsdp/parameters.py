@@ -1,5 +1,6 @@
 """What the optimizer is given: names, shards and meshes of parameters, and the ranks they share."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from shampoo_fsdp.planner import ParameterSpec
 __all__ = [
     "Replicas",
     "check_parameters",
+    "check_replicas",
     "describe",
     "is_preconditioned",
     "local_shard",
@@ -27,7 +29,7 @@ Replicas = DeviceMesh | dist.ProcessGroup | None
 
 # Wrappers (torch.compile, activation checkpointing, DDP) put these into names; a parameter is the
 # same one with and without them.
-_WRAPPERS = re.compile(r"(^module\.)|_orig_mod\.|_checkpoint_wrapped_module\.")
+_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+|_orig_mod\.|_checkpoint_wrapped_module\.")
 
 
 def named_param_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -36,31 +38,65 @@ def named_param_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], lis
     Args:
         params: parameters, (name, parameter) pairs, or groups of either. Parameters without a name
             are named by their position.
+
+    Raises:
+        TypeError, ValueError: what is no parameter, or a setting that groups cannot have.
     """
+    if isinstance(params, set | Tensor):
+        raise TypeError(
+            f"params is a {type(params).__name__}; give an ordered collection, such as "
+            "model.named_parameters()."
+        )
     entries = list(params)
-    if not entries or not isinstance(entries[0], dict):
+    if not entries:
+        raise ValueError("the optimizer got an empty parameter list (a used-up generator?).")
+    if not isinstance(entries[0], dict):
         entries = [{"params": entries}]
     groups: list[dict[str, Any]] = []
     names: list[str] = []
     for entry in entries:
+        _check_group(entry)
         members = entry["params"]
         tensors = []
         for member in [members] if isinstance(members, Tensor) else members:
             name, tensor = member if isinstance(member, tuple) else (str(len(names)), member)
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"expected a parameter or a pair (name, parameter), found ({type(name)}, "
+                    f"{type(tensor)})."
+                )
             names.append(_WRAPPERS.sub("", name))
             tensors.append(tensor)
         groups.append({**entry, "params": tensors})
     return groups, names
 
 
+def _check_group(entry: Any) -> None:
+    if not isinstance(entry, dict) or "params" not in entry:
+        raise TypeError(f"expected a parameter group with the key 'params', found {entry!r}.")
+    for field in dataclasses.fields(ShampooConfig):
+        if field.name in entry:
+            raise ValueError(
+                f"setting '{field.name}' is the same for all parameters: give it to Shampoo, not "
+                "to a parameter group."
+            )
+
+
 def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
     """Raise a ValueError that names the first parameter that Shampoo cannot train."""
     seen: set[str] = set()
+    name_of: dict[Tensor, str] = {}
     first = parameters[0].device if parameters else None
     for name, parameter in zip(names, parameters, strict=True):
         if name in seen:
             raise ValueError(f"two parameters are named '{name}'; names must be unique.")
         seen.add(name)
+        if parameter in name_of:
+            raise ValueError(
+                f"'{name_of[parameter]}' and '{name}' are the same (tied) parameter; give it once, "
+                "as model.named_parameters() does."
+            )
+        name_of[parameter] = name
         if not parameter.is_floating_point():
             raise ValueError(
                 f"parameter '{name}' is of type {parameter.dtype}; only real floating-point "
@@ -86,6 +122,14 @@ def is_preconditioned(name: str, shape: Sequence[int], config: ShampooConfig) ->
         and math.prod(shape) > 0
         and not any(re.search(pattern, name) for pattern in config.exclude)
     )
+
+
+def check_replicas(replicas: Any) -> None:
+    """Raise a TypeError or ValueError if it does not say where plain tensors are replicated."""
+    if not isinstance(replicas, DeviceMesh | dist.ProcessGroup | None):
+        raise TypeError(f"replicas is {replicas!r}; allowed: a process group, a DeviceMesh, None.")
+    if isinstance(replicas, DeviceMesh) and replicas.ndim != 1:
+        raise ValueError(f"replicas is a mesh of {replicas.ndim} dimensions; allowed: one.")
 
 
 def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:

@@ -36,10 +36,11 @@ class BlockStack:
         self.group = group
         self.config = config
         shape = ordered[0][1].shape
-        self.gradient = torch.zeros(len(ordered), *shape, device=device)
+        self.gradient = torch.zeros(len(ordered), *shape, dtype=torch.float32, device=device)
         self.exp_avg = torch.zeros_like(self.gradient)
         self.grafting = AdamGrafting(tuple(self.gradient.shape), device)
         self.preconditioner = ShampooPreconditioner(len(ordered), shape, device)
+        self._rooted = [False] * len(ordered)
         self.refreshes = 0
         self.failed_roots = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_blocks = torch.zeros((), dtype=torch.int64, device=device)
@@ -65,12 +66,14 @@ class BlockStack:
         largest, least = gradient.amax(inner), gradient.amin(inner)
         usable = (largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)  # [B]
         self._count_skipped(usable, active)
-        each = usable.view(-1, *(1 for _ in inner))  # [B, 1, ...]
-        gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.where(each, 1.0, 0.0))
+        kept = usable.to(gradient.dtype)
+        each = kept.view(-1, *(1 for _ in inner))  # [B, 1, ...]; 1 for usable gradients, else 0
+        gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(each)
 
-        self.preconditioner.update_factors(gradient, usable, beta2)
-        self.exp_avg.lerp_(gradient, torch.where(each, 1.0 - beta1, 0.0))
-        self.grafting.update(gradient, each, grafting_beta2)
+        # Decays are 1 where a gradient is not usable: there the state stays.
+        self.preconditioner.update_factors(gradient, 1.0 - (1.0 - beta2) * kept, beta2)
+        self.exp_avg.lerp_(gradient, (1.0 - beta1) * each)
+        self.grafting.update(gradient, 1.0 - (1.0 - grafting_beta2) * each, grafting_beta2)
 
         self._refresh(steps, active, beta2)
 
@@ -80,19 +83,23 @@ class BlockStack:
             self._correction(grafting_beta2, steps, gradient.ndim),
             eps,
         )
-        warm = [step >= config.first_preconditioned_step for step in steps]
-        if any(warm):
+        if any(self._rooted):
             direction = self.preconditioner.precondition(self.exp_avg)
             graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True)
             norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
-            scale = torch.where((norm > 0.0) & each, graft_norm * factor / norm, 0.0)
-            torch.mul(direction, scale, out=gradient)
-            if all(warm):
+            scale = (graft_norm * factor / norm).masked_fill_(norm == 0.0, 0.0)
+            torch.mul(direction, scale * each, out=gradient)
+            if all(self._rooted):
                 return
-            cold = self._host_mask(warm).logical_not_().view_as(each)
-            torch.where(cold & each, graft * factor, gradient, out=gradient)
+            cold = self._host_mask(self._rooted).logical_not_().view_as(each)
+            torch.where(cold, graft * (each * factor), gradient, out=gradient)
         else:
-            torch.mul(graft, torch.where(each, 1.0, 0.0) * factor, out=gradient)
+            torch.mul(graft, each * factor, out=gradient)
+
+    def find_rooted(self) -> None:
+        """Look which blocks have roots, after state was loaded: the others get theirs as soon as
+        the settings of this run allow it, and are grafted until then."""
+        self._rooted = self.preconditioner.has_roots().tolist()
 
     def _refresh(self, steps: Sequence[int], active: Sequence[bool], beta2: float) -> None:
         due = self._due(steps, active)
@@ -106,6 +113,8 @@ class BlockStack:
             where, correction, self.config.preconditioner_eps
         )
         self.refreshes += len(due) * len(self.preconditioner.factors)
+        for b in due:
+            self._rooted[b] = True
 
     def _due(self, steps: Sequence[int], active: Sequence[bool]) -> list[int]:
         """Positions of the blocks whose roots are refreshed on this step, ascending."""
@@ -113,7 +122,7 @@ class BlockStack:
         return [
             b
             for b, (step, phase) in enumerate(zip(steps, self.phases, strict=True))
-            if active[b] and (step == first or (step > first and (step + phase) % frequency == 0))
+            if active[b] and ((step + phase) % frequency == 0 if self._rooted[b] else step >= first)
         ]
 
     def _correction(self, beta: float, steps: Sequence[int], ndim: int) -> float | Tensor:
@@ -122,7 +131,7 @@ class BlockStack:
             return 1.0
         if min(steps) == max(steps):
             return 1.0 - beta ** max(steps[0], 1)
-        values = torch.tensor([1.0 - beta ** max(step, 1) for step in steps])
+        values = torch.tensor([1.0 - beta ** max(step, 1) for step in steps], dtype=torch.float32)
         shape = (-1, *(1 for _ in range(ndim - 1)))
         return values.to(self.gradient.device, non_blocking=True).view(shape)
 

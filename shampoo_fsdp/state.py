@@ -13,6 +13,7 @@ on any mesh and loads on any other, and `exp_avg` and `exp_avg_sq` are those of 
 
 import math
 from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -66,36 +67,25 @@ class ShardedBlocks(torch.Tensor):
             result[_slices(offsets, values)].copy_(values)
         return result
 
-    def load(self, value: Tensor, name: str) -> None:
-        """Copy the values of a saved entry into the stacks; they are there already if `value` is
-        this very tensor, which a checkpoint has been read into.
-
-        Args:
-            value: the pieces of this rank, or the whole tensor.
-            name: of the entry, for errors.
-
-        Raises:
-            ValueError: if the shape differs or a piece is missing.
-        """
-        if value is self:
-            return
-        if value.shape != self.shape:
-            raise ValueError(
-                f"state entry '{name}' has shape {tuple(value.shape)} in the state dict but "
-                f"{tuple(self.shape)} here; was it saved with other settings or another model?"
-            )
-        if not isinstance(value, ShardedBlocks):
-            for offsets, mine in self.pieces:
-                mine.copy_(value[_slices(offsets, mine)])
-            return
-        saved = dict(value.pieces)
+    def check_pieces(self, saved: "ShardedBlocks", name: str) -> None:
+        """Raise a ValueError if `saved`, of the same shape, lacks a piece that is here."""
+        shapes = {offsets: values.shape for offsets, values in saved.pieces}
         for offsets, mine in self.pieces:
-            if offsets not in saved or saved[offsets].shape != mine.shape:
+            if shapes.get(offsets) != mine.shape:
                 raise ValueError(
-                    f"state entry '{name}' lacks the block at {offsets}, which this rank owns; "
-                    "to change the mesh, save and load with torch.distributed.checkpoint"
+                    f"{name} lacks the block at {offsets}, which this rank owns; to change the "
+                    "mesh, save and load with torch.distributed.checkpoint."
                 )
-            mine.copy_(saved[offsets])
+
+    def load(self, saved: Tensor) -> None:
+        """Copy the pieces of `saved`, or the parts of a whole tensor, to the pieces here."""
+        if isinstance(saved, ShardedBlocks):
+            values = dict(saved.pieces)
+            for offsets, mine in self.pieces:
+                mine.copy_(values[offsets])
+        else:
+            for offsets, mine in self.pieces:
+                mine.copy_(saved[_slices(offsets, mine)])
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -112,6 +102,13 @@ class ShardedBlocks(torch.Tensor):
         raise NotImplementedError(
             f"{func} on the state of Shampoo, whose blocks are spread over the ranks; read it "
             "through torch.distributed.checkpoint, or `dcp_to_torch` for whole tensors"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "the state of Shampoo is spread over ranks by block; a rank that pickles its part "
+            "would lose the others': save it with torch.distributed.checkpoint (whole tensors "
+            "come out of `python -m torch.distributed.checkpoint.format_utils dcp_to_torch`)"
         )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
@@ -144,3 +141,11 @@ class ShardedBlocks(torch.Tensor):
 
 def _slices(offsets: tuple[int, ...], values: Tensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))
+
+
+def _reduce(blocks: ShardedBlocks) -> Any:
+    return ShardedBlocks, (tuple(blocks.shape), blocks.pieces, blocks.alone)
+
+
+# Asynchronous saving may hand a rank's own part to a process of its own, which loses nothing.
+ForkingPickler.register(ShardedBlocks, _reduce)

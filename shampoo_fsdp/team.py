@@ -1,26 +1,83 @@
 """The parameters that live on the same ranks: their plan, the blocks this rank owns, exchange."""
 
-import hashlib
+import dataclasses
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo_fsdp.agreement import agree
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.exchange import Exchange
-from shampoo_fsdp.parameters import Replicas, local_shard, process_group
+from shampoo_fsdp.parameters import (
+    Replicas,
+    describe,
+    is_preconditioned,
+    local_shard,
+    process_group,
+)
 from shampoo_fsdp.planner import ParameterSpec, make_plan
 from shampoo_fsdp.stack import BlockStack
 from shampoo_fsdp.state import CAP, Piece, ShardedBlocks
 
-__all__ = ["Team", "balance"]
+__all__ = ["Team", "balance", "make_teams"]
 
-_T = TypeVar("_T")
+
+def make_teams(
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    param_groups: Sequence[int],
+    replicas: Replicas,
+    config: ShampooConfig,
+) -> tuple[list["Team"], list[int]]:
+    """The teams of the preconditioned parameters, and the numbers of the other parameters.
+
+    All ranks that parameters live on compare what they were given first.
+
+    Args:
+        names, parameters, param_groups: of each parameter, and the number of its group.
+        replicas: where plain tensors are replicated.
+
+    Raises:
+        ValueError: on every rank, if ranks disagree or a parameter cannot be planned.
+    """
+    specs = [describe(n, p, replicas) for n, p in zip(names, parameters, strict=True)]
+    living_on: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, spec in enumerate(specs):
+        living_on[tuple(sorted(spec.ranks))].append(i)
+    teams, others = [], []
+    # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
+    for ranks, living in sorted(living_on.items()):
+        group = process_group(ranks, [parameters[i] for i in living], replicas)
+        settings = dataclasses.asdict(config).items()
+        facts: dict[str, Sequence[object]] = {
+            "the parameters that are trained": [names[i] for i in living],
+            "their shapes": [(names[i], specs[i].shape) for i in living],
+            "their placements": [
+                (names[i], specs[i].mesh_shape, specs[i].placements) for i in living
+            ],
+            "the settings": [f"{name} = {value}" for name, value in settings],
+        }
+        agree(group, ranks, None, facts)
+        chosen = [i for i in living if is_preconditioned(names[i], specs[i].shape, config)]
+        others += [i for i in living if not is_preconditioned(names[i], specs[i].shape, config)]
+        if chosen:
+            teams.append(
+                Team(
+                    chosen,
+                    [specs[i] for i in chosen],
+                    [parameters[i] for i in chosen],
+                    [param_groups[i] for i in chosen],
+                    group,
+                    replicas,
+                    config,
+                )
+            )
+    return teams, sorted(others)
 
 
 class Team:
@@ -35,7 +92,8 @@ class Team:
         indices: Sequence[int],
         specs: Sequence[ParameterSpec],
         parameters: Sequence[Tensor],
-        groups: Sequence[int],
+        param_groups: Sequence[int],
+        group: dist.ProcessGroup | None,
         replicas: Replicas,
         config: ShampooConfig,
     ) -> None:
@@ -43,37 +101,31 @@ class Team:
         Args:
             indices: numbers of the parameters in the optimizer.
             specs, parameters: what the planner knows of them, and the parameters.
-            groups: the parameter group of each.
+            param_groups: number of the parameter group of each.
+            group: of all ranks that the parameters live on.
 
         Raises:
             ValueError: on every rank, if any of them cannot take part or planned otherwise.
         """
         device = parameters[0].device
         ranks = tuple(sorted(specs[0].ranks))
-        everyone = process_group(ranks, parameters, replicas)
         problem = None
         try:
             rank = dist.get_rank() if len(ranks) > 1 else ranks[0]
             self.plan = make_plan(specs, config, rank)
             self._check_shards(specs, parameters)
-        except ValueError as error:
-            problem = str(error)
-        _agree(everyone, ranks, problem, {
-            "the names of the parameters": ", ".join(spec.name for spec in specs),
-            "the shapes of the parameters": str([spec.shape for spec in specs]),
-            "the placements of the parameters": str([(s.mesh_shape, s.placements) for s in specs]),
-            "the settings": str(config),
-        })  # fmt: skip
+        except Exception as error:
+            problem = str(error) or repr(error)
+        agree(group, ranks, problem, {})
         # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
-        group = everyone
         if self.plan.ranks != ranks:
             group = process_group(self.plan.ranks, parameters, replicas)
-        _agree(group, self.plan.ranks, None, {"the plan of blocks": self.plan.fingerprint})
+        agree(group, self.plan.ranks, None, {"the plan of blocks": [self.plan.fingerprint]})
         self.indices = tuple(indices)
         self.config = config
         by_shape = defaultdict(list)
         for number, block in enumerate(self.plan.blocks):
-            by_shape[groups[block.parameter], block.shape].append((number, block))
+            by_shape[param_groups[block.parameter], block.shape].append((number, block))
         self.stacks = [
             BlockStack(blocks, param_group, config, device)
             for (param_group, _), blocks in sorted(by_shape.items())
@@ -149,12 +201,20 @@ class Team:
 
     def _check_shards(self, specs: Sequence[ParameterSpec], parameters: Sequence[Tensor]) -> None:
         for spec, parameter, shape in zip(specs, parameters, self.plan.shard_shapes, strict=True):
-            if local_shard(parameter).numel() != math.prod(shape):
+            shard = local_shard(parameter).detach()
+            if shard.numel() != math.prod(shape):
                 raise ValueError(
-                    f"parameter '{spec.name}' has a shard of {tuple(local_shard(parameter).shape)} "
-                    f"here, but its placements {spec.placements} on a mesh of {spec.mesh_shape} "
-                    f"say {shape}."
+                    f"parameter '{spec.name}' has a shard of {tuple(shard.shape)} here, but its "
+                    f"placements {spec.placements} on a mesh of {spec.mesh_shape} say {shape}."
                 )
+            try:
+                shard.view(shape)
+            except RuntimeError:
+                raise ValueError(
+                    f"parameter '{spec.name}' of {tuple(shard.shape)} has strides "
+                    f"{shard.stride()}, so that it cannot be updated as {shape}; use the default "
+                    "memory format or exclude it."
+                ) from None
 
 
 def balance(teams: Sequence[Team]) -> dict[str, float]:
@@ -181,35 +241,3 @@ def balance(teams: Sequence[Team]) -> dict[str, float]:
         "mib_sent_per_step_max": max(sent.values(), default=0) / 2**20,
         "mib_sent_per_step_mean": sum(sent.values()) / ranks / 2**20,
     }
-
-
-def _agree(
-    group: dist.ProcessGroup | None,
-    ranks: Sequence[int],
-    problem: str | None,
-    facts: dict[str, str],
-) -> None:
-    """Compare facts on all ranks, so that a problem or a mismatch is an error on each of them
-    instead of a collective that hangs later."""
-    mine = {fact: hashlib.sha256(value.encode()).hexdigest() for fact, value in facts.items()}
-    everyone = _gather(group, ranks, (problem, mine))
-    for rank, (theirs, _) in zip(ranks, everyone, strict=True):
-        if theirs is not None:
-            raise ValueError(theirs if theirs == problem else f"on rank {rank}: {theirs}")
-    for fact, value in facts.items():
-        odd = next((i for i, (_, f) in enumerate(everyone) if f[fact] != everyone[0][1][fact]), 0)
-        if odd:
-            values = _gather(group, ranks, value)
-            raise ValueError(
-                f"ranks disagree about {fact}: rank {ranks[0]} has {values[0]}, rank "
-                f"{ranks[odd]} has {values[odd]}."
-            )
-
-
-def _gather(group: dist.ProcessGroup | None, ranks: Sequence[int], mine: _T) -> list[_T]:
-    """What each rank has, in the order of the ranks."""
-    if group is None:
-        return [mine]
-    everyone = [mine] * len(ranks)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone

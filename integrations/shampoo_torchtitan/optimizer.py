@@ -41,7 +41,7 @@ class ShampooContainer(OptimizersContainer):
         self.optimizers = []
         parameters = []
         for model in model_parts:
-            named = [(_plain(n), p) for n, p in model.named_parameters() if p.requires_grad]
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             self.optimizers.append(Shampoo(named, replicas=replicas, **settings))
             parameters.extend(p for _, p in named)
         self._validate_length(len(model_parts))
@@ -65,6 +65,8 @@ class ShampooContainer(OptimizersContainer):
                 f"{s['parameters_total']:,} parameters ({share:.1%} of the elements) "
                 f"in {s['blocks']:,} blocks"
             )
+            if matrices := optimizer.matrices_left_to_grafting():
+                logger.info(f"Shampoo{part} leaves to AdamW: {', '.join(matrices)}, and vectors")
             logger.info(
                 f"Shampoo{part} per rank: largest load {s['load_max_over_mean']:.2f} x the mean; "
                 f"state {s['state_mib_max']:,.1f} MiB at most, {s['state_mib_mean']:,.1f} on "
@@ -133,11 +135,3 @@ def register() -> None:
         found = vars(module).get("build_optimizers") if name.startswith("torchtitan.") else None
         if found is _titan_build_optimizers:
             module.build_optimizers = build_optimizers  # type: ignore[attr-defined]
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the marks of activation checkpointing and torch.compile.
-
-    Checkpoints drop them as well: a job may switch either between two runs.
-    """
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

@@ -16,28 +16,26 @@ class ShampooPreconditioner:
     """
 
     def __init__(self, blocks: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self.factors = [torch.zeros(blocks, n, n, device=device) for n in shape]
-        self.inverse_roots = [
-            torch.eye(n, device=device).repeat(blocks, 1, 1).contiguous() for n in shape
+        self.factors = [
+            torch.zeros(blocks, n, n, dtype=torch.float32, device=device) for n in shape
         ]
+        self.inverse_roots = [self._identity(n).repeat(blocks, 1, 1) for n in shape]
         self._exponent = -0.5 / len(shape)
 
-    def update_factors(self, gradient: Tensor, usable: Tensor, beta2: float) -> None:
-        """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, or plain sums for beta2 = 1, where
-        `usable`; elsewhere the gradient is zero and L_i stays.
+    def update_factors(self, gradient: Tensor, decay: Tensor, beta2: float) -> None:
+        """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, or plain sums for beta2 = 1.
 
         G_(i) is the gradient unfolded along dimension i.
 
         Args:
-            gradient: [B, d_1, ..., d_k].
-            usable: bool, [B].
+            gradient: [B, d_1, ..., d_k]; zero where it is not usable.
+            decay: [B]; beta2, and 1 where the gradient is not usable.
         """
         weight = 1.0 - beta2 if beta2 < 1.0 else 1.0
-        decay = torch.where(usable, beta2, 1.0).view(-1, 1, 1)
         for i, factor in enumerate(self.factors):
             unfolded = _unfold(gradient, i)
             if beta2 < 1.0:
-                factor.mul_(decay)
+                factor.mul_(decay.view(-1, 1, 1))
             factor.baddbmm_(unfolded, unfolded.mT, alpha=weight)
 
     def refresh(self, due: slice | Tensor, correction2: float | Tensor, eps: float) -> Tensor:
@@ -59,6 +57,17 @@ class ShampooPreconditioner:
             failed += good.logical_not().sum()
             inverse_root[due] = torch.where(good.view(-1, 1, 1), roots, inverse_root[due])
         return failed
+
+    def has_roots(self) -> Tensor:
+        """Whether roots have ever been taken, for each block: they are the identity before.
+        Bool, [B]."""
+        taken = [
+            (root != self._identity(root.shape[-1])).any(2).any(1) for root in self.inverse_roots
+        ]
+        return torch.stack(taken).any(0)
+
+    def _identity(self, n: int) -> Tensor:
+        return torch.eye(n, dtype=torch.float32, device=self.factors[0].device)
 
     def precondition(self, momentum: Tensor) -> Tensor:
         """The momentum [B, d_1, ..., d_k] multiplied by the inverse root along each dimension."""

@@ -1,5 +1,8 @@
 """What goes wrong on one rank is an error on all of them, or harmless; never a hang."""
 
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +17,7 @@ from tests.ranks import ranks
 @ranks(2)
 def test_different_settings_are_an_error_on_every_rank():
     built = build("fsdp")
-    with pytest.raises(ValueError, match=r"ranks disagree about the settings: .*=8.*=16"):
+    with pytest.raises(ValueError, match=r"about the settings: .*_dim = 8, .*_dim = 16"):
         Shampoo(built.model.named_parameters(), max_preconditioner_dim=8 * (1 + dist.get_rank()))
 
 
@@ -22,7 +25,7 @@ def test_different_settings_are_an_error_on_every_rank():
 def test_replicas_of_different_scopes_are_an_error_on_every_rank():
     built = build("hsdp")
     scope = "all" if dist.get_rank() < 2 else "shard"
-    with pytest.raises(ValueError, match=r"ranks disagree about the settings: .*'all'.*'shard'"):
+    with pytest.raises(ValueError, match=r"ranks disagree about the settings: .*= all, .*= shard"):
         Shampoo(built.model.named_parameters(), owner_scope=scope)
 
 
@@ -30,7 +33,10 @@ def test_replicas_of_different_scopes_are_an_error_on_every_rank():
 def test_different_names_are_an_error_on_every_rank():
     built = build("fsdp")
     named = [(f"{n}{dist.get_rank()}", p) for n, p in built.model.named_parameters()]
-    with pytest.raises(ValueError, match="ranks disagree about the names of the parameters"):
+    with pytest.raises(
+        ValueError,
+        match=r"the parameters that are trained: rank 0 has tok_embeddings\.weight0, rank 1",
+    ):
         Shampoo(named)
 
 
@@ -76,3 +82,40 @@ def test_a_bad_gradient_on_one_rank_skips_the_same_blocks_everywhere():
     skipped = optimizer.counters()
     dist.all_reduce(skipped)
     assert skipped.tolist()[2] == 1
+
+
+@ranks(2)
+def test_a_parameter_that_one_rank_excludes_is_an_error_on_every_rank():
+    built = build("fsdp")
+    exclude = ["."] if dist.get_rank() else ["wq"]
+    with pytest.raises(ValueError, match=r"settings: .*exclude = \['wq'\], .*exclude = \['\.'\]"):
+        Shampoo(built.model.named_parameters(), exclude=exclude)
+
+
+@ranks(2)
+def test_a_parameter_that_one_rank_froze_is_an_error_on_every_rank():
+    built = build("fsdp")
+    built.model.output.weight.requires_grad_(dist.get_rank() == 0)
+    with pytest.raises(ValueError, match=r"rank 0 has output\.weight, rank 1 has nothing more"):
+        Shampoo(built.model.named_parameters())
+
+
+@ranks(2)
+def test_state_that_is_spread_over_ranks_is_not_pickled_in_part(tmp_path):
+    built = build("fsdp")
+    optimizer = Shampoo(built.model.named_parameters())
+    with pytest.raises(TypeError, match=r"save it with torch\.distributed\.checkpoint"):
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+
+
+@ranks(2)
+def test_a_rank_can_hand_its_part_to_a_process_that_saves_it():
+    built = build("fsdp")
+    optimizer = Shampoo(built.model.named_parameters())
+    entries = optimizer.state_dict()["state"][1]
+    received = pickle.loads(ForkingPickler.dumps(entries))
+    for name, value in entries.items():
+        mine, theirs = getattr(value, "pieces", None), getattr(received[name], "pieces", None)
+        assert (mine is None) == (theirs is None)
+        for (offset, tensor), (other_offset, other) in zip(mine or [], theirs or [], strict=True):
+            assert offset == other_offset and torch.equal(tensor, other)

@@ -25,6 +25,7 @@ def build(**settings):
         ({"preconditioner_eps": 0.0}, r"preconditioner_eps.* 0\.0"),
         ({"preconditioner_eps": float("nan")}, "preconditioner_eps.* nan"),
         ({"exclude": "embed"}, "exclude.*'embed'.*a list of strings"),
+        ({"exclude": [""]}, "exclude.*no empty pattern"),
         ({"exclude": ["("]}, r"exclude.*'\('.*regular expressions"),
         ({"communication_dtype": "fp8"}, "communication_dtype.*'float32' or 'bfloat16'"),
         ({"memory_cap": 0}, r"memory_cap.* 0; allowed: a positive number"),
@@ -65,3 +66,25 @@ def test_preconditioning_starts_after_one_period_by_default():
     assert ShampooConfig(precondition_frequency=7).first_preconditioned_step == 7
     config = ShampooConfig(precondition_frequency=7, start_preconditioning_step=3)
     assert config.first_preconditioned_step == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "excluded"),
+    [
+        ("tok_embeddings.weight", True),
+        ("model.embed_tokens.weight", True),
+        ("transformer.wte.weight", True),
+        ("tok_emb.weight", True),
+        ("output.weight", True),
+        ("lm_head.weight", True),
+        ("language_model.lm_head.weight", True),
+        ("_orig_mod.module.output.weight", True),
+        ("layers.0.attention.wo.weight", False),
+        ("encoder.layer.0.output.dense.weight", False),
+        ("members.weight", False),
+    ],
+)
+def test_embeddings_and_the_output_layer_are_left_to_adam(name, excluded):
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    state = Shampoo([(name, parameter)]).state_dict()["state"][0]
+    assert ("factor_0" not in state) == excluded

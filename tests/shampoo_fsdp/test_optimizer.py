@@ -1,5 +1,6 @@
 """Shampoo in one process: against the fp64 reference, and as a torch.optim.Optimizer."""
 
+import copy
 import io
 from collections.abc import Mapping
 
@@ -151,7 +152,7 @@ def test_steps_without_a_gradient_and_with_a_bad_one():
 def test_excluded_parameters_take_exactly_the_steps_of_adamw():
     options = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
     ours, theirs = parameters_like(LLAMA_LIKE), parameters_like(LLAMA_LIKE)
-    optimizer = Shampoo(ours.items(), exclude=[""], **options)
+    optimizer = Shampoo(ours.items(), exclude=["."], **options)
     adamw = torch.optim.AdamW(theirs.values(), fused=True, **options)
     for step in range(10):
         for parameters in (ours, theirs):
@@ -304,6 +305,140 @@ class TestAsATorchOptimizer:
             if "factor_0" in old:
                 assert {v.dtype for v in old.values()} == {torch.float32}
 
+    def test_state_and_update_do_not_depend_on_the_default_type_or_autocast(self):
+        def weights_after_steps() -> dict[str, Tensor]:
+            model = self.model()
+            optimizer = Shampoo(
+                model.named_parameters(), lr=1e-2, precondition_frequency=2, exclude=["norm"]
+            )
+            self.step(model, optimizer, range(6))
+            return {n: p.detach().float() for n, p in model.named_parameters()}
+
+        expected = weights_after_steps()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = weights_after_steps()
+        assert all(torch.equal(found[n], value) for n, value in expected.items())
+        parameter = nn.Parameter(torch.randn(6, 6))
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            optimizer = Shampoo([("w", parameter)], precondition_frequency=2)
+            for _ in range(4):
+                parameter.grad = torch.randn(6, 6, dtype=torch.float32)
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        entries = optimizer.state_dict()["state"][0].values()
+        assert {value.dtype for value in entries} == {torch.float32}
+        assert parameter.isfinite().all()
+
+    def test_gradients_stay_as_they_are(self):
+        model = self.model()
+        optimizer = Shampoo(model.named_parameters())
+        gradients = deterministic_gradients(model, 0)
+        gradients["tok_embeddings.weight"][0, 0] = torch.nan
+        gradients["layers.0.attention.wq.weight"][0, 0] = torch.inf
+        set_gradients(model, gradients)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, gradients[name], rtol=0, atol=0, equal_nan=True)
+
+    def test_a_transposed_parameter_takes_the_steps_of_a_dense_one(self):
+        start, gradient = torch.randn(4, 6), torch.randn(4, 6)
+        dense = nn.Parameter(start.clone())
+        transposed = nn.Parameter(start.t().contiguous().t())
+        for exclude in (["."], []):
+            for weight in (dense, transposed):
+                weight.grad = gradient.clone()
+                Shampoo([("w", weight)], exclude=exclude).step()
+            torch.testing.assert_close(transposed, dense)
+
+    def test_a_smaller_start_at_resume_takes_roots_at_once(self):
+        model = self.model()
+        late = Shampoo(model.named_parameters(), start_preconditioning_step=1000)
+        self.step(model, late, range(5))
+        sooner = Shampoo(
+            model.named_parameters(), precondition_frequency=100, start_preconditioning_step=3
+        )
+        sooner.load_state_dict(late.state_dict())
+        self.step(model, sooner, range(5, 6))
+        blocks = 7  # of one layer, with two factors each
+        assert sooner.counters().tolist() == [2 * blocks, 0, 0]
+
+    def test_a_later_start_at_resume_keeps_the_roots_there_are(self):
+        rare = {"precondition_frequency": 100}
+        model, other = self.model(), self.model()
+        optimizer = Shampoo(model.named_parameters(), start_preconditioning_step=2, **rare)
+        self.step(model, optimizer, range(5))
+        other.load_state_dict(model.state_dict())
+        later = Shampoo(other.named_parameters(), start_preconditioning_step=50, **rare)
+        later.load_state_dict(optimizer.state_dict())
+        self.step(model, optimizer, range(5, 7))
+        self.step(other, later, range(5, 7))
+        for name, value in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
+
+    def test_a_failed_first_root_leaves_plain_momentum_of_the_grafted_size(self, monkeypatch):
+        def fail(matrices: Tensor, exponent: float, eps: float) -> Tensor:
+            return torch.full_like(matrices, torch.nan)
+
+        monkeypatch.setattr("shampoo_fsdp.preconditioners.shampoo.inverse_root_eigh", fail)
+        weight = nn.Parameter(torch.zeros(4, 4))
+        optimizer = Shampoo(
+            [("w", weight)], lr=1.0, betas=(0.0, 0.9), precondition_frequency=1, weight_decay=0.0
+        )
+        weight.grad = torch.arange(16.0).view(4, 4) + 1
+        optimizer.step()
+        assert optimizer.counters().tolist() == [2, 2, 0]
+        # Adam's first step has entries of size 1.
+        expected = -4.0 * weight.grad / weight.grad.norm()
+        torch.testing.assert_close(weight.detach(), expected)
+
+    def test_a_scheduler_that_keeps_its_settings_in_groups_resumes(self):
+        model = self.model()
+        optimizer = Shampoo(model.named_parameters())
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+        self.step(model, optimizer, range(1))
+        scheduler.step()
+        again = Shampoo(model.named_parameters())
+        again.load_state_dict(optimizer.state_dict())
+        resumed = torch.optim.lr_scheduler.OneCycleLR(again, 0.1, total_steps=10, last_epoch=1)
+        scheduler.step()
+        assert resumed.get_last_lr() == scheduler.get_last_lr()
+
+    def test_a_state_dict_is_a_snapshot(self):
+        model = self.model()
+        optimizer = Shampoo(model.named_parameters())
+        self.step(model, optimizer, range(1))
+        snapshot = optimizer.state_dict()["state"]
+        before = {i: {n: v.clone() for n, v in e.items()} for i, e in snapshot.items()}
+        self.step(model, optimizer, range(1, 3))
+        for i, entries in snapshot.items():
+            assert all(torch.equal(value, before[i][name]) for name, value in entries.items())
+
+    def test_loading_hooks_see_the_state(self):
+        model, seen = self.model(), []
+        optimizer = Shampoo(model.named_parameters())
+        optimizer.register_load_state_dict_pre_hook(lambda _, sd: seen.append(len(sd["state"])))
+        optimizer.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert seen == [len(list(model.parameters()))] * 2
+
+    def test_what_does_not_fit_changes_nothing(self):
+        model = self.model()
+        optimizer = Shampoo(model.named_parameters(), lr=1e-3)
+        self.step(model, optimizer, range(2))
+        saved = optimizer.state_dict()
+        other = Shampoo(model.named_parameters(), lr=5e-3)
+        saved["state"][len(saved["state"]) - 1]["exp_avg"] = torch.zeros(3)
+        with pytest.raises(ValueError, match=r"'exp_avg' of parameter 'output\.weight'.*\(3,\)"):
+            other.load_state_dict(saved)
+        assert other.param_groups[0]["lr"] == 5e-3
+        assert not other.state_dict()["state"][0]["exp_avg"].any()
+
+    def test_it_refuses_to_be_copied(self):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copy.deepcopy(Shampoo(self.model().named_parameters()))
+
     def test_another_block_size_is_refused_by_name(self):
         model = self.model()
         state = Shampoo(model.named_parameters(), max_preconditioner_dim=8).state_dict()
@@ -336,6 +471,46 @@ class TestBadParameters:
         one, other = (("w", nn.Parameter(torch.zeros(2, 2))) for _ in range(2))
         with pytest.raises(ValueError, match="two parameters are named 'w'"):
             Shampoo([one, other])
+
+    def test_one_parameter_under_two_names(self):
+        weight = nn.Parameter(torch.zeros(2, 2))
+        with pytest.raises(ValueError, match="'a' and 'b' are the same"):
+            Shampoo([("a", weight), ("b", weight)])
+
+    def test_channels_last(self):
+        weight = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match=r"'conv' .*default memory format"):
+            Shampoo([("conv", nn.Parameter(weight))])
+
+    def test_unfrozen_later(self):
+        weight, other = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+        weight.requires_grad_(False)
+        optimizer = Shampoo([("w", weight), ("v", other)])
+        weight.grad = other.grad = torch.ones(2, 2)
+        with pytest.raises(ValueError, match="'w' has a gradient but did not require one"):
+            optimizer.step()
+
+    def test_no_gradient_at_all(self):
+        with pytest.warns(UserWarning, match=r"built before fully_shard\(\)"):
+            Shampoo([nn.Parameter(torch.zeros(2, 2))]).step()
+
+    @pytest.mark.parametrize(
+        ("params", "message"),
+        [
+            ([], "empty parameter list"),
+            ({nn.Parameter(torch.zeros(2))}, "a set"),
+            ([{"lr": 1.0}], "the key 'params'"),
+            ([(nn.Parameter(torch.zeros(2)), "w")], "a pair"),
+            ([{"params": [], "max_preconditioner_dim": 2}], "give it to Shampoo"),
+        ],
+    )
+    def test_what_are_no_parameters(self, params, message):
+        with pytest.raises((TypeError, ValueError), match=message):
+            Shampoo(params)
+
+    def test_replicas_that_are_none(self):
+        with pytest.raises(TypeError, match=r"replicas is 2; allowed: a process group"):
+            Shampoo([nn.Parameter(torch.zeros(2, 2))], replicas=2)
 
     def test_sparse_gradients_change_nothing(self):
         embedding = nn.Embedding(10, 4, sparse=True)

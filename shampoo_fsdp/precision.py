@@ -1,0 +1,29 @@
+"""Arithmetic of the step, whatever the program around it has chosen for its model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["full_precision"]
+
+_MATMULS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+)
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Within it, matrix products are in fp32: no autocast, and no TF32, whose 10 bits are too few
+    for factors whose eigenvalues span many orders of magnitude."""
+    chosen = [matmul.fp32_precision for matmul in _MATMULS]
+    for matmul in _MATMULS:
+        matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for matmul, precision in zip(_MATMULS, chosen, strict=True):
+            matmul.fp32_precision = precision
