@@ -9,14 +9,16 @@ from shampoo_fsdp.config import ShampooConfig
 
 __all__ = ["block_flops", "modelled_seconds", "state_elements"]
 
-# One n x n symmetric eigendecomposition with its inverse root takes as long as a matrix product
-# of this many FLOPs times n^3 (fp32, LAPACK syevd against GEMM, n = 128 to 1024).
-_ROOT_FLOPS = 50.0
+# An inverse root of an n x n factor takes as long as a matrix product of this many FLOPs times n^3
+# and n^2: fitted to n = 64 to 1024 on a CPU (python -m benchmarks.root_cost).
+_ROOT_FLOPS_CUBED, _ROOT_FLOPS_SQUARED = 11.0, 5500.0
 
 
 def block_flops(shape: tuple[int, ...]) -> tuple[float, float]:
-    """FLOPs of a block on every step (factors and preconditioning), and of its refresh."""
-    return 4.0 * math.prod(shape) * sum(shape), _ROOT_FLOPS * sum(n**3 for n in shape)
+    """FLOPs of a block on every step (factors and preconditioning), and of its refresh: as many as
+    a matrix product makes in the time."""
+    refresh = sum(_ROOT_FLOPS_CUBED * n**3 + _ROOT_FLOPS_SQUARED * n**2 for n in shape)
+    return 4.0 * math.prod(shape) * sum(shape), refresh
 
 
 def state_elements(shape: tuple[int, ...]) -> int:

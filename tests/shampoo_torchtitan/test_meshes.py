@@ -39,6 +39,7 @@ DENSE = {
     "FSDP4": (4, {}),
     "HSDP2x2": (4, {REPLICAS: 2}),
     "TP2xFSDP2": (4, {TP: 2}),
+    "HSDP2x2, TP2": (8, {REPLICAS: 2, TP: 2}),
     "TP4": (4, {TP: 4}),
     "DDP4": (4, {REPLICAS: 4, DP: 1}),
     "PP2": (2, {PP: 2}),
