@@ -1,6 +1,7 @@
-"""The plan of a built-in model on any mesh: what each rank computes, keeps and sends.
+"""Before a run and after it: the plan of a model on a mesh, and what is in a checkpoint.
 
 python -m shampoo_fsdp plan --model llama3-8b --mesh dp_shard=64,tp=8
+python -m shampoo_fsdp inspect outputs/checkpoint/step-500
 """
 
 import argparse
@@ -8,12 +9,17 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords
+from shampoo_fsdp.inspection import inspect_checkpoint
+from shampoo_fsdp.inspection_plot import plot as draw
+from shampoo_fsdp.inspection_report import as_json, print_report
 from shampoo_fsdp.model_shapes import MESH_DIMS, MODELS, model_specs
 from shampoo_fsdp.plan_report import plan_report
 
@@ -24,24 +30,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line about what is wrong with the arguments."""
     parser = _parser()
     options = vars(parser.parse_args(arguments))
-    model, mesh, as_json = options.pop("model"), options.pop("mesh"), options.pop("json")
-    options.pop("command")
+    command = options.pop("command")
+    run: Callable[..., None] = _plan if command == "plan" else _inspect
     try:
-        config = settings_from_keywords(options)
-        specs = model_specs(model, _mesh(mesh))
-        report = plan_report(f"{model} on {mesh}", [specs], config)
+        run(**options)
     except (ValueError, TypeError) as error:
-        print(f"{parser.prog} plan: {error}", file=sys.stderr)
+        print(f"{parser.prog} {command}: {error}", file=sys.stderr)
         return 2
-    if as_json:
-        print(json.dumps(report.as_json(), indent=2))
-    else:
-        report.print(Console())
     return 0
 
 
+def _plan(*, model: str, mesh: str, json: bool, **settings: Any) -> None:
+    config = settings_from_keywords(settings)
+    specs = model_specs(model, _mesh(mesh))
+    report = plan_report(f"{model} on {mesh}", [specs], config)
+    if json:
+        _print_json(report.as_json())
+    else:
+        report.print(Console())
+
+
+def _inspect(
+    *, checkpoint: str, json: bool, plot: str | None, parameter: str, blocks: int | None
+) -> None:
+    found, number, parameters = inspect_checkpoint(Path(checkpoint), parameter, blocks)
+    console = Console(stderr=True)
+    found.parameters += track(
+        parameters,
+        "Reading",
+        number,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    if plot is not None:
+        draw(found, Path(plot))
+    if json:
+        _print_json(as_json(found))
+    else:
+        # Names and figures need room; a file or a pipe has it.
+        print_report(found, Console(width=None if sys.stdout.isatty() else 130))
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report, indent=2))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m shampoo_fsdp", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m shampoo_fsdp",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", argument_default=argparse.SUPPRESS, help="show a plan")
     plan.add_argument("--model", required=True, help=", ".join(MODELS))
@@ -56,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
             {"nargs": "+", "type": str} if hints[field.name] == list[str] else {}
         )
         settings.add_argument(f"--{field.name}", **reads)  # type: ignore[arg-type]
+    inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
+    inspect.add_argument("checkpoint", help="its folder, such as outputs/checkpoint/step-500")
+    inspect.add_argument("--json", action="store_true", help="figures as JSON")
+    inspect.add_argument(
+        "--plot", metavar="FILE", help="draw the spectra of the factors (PNG, PDF)"
+    )
+    inspect.add_argument(
+        "--parameter", default="", metavar="REGEX", help="only those whose name contains a match"
+    )
+    inspect.add_argument(
+        "--blocks", type=_count, metavar="N", help="look at N blocks of each parameter (all)"
+    )
     return parser
 
 
@@ -65,6 +117,12 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return int(text)
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.cost import block_flops, state_elements
+from shampoo_fsdp.cost import block_flops
 from shampoo_fsdp.shard_map import Site
+from shampoo_fsdp.state_layout import state_bytes
 
 __all__ = ["choose_owners"]
 
@@ -48,7 +49,7 @@ def choose_owners(
     # that many ranks hold a little of then level out the work.
     urgency = [(-kind.step, -kind.most, number) for number, kind in enumerate(kinds)]
     order = [sorted(phases[p], key=lambda block: urgency[site_of[block]]) for p in sorted(phases)]
-    cap = math.inf if config.memory_cap is None else config.memory_cap * 2**30 / 4
+    cap = math.inf if config.memory_cap is None else config.memory_cap * 2**30
     owners = _near(kinds, site_of, order, len(ranks), cap, config.block_alignment == "shard")
     return owners or _by_memory(kinds, site_of, len(ranks), cap, config)
 
@@ -72,7 +73,7 @@ class _Kind:
 
 
 def _kind(site: Site, ranks: Sequence[int], config: ShampooConfig) -> _Kind:
-    every, refresh = block_flops(site.shape)
+    every, refresh = block_flops(site.shape, config)
     by_size: dict[int, list[int]] = defaultdict(list)
     by_node: dict[int, int] = defaultdict(int)
     for rank, elements in site.held.items():
@@ -85,7 +86,7 @@ def _kind(site: Site, ranks: Sequence[int], config: ShampooConfig) -> _Kind:
         every=every,
         step=every + refresh,
         mean=every + refresh / config.precondition_frequency,
-        state=state_elements(site.shape),
+        state=state_bytes(site.shape, config),
         most=max(by_size),
         near=tuple(near[:1] if config.block_alignment == "shard" else near),
     )
@@ -119,7 +120,7 @@ def _near(
     cap: float,
     stay: bool,
 ) -> list[int] | None:
-    """Owners near their blocks, or None if a block does not fit below the cap (in elements).
+    """Owners near their blocks, or None if a block does not fit below the cap (in bytes).
 
     With `stay` a block does not leave the ranks that hold it.
     """
@@ -162,19 +163,17 @@ def _near(
     return owners
 
 
-def _with_room(
-    group: Sequence[int], state: Sequence[int], elements: int, cap: float
-) -> Sequence[int]:
+def _with_room(group: Sequence[int], state: Sequence[int], size: int, cap: float) -> Sequence[int]:
     if cap == math.inf:
         return group
-    return [rank for rank in group if state[rank] + elements <= cap]
+    return [rank for rank in group if state[rank] + size <= cap]
 
 
 def _pop_least(
     heap: list[tuple[float, int]],
     load: Sequence[float],
     state: Sequence[int],
-    elements: int,
+    size: int,
     cap: float,
 ) -> int:
     """The rank with the least work that has room, or -1."""
@@ -183,7 +182,7 @@ def _pop_least(
         entry = heapq.heappop(heap)
         if entry[0] != load[entry[1]]:
             continue  # out of date; there is a newer one
-        if state[entry[1]] + elements <= cap:
+        if state[entry[1]] + size <= cap:
             break
         full.append(entry)
     else:
@@ -223,8 +222,8 @@ def _by_memory(
     return owners
 
 
-def _gib(elements: float) -> float:
+def _gib(size: float) -> float:
     """Rounded up to what certainly suffices."""
-    gib = elements * 4 / 2**30
+    gib = size / 2**30
     digits = 10.0 ** (3 - math.floor(math.log10(gib)))
     return math.ceil(gib * digits) / digits

@@ -11,10 +11,22 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from shampoo_fsdp.config import ShampooConfig
 
-__all__ = ["BlockGrid", "Rectangle", "even_cuts", "make_grid", "refresh_phase", "view_dims"]
+__all__ = [
+    "BlockGrid",
+    "FactorKind",
+    "Rectangle",
+    "even_cuts",
+    "factor_kinds",
+    "make_grid",
+    "refresh_phase",
+    "view_dims",
+]
+
+FactorKind = Literal["full", "diagonal", "none"]
 
 Rectangle = tuple[tuple[int, int], ...]
 """A half-open interval (start, stop) for each dimension."""
@@ -38,6 +50,11 @@ class BlockGrid:
         """Number of tiles along each dimension of the view."""
         return tuple(len(borders) - 1 for borders in self.cuts)
 
+    @property
+    def fingerprint(self) -> int:
+        """A number of 31 bits that differs between grids."""
+        return zlib.crc32(repr((self.view_shape, self.batch_dims, self.cuts)).encode()) >> 1
+
     def __len__(self) -> int:
         return math.prod(self.tiles)
 
@@ -56,16 +73,31 @@ class BlockGrid:
         return tuple(stop - start for start, stop in self.rectangle(coordinate)[self.batch_dims :])
 
 
-def view_dims(shape: Sequence[int], batched_3d: bool) -> tuple[tuple[tuple[int, ...], ...], int]:
+def view_dims(
+    shape: Sequence[int], config: ShampooConfig
+) -> tuple[tuple[tuple[int, ...], ...], int]:
     """Which dimensions of a parameter make each dimension of its view, and how many are batches.
 
-    Matrices stay as they are. Experts [E, m, n] are E matrices (unless `batched_3d` is off). A
-    convolution [out, in, kh, kw] is the matrix [out, in * kh * kw].
+    Experts [E, m, n] are E matrices (unless `batched_3d` is off); for the rest see `merge_dims`.
     """
     order = len(shape)
-    if order > 3:
+    if order == 3 and config.batched_3d:
+        return ((0,), (1,), (2,)), 1
+    if config.merge_dims == "matrix" and order > 3:
         return ((0,), tuple(range(1, order))), 0
-    return tuple((d,) for d in range(order)), 1 if order == 3 and batched_3d else 0
+    if config.merge_dims != "small":
+        return tuple((d,) for d in range(order)), 0
+    # Shi et al. 2023 (arXiv 2309.06497), section 3.3.
+    groups: list[list[int]] = []
+    sizes: list[int] = []
+    for d, size in enumerate(shape):
+        if groups and (1 in (size, sizes[-1]) or sizes[-1] * size <= config.max_preconditioner_dim):
+            groups[-1].append(d)
+            sizes[-1] *= size
+        else:
+            groups.append([d])
+            sizes.append(size)
+    return tuple(map(tuple, groups)), 0
 
 
 def make_grid(
@@ -76,15 +108,25 @@ def make_grid(
     `borders` are further borders along each dimension of the view that no block may cross (those
     of the shards, with `block_alignment = "shard"`).
     """
-    dims, batch_dims = view_dims(shape, config.batched_3d)
+    dims, batch_dims = view_dims(shape, config)
     view_shape = tuple(math.prod(shape[d] for d in group) for group in dims)
+    whole = config.large_dim == "diagonal" or (
+        config.large_dim == "one_sided"
+        and any(size <= config.max_preconditioner_dim for size in view_shape[batch_dims:])
+    )
     cuts = []
     for d, size in enumerate(view_shape):
-        cap = 1 if d < batch_dims else config.max_preconditioner_dim
+        cap = 1 if d < batch_dims else size if whole else config.max_preconditioner_dim
         fixed = sorted({0, size, *(borders[d] if borders else ())})
         pieces = [even_cuts(start, stop, cap) for start, stop in itertools.pairwise(fixed)]
         cuts.append((0, *itertools.chain.from_iterable(piece[1:] for piece in pieces)))
     return BlockGrid(view_shape, batch_dims, tuple(cuts))
+
+
+def factor_kinds(shape: Sequence[int], config: ShampooConfig) -> tuple[FactorKind, ...]:
+    """For each dimension of a block what factor it has; see `large_dim`."""
+    large: FactorKind = "diagonal" if config.large_dim == "diagonal" else "none"
+    return tuple("full" if n <= config.max_preconditioner_dim else large for n in shape)
 
 
 def even_cuts(start: int, stop: int, cap: int) -> tuple[int, ...]:

@@ -33,8 +33,22 @@ class ShampooConfig:
     """Largest side of a block. A longer dimension is cut into tiles of nearly equal size; larger
     blocks precondition better, cost more per step and more memory."""
 
+    large_dim: Literal["block", "one_sided", "diagonal"] = "block"
+    """What becomes of a dimension longer than max_preconditioner_dim. 'block': it is cut;
+    'one_sided': it is left whole and has no factor (unless all dimensions of the parameter are
+    longer: then they are cut); 'diagonal': it is left whole and its factor is a diagonal."""
+
+    merge_dims: Literal["matrix", "small", "none"] = "matrix"
+    """Which dimensions are seen as one. 'matrix': a tensor of four or more dimensions (a
+    convolution) is the matrix [out, rest]; 'small': neighbours whose product is at most
+    max_preconditioner_dim, as in the paper, in matrices too; 'none': a factor for each."""
+
+    preconditioner: Literal["shampoo", "soap", "kl_shampoo"] = "shampoo"
+    """'shampoo': inverse roots of the gradient's second moment on each side; 'soap': Adam in the
+    eigenbasis of these moments; 'kl_shampoo': moments that each are whitened by the other side."""
+
     precondition_frequency: int = 10
-    """Steps between two refreshes of a block's inverse roots."""
+    """Steps between two refreshes of a block's inverse roots (or eigenbases)."""
 
     start_preconditioning_step: int | None = None
     """First step that is preconditioned; before it the grafted method runs alone, while the
@@ -44,15 +58,70 @@ class ShampooConfig:
     """'staggered' spreads the refreshes of the blocks evenly over the steps of a period, so that
     no step is slow; 'together' refreshes every block on the same step, as the papers do."""
 
-    grafting: Literal["adam"] = "adam"
-    """The method whose step size each block takes, and that updates the excluded parameters."""
+    root_method: (
+        Literal["eigh", "eigh_pseudo_inverse", "coupled_newton", "newton_db", "qr"] | None
+    ) = None
+    """How inverse roots are taken: by eigendecomposition, the same with a zero in place of the
+    inverse of a vanishing eigenvalue, by two iterations of matrix products alone, or by one QR
+    step from the last eigenbasis. Default: 'eigh' for shampoo, 'qr' for soap and kl_shampoo, which
+    know only these two."""
+
+    root_exponents: list[float] = field(default_factory=list)
+    """Entry k - 1 is the p of factor^(-p) for blocks with k factors. Where it is missing or zero, p
+    is 1 / (2 k); for kl_shampoo 1 / 2. Without a meaning for soap."""
+
+    grafting: Literal["adam", "rmsprop", "adagrad", "sgd", "none"] | None = None
+    """The method whose step size each block takes, and that updates the excluded parameters (Adam
+    does for 'none'). Default: 'adam' for shampoo, 'none' for soap and kl_shampoo."""
 
     grafting_beta2: float | None = None
     """Decay of the grafted method's second moment. Default: the optimizer's beta2."""
 
+    grafting_eps: float | None = None
+    """Epsilon of the grafted method. Default: the optimizer's eps."""
+
     preconditioner_eps: float = 1e-12
     """Ridge that is added to the factors before their inverse roots are taken. (The optimizer's
-    `eps` is the epsilon of the grafted method.)"""
+    `eps` is the epsilon of the grafted method, and of soap.)"""
+
+    use_bias_correction: bool = True
+    """Whether averages are divided by 1 - beta^t, as they start at zero."""
+
+    momentum: float = 0.0
+    """Heavy-ball momentum of the updates, after preconditioning (beta1 averages gradients)."""
+
+    nesterov: bool = False
+    """Whether that momentum is Nesterov's."""
+
+    dampening: float = 0.0
+    """Dampening of that momentum, as in torch.optim.SGD."""
+
+    weight_decay_type: Literal["decoupled", "l2", "independent"] = "decoupled"
+    """'decoupled': weights shrink by lr * weight_decay (AdamW); 'l2': weight_decay * weight is
+    added to the gradient; 'independent': weights shrink by weight_decay * lr / initial lr, so that
+    the schedule counts and the size of lr does not."""
+
+    factor_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which factors are kept; they are computed with in fp32."""
+
+    root_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which inverse roots and eigenvectors are kept."""
+
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the momenta of blocks are kept."""
+
+    symmetric_packing: bool = False
+    """Whether factors and inverse roots are kept as their upper triangles: half of the memory for
+    a copy on every step."""
+
+    on_nonfinite: Literal["skip", "raise"] = "skip"
+    """What a step does about a gradient with a NaN or infinity: leave such blocks out and count
+    them, or raise on all ranks before anything has changed, for which every step then makes the
+    host wait for the device."""
+
+    on_mismatch: Literal["refuse", "rebuild"] = "refuse"
+    """What loading does about a checkpoint of other settings, or of AdamW: refuse it, or take what
+    fits (the moments at least) and start the rest anew."""
 
     exclude: list[str] = field(default_factory=lambda: list(_EMBEDDINGS_AND_OUTPUT))
     """Regular expressions; a parameter whose name contains a match is left to the grafted method.
@@ -72,6 +141,10 @@ class ShampooConfig:
 
     communication_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients travel to a block's owner and updates travel back."""
+
+    buckets: int | None = None
+    """In how many parts the gradients travel, so that one part is on its way while another is
+    computed, and only a part is in memory. Default: as many as make 128 MiB per rank each."""
 
     memory_cap: float | None = None
     """GiB of state of blocks that a rank may own, for each set of parameters that share their
@@ -100,13 +173,26 @@ class ShampooConfig:
             _check_type(name, getattr(self, name), annotation)
         _check_at_least("max_preconditioner_dim", self.max_preconditioner_dim, 1)
         _check_at_least("precondition_frequency", self.precondition_frequency, 1)
-        if self.start_preconditioning_step is not None:
-            _check_at_least("start_preconditioning_step", self.start_preconditioning_step, 1)
+        for name in ("start_preconditioning_step", "buckets"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 1)
         if self.grafting_beta2 is not None and not 0.0 <= self.grafting_beta2 < 1.0:
             _refuse("grafting_beta2", self.grafting_beta2, "0 <= grafting_beta2 < 1")
         if not (math.isfinite(self.preconditioner_eps) and self.preconditioner_eps > 0.0):
             _refuse("preconditioner_eps", self.preconditioner_eps, "a positive number")
         _check_at_least("ranks_per_node", self.ranks_per_node, 1)
+        if self.grafting_eps is not None and not self.grafting_eps >= 0.0:
+            _refuse("grafting_eps", self.grafting_eps, "a number >= 0")
+        for name in ("momentum", "dampening"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                _refuse(name, getattr(self, name), f"0 <= {name} < 1")
+        if self.nesterov and not (self.momentum > 0.0 and self.dampening == 0.0):
+            _refuse("nesterov", True, "false without a momentum > 0 or with dampening")
+        for exponent in self.root_exponents:
+            if not (math.isfinite(exponent) and exponent >= 0.0):
+                _refuse("root_exponents", exponent, "numbers >= 0")
+        if self.preconditioner != "shampoo" and self.root_method not in (None, "eigh", "qr"):
+            _refuse("root_method", self.root_method, f"'eigh' or 'qr' for {self.preconditioner}")
         positive = ("intra_node_bandwidth", "inter_node_bandwidth", "device_tflops")
         for name in (*positive, *(() if self.memory_cap is None else ("memory_cap",))):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
@@ -123,6 +209,26 @@ class ShampooConfig:
     def first_preconditioned_step(self) -> int:
         """`start_preconditioning_step`, or its default where it is not set."""
         return self.start_preconditioning_step or self.precondition_frequency
+
+    @property
+    def grafted_method(self) -> str:
+        """`grafting`, or its default where it is not set."""
+        return self.grafting or ("adam" if self.preconditioner == "shampoo" else "none")
+
+    @property
+    def elementwise_method(self) -> str:
+        """The method of excluded parameters."""
+        return "adam" if self.grafted_method == "none" else self.grafted_method
+
+    @property
+    def basis_method(self) -> str:
+        """`root_method`, or its default where it is not set."""
+        return self.root_method or ("eigh" if self.preconditioner == "shampoo" else "qr")
+
+    def root_exponent(self, factors: int) -> float:
+        """The p of factor^(-p) for a block with this number of factors, at least one."""
+        given = self.root_exponents[factors - 1] if factors <= len(self.root_exponents) else 0.0
+        return given or (0.5 if self.preconditioner == "kl_shampoo" else 0.5 / factors)
 
 
 def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
@@ -150,12 +256,17 @@ def validate_hyperparameters(
         _refuse("beta1", beta1, "0 <= beta1 < 1")
     if not 0.0 <= beta2 <= 1.0:
         _refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
-    if beta2 == 1.0 and config.grafting_beta2 is None:
+    if beta2 < 1.0:
+        return
+    if config.grafting_beta2 is None and config.elementwise_method in ("adam", "rmsprop"):
+        method = config.elementwise_method
         _refuse(
             "grafting_beta2",
             None,
-            "a number below 1 if beta2 is 1.0, since Adam grafting averages its second moment",
+            f"a number below 1 if beta2 is 1.0, since {method} averages its second moment",
         )
+    if config.preconditioner == "kl_shampoo":
+        _refuse("beta2", beta2, "a number below 1 for kl_shampoo, whose factors are averages")
 
 
 def _is_number(value: Any) -> bool:
@@ -171,15 +282,17 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 def _check_type(name: str, value: Any, annotation: Any) -> None:
     """Settings also come from TOML files, where nothing else has checked their types."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         if value is not None:
             _check_type(name, value, arguments[0])
     elif origin is Literal:
         if value not in arguments:
             _refuse(name, value, " or ".join(f"'{choice}'" for choice in arguments))
     elif origin is list:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            _refuse(name, value, "a list of strings")
+        if not isinstance(value, list):
+            _refuse(name, value, "a list of " + {str: "strings", float: "numbers"}[arguments[0]])
+        for item in value:
+            _check_type(name, item, arguments[0])
     elif annotation is float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             _refuse(name, value, "a number")
@@ -187,7 +300,7 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             _refuse(name, value, "an integer")
     elif not isinstance(value, annotation):
-        _refuse(name, value, f"a {annotation.__name__}")
+        _refuse(name, value, {str: "a string"}.get(annotation, f"a {annotation.__name__}"))
 
 
 def _refuse(name: str, value: Any, allowed: str) -> NoReturn:

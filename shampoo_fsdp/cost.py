@@ -1,29 +1,36 @@
-"""What a block costs its owner, and a plan a step: FLOPs, memory and modelled time."""
+"""What a block costs its owner, and a plan a step: FLOPs and modelled time."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 
+from shampoo_fsdp.blocks import factor_kinds
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.preconditioners import PRECONDITIONERS
 
-__all__ = ["block_flops", "modelled_seconds", "state_elements"]
+__all__ = ["block_flops", "modelled_seconds"]
 
-# An inverse root of an n x n factor takes as long as a matrix product of this many FLOPs times n^3
-# and n^2: fitted to n = 64 to 1024 on a CPU (python -m benchmarks.root_cost).
-_ROOT_FLOPS_CUBED, _ROOT_FLOPS_SQUARED = 11.0, 5500.0
+# A root or eigenbasis of an n x n factor takes as long as a matrix product of this many FLOPs times
+# n^3 and n^2: fitted to n = 64 to 1024 on a CPU (python -m benchmarks.roots).
+_REFRESH_FLOPS = {
+    "eigh": (11.0, 5500.0),
+    "eigh_pseudo_inverse": (11.0, 5500.0),
+    "coupled_newton": (190.0, 0.0),
+    "newton_db": (150.0, 0.0),
+    "qr": (18.0, 3000.0),
+}
 
 
-def block_flops(shape: tuple[int, ...]) -> tuple[float, float]:
+def block_flops(shape: tuple[int, ...], config: ShampooConfig) -> tuple[float, float]:
     """FLOPs of a block on every step (factors and preconditioning), and of its refresh: as many as
     a matrix product makes in the time."""
-    refresh = sum(_ROOT_FLOPS_CUBED * n**3 + _ROOT_FLOPS_SQUARED * n**2 for n in shape)
-    return 4.0 * math.prod(shape) * sum(shape), refresh
-
-
-def state_elements(shape: tuple[int, ...]) -> int:
-    """Numbers kept for a block: momentum, graft statistics, factors and inverse roots."""
-    return 2 * math.prod(shape) + 2 * sum(n * n for n in shape)
+    full = [n for n, kind in zip(shape, factor_kinds(shape, config), strict=True) if kind == "full"]
+    products = PRECONDITIONERS[config.preconditioner].products
+    cubed, squared = _REFRESH_FLOPS[config.basis_method]
+    refresh = sum(cubed * n**3 + squared * n**2 for n in full)
+    # Elementwise work counts as one more row of a product.
+    return 2.0 * products * math.prod(shape) * (sum(full) + 1), refresh
 
 
 def modelled_seconds(

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
-from shampoo_fsdp.exchange import Update
-from shampoo_fsdp.grafting import adamw_step
+from shampoo_fsdp.elementwise import ElementwiseMethod
+from shampoo_fsdp.exchange import allocate, release
 from shampoo_fsdp.loading import check_entries, copy_entries
 from shampoo_fsdp.parameters import (
     Replicas,
@@ -23,7 +23,7 @@ from shampoo_fsdp.parameters import (
 )
 from shampoo_fsdp.precision import full_precision
 from shampoo_fsdp.state import ShardedBlocks
-from shampoo_fsdp.team import Team, balance, make_teams
+from shampoo_fsdp.team import balance, make_teams
 
 __all__ = ["Shampoo"]
 
@@ -110,11 +110,20 @@ class Shampoo(torch.optim.Optimizer):
             else:
                 self._frozen.append((name, parameter))
         self._steps = [0] * len(self._parameters)
+        self._factor_steps = [0] * len(self._parameters)
         self._seen_a_gradient = False
 
-        self._teams, self._excluded = make_teams(
+        self._teams, self._excluded, self._residents = make_teams(
             self._names, self._parameters, self._group_of, replicas, self.config
         )
+        self._elementwise = ElementwiseMethod(self.config)
+        self._buckets = [(team, bucket) for team in self._teams for bucket in team.buckets]
+        device = self._parameters[0].device if self._parameters else None
+        elements = max((bucket.elements for _, bucket in self._buckets), default=0)
+        self._workspace = torch.empty(elements, dtype=torch.float32, device=device)
+        for team, bucket in self._buckets:
+            bucket.bind(self._workspace, team.group)
+        release(self._workspace)
         self._create_state()
 
     def _create_state(self) -> None:
@@ -124,11 +133,12 @@ class Shampoo(torch.optim.Optimizer):
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             self.state[parameter]["step"] = step
         for i in self._excluded:
-            for entry in ("exp_avg", "exp_avg_sq"):
-                self.state[self._parameters[i]][entry] = torch.zeros_like(self._parameters[i])
+            self.state[self._parameters[i]].update(self._elementwise.new_state(self._parameters[i]))
         for team in self._teams:
             for i, entries in team.state_entries():
-                self.state[self._parameters[i]].update(entries)
+                state = self.state[self._parameters[i]]
+                state["factor_step"] = torch.zeros_like(state["step"])
+                state.update(entries)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -159,20 +169,40 @@ class Shampoo(torch.optim.Optimizer):
 
     def _step(self) -> None:
         gradients = self._local_gradients()
+        if self.config.on_nonfinite == "raise":
+            for residents in self._residents:
+                residents.refuse_nonfinite(self._names, gradients, self._parameters[0].device)
         for i, gradient in enumerate(gradients):
             self._steps[i] += gradient is not None
-        for team in self._teams:
-            team_gradients = [gradients[i] for i in team.indices]
-            team.exchange.gather(
-                [
-                    # Unlike a parameter's shard, a gradient may be copied, if it is not dense.
-                    None if g is None else g.reshape(team.plan.shard_shapes[p])
-                    for p, g in enumerate(team_gradients)
-                ]
-            )
-            self._precondition(team, team_gradients)
-            self._apply(team, team_gradients, team.exchange.scatter())
+            self._factor_steps[i] += gradient is not None
+        # While the gradients of one bucket travel, something else is computed.
+        self._send_gradients(0, gradients)
         self._step_excluded(gradients)
+        allocate(self._workspace)
+        for number, (team, bucket) in enumerate(self._buckets):
+            self._send_gradients(number + 1, gradients)
+            steps = [self._steps[i] for i in team.indices]
+            factor_steps = [self._factor_steps[i] for i in team.indices]
+            bucket.precondition(self.param_groups, steps, factor_steps)
+            bucket.apply_own(self.param_groups)
+            if number:
+                self._buckets[number - 1][1].apply_arriving(self.param_groups)
+        release(self._workspace)
+        if self._buckets:
+            self._buckets[-1][1].apply_arriving(self.param_groups)
+
+    def _send_gradients(self, number: int, gradients: Sequence[Tensor | None]) -> None:
+        if number < len(self._buckets):
+            team, bucket = self._buckets[number]
+            counters = [
+                self.state[self._parameters[team.indices[p]]][name]
+                for p in bucket.chosen
+                if gradients[team.indices[p]] is not None
+                for name in ("step", "factor_step")
+            ]
+            if counters:
+                torch._foreach_add_(counters, 1)
+            bucket.send_gradients([gradients[i] for i in team.indices], self.param_groups)
 
     def _local_gradients(self) -> list[Tensor | None]:
         """This rank's shard of each parameter's gradient."""
@@ -211,38 +241,6 @@ class Shampoo(torch.optim.Optimizer):
                 )
         return gradients
 
-    def _precondition(self, team: Team, gradients: Sequence[Tensor | None]) -> None:
-        for stack in team.stacks:
-            group = self.param_groups[stack.group]
-            steps = [self._steps[team.indices[p]] for p in stack.parameters]
-            active = [gradients[p] is not None for p in stack.parameters]
-            beta1, beta2 = group["betas"]
-            stack.step(steps, active, beta1, beta2, group["eps"])
-
-    def _apply(
-        self, team: Team, gradients: Sequence[Tensor | None], updates: Sequence[Update]
-    ) -> None:
-        """W <- W - lr (D + weight_decay W) on this rank's shards."""
-        parameters = [self._parameters[i] for i in team.indices]
-        shards = [team.in_view(p, local_shard(tensor)) for p, tensor in enumerate(parameters)]
-        for number, group in enumerate(self.param_groups):
-            mine = [
-                p
-                for p, i in enumerate(team.indices)
-                if self._group_of[i] == number and gradients[p] is not None
-            ]
-            if not mine:
-                continue
-            torch._foreach_add_([self.state[parameters[p]]["step"] for p in mine], 1)
-            lr, weight_decay = group["lr"], group["weight_decay"]
-            if weight_decay:
-                torch._foreach_mul_([shards[p] for p in mine], 1.0 - lr * weight_decay)
-            chosen = set(mine)
-            targets = [shards[p][slices] for p, slices, _ in updates if p in chosen]
-            values = [value for p, _, value in updates if p in chosen]
-            if targets:
-                torch._foreach_add_(targets, values, alpha=-lr)
-
     def _step_excluded(self, gradients: Sequence[Tensor | None]) -> None:
         for number, group in enumerate(self.param_groups):
             mine = [
@@ -250,22 +248,14 @@ class Shampoo(torch.optim.Optimizer):
                 for i in self._excluded
                 if self._group_of[i] == number and gradients[i] is not None
             ]
-            if not mine:
-                continue
-            states = [self.state[self._parameters[i]] for i in mine]
-            beta1, beta2 = group["betas"]
-            adamw_step(
-                [local_shard(self._parameters[i]) for i in mine],
-                [g for i in mine if (g := gradients[i]) is not None],
-                [local_shard(state["exp_avg"]) for state in states],
-                [local_shard(state["exp_avg_sq"]) for state in states],
-                [state["step"] for state in states],
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2 if self.config.grafting_beta2 is None else self.config.grafting_beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
+            if mine:
+                self._elementwise.step(
+                    [self._parameters[i] for i in mine],
+                    [g for i in mine if (g := gradients[i]) is not None],
+                    [self.state[self._parameters[i]] for i in mine],
+                    [self._steps[i] for i in mine],
+                    group,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's.
@@ -288,6 +278,9 @@ class Shampoo(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, keeping the types of the state here.
+
+        A parameter whose `factor_step` is zero starts its factors anew, whatever is loaded for
+        them: :class:`shampoo_fsdp.checkpoint.ShampooLoadPlanner` sets it where they do not fit.
 
         Raises:
             ValueError: names the parameter and the entry or setting that does not fit; nothing has
@@ -313,11 +306,12 @@ class Shampoo(torch.optim.Optimizer):
             fixed = ("params", "param_names")
             group.update({k: copy.deepcopy(v) for k, v in saved_group.items() if k not in fixed})
         for i, (parameter, entries) in enumerate(zip(self._parameters, saved, strict=True)):
-            copy_entries(self.state[parameter], entries)
-            self._steps[i] = int(self.state[parameter]["step"])
-        for team in self._teams:
-            for stack in team.stacks:
-                stack.find_rooted()
+            state = self.state[parameter]
+            copy_entries(state, entries)
+            self._steps[i] = int(state["step"])
+            self._factor_steps[i] = int(state.get("factor_step", state["step"]))
+        for team, bucket in self._buckets:
+            bucket.state_was_loaded([self._factor_steps[i] for i in team.indices])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -330,7 +324,7 @@ class Shampoo(torch.optim.Optimizer):
     def counters(self) -> Tensor:
         """[inverse roots taken, roots that failed, blocks skipped for a bad gradient] so far, for
         this rank's blocks; int64, on the parameters' device."""
-        stacks = [stack for team in self._teams for stack in team.stacks]
+        stacks = [stack for _, bucket in self._buckets for stack in bucket.stacks]
         device = self._parameters[0].device if self._parameters else None
         counts = torch.zeros(3, dtype=torch.int64, device=device)
         for stack in stacks:

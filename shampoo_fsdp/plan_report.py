@@ -17,16 +17,16 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.cost import block_flops, state_elements
+from shampoo_fsdp.cost import block_flops
 from shampoo_fsdp.layout import shard_rectangle
 from shampoo_fsdp.parameters import is_preconditioned
 from shampoo_fsdp.planner import ParameterSpec, Plan, make_plan
 from shampoo_fsdp.shard_map import volume
+from shampoo_fsdp.state_layout import state_bytes
 
 __all__ = ["PlanReport", "plan_report"]
 
 _GIB = 2**30
-_STATE_BYTES = torch.float32.itemsize
 _PHASES_SHOWN = 20
 
 # Up to this ratio of the largest load to the mean the work counts as even.
@@ -190,8 +190,10 @@ class PlanReport:
         heads = ["shape", "number", "GFLOP every step", "GFLOP of a refresh", "MiB of state"]
         table = _table("Blocks", heads)
         for shape, number in self.blocks_by_shape.items():
-            mib = state_elements(shape) * _STATE_BYTES / 2**20
-            numbers = [_number(n) for n in (*(f / 1e9 for f in block_flops(shape)), mib)]
+            mib = state_bytes(shape, self.settings) / 2**20
+            numbers = [
+                _number(n) for n in (*(f / 1e9 for f in block_flops(shape, self.settings)), mib)
+            ]
             table.add_row(_times(shape), f"{number:,}", *numbers)
         return table
 
@@ -258,7 +260,7 @@ def plan_report(
             across[rank] += plan.elements_across[i] * width
             load[rank] += plan.load[i]
             blocks[rank] += plan.owned[i]
-            state[rank] += plan.state_elements[i] * _STATE_BYTES
+            state[rank] += plan.state_bytes[i]
             for phase, flops in zip(phases, plan.phase_load[i], strict=True):
                 phase[rank] += flops
     return PlanReport(
@@ -308,7 +310,7 @@ def _adam_bytes(specs: Sequence[ParameterSpec], ranks: Sequence[int]) -> dict[in
         for rank, coordinate in zip(members, coordinates, strict=True):
             if rank in result:
                 shard = shard_rectangle(shape, mesh_shape, placements, coordinate)
-                result[rank] += 2 * _STATE_BYTES * number * volume(shard)
+                result[rank] += 2 * torch.float32.itemsize * number * volume(shard)
     return result
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from shampoo_fsdp.assignment import choose_owners
 from shampoo_fsdp.blocks import BlockGrid, Rectangle, refresh_phase
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.cost import block_flops, modelled_seconds, state_elements
+from shampoo_fsdp.cost import block_flops, modelled_seconds
 from shampoo_fsdp.owner_scope import first_replica, replica_of_rank
 from shampoo_fsdp.shard_map import ParameterSpec, ShardMap, Site, shape_of, shard_maps, volume
+from shampoo_fsdp.state_layout import state_bytes
 
 __all__ = ["OwnedBlock", "ParameterSpec", "Plan", "Slices", "Transfer", "make_plan"]
 
@@ -99,8 +100,8 @@ class Plan:
     least_elements_sent: int
     """What all ranks together would send if each block were owned by a rank that holds most of
     it, whatever the work of that rank."""
-    state_elements: tuple[int, ...]
-    """For each rank the numbers it keeps as state of its blocks."""
+    state_bytes: tuple[int, ...]
+    """For each rank what the state of its blocks takes."""
     fingerprint: str
     """Equal on two ranks if and only if they planned the same."""
 
@@ -139,7 +140,7 @@ def make_plan(parameters: Sequence[ParameterSpec], config: ShampooConfig, rank: 
         elements_sent=tuple(totals.sent),
         elements_across=tuple(totals.across),
         least_elements_sent=totals.least_sent,
-        state_elements=tuple(totals.state),
+        state_bytes=tuple(totals.state),
         fingerprint=digest,
     )
 
@@ -221,7 +222,7 @@ class _Totals:
         self.refreshed = [in_phase[phase] for phase in range(frequency)]
         every = [0.0] * n
         refresh = [[0.0] * frequency for _ in ranks]
-        flops = [block_flops(site.shape) for site in blocks.sites]
+        flops = [block_flops(site.shape, config) for site in blocks.sites]
         for number, phase, owner in zip(blocks.site_of, blocks.phase_of, owners, strict=True):
             every[owner] += flops[number][0]
             refresh[owner][phase] += flops[number][1]
@@ -234,12 +235,14 @@ class _Totals:
         for number, (site, shard_map) in enumerate(
             zip(blocks.sites, blocks.maps_of_sites(), strict=True)
         ):
-            self._add(site, shard_map, owners_of[number])
+            self._add(site, shard_map, owners_of[number], state_bytes(site.shape, config))
 
-    def _add(self, site: Site, shard_map: ShardMap, owners: list[tuple[int, int]]) -> None:
-        """Add the blocks of one site, given how many each owner has."""
+    def _add(
+        self, site: Site, shard_map: ShardMap, owners: list[tuple[int, int]], state: int
+    ) -> None:
+        """Add the blocks of one site, given how many each owner has, and the state of one."""
         node, held = self._node, site.held
-        size, state = volume(site.rectangle), state_elements(site.shape)
+        size = volume(site.rectangle)
         everywhere = shard_map.replicas * size
         held_in: dict[int, int] = defaultdict(int)
         for rank, elements in held.items():

@@ -70,7 +70,7 @@ class ShardMap:
         shape, mesh_shape, placements = (
             parameter.shape, parameter.mesh_shape, parameter.placements,
         )  # fmt: skip
-        dims, _ = view_dims(shape, config.batched_3d)
+        dims, _ = view_dims(shape, config)
         position = {rank: i for i, rank in enumerate(sorted(parameter.ranks))}
         replicated = [d for d, p in enumerate(placements) if isinstance(p, Replicate)]
         self.replicas = math.prod(mesh_shape[d] for d in replicated)

@@ -1,25 +1,49 @@
 """All blocks of one shape that a rank owns, handled together."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.grafting import LARGEST_GRADIENT, AdamGrafting
+from shampoo_fsdp.grafting import (
+    LARGEST_GRADIENT,
+    graft_step,
+    second_moment_name,
+    update_second_moment,
+)
+from shampoo_fsdp.matrices import per_block
 from shampoo_fsdp.planner import OwnedBlock
-from shampoo_fsdp.preconditioners import ShampooPreconditioner
+from shampoo_fsdp.preconditioners import PRECONDITIONERS
+from shampoo_fsdp.state_layout import saved_entries, split_rows
 
-__all__ = ["BlockStack"]
+__all__ = ["BlockStack", "Clock"]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the blocks of a stack are in time; one entry for each block."""
+
+    steps: Sequence[int]
+    """Gradients of the block's parameter so far, this one included."""
+    factor_steps: Sequence[int]
+    """Of these the ones since its factors were started, see `load_state_dict`."""
+    active: Sequence[bool]
+    """Whether the parameter has a gradient on this step. (The gradient blocks of one that has none
+    must have been filled with NaN.)"""
 
 
 class BlockStack:
-    """State and update of blocks of one shape (d_1, ..., d_k), stacked in fp32 as [B, d_1, ...].
+    """State and update of blocks of one shape (d_1, ..., d_k), stacked as [B, d_1, ..., d_k].
 
     Blocks are in the order of their refresh phase, so that those due on a step are neighbours.
-    `gradient` is where the exchange puts the gradient blocks; :meth:`step` overwrites it with the
-    update blocks, which the exchange sends back.
+    The exchange fills `gradient`, in fp32, with the gradient blocks; :meth:`step` overwrites it
+    with the update blocks, which the exchange sends back.
     """
+
+    gradient: Tensor
+    """[B, d_1, ..., d_k]: the bucket's memory, set by its owner."""
 
     def __init__(
         self,
@@ -28,6 +52,11 @@ class BlockStack:
         config: ShampooConfig,
         device: torch.device,
     ) -> None:
+        """
+        Args:
+            blocks: with their index in the plan.
+            group: number of their parameter group.
+        """
         ordered = sorted(blocks, key=lambda block: (block[1].phase, block[0]))
         self.positions = {number: position for position, (number, _) in enumerate(ordered)}
         """Position in the stack of each block, by its index in the plan."""
@@ -35,105 +64,180 @@ class BlockStack:
         self.phases = [block.phase for _, block in ordered]
         self.group = group
         self.config = config
-        shape = ordered[0][1].shape
-        self.gradient = torch.zeros(len(ordered), *shape, dtype=torch.float32, device=device)
-        self.exp_avg = torch.zeros_like(self.gradient)
-        self.grafting = AdamGrafting(tuple(self.gradient.shape), device)
-        self.preconditioner = ShampooPreconditioner(len(ordered), shape, device)
+        self.shape = ordered[0][1].shape
+        self.device = device
+        self.saved = {
+            name: torch.zeros(len(ordered), *kept, dtype=dtype, device=device)
+            for name, (kept, dtype) in saved_entries(self.shape, config).items()
+        }
+        """The state as checkpoints have it, stacked."""
+        self.state = split_rows(self.saved, self.shape, config)
+        """The same, with a tensor for each matrix of a block."""
+        self.preconditioner = PRECONDITIONERS[config.preconditioner](self.shape, config, self.state)
+        self.preconditioner.restart(slice(None))
+        self._second_moment = self.state.get(second_moment_name(config.grafted_method) or "")
         self._rooted = [False] * len(ordered)
         self.refreshes = 0
         self.failed_roots = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_blocks = torch.zeros((), dtype=torch.int64, device=device)
 
-    def step(
-        self, steps: Sequence[int], active: Sequence[bool], beta1: float, beta2: float, eps: float
-    ) -> None:
+    def step(self, clock: Clock, betas: tuple[float, float], eps: float) -> None:
         """Replace the gradients in `gradient` by the updates D, to be subtracted times lr.
 
         A block with a non-finite or excessive gradient is skipped: its state stays, its update is
         zero.
 
         Args:
-            steps: for each block the number of its parameter's gradients so far, this one included.
-            active: for each block whether its parameter has a gradient on this step. (The gradient
-                of one that has none must have been filled with NaN.)
-            beta1, beta2, eps: as in AdamW; beta2 = 1 sums the factors.
+            betas, eps: the optimizer's; a second beta of 1 sums the factors.
         """
-        config, gradient = self.config, self.gradient
-        grafting_beta2 = beta2 if config.grafting_beta2 is None else config.grafting_beta2
+        config, gradient, (beta1, beta2) = self.config, self.gradient, betas
+        graft_beta2 = beta2 if config.grafting_beta2 is None else config.grafting_beta2
         inner = tuple(range(1, gradient.ndim))
         # Comparisons with NaN are false. (The infinity norm is far slower on CPUs.)
         largest, least = gradient.amax(inner), gradient.amin(inner)
         usable = (largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)  # [B]
-        self._count_skipped(usable, active)
-        kept = usable.to(gradient.dtype)
-        each = kept.view(-1, *(1 for _ in inner))  # [B, 1, ...]; 1 for usable gradients, else 0
+        self._count_skipped(usable, clock.active)
+        kept = usable.float()
+        each = per_block(kept, gradient.ndim)  # 1 for usable gradients, else 0
         gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(each)
 
         # Decays are 1 where a gradient is not usable: there the state stays.
-        self.preconditioner.update_factors(gradient, 1.0 - (1.0 - beta2) * kept, beta2)
-        self.exp_avg.lerp_(gradient, (1.0 - beta1) * each)
-        self.grafting.update(gradient, 1.0 - (1.0 - grafting_beta2) * each, grafting_beta2)
+        decay, weight = 1.0 - (1.0 - beta2) * kept, 1.0 - beta2 if beta2 < 1.0 else 1.0
+        correction = self._correction(beta2, clock.factor_steps)
+        self.preconditioner.accumulate(gradient, decay, weight, correction)
+        exp_avg = self.state["exp_avg"].float().lerp_(gradient, (1.0 - beta1) * each)
+        self._keep("exp_avg", exp_avg)
+        if self._second_moment is not None:
+            graft_decay = 1.0 - (1.0 - graft_beta2) * each
+            method = config.grafted_method
+            update_second_moment(method, self._second_moment, gradient, graft_decay, graft_beta2)
+        self._refresh(clock, beta2)
+        self.preconditioner.observe(gradient, decay, weight)
 
-        self._refresh(steps, active, beta2)
+        self._direct(exp_avg, each, clock, beta1, graft_beta2, correction, eps)
+        if config.momentum:
+            self._accelerate(each, clock)
 
-        graft, factor = self.grafting.step(
-            self.exp_avg,
-            self._correction(beta1, steps, gradient.ndim),
-            self._correction(grafting_beta2, steps, gradient.ndim),
-            eps,
+    def restart_factors(self, positions: Sequence[int]) -> None:
+        """Forget what the preconditioner knows of these blocks."""
+        where = torch.tensor(positions, dtype=torch.int64, device=self.device)
+        self.preconditioner.restart(where)
+
+    def find_rooted(self, factor_steps: Sequence[int]) -> None:
+        """Look which blocks have roots, after state was loaded: the others get theirs as soon as
+        the settings of this run allow it, and are grafted until then."""
+        first = self.config.first_preconditioned_step
+        if self.preconditioner.full:
+            self._rooted = self.preconditioner.ready().tolist()
+        else:
+            self._rooted = [step >= first for step in factor_steps]
+
+    def _direct(
+        self,
+        exp_avg: Tensor,
+        each: Tensor,
+        clock: Clock,
+        beta1: float,
+        graft_beta2: float,
+        correction: float | Tensor,
+        eps: float,
+    ) -> None:
+        """Put the preconditioned and grafted momentum into `gradient`."""
+        config, gradient, preconditioner = self.config, self.gradient, self.preconditioner
+        inner = tuple(range(1, gradient.ndim))
+        correction1 = _spread(self._correction(beta1, clock.steps), gradient.ndim)
+        correction2 = _spread(self._correction(graft_beta2, clock.steps), gradient.ndim)
+        grafted = config.grafted_method != "none"
+        # Without roots a block takes the grafted method's direction, if there is no better one.
+        known = self._rooted if grafted or not preconditioner.works_cold else [True]
+        if any(known):
+            direction = preconditioner.direction(exp_avg, correction, eps, gradient)
+            if not grafted and all(known):
+                torch.mul(direction, each / correction1, out=gradient)
+                return
+        graft, factor = graft_step(
+            config.grafted_method,
+            exp_avg,
+            self._second_moment,
+            correction1,
+            correction2,
+            eps if config.grafting_eps is None else config.grafting_eps,
         )
-        if any(self._rooted):
-            direction = self.preconditioner.precondition(self.exp_avg)
+        if not any(known):
+            torch.mul(graft, each * factor, out=gradient)
+            return
+        scale: float | Tensor = 1.0 / correction1
+        if grafted:
             graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True)
             norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
             scale = (graft_norm * factor / norm).masked_fill_(norm == 0.0, 0.0)
-            torch.mul(direction, scale * each, out=gradient)
-            if all(self._rooted):
-                return
-            cold = self._host_mask(self._rooted).logical_not_().view_as(each)
+        torch.mul(direction, scale * each, out=gradient)
+        if not all(known):
+            cold = per_block(self._host_mask(known).logical_not_(), gradient.ndim)
             torch.where(cold, graft * (each * factor), gradient, out=gradient)
+
+    def _accelerate(self, each: Tensor, clock: Clock) -> None:
+        """B <- momentum B + (1 - dampening) D; D <- B, or D + momentum B with Nesterov, as in
+        torch.optim.SGD, whose first B is D."""
+        momentum, dampening = self.config.momentum, self.config.dampening
+        weights = [1.0 if step <= 1 else 1.0 - dampening for step in clock.steps]
+        weight = _spread(self._uniform(weights), self.gradient.ndim)
+        buffer = self.state["momentum_buffer"].float().mul_(1.0 - (1.0 - momentum) * each)
+        buffer.add_(self.gradient * weight)
+        self._keep("momentum_buffer", buffer)
+        if self.config.nesterov:
+            self.gradient.add_(buffer * each, alpha=momentum)
         else:
-            torch.mul(graft, each * factor, out=gradient)
+            torch.mul(buffer, each, out=self.gradient)
 
-    def find_rooted(self) -> None:
-        """Look which blocks have roots, after state was loaded: the others get theirs as soon as
-        the settings of this run allow it, and are grafted until then."""
-        self._rooted = self.preconditioner.has_roots().tolist()
+    def _keep(self, name: str, values: Tensor) -> None:
+        if self.state[name].dtype != torch.float32:  # else they are the state itself
+            self.state[name].copy_(values)
 
-    def _refresh(self, steps: Sequence[int], active: Sequence[bool], beta2: float) -> None:
-        due = self._due(steps, active)
-        if not due:
+    def _refresh(self, clock: Clock, beta2: float) -> None:
+        due = self._due(clock)
+        if not self.preconditioner.full:
+            for b in due:
+                self._rooted[b] = True
             return
-        where: slice | Tensor = slice(due[0], due[-1] + 1)
-        if len(due) != due[-1] + 1 - due[0]:
-            where = torch.tensor(due).to(self.gradient.device, non_blocking=True)
-        correction = self._correction(beta2, [steps[b] for b in due], 3)
-        self.failed_roots += self.preconditioner.refresh(
-            where, correction, self.config.preconditioner_eps
-        )
-        self.refreshes += len(due) * len(self.preconditioner.factors)
+        for cold in (True, False):
+            chosen = [b for b in due if self._rooted[b] != cold]
+            if not chosen:
+                continue
+            where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
+            if len(chosen) != chosen[-1] + 1 - chosen[0]:
+                where = torch.tensor(chosen).to(self.device, non_blocking=True)
+            correction = self._correction(beta2, [clock.factor_steps[b] for b in chosen])
+            failed = self.preconditioner.refresh(where, cold, correction)
+            self.failed_roots += failed.sum()
+            self.refreshes += failed.numel()
         for b in due:
             self._rooted[b] = True
 
-    def _due(self, steps: Sequence[int], active: Sequence[bool]) -> list[int]:
+    def _due(self, clock: Clock) -> list[int]:
         """Positions of the blocks whose roots are refreshed on this step, ascending."""
         first, frequency = self.config.first_preconditioned_step, self.config.precondition_frequency
         return [
             b
-            for b, (step, phase) in enumerate(zip(steps, self.phases, strict=True))
-            if active[b] and ((step + phase) % frequency == 0 if self._rooted[b] else step >= first)
+            for b, phase in enumerate(self.phases)
+            if clock.active[b]
+            and (
+                (clock.steps[b] + phase) % frequency == 0
+                if self._rooted[b]
+                else clock.factor_steps[b] >= first
+            )
         ]
 
-    def _correction(self, beta: float, steps: Sequence[int], ndim: int) -> float | Tensor:
-        """The bias correction 1 - beta^t; a tensor [B, 1, ...] where the blocks' t differ."""
-        if beta == 1.0:
+    def _correction(self, beta: float, steps: Sequence[int]) -> float | Tensor:
+        """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ."""
+        if beta == 1.0 or not self.config.use_bias_correction:
             return 1.0
-        if min(steps) == max(steps):
-            return 1.0 - beta ** max(steps[0], 1)
-        values = torch.tensor([1.0 - beta ** max(step, 1) for step in steps], dtype=torch.float32)
-        shape = (-1, *(1 for _ in range(ndim - 1)))
-        return values.to(self.gradient.device, non_blocking=True).view(shape)
+        return self._uniform([1.0 - beta ** max(step, 1) for step in steps])
+
+    def _uniform(self, values: Sequence[float]) -> float | Tensor:
+        if min(values) == max(values):
+            return values[0]
+        return torch.tensor(values, dtype=torch.float32).to(self.device, non_blocking=True)
 
     def _count_skipped(self, usable: Tensor, active: Sequence[bool]) -> None:
         skipped = usable.logical_not()
@@ -142,4 +246,8 @@ class BlockStack:
         self.skipped_blocks += skipped.sum()
 
     def _host_mask(self, values: Sequence[bool]) -> Tensor:
-        return torch.tensor(values).to(self.gradient.device, non_blocking=True)
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
+
+def _spread(values: float | Tensor, ndim: int) -> float | Tensor:
+    return per_block(values, ndim) if isinstance(values, Tensor) else values

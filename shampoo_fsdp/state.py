@@ -3,9 +3,8 @@
 The state of a parameter's blocks is saved under the parameter's name as a few tensors, of which
 each rank holds the pieces of the blocks that it owns:
 
-    exp_avg, exp_avg_sq   in the shape of the parameter (its view, if dimensions are merged)
-    factor_i              all blocks' factors of dimension i, flattened one after the other
-    inverse_root_i        likewise
+    exp_avg, exp_avg_sq, ...     in the shape of the parameter (its view, if dimensions are merged)
+    factors, inverse_roots, ...  flat: block after block, in each dimension after dimension
 
 `torch.distributed.checkpoint` knows the pieces by their offsets, never by rank, so that it saves
 on any mesh and loads on any other, and `exp_avg` and `exp_avg_sq` are those of AdamW.
@@ -47,16 +46,26 @@ class ShardedBlocks(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, shape: Sequence[int], pieces: Sequence[Piece], alone: bool = False
+        cls,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        dtype: torch.dtype = torch.float32,
+        alone: bool = False,
     ) -> "ShardedBlocks":
         self: ShardedBlocks = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=torch.float32, device=torch.device("cpu")
+            cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu")
         )
         self.pieces = list(pieces)
         self.alone = alone
         return self
 
-    def __init__(self, shape: Sequence[int], pieces: Sequence[Piece], alone: bool = False) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        dtype: torch.dtype = torch.float32,
+        alone: bool = False,
+    ) -> None:
         pass
 
     def whole(self) -> Tensor:
@@ -92,13 +101,13 @@ class ShardedBlocks(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].shape, args[0].pieces)
+            return cls(args[0].shape, args[0].pieces, args[0].dtype)
         if func is torch.ops.aten.clone.default:
             copies = [(offsets, values.clone()) for offsets, values in args[0].pieces]
-            return cls(args[0].shape, copies)
+            return cls(args[0].shape, copies, args[0].dtype)
         if func is torch.ops.aten.new_empty.default:
             # Asynchronous saving makes an empty twin, then copies the attributes.
-            return cls(args[1], [])
+            return cls(args[1], [], args[0].dtype)
         raise NotImplementedError(
             f"{func} on the state of Shampoo, whose blocks are spread over the ranks; read it "
             "through torch.distributed.checkpoint, or `dcp_to_torch` for whole tensors"
@@ -144,7 +153,7 @@ def _slices(offsets: tuple[int, ...], values: Tensor) -> tuple[slice, ...]:
 
 
 def _reduce(blocks: ShardedBlocks) -> Any:
-    return ShardedBlocks, (tuple(blocks.shape), blocks.pieces, blocks.alone)
+    return ShardedBlocks, (tuple(blocks.shape), blocks.pieces, blocks.dtype, blocks.alone)
 
 
 # Asynchronous saving may hand a rank's own part to a process of its own, which loses nothing.

@@ -1,18 +1,19 @@
 """The parameters that live on the same ranks: their plan, the blocks this rank owns, exchange."""
 
 import dataclasses
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_fsdp.agreement import agree
+from shampoo_fsdp.blocks import factor_kinds
+from shampoo_fsdp.bucket import Bucket
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.exchange import Exchange
 from shampoo_fsdp.parameters import (
     Replicas,
     describe,
@@ -21,10 +22,13 @@ from shampoo_fsdp.parameters import (
     process_group,
 )
 from shampoo_fsdp.planner import ParameterSpec, make_plan
-from shampoo_fsdp.stack import BlockStack
-from shampoo_fsdp.state import CAP, Piece, ShardedBlocks
+from shampoo_fsdp.roots import check_exponent
+from shampoo_fsdp.state_entries import state_entries
 
 __all__ = ["Team", "balance", "make_teams"]
+
+_BUCKET_ELEMENTS = 32 * 2**20
+"""A rank's share of the gradients of one bucket, where `buckets` is not set: 128 MiB in fp32."""
 
 
 def make_teams(
@@ -33,8 +37,9 @@ def make_teams(
     param_groups: Sequence[int],
     replicas: Replicas,
     config: ShampooConfig,
-) -> tuple[list["Team"], list[int]]:
-    """The teams of the preconditioned parameters, and the numbers of the other parameters.
+) -> tuple[list["Team"], list[int], list["Residents"]]:
+    """The teams of the preconditioned parameters, the numbers of the other parameters, and the sets
+    of ranks with all parameters that live there.
 
     All ranks that parameters live on compare what they were given first.
 
@@ -49,7 +54,7 @@ def make_teams(
     living_on: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, spec in enumerate(specs):
         living_on[tuple(sorted(spec.ranks))].append(i)
-    teams, others = [], []
+    teams, others, residents = [], [], []
     # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
     for ranks, living in sorted(living_on.items()):
         group = process_group(ranks, [parameters[i] for i in living], replicas)
@@ -63,6 +68,7 @@ def make_teams(
             "the settings": [f"{name} = {value}" for name, value in settings],
         }
         agree(group, ranks, None, facts)
+        residents.append(Residents(group, ranks, living))
         chosen = [i for i in living if is_preconditioned(names[i], specs[i].shape, config)]
         others += [i for i in living if not is_preconditioned(names[i], specs[i].shape, config)]
         if chosen:
@@ -77,7 +83,41 @@ def make_teams(
                     config,
                 )
             )
-    return teams, sorted(others)
+    return teams, sorted(others), residents
+
+
+@dataclass(frozen=True)
+class Residents:
+    """The parameters, by their numbers in the optimizer, that live on a set of ranks."""
+
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+    parameters: Sequence[int]
+
+    def refuse_nonfinite(
+        self, names: Sequence[str], gradients: Sequence[Tensor | None], device: torch.device
+    ) -> None:
+        """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity.
+
+        Args:
+            names, gradients: of all parameters of the optimizer; this rank's shards.
+        """
+        mine = [(names[i], g) for i in self.parameters if (g := gradients[i]) is not None]
+        bad = torch.zeros(1 + len(mine), dtype=torch.bool, device=device)
+        for k, (_, gradient) in enumerate(mine):
+            bad[k] = gradient.isfinite().all().logical_not_()
+        anywhere = bad.any().int()
+        if self.group is not None:
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.group)
+        if not anywhere:
+            return
+        found = [name for (name, _), is_bad in zip(mine, bad.tolist(), strict=False) if is_bad]
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        problem = (
+            f"the gradient of {', '.join(found[:3])}{more} is not finite, and setting "
+            "'on_nonfinite' is 'raise'; nothing has been changed."
+        )
+        agree(self.group, self.ranks, problem if found else None, {})
 
 
 class Team:
@@ -107,13 +147,13 @@ class Team:
         Raises:
             ValueError: on every rank, if any of them cannot take part or planned otherwise.
         """
-        device = parameters[0].device
         ranks = tuple(sorted(specs[0].ranks))
         problem = None
         try:
             rank = dist.get_rank() if len(ranks) > 1 else ranks[0]
             self.plan = make_plan(specs, config, rank)
             self._check_shards(specs, parameters)
+            self._check_roots(specs, config)
         except Exception as error:
             problem = str(error) or repr(error)
         agree(group, ranks, problem, {})
@@ -123,81 +163,27 @@ class Team:
         agree(group, self.plan.ranks, None, {"the plan of blocks": [self.plan.fingerprint]})
         self.indices = tuple(indices)
         self.config = config
-        by_shape = defaultdict(list)
-        for number, block in enumerate(self.plan.blocks):
-            by_shape[param_groups[block.parameter], block.shape].append((number, block))
-        self.stacks = [
-            BlockStack(blocks, param_group, config, device)
-            for (param_group, _), blocks in sorted(by_shape.items())
+        self.group = group
+        """Of the ranks that share blocks."""
+        names = [spec.name for spec in specs]
+        self.buckets = [
+            Bucket(self.plan, chosen, parameters, names, param_groups, config)
+            for chosen in _bucket_parameters(specs, len(self.plan.ranks), config.buckets)
         ]
-        self._home = {
-            number: (stack, position)
-            for stack in self.stacks
-            for number, position in stack.positions.items()
-        }
-        gradients = [
-            self._of_block(number, self._home[number][0].gradient)
-            for number in range(len(self.plan.blocks))
-        ]
-        dtype = getattr(torch, config.communication_dtype)
-        self.exchange = Exchange(self.plan, gradients, group, dtype, device)
-
-    def in_view(self, parameter: int, shard: Tensor) -> Tensor:
-        """A parameter's shard in the shape of its view, sharing its memory."""
-        return shard.view(self.plan.shard_shapes[parameter])
 
     def state_entries(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """For each parameter its number in the optimizer and the state of its blocks."""
-        owned: dict[int, list[int]] = defaultdict(list)
-        for number, block in enumerate(self.plan.blocks):
-            owned[block.parameter].append(number)
-        for parameter, index in enumerate(self.indices):
-            yield index, self._entries(parameter, owned[parameter])
+        for parameter, entries in state_entries(self.plan, self.buckets, self.config):
+            yield self.indices[parameter], entries
 
-    def _entries(self, parameter: int, owned: Sequence[int]) -> dict[str, Tensor]:
-        grid = self.plan.grids[parameter]
-        moments: dict[str, list[Piece]] = {"exp_avg": [], "exp_avg_sq": []}
-        for number in owned:
-            offsets = tuple(start for start, _ in self.plan.blocks[number].rectangle)
-            stack, _ = self._home[number]
-            moments["exp_avg"].append((offsets, self._of_block(number, stack.exp_avg)))
-            second = self._of_block(number, stack.grafting.exp_avg_sq)
-            moments["exp_avg_sq"].append((offsets, second))
-        # A tensor without elements, whose shape tells the setting: a checkpoint that was saved
-        # with another one is refused in its name before anything is read.
-        cap = (self.config.max_preconditioner_dim, 0)
-        first = [((0, 0), torch.empty(cap))] if any(self._index(n) == 0 for n in owned) else []
-        entries: dict[str, Tensor] = {CAP: self._sharded(cap, first)}
-        entries |= {name: self._sharded(grid.view_shape, p) for name, p in moments.items()}
-
-        shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
-        for i in range(len(shapes[0])):
-            sizes = [shape[i] ** 2 for shape in shapes]
-            starts = [0, *itertools.accumulate(sizes)]
-            for name in ("factor", "inverse_root"):
-                pieces = [
-                    ((starts[self._index(n)],), self._matrices(n, name, i).view(-1)) for n in owned
-                ]
-                entries[f"{name}_{i}"] = self._sharded((starts[-1],), pieces)
-        return entries
-
-    def _sharded(self, shape: Sequence[int], pieces: Sequence[Piece]) -> ShardedBlocks:
-        return ShardedBlocks(shape, pieces, alone=len(self.plan.ranks) == 1)
-
-    def _index(self, number: int) -> int:
-        return self.plan.blocks[number].index
-
-    def _matrices(self, number: int, name: str, i: int) -> Tensor:
-        stack, position = self._home[number]
-        preconditioner = stack.preconditioner
-        matrices = preconditioner.factors if name == "factor" else preconditioner.inverse_roots
-        return matrices[i][position]
-
-    def _of_block(self, number: int, stacked: Tensor) -> Tensor:
-        """A block's part of a stacked tensor, in the shape of its rectangle."""
-        _, position = self._home[number]
-        rectangle = self.plan.blocks[number].rectangle
-        return stacked[position].view(tuple(stop - start for start, stop in rectangle))
+    def _check_roots(self, specs: Sequence[ParameterSpec], config: ShampooConfig) -> None:
+        for spec, grid in zip(specs, self.plan.grids, strict=True):
+            kinds = factor_kinds(grid.block_shape(next(grid.coordinates())), config)
+            if factors := len(kinds) - kinds.count("none"):
+                try:
+                    check_exponent(config.basis_method, -config.root_exponent(factors))
+                except ValueError as error:
+                    raise ValueError(f"parameter '{spec.name}': {error}.") from None
 
     def _check_shards(self, specs: Sequence[ParameterSpec], parameters: Sequence[Tensor]) -> None:
         for spec, parameter, shape in zip(specs, parameters, self.plan.shard_shapes, strict=True):
@@ -217,6 +203,21 @@ class Team:
                 ) from None
 
 
+def _bucket_parameters(
+    specs: Sequence[ParameterSpec], ranks: int, buckets: int | None
+) -> list[list[int]]:
+    """Which parameters travel together: neighbours, of about equal numbers of elements."""
+    sizes = [math.prod(spec.shape) for spec in specs]
+    total = sum(sizes)
+    number = buckets or math.ceil(total / ranks / _BUCKET_ELEMENTS)
+    chosen: dict[int, list[int]] = defaultdict(list)
+    passed = 0
+    for p, size in enumerate(sizes):
+        chosen[min(passed * number // total, number - 1)].append(p)
+        passed += size
+    return [chosen[k] for k in sorted(chosen)]
+
+
 def balance(teams: Sequence[Team]) -> dict[str, float]:
     """Load, state and traffic of the ranks that share blocks with this one."""
     load: dict[int, float] = defaultdict(float)
@@ -229,7 +230,7 @@ def balance(teams: Sequence[Team]) -> dict[str, float]:
         blocks += sum(len(grid) for grid in plan.grids)
         for i, rank in enumerate(plan.ranks):
             load[rank] += plan.load[i]
-            state[rank] += plan.state_elements[i] * torch.float32.itemsize
+            state[rank] += plan.state_bytes[i]
             sent[rank] += plan.elements_sent[i] * width
     ranks = max(len(load), 1)
     mean_load = sum(load.values()) / ranks

@@ -18,18 +18,19 @@ from shampoo_torchtitan import cpu
 if cpu.needed():
     cpu.enable()  # first: TorchTitan reads the device when it is imported
 
-from shampoo_torchtitan import data, metrics, models, optimizer
+from shampoo_torchtitan import checkpoint, data, metrics, models, optimizer
 
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Makes Shampoo, its metrics, our data sets and model flavors known to TorchTitan.
+    """Makes Shampoo, its metrics, checkpoints, our data sets and models known to TorchTitan.
 
     Calling it again changes nothing.
     """
     optimizer.register()
     metrics.register()
+    checkpoint.register()
     data.register()
     models.register()
 

@@ -1,47 +1,194 @@
-"""Says in a sentence why a checkpoint cannot be loaded, instead of one traceback per rank."""
+"""TorchTitan's checkpoints: what loads in spite of other settings, and errors in a sentence.
 
+TorchTitan's CheckpointManager has no hooks, so that :func:`register` puts functions of this module
+in the place of its methods; each calls the one that was there.
+"""
+
+import functools
 import re
+from pathlib import Path
+from typing import Any
 
-from torch.distributed.checkpoint import CheckpointException
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torchtitan.components.checkpoint import LR_SCHEDULER, MODEL, OPTIMIZER, CheckpointManager
+from torchtitan.tools.logging import logger
 
-from shampoo_fsdp.state import CAP
+from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
+from shampoo_torchtitan.checkpoint_lock import FolderLock
 
-__all__ = ["explain"]
+__all__ = ["CheckpointError", "complete_checkpoints", "explain", "register"]
 
-_OTHER_SIZE = re.compile(r"saved torch\.Size\((.*?)\) and current: torch\.Size\((.*?)\) for (\S+)")
-_MISSING_KEY = re.compile(r"Missing key in checkpoint state_dict: (\S+?)\.?$")
-_ELSEWHERE = "or start anew with another --job.dump_folder"
+
+class CheckpointError(CheckpointException):
+    """Why a checkpoint cannot be loaded or saved, in a sentence; raised on every rank."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def complete_checkpoints(folder: str | Path) -> list[str]:
+    """The names of the checkpoints in a job's folder that were saved to the end, oldest first."""
+    found = _steps(folder)
+    return [found[step].name for step in sorted(found) if (found[step] / ".metadata").is_file()]
 
 
 def explain(error: CheckpointException, folder: str) -> str:
-    """What is wrong with a checkpoint, and what to do.
+    """Why a checkpoint cannot be loaded, and what to do.
 
     Args:
         error: What loading it raised; every rank has the failures of all.
-        folder: The checkpoint, or the folder of the job's checkpoints.
+        folder: The checkpoint.
     """
-    rank, (failure, _) = min(error.failures.items())
-    said = str(failure)
-    if size := _OTHER_SIZE.search(said):
-        saved, current, key = size.groups()
-        if key.endswith(CAP):
-            then, now = (shape.strip("[]").split(",")[0] for shape in (saved, current))
+    if isinstance(error, CheckpointError):
+        return str(error)
+    for failure, _ in error.failures.values():
+        if isinstance(failure, CheckpointMismatch):
             return (
-                f"{folder} was saved with optimizer.shampoo.{CAP} = {then}, but the job says "
-                f"{now}: set it to {then}, {_ELSEWHERE}."
+                f"{folder} does not fit this job: {failure} (Settings are those of the table "
+                "[optimizer.shampoo]. Another --job.dump_folder starts anew.)"
             )
-        return (
-            f"{folder} has {key} with shape {saved}, here it is {current}: is it of another model, "
-            f"or of another optimizer.shampoo.block_alignment? {_ELSEWHERE.capitalize()}."
-        )
-    if missing := _MISSING_KEY.search(said):
-        return (
-            f"{folder} lacks {missing[1]}: was it saved without the optimizer "
-            "(checkpoint.last_save_model_only), by another optimizer, or with other parameters "
-            f"preconditioned (optimizer.shampoo.exclude)? Set that as it was, {_ELSEWHERE}."
-        )
+    damage = find_damage(Path(folder)) or _first_failure(error)
+    others = [n for n in complete_checkpoints(Path(folder).parent) if n != Path(folder).name]
     return (
-        f"{folder} is damaged or incomplete; rank {rank} found: {type(failure).__name__}: "
-        f"{said.splitlines()[0] if said else ''} An older one is loaded with "
-        "--checkpoint.load_step."
+        f"{folder} is damaged or incomplete: {damage}. Another one is loaded with "
+        f"--checkpoint.load_step; there are: {', '.join(others) or 'none'}."
     )
+
+
+def _steps(folder: str | Path) -> dict[int, Path]:
+    return {
+        int(match[1]): path
+        for path in Path(folder).glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name))
+    }
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (failure, _) = min(error.failures.items())
+    said = str(failure).splitlines() or [""]
+    return f"rank {rank} found {type(failure).__name__}: {said[0]}"
+
+
+def _cannot_save(error: CheckpointException, folder: str) -> CheckpointError:
+    complete = ", ".join(complete_checkpoints(folder)) or "none"
+    return CheckpointError(
+        f"Cannot save a checkpoint in {folder}: {_first_failure(error)}. Complete ones there: "
+        f"{complete}.",
+        error.failures,
+    )
+
+
+# ------------------------------------------------------------- in the place of TorchTitan's methods
+
+
+_titan_init = CheckpointManager.__init__
+_titan_close = CheckpointManager.close
+_titan_load = CheckpointManager.load
+_titan_dcp_load = CheckpointManager.dcp_load
+_titan_dcp_save = CheckpointManager.dcp_save
+_titan_async_wait = CheckpointManager._async_wait
+
+
+@functools.wraps(_titan_init)
+def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
+    _titan_init(self, *args, **kwargs)
+    if not self.enable or self.load_only or "://" in self.folder:
+        return
+    problem = [""]
+    if dist.get_rank() == 0:
+        try:
+            self.folder_lock = FolderLock(self.folder)
+        except ValueError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise CheckpointError(f"Cannot save checkpoints: {problem[0]}.", {})
+
+
+def _close(self: CheckpointManager) -> None:
+    _titan_close(self)
+    if lock := vars(self).get("folder_lock"):
+        lock.release()
+
+
+def _load(self: CheckpointManager, step: int = -1) -> bool:
+    if self.enable and step == -1:
+        steps = _steps(self.folder)
+        complete = [number for number, path in steps.items() if (path / ".metadata").is_file()]
+        for number in sorted(steps):
+            if number > max(complete, default=-1):
+                logger.warning(f"{steps[number]} is passed over: saving it has not finished")
+    try:
+        return bool(_titan_load(self, step))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"There is no step-{step} in {self.folder} (checkpoint.load_step); there are: "
+            f"{', '.join(complete_checkpoints(self.folder)) or 'none'}.",
+            {},
+        ) from None
+
+
+def _dcp_load(
+    self: CheckpointManager,
+    state_dict: dict[str, Any],
+    checkpoint_id: str,
+    from_hf: bool,
+    from_quantized: bool,
+) -> None:
+    if from_hf:
+        _titan_dcp_load(self, state_dict, checkpoint_id, from_hf, from_quantized)
+        return
+    before = _hyperparameters(self)
+    config = getattr(next(iter(self.states[OPTIMIZER])), "config", None)
+    planner = ShampooLoadPlanner(getattr(config, "on_mismatch", "refuse"))
+    try:
+        load(state_dict, checkpoint_id=checkpoint_id, planner=planner)
+    except CheckpointException as error:
+        raise CheckpointError(explain(error, checkpoint_id), error.failures) from None
+    if MODEL in self.states:
+        self.states[MODEL].load_state_dict(state_dict)
+    for name, now in _hyperparameters(self).items():
+        if now != before[name]:
+            logger.info(f"The checkpoint's {name} = {now} wins over the job's {before[name]}")
+
+
+def _hyperparameters(manager: CheckpointManager) -> dict[str, str]:
+    """What each of them is, in all parameter groups."""
+    groups = [g for optimizer in manager.states[OPTIMIZER] for g in optimizer.param_groups]
+    schedulers = manager.states[LR_SCHEDULER].schedulers
+    values = {name: [g[name] for g in groups] for name in ("betas", "eps", "weight_decay")}
+    # Warm-up and decay change the groups' lr; the schedule is a multiple of this one.
+    values["lr"] = [lr for scheduler in schedulers for lr in scheduler.base_lrs]
+    return {name: " or ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}
+
+
+def _dcp_save(
+    self: CheckpointManager, state_dict: Any, checkpoint_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    # A checkpoint of this step may be there, if an older one was loaded. A crash while it is
+    # overwritten must not leave one that looks complete. No rank writes before rank 0 saves.
+    if dist.get_rank() == 0 and "://" not in checkpoint_id:
+        Path(checkpoint_id, ".metadata").unlink(missing_ok=True)
+    try:
+        return _titan_dcp_save(self, state_dict, checkpoint_id, *args, **kwargs)
+    except CheckpointException as error:
+        raise _cannot_save(error, self.folder) from None
+
+
+def _async_wait(self: CheckpointManager) -> None:
+    try:
+        _titan_async_wait(self)
+    except CheckpointException as error:
+        raise _cannot_save(error, self.folder) from None
+
+
+def register() -> None:
+    """Makes TorchTitan's CheckpointManager use this module; calling it again changes nothing."""
+    CheckpointManager.__init__ = _init
+    CheckpointManager.close = _close
+    CheckpointManager.load = _load
+    CheckpointManager.dcp_load = _dcp_load
+    CheckpointManager.dcp_save = _dcp_save
+    CheckpointManager._async_wait = _async_wait

@@ -8,18 +8,18 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torchtitan.train
-from torch.distributed.checkpoint import CheckpointException
 from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
 from shampoo_torchtitan import cpu, job_config
 from shampoo_torchtitan.byte_tokenizer import DEFAULT_FOLDER, write_byte_tokenizer
-from shampoo_torchtitan.checkpoint import explain
+from shampoo_torchtitan.checkpoint import CheckpointError
 
 __all__ = ["JobReader", "Trainer", "main"]
 
@@ -72,7 +72,7 @@ class Trainer(torchtitan.train.Trainer):
 
     def __init__(self, config: Any) -> None:
         init = cpu.mesh_independent_init() if cpu.needed() else contextlib.nullcontext()
-        with init:
+        with init, _readable_checkpoint_errors():
             super().__init__(config)
         self._trained = False
 
@@ -81,22 +81,10 @@ class Trainer(torchtitan.train.Trainer):
         super().train_step(data_iterator)
 
     def train(self) -> None:
-        try:
+        with _readable_checkpoint_errors():
             super().train()
-        except CheckpointException as error:  # on every rank, wherever it happened
-            if self._trained:
-                raise
-            message = f"Cannot load the checkpoint: {self._explain(error)}"
-            print(message, file=sys.stderr, flush=True)
-            _leave_after_the_rank_that_is_shown()
         if dist.get_rank() == 0:
             self._say_where()
-
-    def _explain(self, error: CheckpointException) -> str:
-        settings = self.job_config.checkpoint
-        folder = Path(self.job_config.job.dump_folder, settings.folder)
-        first = settings.initial_load_path if not folder.exists() else None
-        return explain(error, first or str(folder))
 
     def _say_where(self) -> None:
         job, checkpoint, metrics = (
@@ -115,6 +103,15 @@ class Trainer(torchtitan.train.Trainer):
             logger.info(f"Checkpoint: {folder / f'step-{self.step}'}")
         if metrics.enable_tensorboard and self._trained:
             logger.info(f"TensorBoard: {Path(job.dump_folder, metrics.save_tb_folder)}")
+
+
+@contextlib.contextmanager
+def _readable_checkpoint_errors() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:  # on every rank, wherever it happened
+        print(error, file=sys.stderr, flush=True)
+        _leave_after_the_rank_that_is_shown()
 
 
 def _leave_after_the_rank_that_is_shown() -> None:

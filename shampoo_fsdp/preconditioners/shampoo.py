@@ -1,94 +1,108 @@
 """Shampoo: Kronecker factors of the gradient's second moment and their inverse roots."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.roots import inverse_root_eigh
+from shampoo_fsdp.blocks import factor_kinds
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.matrices import (
+    MatrixStack,
+    StateEntry,
+    along,
+    matrix_entry,
+    per_block,
+    scale_along,
+    unfold,
+)
+from shampoo_fsdp.preconditioners.base import Positions, Preconditioner
+from shampoo_fsdp.roots import inverse_root, inverse_root_from_basis
 
 __all__ = ["ShampooPreconditioner"]
 
 
-class ShampooPreconditioner:
-    """Factors and inverse roots of a stack of blocks of one shape (d_1, ..., d_k).
-
-    Gupta et al. 2018 (arXiv 1802.09568), algorithms 1 and 2: one factor L_i, [B, d_i, d_i], for
+class ShampooPreconditioner(Preconditioner):
+    """Gupta et al. 2018 (arXiv 1802.09568), algorithms 1 and 2: one factor L_i, [B, d_i, d_i], for
     each dimension, the direction being the momentum multiplied by L_i^(-1/(2k)) along each.
+
+    Dimensions with a diagonal factor keep the diagonal of L_i, whose root is taken on every step.
     """
 
-    def __init__(self, blocks: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self.factors = [
-            torch.zeros(blocks, n, n, dtype=torch.float32, device=device) for n in shape
-        ]
-        self.inverse_roots = [self._identity(n).repeat(blocks, 1, 1) for n in shape]
-        self._exponent = -0.5 / len(shape)
+    products = 2
+    works_cold = False
 
-    def update_factors(self, gradient: Tensor, decay: Tensor, beta2: float) -> None:
-        """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, or plain sums for beta2 = 1.
+    @classmethod
+    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        entries: dict[str, StateEntry] = {}
+        factor_dtype = getattr(torch, config.factor_dtype)
+        root_dtype = getattr(torch, config.root_dtype)
+        packed = config.symmetric_packing
+        for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
+            if kind == "full":
+                entries[f"factors_{i}"] = matrix_entry(n, factor_dtype, packed=packed)
+                entries[f"inverse_roots_{i}"] = matrix_entry(n, root_dtype, packed=packed)
+                if config.basis_method == "qr":
+                    entries[f"eigenvectors_{i}"] = matrix_entry(n, root_dtype, packed=False)
+            elif kind == "diagonal":
+                entries[f"diagonals_{i}"] = (n,), torch.float32
+        return entries
 
-        G_(i) is the gradient unfolded along dimension i.
+    def __init__(
+        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(shape, config, state)
+        self.roots = {i: MatrixStack(state[f"inverse_roots_{i}"]) for i in self.full}
 
-        Args:
-            gradient: [B, d_1, ..., d_k]; zero where it is not usable.
-            decay: [B]; beta2, and 1 where the gradient is not usable.
-        """
-        weight = 1.0 - beta2 if beta2 < 1.0 else 1.0
-        for i, factor in enumerate(self.factors):
-            unfolded = _unfold(gradient, i)
-            if beta2 < 1.0:
-                factor.mul_(decay.view(-1, 1, 1))
-            factor.baddbmm_(unfolded, unfolded.mT, alpha=weight)
+    def restart(self, where: Positions) -> None:
+        for i in self.full:
+            self.state[f"factors_{i}"][where] = 0.0
+        for i in self.diagonal:
+            self.state[f"diagonals_{i}"][where] = 0.0
+        for i, root in self.roots.items():
+            root.write(self._identity(root.size).expand_as(root.read(where)).clone(), where)
+            if f"eigenvectors_{i}" in self.state:
+                self.state[f"eigenvectors_{i}"][where] = self._identity(root.size)
 
-    def refresh(self, due: slice | Tensor, correction2: float | Tensor, eps: float) -> Tensor:
-        """Take the inverse roots of the due blocks' factors; a block whose decomposition fails
-        keeps its last roots.
+    def accumulate(
+        self, gradient: Tensor, decay: Tensor, weight: float, correction: float | Tensor
+    ) -> None:
+        """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""
+        for i in self.full:
+            self._accumulate_gram(i, unfold(gradient, i), decay, weight)
+        for i in self.diagonal:
+            self._accumulate_diagonal(f"diagonals_{i}", gradient.square(), i, decay, weight)
 
-        Args:
-            due: positions in the stack, n of them.
-            correction2: bias correction of the due blocks' factors; [n, 1, 1] if not a number.
-            eps: ridge.
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        if isinstance(correction, Tensor):
+            correction = per_block(correction, 3)
+        failures = []
+        for i, kept in self.roots.items():
+            factor = self.factors[i].read(where) / correction
+            eps, method = self.config.preconditioner_eps, self.config.basis_method
+            if method == "qr":
+                eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
+                roots = inverse_root_from_basis(eigenvalues, vectors, self.exponent, eps)
+            else:
+                roots = inverse_root(factor, self.exponent, eps, method)
+            failed = roots.sum((1, 2)).isfinite().logical_not_()
+            kept.write(torch.where(per_block(failed, 3), kept.read(where), roots), where)
+            failures.append(failed)
+        return torch.stack(failures)
 
-        Returns:
-            the number of failed roots, a tensor.
-        """
-        failed = torch.zeros((), dtype=torch.int64, device=self.factors[0].device)
-        for factor, inverse_root in zip(self.factors, self.inverse_roots, strict=True):
-            roots = inverse_root_eigh(factor[due] / correction2, self._exponent, eps)
-            good = roots.sum((1, 2)).isfinite()
-            failed += good.logical_not().sum()
-            inverse_root[due] = torch.where(good.view(-1, 1, 1), roots, inverse_root[due])
-        return failed
-
-    def has_roots(self) -> Tensor:
-        """Whether roots have ever been taken, for each block: they are the identity before.
-        Bool, [B]."""
-        taken = [
-            (root != self._identity(root.shape[-1])).any(2).any(1) for root in self.inverse_roots
-        ]
-        return torch.stack(taken).any(0)
-
-    def _identity(self, n: int) -> Tensor:
-        return torch.eye(n, dtype=torch.float32, device=self.factors[0].device)
-
-    def precondition(self, momentum: Tensor) -> Tensor:
-        """The momentum [B, d_1, ..., d_k] multiplied by the inverse root along each dimension."""
-        *leading, last = self.inverse_roots
-        result = _times(momentum, last)
-        for i, root in enumerate(leading):
-            result = _fold(torch.bmm(root, _unfold(result, i)), i, momentum.shape)
+    def direction(
+        self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor
+    ) -> Tensor:
+        result = momentum
+        if isinstance(correction, Tensor):
+            correction = correction.view(-1, 1)
+        for i in self.diagonal:
+            powers = self._powers(self.state[f"diagonals_{i}"] / correction, self.exponent)
+            result = scale_along(result, powers, i)
+        for i in reversed(self.roots):
+            result = along(result, self.roots[i].read(), i, out if i == self.full[0] else None)
         return result
 
-
-def _times(blocks: Tensor, last: Tensor) -> Tensor:
-    """Multiply along the last dimension; the root is symmetric."""
-    return torch.bmm(blocks.reshape(len(blocks), -1, last.shape[-1]), last).view(blocks.shape)
-
-
-def _unfold(blocks: Tensor, i: int) -> Tensor:
-    """[B, d_1, ..., d_k] -> [B, d_i, rest]; for matrices a view."""
-    return blocks.movedim(i + 1, 1).reshape(len(blocks), blocks.shape[i + 1], -1)
-
-
-def _fold(unfolded: Tensor, i: int, shape: torch.Size) -> Tensor:
-    """Inverse of :func:`_unfold`."""
-    rest = [n for d, n in enumerate(shape[1:]) if d != i]
-    return unfolded.view(shape[0], shape[i + 1], *rest).movedim(1, i + 1)
+    def ready(self) -> Tensor:
+        differ = [self._differs_from_identity(root.read()) for root in self.roots.values()]
+        return torch.stack(differ).any(0)

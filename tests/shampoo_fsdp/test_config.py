@@ -87,4 +87,4 @@ def test_preconditioning_starts_after_one_period_by_default():
 def test_embeddings_and_the_output_layer_are_left_to_adam(name, excluded):
     parameter = torch.nn.Parameter(torch.zeros(4, 4))
     state = Shampoo([(name, parameter)]).state_dict()["state"][0]
-    assert ("factor_0" not in state) == excluded
+    assert ("factors" not in state) == excluded

@@ -200,7 +200,7 @@ def imbalance(values) -> float:
 
 def check_balance(plan: Plan) -> None:
     assert imbalance(plan.load) <= 1.05
-    assert imbalance(plan.state_elements) <= 1.05
+    assert imbalance(plan.state_bytes) <= 1.05
     for loads in zip(*plan.phase_load, strict=True):
         assert imbalance(loads) <= 1.05
 
@@ -262,14 +262,14 @@ MIXED = [
 
 def test_a_memory_cap_is_kept_or_the_error_says_what_would_fit():
     free = make_plan(MIXED, ShampooConfig(max_preconditioner_dim=64), 0)
-    most = max(free.state_elements) * 4 / 2**30
+    most = max(free.state_bytes) / 2**30
     for alignment in ("logical", "shard"):
         settings = {"max_preconditioner_dim": 64, "block_alignment": alignment}
         with pytest.raises(ValueError, match=r"'memory_cap'.* GiB would fit") as error:
             make_plan(MIXED, ShampooConfig(memory_cap=most / 100, **settings), 0)
         fits = float(str(error.value).split(" GiB would fit")[0].split()[-1])
         plan = make_plan(MIXED, ShampooConfig(memory_cap=fits, **settings), 0)
-        assert max(plan.state_elements) * 4 / 2**30 <= fits
+        assert max(plan.state_bytes) / 2**30 <= fits
         if alignment == "logical":
             assert fits < most  # work alone does not even out memory here
             with pytest.raises(ValueError, match="would fit"):
@@ -278,9 +278,9 @@ def test_a_memory_cap_is_kept_or_the_error_says_what_would_fit():
 
 def test_a_memory_cap_costs_little_balance_of_work():
     free = plan_model("llama3-8b", dp_shard=16)
-    cap = 1.01 * sum(free.state_elements) / 16 * 4 / 2**30
+    cap = 1.01 * sum(free.state_bytes) / 16 / 2**30
     plan = plan_model("llama3-8b", ShampooConfig(memory_cap=cap), dp_shard=16)
-    assert max(plan.state_elements) * 4 / 2**30 <= cap
+    assert max(plan.state_bytes) / 2**30 <= cap
     check_balance(plan)
 
 

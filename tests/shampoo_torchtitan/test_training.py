@@ -1,8 +1,6 @@
 """Whole TorchTitan jobs with Shampoo, on the CPU."""
 
-import contextlib
 import dataclasses
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -154,48 +152,6 @@ def test_a_run_saved_on_two_ranks_goes_on_alike_on_any_mesh(tmp_path):
         resumed = run(ranks, job, *resuming, *mesh, same_batches=True)[0]
         assert len(losses(resumed)) == 10
         assert losses(resumed) == pytest.approx(losses(at_once)[10:], rel=5e-5), name
-
-
-def _refusal(job: Path, arguments: list[str]) -> tuple[object, str]:
-    """Exit code and what is said by a job that cannot go on."""
-    with contextlib.redirect_stderr(io.StringIO()) as printed, pytest.raises(SystemExit) as exit:
-        jobs.train(job, *arguments)
-    lines = printed.getvalue().splitlines()
-    (said,) = [line for line in lines if line.startswith("Cannot load the checkpoint")]
-    return exit.value.code, said
-
-
-def _tear(folder: Path) -> None:
-    file = max(folder.glob("*.distcp"))
-    file.write_bytes(file.read_bytes()[:1000])
-
-
-def _lose(folder: Path) -> None:
-    max(folder.glob("*.distcp")).unlink()
-
-
-@on_cpu
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOG_RANK", "0,1")  # no rank waits for the one that is shown
-    job = jobs.write_job(tmp_path)
-    run(2, job, "--checkpoint.enable", "--training.steps=2")
-    resuming = ["--checkpoint.enable", "--training.steps=4"]
-
-    def refusals(*arguments: str) -> list[tuple[object, str]]:
-        arguments = [*resuming, *arguments]
-        return run_ranks(2, _refusal, init=False, job=job, arguments=arguments)
-
-    for code, said in refusals("--optimizer.shampoo.max_preconditioner_dim=32"):
-        assert code == 2
-        assert "optimizer.shampoo.max_preconditioner_dim = 1024, but the job says 32" in said
-    for _, said in refusals("--optimizer.shampoo.exclude=a_name_that_no_parameter_has"):
-        assert "optimizer.shampoo.exclude" in said
-    step_2 = tmp_path / "checkpoint" / "step-2"
-    for damage in (_tear, _lose):
-        damage(step_2)
-        for _, said in refusals():
-            assert "damaged or incomplete" in said and str(step_2.parent) in said
-            assert "--checkpoint.load_step" in said
 
 
 def _config(**changes):

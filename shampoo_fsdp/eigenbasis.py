@@ -1,0 +1,117 @@
+"""Eigenvectors of stacks of symmetric positive semi-definite matrices: anew, or from old ones."""
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+__all__ = ["TOLERANCE", "eigenbasis", "warm_eigenbasis"]
+
+TOLERANCE = 1e-6
+"""`warm_eigenbasis` keeps a basis whose ||offdiag(Q^T A Q)||_F is at most this times ||A||_F."""
+
+# Added to A for the QR step, relative to its largest eigenvalue.
+_SHIFT = 2.0**-20
+
+
+def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of each matrix.
+
+    Never raises for a bad matrix: a stack that fails is decomposed again in fp64, then matrix by
+    matrix.
+
+    Args:
+        matrices: shape [B, n, n], symmetric.
+
+    Returns:
+        eigenvalues, ascending, shape [B, n], and eigenvectors in the columns of shape [B, n, n];
+        all NaN where the decomposition failed or the matrix was not finite.
+    """
+    finite = _finite(matrices)
+    eigenvalues, vectors = _eigh(torch.where(finite, matrices, _identity(matrices)))
+    return torch.where(finite[:, 0], eigenvalues, torch.nan), torch.where(
+        finite, vectors, torch.nan
+    )
+
+
+def warm_eigenbasis(
+    matrices: Tensor, vectors: Tensor, iterations: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Improve eigenvectors of matrices that have changed a little, by orthogonal iteration.
+
+    Q <- the orthogonal factor of A Q, signs such that the triangular one has a positive diagonal
+    (Vyas et al. 2024, arXiv 2409.11321, algorithm 4). Iterated, it finds eigenvectors in the order
+    of the columns, largest eigenvalue first: the columns are put in that order for a step and back
+    at their places after it, so that what is kept in the basis stays aligned with it.
+
+    Nothing is read back to the host.
+
+    Args:
+        matrices: shape [B, n, n], symmetric.
+        vectors: shape [B, n, n], orthonormal columns: the eigenvectors so far.
+        iterations: number of steps.
+
+    Returns:
+        diag(Q^T A Q), shape [B, n], in the order of the columns, and Q, shape [B, n, n]: a matrix's
+        Q untouched where it is good already (`TOLERANCE`), NaN where A or the old Q is not finite.
+    """
+    finite = _finite(matrices) & _finite(vectors)
+    identity = _identity(matrices)
+    safe = torch.where(finite, matrices, identity)
+    largest = safe.abs().amax((-2, -1), keepdim=True)  # squares must not overflow or vanish
+    scale = torch.where(largest > 0.0, largest, 1.0)
+    safe = safe / scale
+    q = torch.where(finite, vectors, identity)
+    for _ in range(iterations):
+        q = _orthogonal_step(safe, q)
+    eigenvalues = (q * (safe @ q)).sum(-2) * scale[:, 0]
+    return _where_finite(finite, eigenvalues, q)
+
+
+def _orthogonal_step(matrices: Tensor, q: Tensor) -> Tensor:
+    product = matrices @ q
+    rotated = q.mT @ product
+    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+    offdiagonal = torch.linalg.matrix_norm(rotated - torch.diag_embed(diagonal))
+    good = offdiagonal <= TOLERANCE * torch.linalg.matrix_norm(matrices)
+    # The shift leaves the eigenvectors alone. Without it, directions that A lacks would be turned
+    # anew at each step, by rounding.
+    shift = _SHIFT * diagonal.amax(-1).clamp_min(0.0).view(-1, 1, 1)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True).unsqueeze(-2).expand_as(q)
+    turned, triangular = torch.linalg.qr((product + shift * q).gather(-1, order))
+    flipped = triangular.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0.0
+    turned = torch.where(flipped, -turned, turned)
+    return torch.where(good.view(-1, 1, 1), q, torch.empty_like(q).scatter_(-1, order, turned))
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    """Which matrices are finite, shape [B, 1, 1]."""
+    return matrices.abs().amax((-2, -1), keepdim=True).isfinite()
+
+
+def _where_finite(finite: Tensor, eigenvalues: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    nan = torch.nan
+    return torch.where(finite[:, 0], eigenvalues, nan), torch.where(finite, vectors, nan)
+
+
+def _identity(matrices: Tensor) -> Tensor:
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return _symmetric_eigh(matrices)
+    except LinAlgError:
+        pass
+    try:
+        eigenvalues, vectors = _symmetric_eigh(matrices.double())
+        return eigenvalues.to(matrices.dtype), vectors.to(matrices.dtype)
+    except LinAlgError:
+        if len(matrices) == 1:
+            return torch.full_like(matrices[:, 0], torch.nan), torch.full_like(matrices, torch.nan)
+    pairs = [_eigh(matrix.unsqueeze(0)) for matrix in matrices]
+    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+
+
+def _symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    eigenvalues, vectors = torch.linalg.eigh(matrices)
+    return eigenvalues, vectors

@@ -1,0 +1,130 @@
+"""Saying why the state of a checkpoint does not fit, in the words of the settings."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from shampoo_fsdp.state import CAP
+
+__all__ = [
+    "FACTORS",
+    "CheckpointMismatch",
+    "check_others",
+    "explanation",
+    "fits",
+    "name_some",
+    "preconditioner_of",
+]
+
+FACTORS = re.compile(
+    "factor_step|max_preconditioner_dim|factors|diagonals|inverse_roots|eigenvectors|eigenvalues"
+    "|second_moment"
+)
+"""Names of the entries of a parameter's state that only mean something together."""
+
+_SHOWN = 3
+_HINT = 'Set it as it was, or on_mismatch = "rebuild" to keep what fits and start the rest anew.'
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint that does not fit what shall be loaded; says why and what to do."""
+
+
+def fits(here: Any, saved: Any) -> bool:
+    """Whether a tensor can be read from what the metadata says of it, None for nothing."""
+    return isinstance(saved, TensorStorageMetadata) and saved.size == here.shape
+
+
+def explanation(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """What has changed since the state of a parameter was saved, and what to do.
+
+    Args:
+        name: of the parameter.
+        here: its state, by the names of the entries.
+        saved: metadata of its state in the checkpoint; it does not fit.
+    """
+    return f"{next(_reasons(name, here, saved))} {_HINT}"
+
+
+def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    """The most telling one first."""
+    if not saved:
+        yield f"the checkpoint has no optimizer state for parameter '{name}'."
+    if (CAP in here) != (CAP in saved):
+        then, now = ("is", "is not") if CAP in saved else ("is not", "is")
+        yield (
+            f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
+            "settings 'exclude' and 'precondition_1d'."
+        )
+    if CAP in here and _shape(saved[CAP])[0] != _shape(here[CAP])[0]:
+        yield (
+            f"setting '{CAP}' is {_shape(saved[CAP])[0]} in the checkpoint, but "
+            f"{_shape(here[CAP])[0]} here."
+        )
+    then, now = preconditioner_of(saved), preconditioner_of(here)
+    if then and now and then != now:
+        yield f"setting 'preconditioner' is '{then}' in the checkpoint, but '{now}' here."
+    if CAP in here and _shape(saved[CAP]) != _shape(here[CAP]):
+        yield (
+            f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
+            "'large_dim', 'merge_dims', 'batched_3d' and 'block_alignment'."
+        )
+    for entry, value in here.items():
+        if entry not in saved:
+            setting = "root_method" if FACTORS.fullmatch(entry) else "grafting"
+            yield (
+                f"the checkpoint has no '{entry}' for parameter '{name}', only "
+                f"{', '.join(sorted(saved))}; see the setting '{setting}'."
+            )
+        elif not fits(value, saved[entry]):
+            setting = "symmetric_packing" if FACTORS.fullmatch(entry) else "merge_dims"
+            yield (
+                f"'{entry}' of parameter '{name}' has shape {_shape(saved[entry])} in the "
+                f"checkpoint, but {_shape(value)} here; see the setting '{setting}'."
+            )
+
+
+def check_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise a CheckpointMismatch if a key of a state dict is missing or has another shape.
+
+    Args:
+        here: what shall be loaded, by key.
+        saved: metadata of the checkpoint.
+    """
+    if missing := [key for key in here if key not in saved]:
+        raise CheckpointMismatch(
+            f"the checkpoint lacks {name_some(missing)}; it is of another model or job, or holds "
+            "the model alone."
+        )
+    for key, value in here.items():
+        if isinstance(value, Tensor) and not fits(value, saved[key]):
+            raise CheckpointMismatch(
+                f"'{key}' has shape {_shape(saved[key])} in the checkpoint, but {_shape(value)} "
+                "here; it is of another model."
+            )
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def preconditioner_of(entries: Iterable[str]) -> str:
+    """Which one has these entries in its state, "" for none."""
+    names = list(entries)
+    kinds = {
+        "eigenvalues": "kl_shampoo",
+        "second_moment": "soap",
+        "inverse_roots": "shampoo",
+        "diagonals": "shampoo",
+    }
+    return next((kind for entry, kind in kinds.items() if entry in names), "")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Of a tensor or its metadata; () for what is no tensor."""
+    return tuple(getattr(value, "shape", getattr(value, "size", ())))

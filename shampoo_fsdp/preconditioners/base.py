@@ -1,0 +1,152 @@
+"""What a preconditioner is: the rule that turns a stack of momenta into directions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.blocks import factor_kinds
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
+from shampoo_fsdp.matrices import MatrixStack, StateEntry, per_block
+
+__all__ = ["Positions", "Preconditioner"]
+
+Positions = slice | Tensor
+"""Some blocks of a stack."""
+
+
+class Preconditioner(ABC):
+    """A rule for a stack of blocks of one shape (d_1, ..., d_k).
+
+    On a step the stack calls `accumulate`, `refresh` for the blocks that are due, `observe` and
+    `direction`, in this order. To add a rule, write one file and name it in `__init__.py`.
+    """
+
+    products: ClassVar[int]
+    """Matrix products with a d_i x d_i matrix per step and dimension, for the planner."""
+    works_cold: ClassVar[bool]
+    """Whether `direction` means something before the first refresh."""
+
+    @classmethod
+    @abstractmethod
+    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        """The state of one block: names, shapes and types. Entries of a name that ends in _i belong
+        to dimension i, and those that differ in i alone are of one type; others have the shape of
+        the block."""
+
+    def __init__(
+        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
+    ) -> None:
+        """
+        Args:
+            shape: of a block.
+            state: stacked tensors [B, ...] as :meth:`layout` says; :meth:`restart` fills them.
+        """
+        kinds = factor_kinds(shape, config)
+        self.config = config
+        self.state = state
+        self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
+        """Dimensions that have a matrix as their factor."""
+        self.diagonal = [i for i, kind in enumerate(kinds) if kind == "diagonal"]
+        """Dimensions whose factor is a diagonal."""
+        self.factors = {i: MatrixStack(state[f"factors_{i}"]) for i in self.full}
+        count = len(self.full) + len(self.diagonal)
+        self.exponent = -config.root_exponent(count) if count else 0.0
+
+    @abstractmethod
+    def restart(self, where: Positions) -> None:
+        """Set the state of these blocks to what it is before the first step."""
+
+    @abstractmethod
+    def accumulate(
+        self, gradient: Tensor, decay: Tensor, weight: float, correction: float | Tensor
+    ) -> None:
+        """Add a gradient to the factors.
+
+        Args:
+            gradient: [B, d_1, ..., d_k]; zero where it is not usable.
+            decay: of what was before, [B]; beta2, and 1 where the gradient is not usable.
+            weight: of the gradient; 1 - beta2, or 1 for sums.
+            correction: bias correction of the factors, this gradient included; a number or [B].
+        """
+
+    @abstractmethod
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        """Take the roots or eigenbases of some blocks anew; one whose decomposition fails keeps
+        its last.
+
+        Args:
+            where: n positions.
+            cold: whether it is the first time for them.
+            correction: as above, a number or [n].
+
+        Returns:
+            whether each decomposition failed, bool [dimensions, n].
+        """
+
+    def observe(self, gradient: Tensor, decay: Tensor, weight: float) -> None:  # noqa: B027
+        """Look at the gradient once more, after the refresh; arguments as those of `accumulate`."""
+
+    @abstractmethod
+    def direction(
+        self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor
+    ) -> Tensor:
+        """The preconditioned momentum; linear in it.
+
+        Args:
+            momentum: [B, d_1, ..., d_k], fp32; stays as it is.
+            correction: as above.
+            eps: the optimizer's.
+            out: memory that the result may use.
+        """
+
+    @abstractmethod
+    def ready(self) -> Tensor:
+        """Whether each block has had its first refresh, as far as its state tells. Bool, [B]."""
+
+    def _accumulate_gram(self, i: int, unfolded: Tensor, decay: Tensor, weight: float) -> None:
+        """factors_i <- decay factors_i + weight U U^T; U is [B, d_i, rest]."""
+        factor = self.factors[i].read().mul_(per_block(decay, 3))
+        self.factors[i].write(factor.baddbmm_(unfolded, unfolded.mT, alpha=weight))
+
+    def _accumulate_diagonal(
+        self, name: str, squares: Tensor, i: int, decay: Tensor, weight: float
+    ) -> None:
+        """state[name] [B, d_i] <- decay state[name] + weight * squares summed along the others."""
+        others = [d for d in range(1, squares.ndim) if d != i + 1]
+        total = squares.sum(others) if others else squares
+        self.state[name].mul_(decay.view(-1, 1)).add_(total, alpha=weight)
+
+    def _updated_basis(
+        self, i: int, where: Positions, matrices: Tensor, cold: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues [n, d_i] and eigenvectors [n, d_i, d_i] of these matrices, kept in
+        `eigenvectors_i` where that did not fail, and where it failed [n]."""
+        kept = self.state[f"eigenvectors_{i}"]
+        before = kept[where].float()
+        if cold or self.config.basis_method == "eigh":
+            eigenvalues, vectors = eigenbasis(matrices)
+        else:
+            eigenvalues, vectors = warm_eigenbasis(matrices, before)
+        failed = (eigenvalues.sum(1) + vectors.sum((1, 2))).isfinite().logical_not_()
+        vectors = torch.where(per_block(failed, 3), before, vectors)
+        kept[where] = vectors.to(kept.dtype)
+        return eigenvalues, vectors, failed
+
+    def _powers(self, eigenvalues: Tensor, exponent: float) -> Tensor:
+        """Eigenvalues [n, d] to a power, after raising them to fp32's resolution of the largest and
+        adding the ridge: what :func:`shampoo_fsdp.roots.inverse_root` does."""
+        floor = eigenvalues.amax(1, keepdim=True).clamp_min(0.0) * torch.finfo(torch.float32).eps
+        ridged = torch.maximum(eigenvalues, floor).add_(self.config.preconditioner_eps)
+        return ridged.pow_(exponent)
+
+    def _identity(self, n: int) -> Tensor:
+        device = next(iter(self.state.values())).device
+        return torch.eye(n, dtype=torch.float32, device=device)
+
+    def _differs_from_identity(self, matrices: Tensor) -> Tensor:
+        """[B] for [B, n, n]."""
+        return (matrices != self._identity(matrices.shape[1])).any(2).any(1)

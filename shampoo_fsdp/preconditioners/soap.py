@@ -1,0 +1,120 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.blocks import factor_kinds
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.matrices import StateEntry, along, matrix_entry, per_block, scale_along, unfold
+from shampoo_fsdp.preconditioners.base import Positions, Preconditioner
+
+__all__ = ["SoapPreconditioner"]
+
+
+class SoapPreconditioner(Preconditioner):
+    """Vyas et al. 2024 (arXiv 2409.11321), algorithm 3: the factors are Shampoo's; the second
+    moment V is averaged in their eigenbasis Q, and the direction is Adam's there.
+
+    Q is the identity until the first refresh: until then this is Adam. At the first refresh V
+    starts from the product of the factors' eigenvalues over their trace (Morwani et al. 2024, arXiv
+    2406.17748: the closest Kronecker product), as its entries in the old basis say nothing about
+    the new one. A dimension without a matrix keeps its own basis.
+    """
+
+    products = 4
+    works_cold = True
+    _warm = False
+    """Whether any block has another basis than the identity."""
+
+    @classmethod
+    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        factor_dtype = getattr(torch, config.factor_dtype)
+        root_dtype = getattr(torch, config.root_dtype)
+        entries: dict[str, StateEntry] = {"second_moment": (tuple(shape), torch.float32)}
+        for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
+            if kind == "full":
+                packed = config.symmetric_packing
+                entries[f"factors_{i}"] = matrix_entry(n, factor_dtype, packed=packed)
+                entries[f"eigenvectors_{i}"] = matrix_entry(n, root_dtype, packed=False)
+        return entries
+
+    def restart(self, where: Positions) -> None:
+        self.state["second_moment"][where] = 0.0
+        for i in self.full:
+            self.state[f"factors_{i}"][where] = 0.0
+            self.state[f"eigenvectors_{i}"][where] = self._identity(self.factors[i].size)
+
+    def accumulate(
+        self, gradient: Tensor, decay: Tensor, weight: float, correction: float | Tensor
+    ) -> None:
+        for i in self.full:
+            self._accumulate_gram(i, unfold(gradient, i), decay, weight)
+
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        eigenvalues, failures = [], []
+        for i in self.full:
+            values, _, failed = self._updated_basis(i, where, self.factors[i].read(where), cold)
+            eigenvalues.append(values)
+            failures.append(failed)
+        self._warm = True
+        if cold:
+            self._start_second_moment(where, eigenvalues, torch.stack(failures).any(0))
+        return torch.stack(failures)
+
+    def _start_second_moment(
+        self, where: Positions, eigenvalues: Sequence[Tensor], failed: Tensor
+    ) -> None:
+        """V <- the product of the sides' eigenvalues / trace^(k - 1). (Bias corrections cancel.)"""
+        before = self.state["second_moment"][where]
+        trace = eigenvalues[0].clamp_min(0.0).sum(1)
+        started = per_block(trace, before.ndim).expand_as(before)
+        for i in range(before.ndim - 1):
+            if i in self.full:
+                side = eigenvalues[self.full.index(i)].clamp_min(0.0)
+            else:  # its factor would be the diagonal that V has along it
+                others = [d for d in range(1, before.ndim) if d != i + 1]
+                side = before.sum(others) if others else before
+            # A share of the whole: products of two sides' eigenvalues could leave fp32's range.
+            total = side.sum(1, keepdim=True)
+            share = torch.where(total > 0.0, side / total, 1.0 / side.shape[1])
+            started = scale_along(started, share, i)
+        self.state["second_moment"][where] = torch.where(
+            per_block(failed, before.ndim), before, started
+        )
+
+    def observe(self, gradient: Tensor, decay: Tensor, weight: float) -> None:
+        """V <- beta2 V + (1 - beta2) (the gradient in the eigenbasis)^2."""
+        projected = self._to_basis(gradient)
+        moment = self.state["second_moment"].mul_(per_block(decay, gradient.ndim))
+        moment.addcmul_(projected, projected, value=weight)
+
+    def direction(
+        self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor
+    ) -> Tensor:
+        """Adam's direction in the eigenbasis, seen from outside."""
+        root = correction**0.5
+        if isinstance(root, Tensor):
+            root = per_block(root, momentum.ndim)
+        denominator = self.state["second_moment"].sqrt().add_(eps * root)
+        result = torch.div(self._to_basis(momentum), denominator, out=denominator)
+        if self._warm:
+            for i in reversed(self.full):
+                result = along(result, self._vectors(i), i, out if i == self.full[0] else None)
+        return result.mul_(root)
+
+    def ready(self) -> Tensor:
+        differ = [self._differs_from_identity(self._vectors(i)) for i in self.full]
+        ready = torch.stack(differ).any(0)
+        self._warm = bool(ready.any())
+        return ready
+
+    def _to_basis(self, blocks: Tensor) -> Tensor:
+        if self._warm:
+            for i in self.full:
+                blocks = along(blocks, self._vectors(i).mT, i)
+        return blocks
+
+    def _vectors(self, i: int) -> Tensor:
+        return self.state[f"eigenvectors_{i}"].float()

@@ -1,0 +1,72 @@
+"""The state of a parameter's blocks as entries of a state dict."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.bucket import Bucket
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.planner import Plan
+from shampoo_fsdp.state import CAP, Piece, ShardedBlocks
+from shampoo_fsdp.state_layout import saved_entries
+
+__all__ = ["state_entries"]
+
+
+def state_entries(
+    plan: Plan, buckets: Sequence[Bucket], config: ShampooConfig
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """For each parameter of a plan its index there, and its entries: views of the stacks.
+
+    Entries in the shape of a block (momenta, second moments) are tensors in the shape of the
+    parameter's view; rows of matrices lie one after the other, in the order of the grid.
+    """
+    owned: dict[int, list[int]] = defaultdict(list)
+    for number, block in enumerate(plan.blocks):
+        owned[block.parameter].append(number)
+    for bucket in buckets:
+        for parameter in bucket.chosen:
+            yield parameter, _entries(plan, bucket, config, parameter, owned[parameter])
+
+
+def _entries(
+    plan: Plan, bucket: Bucket, config: ShampooConfig, parameter: int, owned: Sequence[int]
+) -> dict[str, Tensor]:
+    grid = plan.grids[parameter]
+    alone = len(plan.ranks) == 1
+    # A tensor without elements, whose shape tells the settings: a checkpoint that was saved with
+    # others is refused in their name before anything is read.
+    cap = (config.max_preconditioner_dim, grid.fingerprint, 0)
+    holds_first = any(plan.blocks[n].index == 0 for n in owned)
+    marker: list[Piece] = [((0, 0, 0), torch.empty(cap))] if holds_first else []
+    entries: dict[str, Tensor] = {CAP: ShardedBlocks(cap, marker, torch.float32, alone)}
+
+    shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
+    kept = {shape: saved_entries(shape, config) for shape in dict.fromkeys(shapes)}
+    types = {name: dtype for of_shape in kept.values() for name, (_, dtype) in of_shape.items()}
+    for name, dtype in types.items():
+        stacked = [(n, *bucket.home[n]) for n in owned if name in bucket.home[n][0].saved]
+        pieces: list[Piece]
+        if kept[shapes[0]].get(name, ((), dtype))[0] == shapes[0]:
+            pieces = [
+                (
+                    tuple(start for start, _ in plan.blocks[n].rectangle),
+                    bucket.of_block(n, stack.saved[name]),
+                )
+                for n, stack, _ in stacked
+            ]
+            whole: Sequence[int] = grid.view_shape
+        else:
+            size = {shape: math.prod(kept[shape].get(name, ((0,),))[0]) for shape in kept}
+            starts = [0, *itertools.accumulate(size[shape] for shape in shapes)]
+            pieces = [
+                ((starts[plan.blocks[n].index],), stack.saved[name][position])
+                for n, stack, position in stacked
+            ]
+            whole = (starts[-1],)
+        entries[name] = ShardedBlocks(whole, pieces, dtype, alone)
+    return entries

@@ -1,0 +1,69 @@
+"""What is kept for a block, by name: the one description that stacks, costs and checkpoints use."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.grafting import second_moment_name
+from shampoo_fsdp.matrices import StateEntry
+from shampoo_fsdp.preconditioners import PRECONDITIONERS
+
+__all__ = ["saved_entries", "split_rows", "state_bytes"]
+
+
+def saved_entries(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+    """What a checkpoint has for a block: shape and type by name.
+
+    Momenta and second moments have the shape of the block; the preconditioner's matrices of one
+    kind are one row, dimension after dimension.
+    """
+    entries, rows = _moments(shape, config), dict[str, tuple[int, torch.dtype]]()
+    for name, (kept, dtype) in _of_preconditioner(shape, config).items():
+        kind, _, dimension = name.rpartition("_")
+        if dimension.isdigit():
+            rows[kind] = rows.get(kind, (0, dtype))[0] + math.prod(kept), dtype
+        else:
+            entries[name] = kept, dtype
+    return entries | {kind: ((size,), dtype) for kind, (size, dtype) in rows.items()}
+
+
+def split_rows(
+    saved: Mapping[str, Tensor], shape: Sequence[int], config: ShampooConfig
+) -> dict[str, Tensor]:
+    """Stacked entries as :func:`saved_entries` says, [B, ...], with views of single matrices in the
+    place of the rows."""
+    split = {name: saved[name] for name in _moments(shape, config)}
+    used: dict[str, int] = defaultdict(int)
+    for name, (kept, _) in _of_preconditioner(shape, config).items():
+        kind, _, dimension = name.rpartition("_")
+        if dimension.isdigit():
+            row, start = saved[kind], used[kind]
+            used[kind] = start + math.prod(kept)
+            split[name] = row[:, start : used[kind]].view(len(row), *kept)
+        else:
+            split[name] = saved[name]
+    return split
+
+
+def state_bytes(shape: Sequence[int], config: ShampooConfig) -> int:
+    """Bytes of state of a block."""
+    entries = saved_entries(shape, config).values()
+    return sum(math.prod(kept) * dtype.itemsize for kept, dtype in entries)
+
+
+def _moments(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+    momentum_dtype = getattr(torch, config.momentum_dtype)
+    entries: dict[str, StateEntry] = {"exp_avg": (tuple(shape), momentum_dtype)}
+    if second := second_moment_name(config.grafted_method):
+        entries[second] = (tuple(shape), torch.float32)
+    if config.momentum:
+        entries["momentum_buffer"] = (tuple(shape), momentum_dtype)
+    return entries
+
+
+def _of_preconditioner(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+    return PRECONDITIONERS[config.preconditioner].layout(shape, config)
