@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["agree"]
+__all__ = ["agree", "gather"]
 
 _T = TypeVar("_T")
 
@@ -31,14 +31,14 @@ def agree(
     """
     texts = {fact: [str(item) for item in items] for fact, items in facts.items()}
     mine = {fact: sha256(repr(items).encode()).hexdigest() for fact, items in texts.items()}
-    everyone = _gather(group, ranks, (problem, mine))
+    everyone = gather(group, ranks, (problem, mine))
     for rank, (theirs, _) in zip(ranks, everyone, strict=True):
         if theirs is not None:
             raise ValueError(theirs if theirs == problem else f"on rank {rank}: {theirs}")
     for fact, items in texts.items():
         odd = next((i for i, (_, f) in enumerate(everyone) if f[fact] != everyone[0][1][fact]), 0)
         if odd:
-            lists = _gather(group, ranks, items)
+            lists = gather(group, ranks, items)
             pairs = itertools.zip_longest(lists[0], lists[odd], fillvalue="nothing more")
             here, there = next(pair for pair in pairs if pair[0] != pair[1])
             raise ValueError(
@@ -47,7 +47,7 @@ def agree(
             )
 
 
-def _gather(group: dist.ProcessGroup | None, ranks: Sequence[int], mine: _T) -> list[_T]:
+def gather(group: dist.ProcessGroup | None, ranks: Sequence[int], mine: _T) -> list[_T]:
     """What each rank has, in the order of the ranks."""
     if group is None:
         return [mine]

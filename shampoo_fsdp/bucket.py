@@ -14,6 +14,7 @@ from shampoo_fsdp.exchange import Exchange, Piece
 from shampoo_fsdp.parameters import local_shard
 from shampoo_fsdp.planner import Plan
 from shampoo_fsdp.stack import BlockStack, Clock
+from shampoo_fsdp.stopwatch import Stopwatch
 
 __all__ = ["Bucket"]
 
@@ -118,15 +119,21 @@ class Bucket:
         self._exchange.send_gradients(self._gradients)
 
     def precondition(
-        self, groups: Sequence[Mapping[str, Any]], steps: Sequence[int], factor_steps: Sequence[int]
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        steps: Sequence[int],
+        factor_steps: Sequence[int],
+        watch: Stopwatch,
     ) -> None:
         """Receive the gradients, and replace them by updates.
 
         Args:
             groups: the parameter groups.
             steps, factor_steps: of each parameter of the plan, see :class:`Clock`.
+            watch: measures the parts.
         """
         self._exchange.receive_gradients(self._gradients)
+        watch.lap("exchange")
         for stack in self.stacks:
             owners = stack.parameters
             clock = Clock(
@@ -135,7 +142,7 @@ class Bucket:
                 [self._gradients[p] is not None for p in owners],
             )
             group = groups[stack.group]
-            stack.step(clock, group["betas"], group["eps"])
+            stack.step(clock, group["betas"], group["eps"], watch)
 
     def apply_own(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """W <- (1 - decay) W - lr D on this rank's shards, where it owns the blocks itself; the

@@ -146,6 +146,9 @@ class ShampooConfig:
     """In how many parts the gradients travel, so that one part is on its way while another is
     computed, and only a part is in memory. Default: as many as make 128 MiB per rank each."""
 
+    compile: bool = False
+    """Whether torch.compile fuses the step's elementwise work, once for each shape of block."""
+
     memory_cap: float | None = None
     """GiB of state of blocks that a rank may own, for each set of parameters that share their
     ranks. Default: no cap."""

@@ -69,18 +69,18 @@ def warm_eigenbasis(
 
 def _orthogonal_step(matrices: Tensor, q: Tensor) -> Tensor:
     product = matrices @ q
-    rotated = q.mT @ product
-    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
-    offdiagonal = torch.linalg.matrix_norm(rotated - torch.diag_embed(diagonal))
-    good = offdiagonal <= TOLERANCE * torch.linalg.matrix_norm(matrices)
+    diagonal = (q * product).sum(-2, keepdim=True)  # of Q^T A Q
+    # ||A Q - Q diag(Q^T A Q)|| is ||offdiag(Q^T A Q)||, without another product.
+    error = torch.linalg.matrix_norm(product - q * diagonal, keepdim=True)
+    good = error <= TOLERANCE * torch.linalg.matrix_norm(matrices, keepdim=True)
     # The shift leaves the eigenvectors alone. Without it, directions that A lacks would be turned
     # anew at each step, by rounding.
-    shift = _SHIFT * diagonal.amax(-1).clamp_min(0.0).view(-1, 1, 1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True).unsqueeze(-2).expand_as(q)
+    shift = _SHIFT * diagonal.amax(-1, keepdim=True).clamp_min(0.0)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True).expand_as(q)
     turned, triangular = torch.linalg.qr((product + shift * q).gather(-1, order))
     flipped = triangular.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0.0
     turned = torch.where(flipped, -turned, turned)
-    return torch.where(good.view(-1, 1, 1), q, torch.empty_like(q).scatter_(-1, order, turned))
+    return torch.where(good, q, torch.empty_like(q).scatter_(-1, order, turned))
 
 
 def _finite(matrices: Tensor) -> Tensor:

@@ -44,12 +44,17 @@ class MatrixStack:
         _, unpack = _triangle(self.size, kept.device)
         return kept.index_select(1, unpack).view(-1, self.size, self.size)
 
+    def keep(self, matrices: Tensor) -> None:
+        """Keep the change of what :meth:`read` gave of all positions."""
+        if self._packed or self.storage.dtype != torch.float32:
+            self.write(matrices)
+
     def write(self, matrices: Tensor, where: slice | Tensor = slice(None)) -> None:
-        """Keep these matrices; what :meth:`read` gave of a slice may be given back as well."""
+        """Keep these matrices."""
         if self._packed:
             pack, _ = _triangle(self.size, matrices.device)
             self.storage[where] = matrices.flatten(1).index_select(1, pack).to(self.storage.dtype)
-        elif matrices.data_ptr() != self.storage[where].data_ptr():
+        else:
             self.storage[where] = matrices.to(self.storage.dtype)
 
 

@@ -23,7 +23,8 @@ from shampoo_fsdp.parameters import (
 )
 from shampoo_fsdp.precision import full_precision
 from shampoo_fsdp.state import ShardedBlocks
-from shampoo_fsdp.team import balance, make_teams
+from shampoo_fsdp.stopwatch import Stopwatch
+from shampoo_fsdp.team import balance, make_teams, refuse_nonfinite
 
 __all__ = ["Shampoo"]
 
@@ -117,6 +118,9 @@ class Shampoo(torch.optim.Optimizer):
             self._names, self._parameters, self._group_of, replicas, self.config
         )
         self._elementwise = ElementwiseMethod(self.config)
+        self._watch = Stopwatch(
+            self._parameters[0].device if self._parameters else torch.device("cpu")
+        )
         self._buckets = [(team, bucket) for team in self._teams for bucket in team.buckets]
         device = self._parameters[0].device if self._parameters else None
         elements = max((bucket.elements for _, bucket in self._buckets), default=0)
@@ -168,28 +172,36 @@ class Shampoo(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
+        watch = self._watch
+        watch.start()
         gradients = self._local_gradients()
         if self.config.on_nonfinite == "raise":
-            for residents in self._residents:
-                residents.refuse_nonfinite(self._names, gradients, self._parameters[0].device)
+            device = self._parameters[0].device
+            refuse_nonfinite(self._residents, self._names, gradients, device)
         for i, gradient in enumerate(gradients):
             self._steps[i] += gradient is not None
             self._factor_steps[i] += gradient is not None
         # While the gradients of one bucket travel, something else is computed.
         self._send_gradients(0, gradients)
+        watch.lap("exchange")
         self._step_excluded(gradients)
+        watch.lap("excluded")
         allocate(self._workspace)
         for number, (team, bucket) in enumerate(self._buckets):
             self._send_gradients(number + 1, gradients)
+            watch.lap("exchange")
             steps = [self._steps[i] for i in team.indices]
             factor_steps = [self._factor_steps[i] for i in team.indices]
-            bucket.precondition(self.param_groups, steps, factor_steps)
+            bucket.precondition(self.param_groups, steps, factor_steps, watch)
             bucket.apply_own(self.param_groups)
+            watch.lap("apply")
             if number:
                 self._buckets[number - 1][1].apply_arriving(self.param_groups)
+                watch.lap("exchange")
         release(self._workspace)
         if self._buckets:
             self._buckets[-1][1].apply_arriving(self.param_groups)
+            watch.lap("exchange")
 
     def _send_gradients(self, number: int, gradients: Sequence[Tensor | None]) -> None:
         if number < len(self._buckets):

@@ -1,7 +1,8 @@
 """All blocks of one shape that a rank owns, handled together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ from shampoo_fsdp.matrices import per_block
 from shampoo_fsdp.planner import OwnedBlock
 from shampoo_fsdp.preconditioners import PRECONDITIONERS
 from shampoo_fsdp.state_layout import saved_entries, split_rows
+from shampoo_fsdp.stopwatch import Stopwatch
 
 __all__ = ["BlockStack", "Clock"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,15 @@ class Clock:
     active: Sequence[bool]
     """Whether the parameter has a gradient on this step. (The gradient blocks of one that has none
     must have been filled with NaN.)"""
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Bias corrections: numbers, or tensors [B]."""
+
+    factors: float | Tensor
+    momentum: float | Tensor
+    graft: float | Tensor
 
 
 class BlockStack:
@@ -77,11 +91,16 @@ class BlockStack:
         self.preconditioner.restart(slice(None))
         self._second_moment = self.state.get(second_moment_name(config.grafted_method) or "")
         self._rooted = [False] * len(ordered)
+        self.graft_scale: Tensor | None = None
+        """Norm of the grafted method's step over that of the direction, [B, 1, ...], last step."""
+        self._compiled = self._accumulate, self._direct
+        if config.compile:
+            self._compiled = (_compile(self._accumulate), _compile(self._direct))
         self.refreshes = 0
         self.failed_roots = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_blocks = torch.zeros((), dtype=torch.int64, device=device)
 
-    def step(self, clock: Clock, betas: tuple[float, float], eps: float) -> None:
+    def step(self, clock: Clock, betas: tuple[float, float], eps: float, watch: Stopwatch) -> None:
         """Replace the gradients in `gradient` by the updates D, to be subtracted times lr.
 
         A block with a non-finite or excessive gradient is skipped: its state stays, its update is
@@ -89,34 +108,101 @@ class BlockStack:
 
         Args:
             betas, eps: the optimizer's; a second beta of 1 sums the factors.
+            watch: measures the parts.
         """
-        config, gradient, (beta1, beta2) = self.config, self.gradient, betas
-        graft_beta2 = beta2 if config.grafting_beta2 is None else config.grafting_beta2
+        beta1, beta2 = betas
+        graft_beta2 = beta2 if self.config.grafting_beta2 is None else self.config.grafting_beta2
+        # What is compiled is one case: the step that is taken nearly always.
+        compiled = self.config.compile and all(self._rooted) and all(clock.active)
+        corrections = Corrections(
+            *(
+                self._correction(beta, steps, as_tensor=compiled)
+                for beta, steps in (
+                    (beta2, clock.factor_steps),
+                    (beta1, clock.steps),
+                    (graft_beta2, clock.steps),
+                )
+            )
+        )
+        accumulate, direct = self._compiled if compiled else (self._accumulate, self._direct)
+        usable, exp_avg = accumulate(beta1, beta2, graft_beta2, corrections)
+        self._count_skipped(usable, clock.active)
+        watch.lap("factors")
+        self._refresh(clock, beta2)
+        watch.lap("roots")
+        direct(exp_avg, usable, beta2, corrections, eps)
+        if self.config.momentum:
+            self._accelerate(usable, clock)
+        watch.lap("direction")
+
+    def _accumulate(
+        self, beta1: float, beta2: float, graft_beta2: float, corrections: "Corrections"
+    ) -> tuple[Tensor, Tensor]:
+        """Let the gradients into the factors, momentum and graft statistics.
+
+        Returns:
+            which gradients are usable, [B], and the momentum.
+        """
+        gradient = self.gradient
         inner = tuple(range(1, gradient.ndim))
         # Comparisons with NaN are false. (The infinity norm is far slower on CPUs.)
         largest, least = gradient.amax(inner), gradient.amin(inner)
-        usable = (largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)  # [B]
-        self._count_skipped(usable, clock.active)
-        kept = usable.float()
-        each = per_block(kept, gradient.ndim)  # 1 for usable gradients, else 0
+        usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
+        each = per_block(usable, gradient.ndim)  # 1 for usable gradients, else 0
         gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(each)
 
         # Decays are 1 where a gradient is not usable: there the state stays.
-        decay, weight = 1.0 - (1.0 - beta2) * kept, 1.0 - beta2 if beta2 < 1.0 else 1.0
-        correction = self._correction(beta2, clock.factor_steps)
-        self.preconditioner.accumulate(gradient, decay, weight, correction)
+        decay, weight = 1.0 - (1.0 - beta2) * usable, 1.0 - beta2 if beta2 < 1.0 else 1.0
+        self.preconditioner.accumulate(gradient, decay, weight, corrections.factors)
         exp_avg = self.state["exp_avg"].float().lerp_(gradient, (1.0 - beta1) * each)
         self._keep("exp_avg", exp_avg)
         if self._second_moment is not None:
             graft_decay = 1.0 - (1.0 - graft_beta2) * each
-            method = config.grafted_method
+            method = self.config.grafted_method
             update_second_moment(method, self._second_moment, gradient, graft_decay, graft_beta2)
-        self._refresh(clock, beta2)
-        self.preconditioner.observe(gradient, decay, weight)
+        return usable, exp_avg
 
-        self._direct(exp_avg, each, clock, beta1, graft_beta2, correction, eps)
-        if config.momentum:
-            self._accelerate(each, clock)
+    def _direct(
+        self, exp_avg: Tensor, usable: Tensor, beta2: float, corrections: "Corrections", eps: float
+    ) -> None:
+        """Put the preconditioned and grafted momentum into `gradient`."""
+        config, gradient, preconditioner = self.config, self.gradient, self.preconditioner
+        decay, weight = 1.0 - (1.0 - beta2) * usable, 1.0 - beta2 if beta2 < 1.0 else 1.0
+        preconditioner.observe(gradient, decay, weight)
+        inner = tuple(range(1, gradient.ndim))
+        each = per_block(usable, gradient.ndim)
+        correction1 = _spread(corrections.momentum, gradient.ndim)
+        correction2 = _spread(corrections.graft, gradient.ndim)
+        grafted = config.grafted_method != "none"
+        # Without roots a block takes the grafted method's direction, if there is no better one.
+        known = self._rooted if grafted or not preconditioner.works_cold else [True]
+        if any(known):
+            direction = preconditioner.direction(exp_avg, corrections.factors, eps, gradient)
+            if not grafted and all(known):
+                torch.mul(direction, each / correction1, out=gradient)
+                return
+        graft, factor = graft_step(
+            config.grafted_method,
+            exp_avg,
+            self._second_moment,
+            correction1,
+            correction2,
+            eps if config.grafting_eps is None else config.grafting_eps,
+        )
+        if not any(known):
+            torch.mul(graft, each * factor, out=gradient)
+            return
+        if not grafted:
+            scale = 1.0 / correction1
+        else:
+            graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True)
+            norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
+            scale = (graft_norm * factor / norm).masked_fill_(norm == 0.0, 0.0)
+            self.graft_scale = scale.detach()
+        torch.mul(direction, scale * each, out=gradient)
+        if not all(known):
+            cold = per_block(self._host_mask(known).logical_not_(), gradient.ndim)
+            torch.where(cold, graft * (each * factor), gradient, out=gradient)
 
     def restart_factors(self, positions: Sequence[int]) -> None:
         """Forget what the preconditioner knows of these blocks."""
@@ -132,56 +218,13 @@ class BlockStack:
         else:
             self._rooted = [step >= first for step in factor_steps]
 
-    def _direct(
-        self,
-        exp_avg: Tensor,
-        each: Tensor,
-        clock: Clock,
-        beta1: float,
-        graft_beta2: float,
-        correction: float | Tensor,
-        eps: float,
-    ) -> None:
-        """Put the preconditioned and grafted momentum into `gradient`."""
-        config, gradient, preconditioner = self.config, self.gradient, self.preconditioner
-        inner = tuple(range(1, gradient.ndim))
-        correction1 = _spread(self._correction(beta1, clock.steps), gradient.ndim)
-        correction2 = _spread(self._correction(graft_beta2, clock.steps), gradient.ndim)
-        grafted = config.grafted_method != "none"
-        # Without roots a block takes the grafted method's direction, if there is no better one.
-        known = self._rooted if grafted or not preconditioner.works_cold else [True]
-        if any(known):
-            direction = preconditioner.direction(exp_avg, correction, eps, gradient)
-            if not grafted and all(known):
-                torch.mul(direction, each / correction1, out=gradient)
-                return
-        graft, factor = graft_step(
-            config.grafted_method,
-            exp_avg,
-            self._second_moment,
-            correction1,
-            correction2,
-            eps if config.grafting_eps is None else config.grafting_eps,
-        )
-        if not any(known):
-            torch.mul(graft, each * factor, out=gradient)
-            return
-        scale: float | Tensor = 1.0 / correction1
-        if grafted:
-            graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True)
-            norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
-            scale = (graft_norm * factor / norm).masked_fill_(norm == 0.0, 0.0)
-        torch.mul(direction, scale * each, out=gradient)
-        if not all(known):
-            cold = per_block(self._host_mask(known).logical_not_(), gradient.ndim)
-            torch.where(cold, graft * (each * factor), gradient, out=gradient)
-
-    def _accelerate(self, each: Tensor, clock: Clock) -> None:
+    def _accelerate(self, usable: Tensor, clock: Clock) -> None:
         """B <- momentum B + (1 - dampening) D; D <- B, or D + momentum B with Nesterov, as in
         torch.optim.SGD, whose first B is D."""
         momentum, dampening = self.config.momentum, self.config.dampening
         weights = [1.0 if step <= 1 else 1.0 - dampening for step in clock.steps]
         weight = _spread(self._uniform(weights), self.gradient.ndim)
+        each = per_block(usable, self.gradient.ndim)
         buffer = self.state["momentum_buffer"].float().mul_(1.0 - (1.0 - momentum) * each)
         buffer.add_(self.gradient * weight)
         self._keep("momentum_buffer", buffer)
@@ -228,11 +271,17 @@ class BlockStack:
             )
         ]
 
-    def _correction(self, beta: float, steps: Sequence[int]) -> float | Tensor:
-        """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ."""
+    def _correction(
+        self, beta: float, steps: Sequence[int], *, as_tensor: bool = False
+    ) -> float | Tensor:
+        """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ, or [1] if a
+        number, which is another one on each step, must not be compiled into the step."""
         if beta == 1.0 or not self.config.use_bias_correction:
             return 1.0
-        return self._uniform([1.0 - beta ** max(step, 1) for step in steps])
+        correction = self._uniform([1.0 - beta ** max(step, 1) for step in steps])
+        if as_tensor and not isinstance(correction, Tensor):
+            return torch.full((1,), correction, device=self.device)
+        return correction
 
     def _uniform(self, values: Sequence[float]) -> float | Tensor:
         if min(values) == max(values):
@@ -240,13 +289,21 @@ class BlockStack:
         return torch.tensor(values, dtype=torch.float32).to(self.device, non_blocking=True)
 
     def _count_skipped(self, usable: Tensor, active: Sequence[bool]) -> None:
-        skipped = usable.logical_not()
+        skipped = usable == 0.0
         if not all(active):
             skipped &= self._host_mask(active)
         self.skipped_blocks += skipped.sum()
 
     def _host_mask(self, values: Sequence[bool]) -> Tensor:
         return torch.tensor(values).to(self.device, non_blocking=True)
+
+
+def _compile(function: Callable[P, T]) -> Callable[P, T]:
+    # Stacks run the same code on other shapes: none may count as the recompilation of another.
+    compiled: Callable[P, T] = torch.compile(  # type: ignore[call-overload]
+        function, fullgraph=True, dynamic=False, isolate_recompiles=True
+    )
+    return compiled
 
 
 def _spread(values: float | Tensor, ndim: int) -> float | Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_fsdp.agreement import agree
+from shampoo_fsdp.agreement import agree, gather
 from shampoo_fsdp.blocks import factor_kinds
 from shampoo_fsdp.bucket import Bucket
 from shampoo_fsdp.config import ShampooConfig
@@ -25,7 +25,7 @@ from shampoo_fsdp.planner import ParameterSpec, make_plan
 from shampoo_fsdp.roots import check_exponent
 from shampoo_fsdp.state_entries import state_entries
 
-__all__ = ["Team", "balance", "make_teams"]
+__all__ = ["Residents", "Team", "balance", "make_teams", "refuse_nonfinite"]
 
 _BUCKET_ELEMENTS = 32 * 2**20
 """A rank's share of the gradients of one bucket, where `buckets` is not set: 128 MiB in fp32."""
@@ -94,30 +94,42 @@ class Residents:
     ranks: tuple[int, ...]
     parameters: Sequence[int]
 
-    def refuse_nonfinite(
-        self, names: Sequence[str], gradients: Sequence[Tensor | None], device: torch.device
-    ) -> None:
-        """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity.
 
-        Args:
-            names, gradients: of all parameters of the optimizer; this rank's shards.
-        """
-        mine = [(names[i], g) for i in self.parameters if (g := gradients[i]) is not None]
-        bad = torch.zeros(1 + len(mine), dtype=torch.bool, device=device)
-        for k, (_, gradient) in enumerate(mine):
-            bad[k] = gradient.isfinite().all().logical_not_()
-        anywhere = bad.any().int()
-        if self.group is not None:
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.group)
-        if not anywhere:
-            return
-        found = [name for (name, _), is_bad in zip(mine, bad.tolist(), strict=False) if is_bad]
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        problem = (
-            f"the gradient of {', '.join(found[:3])}{more} is not finite, and setting "
-            "'on_nonfinite' is 'raise'; nothing has been changed."
-        )
-        agree(self.group, self.ranks, problem if found else None, {})
+def refuse_nonfinite(
+    residents: Sequence[Residents],
+    names: Sequence[str],
+    gradients: Sequence[Tensor | None],
+    device: torch.device,
+) -> None:
+    """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity.
+
+    Args:
+        residents: of this rank.
+        names, gradients: of all parameters of the optimizer; this rank's shards.
+    """
+    mine = [(name, g) for name, g in zip(names, gradients, strict=True) if g is not None]
+    bad = torch.zeros(len(mine), dtype=torch.bool, device=device)
+    for k, (_, gradient) in enumerate(mine):
+        bad[k] = gradient.isfinite().all().logical_not_()
+    anywhere = bad.any().int()
+    # Twice, since a set may hear of the trouble in another one through a third.
+    for members in (*residents, *residents):
+        if members.group is not None:
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=members.group)
+    if not anywhere:
+        return
+    found = {name for (name, _), is_bad in zip(mine, bad.tolist(), strict=True) if is_bad}
+    for members in residents:
+        found.update(*gather(members.group, members.ranks, sorted(found)))
+    first = sorted(found)[:3]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    where = (
+        ", ".join(f"'{name}'" for name in first) + more if found else "another rank's parameters"
+    )
+    raise ValueError(
+        f"the gradient of {where} is not finite, and setting 'on_nonfinite' is 'raise'; nothing "
+        "has been changed."
+    )
 
 
 class Team:

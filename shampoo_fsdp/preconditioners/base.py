@@ -110,7 +110,7 @@ class Preconditioner(ABC):
     def _accumulate_gram(self, i: int, unfolded: Tensor, decay: Tensor, weight: float) -> None:
         """factors_i <- decay factors_i + weight U U^T; U is [B, d_i, rest]."""
         factor = self.factors[i].read().mul_(per_block(decay, 3))
-        self.factors[i].write(factor.baddbmm_(unfolded, unfolded.mT, alpha=weight))
+        self.factors[i].keep(factor.baddbmm_(unfolded, unfolded.mT, alpha=weight))
 
     def _accumulate_diagonal(
         self, name: str, squares: Tensor, i: int, decay: Tensor, weight: float

@@ -1,6 +1,5 @@
 """KL-Shampoo: each side's second moment, whitened by the other sides."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +71,7 @@ class KLShampooPreconditioner(Preconditioner):
                     whitened = scale_along(
                         self._to_basis(whitened, j), self._inverse_roots(j, correction, 0.5), j
                     )
-            share = weight / math.prod(n for d, n in enumerate(gradient.shape[1:]) if d != i)
+            share = weight * gradient.shape[i + 1] / gradient[0].numel()
             if i in self.full:
                 self._accumulate_gram(i, unfold(whitened, i), decay, share)
             squares = self._to_basis(whitened, i).square()
