@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
+from shampoo_fsdp.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.elementwise import ElementwiseMethod
 from shampoo_fsdp.exchange import allocate, release
 from shampoo_fsdp.loading import check_entries, copy_entries
@@ -344,6 +345,21 @@ class Shampoo(torch.optim.Optimizer):
             counts[1] += stack.failed_roots
             counts[2] += stack.skipped_blocks
         return counts
+
+    @torch.no_grad()
+    def diagnostics(self) -> Diagnostics:
+        """Figures of the last step, for this rank's blocks; the host waits for the device."""
+        stacks = [
+            (
+                stack,
+                [self._names[team.indices[p]] for p in stack.parameters],
+                [self._factor_steps[team.indices[p]] for p in stack.parameters],
+            )
+            for team, bucket in self._buckets
+            for stack in bucket.stacks
+        ]
+        beta2 = self.param_groups[0]["betas"][1]
+        return diagnose(stacks, self._watch.milliseconds(), beta2)
 
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""

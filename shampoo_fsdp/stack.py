@@ -91,8 +91,10 @@ class BlockStack:
         self.preconditioner.restart(slice(None))
         self._second_moment = self.state.get(second_moment_name(config.grafted_method) or "")
         self._rooted = [False] * len(ordered)
-        self.graft_scale: Tensor | None = None
-        """Norm of the grafted method's step over that of the direction, [B, 1, ...], last step."""
+        self.residual = torch.zeros((), device=device)
+        """The largest of a refresh so far."""
+        self.norms: tuple[Tensor, Tensor] | None = None
+        """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
         self._compiled = self._accumulate, self._direct
         if config.compile:
             self._compiled = (_compile(self._accumulate), _compile(self._direct))
@@ -134,6 +136,13 @@ class BlockStack:
         if self.config.momentum:
             self._accelerate(usable, clock)
         watch.lap("direction")
+
+    def largest_condition(self, factor_steps: Sequence[int], beta2: float) -> float:
+        """The largest condition number of a factor; the host waits for the device."""
+        if not self.preconditioner.full:
+            return 0.0
+        numbers = self.preconditioner.condition_numbers(self._correction(beta2, factor_steps))
+        return float(numbers.nan_to_num(0.0).amax()) if any(self._rooted) else 0.0
 
     def _accumulate(
         self, beta1: float, beta2: float, graft_beta2: float, corrections: "Corrections"
@@ -178,7 +187,9 @@ class BlockStack:
         known = self._rooted if grafted or not preconditioner.works_cold else [True]
         if any(known):
             direction = preconditioner.direction(exp_avg, corrections.factors, eps, gradient)
+            norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
             if not grafted and all(known):
+                self.norms = norm, norm / correction1
                 torch.mul(direction, each / correction1, out=gradient)
                 return
         graft, factor = graft_step(
@@ -196,9 +207,8 @@ class BlockStack:
             scale = 1.0 / correction1
         else:
             graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True)
-            norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
             scale = (graft_norm * factor / norm).masked_fill_(norm == 0.0, 0.0)
-            self.graft_scale = scale.detach()
+            self.norms = norm, scale * norm
         torch.mul(direction, scale * each, out=gradient)
         if not all(known):
             cold = per_block(self._host_mask(known).logical_not_(), gradient.ndim)
@@ -251,9 +261,10 @@ class BlockStack:
             if len(chosen) != chosen[-1] + 1 - chosen[0]:
                 where = torch.tensor(chosen).to(self.device, non_blocking=True)
             correction = self._correction(beta2, [clock.factor_steps[b] for b in chosen])
-            failed = self.preconditioner.refresh(where, cold, correction)
+            failed, residual = self.preconditioner.refresh(where, cold, correction)
             self.failed_roots += failed.sum()
             self.refreshes += failed.numel()
+            self.residual = torch.maximum(self.residual, residual.nan_to_num(0.0).amax())
         for b in due:
             self._rooted[b] = True
 

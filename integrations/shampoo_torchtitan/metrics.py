@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torchtitan.components.metrics as titan
 from torchtitan.tools.logging import logger
 
+from shampoo_fsdp.diagnostics import merged
 from shampoo_torchtitan.optimizer import ShampooContainer
 
 __all__ = ["ShampooMetricsProcessor", "register"]
@@ -29,6 +30,8 @@ class ShampooMetricsProcessor(titan.MetricsProcessor):
         if counts:
             ours = {f"shampoo/{name}": n for name, n in zip(_NAMES, counts, strict=True)}
             extra_metrics = {**(extra_metrics or {}), **ours}
+            figures = self._figures()
+            extra_metrics |= {f"shampoo/{name}": value for name, value in figures.items()}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         if counts:
             refreshes, failed, skipped = counts
@@ -36,6 +39,8 @@ class ShampooMetricsProcessor(titan.MetricsProcessor):
                 f"shampoo so far: {refreshes:,} root refreshes, {failed:,} failed, "
                 f"{skipped:,} blocks skipped for a non-finite gradient"
             )
+            parts = [f"{name[3:]} {value:.1f}" for name, value in figures.items() if "ms/" in name]
+            logger.info(f"shampoo's last step, ms on the slowest rank: {', '.join(parts)}")
 
     def _counters(self) -> list[int] | None:
         if not isinstance(self.optimizers, ShampooContainer):
@@ -44,6 +49,18 @@ class ShampooMetricsProcessor(titan.MetricsProcessor):
         if dist.is_initialized():
             dist.all_reduce(counters)
         return [int(n) for n in counters.tolist()]
+
+    def _figures(self) -> dict[str, float]:
+        """Of all ranks; none may be left out."""
+        mine = self.optimizers.diagnostics()
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [mine] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        return {
+            **merged(figures for rank in everyone for figures in rank),
+            "mib_sent_per_step": self.optimizers.mib_sent_per_step(),
+        }
 
 
 def register() -> None:

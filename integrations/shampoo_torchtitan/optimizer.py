@@ -12,6 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.diagnostics import Diagnostics
 
 __all__ = ["NAME", "ShampooContainer", "build_optimizers", "register"]
 
@@ -53,6 +54,14 @@ class ShampooContainer(OptimizersContainer):
         The caller sums them over ranks.
         """
         return torch.stack([optimizer.counters() for optimizer in self.optimizers]).sum(0)
+
+    def diagnostics(self) -> list[Diagnostics]:
+        """Figures of the last step, of this rank's blocks, for each part of the model."""
+        return [optimizer.diagnostics() for optimizer in self.optimizers]
+
+    def mib_sent_per_step(self) -> float:
+        """What the rank that sends most sends on a step, in MiB."""
+        return sum(o.summary()["mib_sent_per_step_max"] for o in self.optimizers)
 
     def log_summary(self) -> None:
         """Says what is preconditioned, and what each rank pays for it."""

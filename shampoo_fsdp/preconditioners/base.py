@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,19 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
 from shampoo_fsdp.matrices import MatrixStack, StateEntry, per_block
 
-__all__ = ["Positions", "Preconditioner"]
+__all__ = ["Positions", "Preconditioner", "Refresh"]
 
 Positions = slice | Tensor
 """Some blocks of a stack."""
+
+
+class Refresh(NamedTuple):
+    """What became of the decompositions of n blocks; both [dimensions, n]."""
+
+    failed: Tensor
+    """Bool; the last good one has been kept there."""
+    residual: Tensor
+    """How far the decomposition is from what it should be, relative; see `root_residual`."""
 
 
 class Preconditioner(ABC):
@@ -74,7 +83,7 @@ class Preconditioner(ABC):
         """
 
     @abstractmethod
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
         """Take the roots or eigenbases of some blocks anew; one whose decomposition fails keeps
         its last.
 
@@ -83,8 +92,6 @@ class Preconditioner(ABC):
             cold: whether it is the first time for them.
             correction: as above, a number or [n].
 
-        Returns:
-            whether each decomposition failed, bool [dimensions, n].
         """
 
     def observe(self, gradient: Tensor, decay: Tensor, weight: float) -> None:  # noqa: B027
@@ -102,6 +109,11 @@ class Preconditioner(ABC):
             eps: the optimizer's.
             out: memory that the result may use.
         """
+
+    @abstractmethod
+    def condition_numbers(self, correction: float | Tensor) -> Tensor:
+        """Largest over smallest eigenvalue (with the ridge) of each factor that is a matrix, as far
+        as cheap products tell; [dimensions, B]. For reports, not for the step."""
 
     @abstractmethod
     def ready(self) -> Tensor:
@@ -122,9 +134,10 @@ class Preconditioner(ABC):
 
     def _updated_basis(
         self, i: int, where: Positions, matrices: Tensor, cold: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues [n, d_i] and eigenvectors [n, d_i, d_i] of these matrices, kept in
-        `eigenvectors_i` where that did not fail, and where it failed [n]."""
+        `eigenvectors_i` where that did not fail; where it failed, and the residual
+        ||(Q diag(eigenvalues) Q^T - A) u|| / ||A u|| for a fixed vector u, [n]."""
         kept = self.state[f"eigenvectors_{i}"]
         before = kept[where].float()
         if cold or self.config.basis_method == "eigh":
@@ -134,7 +147,17 @@ class Preconditioner(ABC):
         failed = (eigenvalues.sum(1) + vectors.sum((1, 2))).isfinite().logical_not_()
         vectors = torch.where(per_block(failed, 3), before, vectors)
         kept[where] = vectors.to(kept.dtype)
-        return eigenvalues, vectors, failed
+        probe = torch.ones(matrices.shape[1], 1, device=matrices.device)
+        image = matrices @ probe
+        error = vectors @ (eigenvalues.unsqueeze(2) * (vectors.mT @ probe)) - image
+        size = image.square().sum((1, 2)).sqrt()
+        residual = error.square().sum((1, 2)).sqrt() / torch.where(size > 0.0, size, 1.0)
+        return eigenvalues, vectors, failed, residual
+
+    def _spread_of(self, eigenvalues: Tensor) -> Tensor:
+        """Condition numbers [B] of matrices with these eigenvalues [B, d]."""
+        ridged = self._powers(eigenvalues, 1.0)
+        return ridged.amax(1) / ridged.amin(1)
 
     def _powers(self, eigenvalues: Tensor, exponent: float) -> Tensor:
         """Eigenvalues [n, d] to a power, after raising them to fp32's resolution of the largest and

@@ -15,7 +15,7 @@ from shampoo_fsdp.matrices import (
     scale_along,
     unfold,
 )
-from shampoo_fsdp.preconditioners.base import Positions, Preconditioner
+from shampoo_fsdp.preconditioners.base import Positions, Preconditioner, Refresh
 
 __all__ = ["KLShampooPreconditioner"]
 
@@ -77,14 +77,19 @@ class KLShampooPreconditioner(Preconditioner):
             squares = self._to_basis(whitened, i).square()
             self._accumulate_diagonal(f"eigenvalues_{i}", squares, i, decay, share)
 
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        failures = []
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
+        failures, residuals = [], []
         for i in self.full:
-            values, _, failed = self._updated_basis(i, where, self.factors[i].read(where), cold)
+            factor = self.factors[i].read(where)
+            values, _, failed, residual = self._updated_basis(i, where, factor, cold)
+            residuals.append(residual)
             kept = self.state[f"eigenvalues_{i}"]
             kept[where] = torch.where(per_block(failed, 2), kept[where], values.clamp_min(0.0))
             failures.append(failed)
-        return torch.stack(failures)
+        return Refresh(torch.stack(failures), torch.stack(residuals))
+
+    def condition_numbers(self, correction: float | Tensor) -> Tensor:
+        return torch.stack([self._spread_of(self.state[f"eigenvalues_{i}"]) for i in self.full])
 
     def direction(
         self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor

@@ -16,10 +16,12 @@ from shampoo_fsdp.matrices import (
     scale_along,
     unfold,
 )
-from shampoo_fsdp.preconditioners.base import Positions, Preconditioner
-from shampoo_fsdp.roots import inverse_root, inverse_root_from_basis
+from shampoo_fsdp.preconditioners.base import Positions, Preconditioner, Refresh
+from shampoo_fsdp.roots import inverse_root, inverse_root_from_basis, root_residual
 
 __all__ = ["ShampooPreconditioner"]
+
+_POWER_ITERATIONS = 8
 
 
 class ShampooPreconditioner(Preconditioner):
@@ -73,22 +75,34 @@ class ShampooPreconditioner(Preconditioner):
         for i in self.diagonal:
             self._accumulate_diagonal(f"diagonals_{i}", gradient.square(), i, decay, weight)
 
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
         if isinstance(correction, Tensor):
             correction = per_block(correction, 3)
-        failures = []
+        failures, residuals = [], []
         for i, kept in self.roots.items():
             factor = self.factors[i].read(where) / correction
             eps, method = self.config.preconditioner_eps, self.config.basis_method
             if method == "qr":
-                eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
+                eigenvalues, vectors, _, _ = self._updated_basis(i, where, factor, cold)
                 roots = inverse_root_from_basis(eigenvalues, vectors, self.exponent, eps)
             else:
                 roots = inverse_root(factor, self.exponent, eps, method)
             failed = roots.sum((1, 2)).isfinite().logical_not_()
             kept.write(torch.where(per_block(failed, 3), kept.read(where), roots), where)
             failures.append(failed)
-        return torch.stack(failures)
+            residuals.append(root_residual(factor, roots, self.exponent, eps))
+        return Refresh(torch.stack(failures), torch.stack(residuals))
+
+    def condition_numbers(self, correction: float | Tensor) -> Tensor:
+        # The largest eigenvalue of the root is that of the smallest of the factor.
+        return torch.stack(
+            [
+                _largest_eigenvalue(self.factors[i].read())
+                / correction
+                * _largest_eigenvalue(root.read()) ** (-1.0 / self.exponent)
+                for i, root in self.roots.items()
+            ]
+        )
 
     def direction(
         self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor
@@ -106,3 +120,13 @@ class ShampooPreconditioner(Preconditioner):
     def ready(self) -> Tensor:
         differ = [self._differs_from_identity(root.read()) for root in self.roots.values()]
         return torch.stack(differ).any(0)
+
+
+def _largest_eigenvalue(matrices: Tensor) -> Tensor:
+    """An estimate from below, [B], of positive semi-definite matrices [B, n, n]."""
+    vectors = torch.ones_like(matrices[:, :, :1])
+    norm = torch.ones_like(vectors[:, :1])
+    for _ in range(_POWER_ITERATIONS):
+        vectors = matrices @ (vectors / torch.where(norm > 0.0, norm, 1.0))
+        norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return norm.view(-1)

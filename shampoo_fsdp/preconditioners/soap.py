@@ -8,7 +8,7 @@ from torch import Tensor
 from shampoo_fsdp.blocks import factor_kinds
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.matrices import StateEntry, along, matrix_entry, per_block, scale_along, unfold
-from shampoo_fsdp.preconditioners.base import Positions, Preconditioner
+from shampoo_fsdp.preconditioners.base import Positions, Preconditioner, Refresh
 
 __all__ = ["SoapPreconditioner"]
 
@@ -52,16 +52,23 @@ class SoapPreconditioner(Preconditioner):
         for i in self.full:
             self._accumulate_gram(i, unfold(gradient, i), decay, weight)
 
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        eigenvalues, failures = [], []
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
+        eigenvalues, failures, residuals = [], [], []
         for i in self.full:
-            values, _, failed = self._updated_basis(i, where, self.factors[i].read(where), cold)
+            factor = self.factors[i].read(where)
+            values, _, failed, residual = self._updated_basis(i, where, factor, cold)
+            residuals.append(residual)
             eigenvalues.append(values)
             failures.append(failed)
         self._warm = True
         if cold:
             self._start_second_moment(where, eigenvalues, torch.stack(failures).any(0))
-        return torch.stack(failures)
+        return Refresh(torch.stack(failures), torch.stack(residuals))
+
+    def condition_numbers(self, correction: float | Tensor) -> Tensor:
+        vectors = {i: self._vectors(i) for i in self.full}
+        quotients = [(q * (self.factors[i].read() @ q)).sum(1) for i, q in vectors.items()]
+        return torch.stack([self._spread_of(each / correction) for each in quotients])
 
     def _start_second_moment(
         self, where: Positions, eigenvalues: Sequence[Tensor], failed: Tensor
