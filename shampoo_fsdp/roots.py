@@ -35,11 +35,14 @@ _RIDGE, _LEAST = 8.0, 2.0
 _CONVERGED = 0.1
 
 
-def inverse_root(matrices: Tensor, exponent: float, eps: float, method: str) -> Tensor:
+def inverse_root(
+    matrices: Tensor, exponent: float, eps: float, method: str, resolution: float = 0.0
+) -> Tensor:
     """(A + eps I)^exponent of each matrix A, computed in the dtype of A.
 
-    What lies below the resolution r of the dtype (2^-23 in fp32) is rounding, negative or not, and
-    differs from mesh to mesh; no method lets its inverse root count:
+    What lies below the resolution r of the dtype (2^-23 in fp32), or `resolution` if that is larger,
+    is rounding, negative or not, and differs from mesh to mesh; no method lets its inverse root
+    count:
 
     - "eigh", by eigenvalues and eigenvectors (Shi et al. 2023, arXiv 2309.06497, section 3.2.1):
       before the ridge eps is added, eigenvalues are raised to r times the largest.
@@ -55,6 +58,7 @@ def inverse_root(matrices: Tensor, exponent: float, eps: float, method: str) -> 
         exponent: negative; see `check_exponent`.
         eps: the ridge.
         method: one of `ROOT_METHODS`.
+        resolution: of A's entries, relative to the largest eigenvalue.
 
     Returns:
         shape [B, n, n]; all NaN where the method failed or the matrix was not finite.
@@ -68,12 +72,12 @@ def inverse_root(matrices: Tensor, exponent: float, eps: float, method: str) -> 
     if method in ("eigh", "eigh_pseudo_inverse"):
         eigenvalues, vectors = eigenbasis(matrices)
         pseudo = method == "eigh_pseudo_inverse"
-        return inverse_root_from_basis(eigenvalues, vectors, exponent, eps, pseudo)
+        return inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
     iteration = _coupled_newton if method == "coupled_newton" else _newton_db
     power, order = _power_and_order(exponent)
     if method == "newton_db" and order == 1:
         power, order = 2 * power, 2
-    normalised, scale = _normalised(matrices, eps)
+    normalised, scale = _normalised(matrices, eps, resolution)
     root, last = iteration(normalised, order)
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     converged = (last - identity).abs().amax((-2, -1), keepdim=True) < _CONVERGED  # not for NaN
@@ -83,7 +87,12 @@ def inverse_root(matrices: Tensor, exponent: float, eps: float, method: str) -> 
 
 
 def inverse_root_from_basis(
-    eigenvalues: Tensor, vectors: Tensor, exponent: float, eps: float, pseudo: bool = False
+    eigenvalues: Tensor,
+    vectors: Tensor,
+    exponent: float,
+    eps: float,
+    resolution: float = 0.0,
+    pseudo: bool = False,
 ) -> Tensor:
     """(A + eps I)^exponent from eigenvalues and eigenvectors of A, floored as in `inverse_root`.
 
@@ -92,12 +101,13 @@ def inverse_root_from_basis(
         vectors: shape [B, n, n], in the columns.
         exponent: negative.
         eps: the ridge.
+        resolution: as in `inverse_root`.
         pseudo: whether directions that A lacks contribute nothing.
 
     Returns:
         shape [B, n, n].
     """
-    resolution = torch.finfo(eigenvalues.dtype).eps
+    resolution = max(resolution, torch.finfo(eigenvalues.dtype).eps)
     largest = eigenvalues.amax(-1, keepdim=True).clamp_min(0.0)
     powers = torch.maximum(eigenvalues, largest * resolution).add_(eps).pow_(exponent)
     if pseudo:
@@ -176,7 +186,7 @@ def _power_and_order(exponent: float) -> tuple[int, int]:
     return ratio
 
 
-def _normalised(matrices: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normalised(matrices: Tensor, eps: float, resolution: float) -> tuple[Tensor, Tensor]:
     """A with its ridge, divided by a bound of its largest eigenvalue, and the bound, [B, 1, 1].
 
     The eigenvalues are then between about the resolution and 1. The bound is the Frobenius norm: it
@@ -186,7 +196,8 @@ def _normalised(matrices: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     largest = matrices.abs().amax((-2, -1), keepdim=True)
     unit = torch.where(largest > 0.0, largest, 1.0)  # squares must not overflow or vanish
     norm = torch.linalg.matrix_norm(matrices / unit, keepdim=True) * unit
-    ridge = (norm * (_RIDGE * torch.finfo(matrices.dtype).eps)).clamp_min(eps)
+    relative = max(_RIDGE * torch.finfo(matrices.dtype).eps, resolution)
+    ridge = (norm * relative).clamp_min(eps)
     scale = norm + ridge
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return torch.addcmul(matrices, ridge, identity).div_(scale), scale

@@ -62,6 +62,9 @@ class Preconditioner(ABC):
         self.diagonal = [i for i, kind in enumerate(kinds) if kind == "diagonal"]
         """Dimensions whose factor is a diagonal."""
         self.factors = {i: MatrixStack(state[f"factors_{i}"]) for i in self.full}
+        # Rounding of bf16 entries, 2^-9 of each, adds up to less in the eigenvalues of a matrix:
+        # measured, spectra are right down to about 2^-12 of the largest.
+        self.resolution = 0.0 if config.factor_dtype == "float32" else 2.0**-12
         count = len(self.full) + len(self.diagonal)
         self.exponent = -config.root_exponent(count) if count else 0.0
 
@@ -145,6 +148,8 @@ class Preconditioner(ABC):
         else:
             eigenvalues, vectors = warm_eigenbasis(matrices, before)
         failed = (eigenvalues.sum(1) + vectors.sum((1, 2))).isfinite().logical_not_()
+        # No second moment: its definiteness is lost.
+        failed |= (eigenvalues.amax(1) <= 0.0) & (matrices != 0.0).any(2).any(1)
         vectors = torch.where(per_block(failed, 3), before, vectors)
         kept[where] = vectors.to(kept.dtype)
         probe = torch.ones(matrices.shape[1], 1, device=matrices.device)
@@ -160,9 +165,10 @@ class Preconditioner(ABC):
         return ridged.amax(1) / ridged.amin(1)
 
     def _powers(self, eigenvalues: Tensor, exponent: float) -> Tensor:
-        """Eigenvalues [n, d] to a power, after raising them to fp32's resolution of the largest and
+        """Eigenvalues [n, d] to a power, after raising them to the resolution of the largest and
         adding the ridge: what :func:`shampoo_fsdp.roots.inverse_root` does."""
-        floor = eigenvalues.amax(1, keepdim=True).clamp_min(0.0) * torch.finfo(torch.float32).eps
+        resolution = max(self.resolution, torch.finfo(torch.float32).eps)
+        floor = eigenvalues.amax(1, keepdim=True).clamp_min(0.0) * resolution
         ridged = torch.maximum(eigenvalues, floor).add_(self.config.preconditioner_eps)
         return ridged.pow_(exponent)
 

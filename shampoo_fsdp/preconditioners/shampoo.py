@@ -84,11 +84,16 @@ class ShampooPreconditioner(Preconditioner):
             eps, method = self.config.preconditioner_eps, self.config.basis_method
             if method == "qr":
                 eigenvalues, vectors, _, _ = self._updated_basis(i, where, factor, cold)
-                roots = inverse_root_from_basis(eigenvalues, vectors, self.exponent, eps)
+                roots = inverse_root_from_basis(
+                    eigenvalues, vectors, self.exponent, eps, self.resolution
+                )
             else:
-                roots = inverse_root(factor, self.exponent, eps, method)
+                roots = inverse_root(factor, self.exponent, eps, method, self.resolution)
             failed = roots.sum((1, 2)).isfinite().logical_not_()
-            kept.write(torch.where(per_block(failed, 3), kept.read(where), roots), where)
+            # A block that has seen no gradient has no scale: its roots would blow up the first.
+            unseen = factor.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
+            unusable = per_block(failed | unseen, 3)
+            kept.write(torch.where(unusable, kept.read(where), roots), where)
             failures.append(failed)
             residuals.append(root_residual(factor, roots, self.exponent, eps))
         return Refresh(torch.stack(failures), torch.stack(residuals))
