@@ -28,6 +28,8 @@ __all__ = [
 
 FactorKind = Literal["full", "diagonal", "none"]
 
+_UNIT = 8
+
 Rectangle = tuple[tuple[int, int], ...]
 """A half-open interval (start, stop) for each dimension."""
 
@@ -130,11 +132,14 @@ def factor_kinds(shape: Sequence[int], config: ShampooConfig) -> tuple[FactorKin
 
 
 def even_cuts(start: int, stop: int, cap: int) -> tuple[int, ...]:
-    """Borders that cut [start, stop) into the fewest tiles <= cap; sizes differ by one at most,
-    the larger ones first, so that few different block shapes arise."""
-    tiles = -(-(stop - start) // cap)
-    size, longer = divmod(stop - start, tiles)
-    return tuple(start + i * size + min(i, longer) for i in range(tiles + 1))
+    """Borders that cut [start, stop) into the fewest tiles <= cap; sizes differ by one unit at most,
+    the larger ones first, so that few different block shapes arise. A unit is 8, which matrix
+    products like, where length and cap are multiples of it and tiles are of 64 and more; else 1."""
+    length = stop - start
+    tiles = -(-length // cap)
+    unit = _UNIT if length % _UNIT == cap % _UNIT == 0 and length // tiles >= _UNIT**2 else 1
+    size, longer = divmod(length // unit, tiles)
+    return tuple(start + unit * (i * size + min(i, longer)) for i in range(tiles + 1))
 
 
 def refresh_phase(name: str, index: int, blocks: int, frequency: int) -> int:

@@ -108,8 +108,8 @@ def decide(
     Args:
         here: what shall be loaded, by key.
         saved: what the metadata says, by key.
-        on_mismatch: see :class:`shampoo_fsdp.ShampooConfig`. State without any factors (AdamW's)
-            is taken in any case, since nothing of it is lost.
+        on_mismatch: see :class:`shampoo_fsdp.ShampooConfig`. To go on from AdamW's moments, or
+            with AdamW, is no mismatch.
 
     Raises:
         CheckpointMismatch: state does not fit, and `on_mismatch` is "refuse".
@@ -124,6 +124,8 @@ def decide(
     decision.left_out |= {k for k in here if k not in saved and _SETTING_OF_GROUP.fullmatch(k)}
     shampoo_here = any(CAP in entries for entries in keys_here.values())
     shampoo_saved = any(CAP in entries for entries in keys_saved.values())
+    switched_on = shampoo_here and not shampoo_saved
+    switched_off = shampoo_saved and not shampoo_here
     for parameter, keys in keys_here.items():
         name = parameter.partition("state.")[2]
         mine = {entry: here[key] for entry, key in keys.items()}
@@ -147,8 +149,7 @@ def decide(
             affected, anew = decision.report.factors_dropped, []
         else:
             continue
-        only_starts = anew == factors and not shampoo_saved
-        if on_mismatch == "refuse" and not only_starts:
+        if on_mismatch == "refuse" and not (switched_off or (switched_on and anew == factors)):
             raise CheckpointMismatch(explanation(name, mine, theirs))
         affected.append(name)
         decision.leave_out(anew, keys)

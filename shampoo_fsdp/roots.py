@@ -40,7 +40,7 @@ def inverse_root(
 ) -> Tensor:
     """(A + eps I)^exponent of each matrix A, computed in the dtype of A.
 
-    What lies below the resolution r of the dtype (2^-23 in fp32), or `resolution` if that is larger,
+    What lies below the resolution r of the dtype (2^-23 in fp32), or `resolution` if that is more,
     is rounding, negative or not, and differs from mesh to mesh; no method lets its inverse root
     count:
 

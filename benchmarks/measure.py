@@ -1,0 +1,269 @@
+"""Exact counts of what a step does: operators, read-backs, bytes sent and kept, matrix products."""
+
+import itertools
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from torch.autograd import ProfilerActivity, _disable_profiler, _enable_profiler, _prepare_profiler
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Counts", "Products", "memory", "state_bytes"]
+
+_aten = torch.ops.aten
+_READ_BACKS = {
+    _aten._local_scalar_dense.default,
+    _aten.item.default,
+    _aten.is_nonzero.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten.equal.default,
+    _aten._unique2.default,
+    _aten.unique_dim.default,
+}
+_PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
+_DECOMPOSITIONS = {"_linalg_eigh", "linalg_qr", "_linalg_svd"}
+
+
+class _Dispatched(TorchDispatchMode):
+    """Sees the operators on local tensors; DTensor's own are taken apart first."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class Counts(_Dispatched):
+    """Within it, counts what the calling rank does.
+
+    operators: dispatched ones that are not views (collectives are among them).
+    read_backs: values of tensors, or shapes that depend on them, given to Python.
+    bytes_sent: to other ranks, by the least that each collective has to send.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.read_backs = self.bytes_sent = 0
+        self._conversions = _Conversions()
+
+    def __enter__(self) -> "Counts":
+        self._conversions.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._conversions.__exit__(*error)
+        self.read_backs += self._conversions.number
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.operators += not func.is_view
+        # Indexing with a mask has a result whose shape depends on values.
+        by_mask = func is _aten.index.Tensor and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        self.read_backs += func in _READ_BACKS or by_mask
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.bytes_sent += _bytes_sent(func, args)
+        return func(*args, **kwargs)
+
+
+class _Conversions(TorchFunctionMode):
+    """Counts tensors that become lists or arrays, which is not dispatched on CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.number += func in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes_sent(func: Any, args: tuple[Any, ...]) -> int:
+    """All groups are assumed to be all ranks."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    name = func._schema.name.split("::")[1].strip("_")
+    if name in ("wait_tensor", "wrap_tensor_autograd", "barrier", "monitored_barrier"):
+        return 0
+    if name == "alltoall_base":
+        source, send_splits = args[1], args[4]
+        rows = send_splits or [source.shape[0] // n] * n
+        return _bytes(source) * (sum(rows) - rows[rank]) // max(sum(rows), 1)
+    if name == "alltoall":
+        return sum(_bytes(t) for i, t in enumerate(args[1]) if i != rank)
+    if name == "all_to_all_single":
+        rows = args[2]
+        return _bytes(args[0]) * (sum(rows) - rows[rank]) // max(sum(rows), 1)
+    if name in ("allgather_base", "allgather", "all_gather_into_tensor"):
+        source = args[0] if name == "all_gather_into_tensor" else args[1]
+        return sum(map(_bytes, _tensors(source))) * (n - 1)
+    if name in ("allreduce", "all_reduce"):
+        return 2 * sum(map(_bytes, _tensors(args[0]))) * (n - 1) // n
+    if name in ("reduce_scatter_base", "reduce_scatter_tensor"):
+        source = args[0] if name == "reduce_scatter_tensor" else args[1]
+        return _bytes(source) * (n - 1) // n
+    if name == "broadcast":
+        return sum(map(_bytes, _tensors(args[0]))) * (n - 1) // n
+    raise NotImplementedError(f"the bytes of {func} are not known")
+
+
+class Products(_Dispatched):
+    """Within it, the time and the shapes of matrix products and of decompositions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self.decomposition_seconds = 0.0
+        self.flops = 0.0
+        self._operands: Counter[tuple[Any, ...]] = Counter()
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name in _DECOMPOSITIONS:
+            start = time.perf_counter()
+            result = func(*args, **kwargs)
+            self.decomposition_seconds += time.perf_counter() - start
+            return result
+        if name not in _PRODUCTS:
+            return func(*args, **kwargs)
+        operands = [a for a in args if isinstance(a, Tensor)]
+        forms = tuple((tuple(t.shape), t.stride(), t.dtype) for t in operands)
+        start = time.perf_counter()
+        result = func(*args, **kwargs)
+        self.seconds += time.perf_counter() - start
+        self._operands[func, forms, tuple(sorted(kwargs.items()))] += 1
+        self.flops += 2.0 * operands[-1].shape[-1] * operands[-2].numel()
+        return result
+
+    def seconds_alone(self, repeats: int = 5) -> float:
+        """The time of the same products, each repeated by itself on the same operands."""
+        total = 0.0
+        for (func, forms, kwargs), number in self._operands.items():
+            operands = [_operand(*form) for form in forms]
+            total += number * _median_seconds(lambda: func(*operands, **dict(kwargs)), repeats)  # noqa: B023
+        return total
+
+
+def _operand(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    result = torch.empty_strided(shape, stride, dtype=dtype)
+    # Small, so that repeated accumulation stays finite.
+    return result.copy_(torch.randn(shape).mul_(1e-3))
+
+
+def _median_seconds(function: Callable[[], object], repeats: int) -> float:
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def state_bytes(optimizers: Iterable[Any]) -> int:
+    """Bytes of this rank's part of the optimizers' state."""
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    total = 0
+    for tensor in _tensors([list(o.state.values()) for o in optimizers]):
+        key = (tensor.data_ptr(), tensor.numel(), tensor.stride())
+        if tensor.numel() and key not in seen:
+            seen.add(key)
+            total += _bytes(tensor)
+    return total
+
+
+def _tensors(value: Any, visited: set[int] | None = None) -> Iterator[Tensor]:
+    """The plain tensors in a value: of containers, of objects, of sharded ones this rank's."""
+    visited = set() if visited is None else visited
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    if isinstance(value, DTensor):
+        yield value.to_local()
+    elif isinstance(value, Tensor):
+        pieces = getattr(value, "pieces", None)
+        if pieces is None:
+            yield value
+        else:
+            yield from (piece for _, piece in pieces)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, visited)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors(item, visited)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors(vars(value), visited)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def memory(build: Callable[[], Callable[[], object]], warm_up: int, steps: int) -> tuple[int, int]:
+    """Bytes that PyTorch has allocated for an optimizer: between its steps, and at their peak.
+
+    From every allocation and release since before it was built, by PyTorch's profiler. (What
+    LAPACK and BLAS allocate for themselves is not seen.)
+
+    Args:
+        build: makes the optimizer and returns its step.
+        warm_up: steps before it has all of its state.
+        steps: that the peak is taken over.
+    """
+    # torch.profiler itself takes ten times as long, to make Python objects of all events.
+    settings = ProfilerConfig(
+        ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    )
+    with _no_messages():
+        _prepare_profiler(settings, {ProfilerActivity.CPU})
+        _enable_profiler(settings, {ProfilerActivity.CPU})
+    step = build()
+    for _ in range(warm_up):
+        step()
+    for _ in range(steps):
+        with record_function(_MEASURED):
+            step()
+    with _no_messages():
+        events = _disable_profiler().events()
+    begin = min(e.start_ns() for e in events if e.name() == _MEASURED)
+    allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    alive = sum(n for t, n in allocations if t < begin)
+    during = itertools.accumulate((n for t, n in allocations if t >= begin), initial=alive)
+    return alive, max(during)
+
+
+_MEASURED = "benchmarks: a measured step"
+
+
+@contextmanager
+def _no_messages() -> Iterator[None]:
+    """Without the lines that the profiler's library writes to stderr."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -1,0 +1,120 @@
+"""The optimizers that are compared: ours and torch's; peers.py has the others."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shampoo_fsdp import Shampoo, ShampooConfig
+
+__all__ = ["LR", "Row", "matrices_and_vectors", "our_rows", "shampoo_row", "torch_rows"]
+
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
+HYPERPARAMETERS: dict[str, Any] = {
+    "lr": LR,
+    "betas": BETAS,
+    "eps": EPS,
+    "weight_decay": WEIGHT_DECAY,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer of the comparison."""
+
+    name: str
+    build: Callable[[nn.Module], list[Optimizer]]
+    """The optimizers whose steps make a step of the model's."""
+    period: int = 1
+    """Steps after which its cost repeats."""
+    together: bool = False
+    """Whether all refreshes of a period are on one step, whose number is a multiple of it."""
+    sharded: bool = True
+    """Whether it works on FSDP2 parameters; otherwise every rank does all of the work."""
+    cap: int | None = None
+    """Largest side of a block, for optimizers that do Shampoo's products, ..."""
+    exclude: tuple[str, ...] = ()
+    """... and the matrices that they leave out."""
+
+
+def shampoo_row(name: str, **settings: Any) -> Row:
+    """A row of ours, with all matrices preconditioned unless `exclude` is given."""
+    settings = dict[str, Any](exclude=[], max_preconditioner_dim=256) | settings
+    config = ShampooConfig(**settings)
+    return Row(
+        name,
+        lambda model: [Shampoo(model.named_parameters(), **HYPERPARAMETERS, **settings)],
+        period=config.precondition_frequency,
+        together=config.refresh_schedule == "together",
+        cap=config.max_preconditioner_dim,
+        exclude=tuple(config.exclude),
+    )
+
+
+# Settings that this version does not have are left out, with their rows.
+_VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("256, every 10", {}),
+    ("1024, every 10", {"max_preconditioner_dim": 1024}),
+    ("256, every step", {"precondition_frequency": 1}),
+    ("256, every 10, together", {"refresh_schedule": "together"}),
+    ("256, every 10, one bucket", {"buckets": 1}),
+    ("256, every 10, compiled", {"compile": True}),
+    ("SOAP, 256, every 10", {"preconditioner": "soap"}),
+    ("KL-Shampoo, 256, every 10", {"preconditioner": "kl_shampoo"}),
+    (
+        "256, every 10, low memory",
+        {
+            "symmetric_packing": True,
+            "momentum_dtype": "bfloat16",
+            "root_dtype": "bfloat16",
+            "factor_dtype": "bfloat16",
+        },
+    ),
+]
+
+
+def our_rows() -> list[Row]:
+    """Shampoo as it is by default, and with every matrix preconditioned in several ways."""
+    known = {field.name for field in dataclasses.fields(ShampooConfig)}
+    default = ShampooConfig()
+    rows = [
+        shampoo_row(
+            "Shampoo, default settings",
+            exclude=default.exclude,
+            max_preconditioner_dim=default.max_preconditioner_dim,
+        )
+    ]
+    return rows + [
+        shampoo_row(f"Shampoo {name}", **settings)
+        for name, settings in _VARIANTS
+        if settings.keys() <= known
+    ]
+
+
+def matrices_and_vectors(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """For optimizers that take matrices alone."""
+    parameters = list(model.parameters())
+    return [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+
+
+def torch_rows() -> list[Row]:
+    """torch.optim's."""
+    return [
+        Row("AdamW, fused", lambda m: [_adamw(list(m.parameters()))]),
+        Row("AdamW, foreach", lambda m: [_adamw(list(m.parameters()), foreach=True)]),
+        Row("torch.optim.Muon", _muon),
+    ]
+
+
+def _adamw(parameters: list[nn.Parameter], *, foreach: bool = False) -> Optimizer:
+    return torch.optim.AdamW(parameters, foreach=foreach, fused=not foreach, **HYPERPARAMETERS)
+
+
+def _muon(model: nn.Module) -> list[Optimizer]:
+    matrices, vectors = matrices_and_vectors(model)
+    muon = torch.optim.Muon(matrices, lr=LR, weight_decay=WEIGHT_DECAY)
+    return [muon, _adamw(vectors)]
