@@ -147,21 +147,27 @@ class Products(_Dispatched):
         if name not in _PRODUCTS:
             return func(*args, **kwargs)
         operands = [a for a in args if isinstance(a, Tensor)]
-        forms = tuple((tuple(t.shape), t.stride(), t.dtype) for t in operands)
+        forms = tuple(map(_form, operands))
+        named = tuple((k, _form(v) if isinstance(v, Tensor) else v) for k, v in kwargs.items())
         start = time.perf_counter()
         result = func(*args, **kwargs)
         self.seconds += time.perf_counter() - start
-        self._operands[func, forms, tuple(sorted(kwargs.items()))] += 1
+        self._operands[func, forms, named] += 1
         self.flops += 2.0 * operands[-1].shape[-1] * operands[-2].numel()
         return result
 
     def seconds_alone(self, repeats: int = 5) -> float:
         """The time of the same products, each repeated by itself on the same operands."""
         total = 0.0
-        for (func, forms, kwargs), number in self._operands.items():
+        for (func, forms, named), number in self._operands.items():
             operands = [_operand(*form) for form in forms]
-            total += number * _median_seconds(lambda: func(*operands, **dict(kwargs)), repeats)  # noqa: B023
+            kwargs = {k: _operand(*v) if isinstance(v, tuple) else v for k, v in named}
+            total += number * _median_seconds(lambda: func(*operands, **kwargs), repeats)  # noqa: B023
         return total
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _operand(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

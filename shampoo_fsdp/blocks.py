@@ -132,9 +132,12 @@ def factor_kinds(shape: Sequence[int], config: ShampooConfig) -> tuple[FactorKin
 
 
 def even_cuts(start: int, stop: int, cap: int) -> tuple[int, ...]:
-    """Borders that cut [start, stop) into the fewest tiles <= cap; sizes differ by one unit at most,
-    the larger ones first, so that few different block shapes arise. A unit is 8, which matrix
-    products like, where length and cap are multiples of it and tiles are of 64 and more; else 1."""
+    """Borders that cut [start, stop) into the fewest tiles <= cap; sizes differ by one unit
+    at most, the larger ones first, so that few different block shapes arise.
+
+    A unit is 8, which matrix products like, where length and cap are multiples of it and tiles are
+    of 64 and more; else it is 1.
+    """
     length = stop - start
     tiles = -(-length // cap)
     unit = _UNIT if length % _UNIT == cap % _UNIT == 0 and length // tiles >= _UNIT**2 else 1

@@ -160,18 +160,18 @@ class Bucket:
         self._exchange.forget_updates()
         self._gradients = {}  # the caller may free them now
 
-    def state_was_loaded(self, factor_steps: Sequence[int]) -> None:
+    def state_was_loaded(self, factor_steps: Sequence[int], refreshed: Sequence[bool]) -> None:
         """Notice that the stacks' state has changed.
 
         Args:
             factor_steps: of each parameter of the plan; where it is zero, factors are started anew.
+            refreshed: whether the blocks of each parameter have had their first refresh.
         """
         for stack in self.stacks:
-            of_blocks = [factor_steps[p] for p in stack.parameters]
-            anew = [b for b, step in enumerate(of_blocks) if step == 0]
+            anew = [b for b, p in enumerate(stack.parameters) if factor_steps[p] == 0]
             if anew:
                 stack.restart_factors(anew)
-            stack.find_rooted(of_blocks)
+            stack.set_rooted([refreshed[p] for p in stack.parameters])
 
     def _subtract(
         self,

@@ -16,7 +16,7 @@ class Diagnostics:
 
     largest: dict[str, float] = field(default_factory=dict)
     """The largest of any rank counts: milliseconds of the parts of the step ("ms/roots"), the
-    worst residual of a refresh so far ("root_residual"), the worst condition number of a factor
+    worst residual of the roots in use ("root_residual"), the worst condition number of a factor
     ("condition_number"), and memory ("state_mib")."""
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Sums of squares and numbers of elements of the updates before lr, by kind of parameter."""
@@ -62,7 +62,7 @@ def diagnose(
     squares: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     ratios, blocks = 0.0, 0
     for stack, names, factor_steps in stacks:
-        residual, condition = float(stack.residual), stack.largest_condition(factor_steps, beta2)
+        condition, residual = stack.health(factor_steps, beta2)
         for name, value in (("root_residual", residual), ("condition_number", condition)):
             result.largest[name] = max(value, result.largest.get(name, 0.0))
         if stack.norms is None:

@@ -26,11 +26,11 @@ def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:
         eigenvalues, ascending, shape [B, n], and eigenvectors in the columns of shape [B, n, n];
         all NaN where the decomposition failed or the matrix was not finite.
     """
-    finite = _finite(matrices)
-    eigenvalues, vectors = _eigh(torch.where(finite, matrices, _identity(matrices)))
-    return torch.where(finite[:, 0], eigenvalues, torch.nan), torch.where(
-        finite, vectors, torch.nan
-    )
+    # (Sums of finite entries may overflow.)
+    finite = matrices.abs().amax((-2, -1), keepdim=True).isfinite()
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    eigenvalues, vectors = _eigh(torch.where(finite, matrices, identity))
+    return _where_finite(finite, eigenvalues, vectors)
 
 
 def warm_eigenbasis(
@@ -54,47 +54,36 @@ def warm_eigenbasis(
         diag(Q^T A Q), shape [B, n], in the order of the columns, and Q, shape [B, n, n]: a matrix's
         Q untouched where it is good already (`TOLERANCE`), NaN where A or the old Q is not finite.
     """
-    finite = _finite(matrices) & _finite(vectors)
-    identity = _identity(matrices)
-    safe = torch.where(finite, matrices, identity)
-    largest = safe.abs().amax((-2, -1), keepdim=True)  # squares must not overflow or vanish
-    scale = torch.where(largest > 0.0, largest, 1.0)
-    safe = safe / scale
-    q = torch.where(finite, vectors, identity)
+    # Squares must not overflow or vanish; no entry is above the largest of the diagonal.
+    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
+    scale = torch.where((largest > 0.0) & largest.isfinite(), largest, 1.0)
+    matrices = matrices / scale
     for _ in range(iterations):
-        q = _orthogonal_step(safe, q)
-    eigenvalues = (q * (safe @ q)).sum(-2) * scale[:, 0]
-    return _where_finite(finite, eigenvalues, q)
+        vectors = _orthogonal_step(matrices, vectors)
+    eigenvalues = (vectors * (matrices @ vectors)).sum(-2) * scale[:, 0]
+    finite = eigenvalues.isfinite().all(-1).view(-1, 1, 1)  # each entry of A and Q is in one
+    return _where_finite(finite, eigenvalues, vectors)
 
 
 def _orthogonal_step(matrices: Tensor, q: Tensor) -> Tensor:
     product = matrices @ q
     diagonal = (q * product).sum(-2, keepdim=True)  # of Q^T A Q
     # ||A Q - Q diag(Q^T A Q)|| is ||offdiag(Q^T A Q)||, without another product.
-    error = torch.linalg.matrix_norm(product - q * diagonal, keepdim=True)
+    error = torch.linalg.matrix_norm(torch.addcmul(product, q, diagonal, value=-1), keepdim=True)
     good = error <= TOLERANCE * torch.linalg.matrix_norm(matrices, keepdim=True)
     # The shift leaves the eigenvectors alone. Without it, directions that A lacks would be turned
     # anew at each step, by rounding.
     shift = _SHIFT * diagonal.amax(-1, keepdim=True).clamp_min(0.0)
     order = diagonal.argsort(dim=-1, descending=True, stable=True).expand_as(q)
-    turned, triangular = torch.linalg.qr((product + shift * q).gather(-1, order))
-    flipped = triangular.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0.0
-    turned = torch.where(flipped, -turned, turned)
-    return torch.where(good, q, torch.empty_like(q).scatter_(-1, order, turned))
-
-
-def _finite(matrices: Tensor) -> Tensor:
-    """Which matrices are finite, shape [B, 1, 1]."""
-    return matrices.abs().amax((-2, -1), keepdim=True).isfinite()
+    turned, triangular = torch.linalg.qr(product.addcmul_(q, shift).gather(-1, order))
+    signs = torch.where(triangular.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0).unsqueeze(-2)
+    turned = torch.empty_like(q).scatter_(-1, order, turned.mul_(signs))
+    return torch.where(good, q, turned)
 
 
 def _where_finite(finite: Tensor, eigenvalues: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     nan = torch.nan
     return torch.where(finite[:, 0], eigenvalues, nan), torch.where(finite, vectors, nan)
-
-
-def _identity(matrices: Tensor) -> Tensor:
-    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 FACTORS = re.compile(
-    "factor_step|max_preconditioner_dim|factors|diagonals|inverse_roots|eigenvectors|eigenvalues"
+    "factor_step|refreshed|max_preconditioner_dim|factors|diagonals|inverse_roots|eigenvectors|eigenvalues"
     "|second_moment"
 )
 """Names of the entries of a parameter's state that only mean something together."""

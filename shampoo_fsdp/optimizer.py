@@ -113,6 +113,7 @@ class Shampoo(torch.optim.Optimizer):
                 self._frozen.append((name, parameter))
         self._steps = [0] * len(self._parameters)
         self._factor_steps = [0] * len(self._parameters)
+        self._refreshed = [False] * len(self._parameters)
         self._seen_a_gradient = False
 
         self._teams, self._excluded, self._residents = make_teams(
@@ -142,7 +143,8 @@ class Shampoo(torch.optim.Optimizer):
         for team in self._teams:
             for i, entries in team.state_entries():
                 state = self.state[self._parameters[i]]
-                state["factor_step"] = torch.zeros_like(state["step"])
+                for entry in ("factor_step", "refreshed"):
+                    state[entry] = torch.zeros_like(state["step"])
                 state.update(entries)
 
     @overload
@@ -205,17 +207,22 @@ class Shampoo(torch.optim.Optimizer):
             watch.lap("exchange")
 
     def _send_gradients(self, number: int, gradients: Sequence[Tensor | None]) -> None:
-        if number < len(self._buckets):
-            team, bucket = self._buckets[number]
-            counters = [
-                self.state[self._parameters[team.indices[p]]][name]
-                for p in bucket.chosen
-                if gradients[team.indices[p]] is not None
-                for name in ("step", "factor_step")
-            ]
-            if counters:
-                torch._foreach_add_(counters, 1)
-            bucket.send_gradients([gradients[i] for i in team.indices], self.param_groups)
+        if number >= len(self._buckets):
+            return
+        team, bucket = self._buckets[number]
+        moving = [i for p in bucket.chosen if gradients[i := team.indices[p]] is not None]
+        states = [self.state[self._parameters[i]] for i in moving]
+        if states:
+            counters = [state[name] for state in states for name in ("step", "factor_step")]
+            torch._foreach_add_(counters, 1)
+        for i, state in zip(moving, states, strict=True):
+            if (
+                not self._refreshed[i]
+                and self._factor_steps[i] >= self.config.first_preconditioned_step
+            ):
+                self._refreshed[i] = True
+                state["refreshed"].fill_(1.0)
+        bucket.send_gradients([gradients[i] for i in team.indices], self.param_groups)
 
     def _local_gradients(self) -> list[Tensor | None]:
         """This rank's shard of each parameter's gradient."""
@@ -323,8 +330,14 @@ class Shampoo(torch.optim.Optimizer):
             copy_entries(state, entries)
             self._steps[i] = int(state["step"])
             self._factor_steps[i] = int(state.get("factor_step", state["step"]))
+            if self._factor_steps[i] == 0 and "refreshed" in state:
+                state["refreshed"].zero_()
+            self._refreshed[i] = bool(state.get("refreshed", 0))
         for team, bucket in self._buckets:
-            bucket.state_was_loaded([self._factor_steps[i] for i in team.indices])
+            bucket.state_was_loaded(
+                [self._factor_steps[i] for i in team.indices],
+                [self._refreshed[i] for i in team.indices],
+            )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -91,8 +91,6 @@ class BlockStack:
         self.preconditioner.restart(slice(None))
         self._second_moment = self.state.get(second_moment_name(config.grafted_method) or "")
         self._rooted = [False] * len(ordered)
-        self.residual = torch.zeros((), device=device)
-        """The largest of a refresh so far."""
         self.norms: tuple[Tensor, Tensor] | None = None
         """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
         self._compiled = self._accumulate, self._direct
@@ -137,12 +135,14 @@ class BlockStack:
             self._accelerate(usable, clock)
         watch.lap("direction")
 
-    def largest_condition(self, factor_steps: Sequence[int], beta2: float) -> float:
-        """The largest condition number of a factor; the host waits for the device."""
-        if not self.preconditioner.full:
-            return 0.0
-        numbers = self.preconditioner.condition_numbers(self._correction(beta2, factor_steps))
-        return float(numbers.nan_to_num(0.0).amax()) if any(self._rooted) else 0.0
+    def health(self, factor_steps: Sequence[int], beta2: float) -> tuple[float, float]:
+        """The largest condition number of a factor, and the largest residual of a root; the host
+        waits for the device."""
+        if not (self.preconditioner.full and all(self._rooted)):
+            return 0.0, 0.0
+        health = self.preconditioner.health(self._correction(beta2, factor_steps))
+        condition, residual = (float(figures.nan_to_num(0.0).amax()) for figures in health)
+        return condition, residual
 
     def _accumulate(
         self, beta1: float, beta2: float, graft_beta2: float, corrections: "Corrections"
@@ -219,14 +219,11 @@ class BlockStack:
         where = torch.tensor(positions, dtype=torch.int64, device=self.device)
         self.preconditioner.restart(where)
 
-    def find_rooted(self, factor_steps: Sequence[int]) -> None:
-        """Look which blocks have roots, after state was loaded: the others get theirs as soon as
-        the settings of this run allow it, and are grafted until then."""
-        first = self.config.first_preconditioned_step
-        if self.preconditioner.full:
-            self._rooted = self.preconditioner.ready().tolist()
-        else:
-            self._rooted = [step >= first for step in factor_steps]
+    def set_rooted(self, rooted: Sequence[bool]) -> None:
+        """Say which blocks have had their first refresh, after state was loaded: the others get it
+        as soon as the settings of this run allow it, and are grafted until then."""
+        self._rooted = list(rooted)
+        self.preconditioner.warm = any(rooted)
 
     def _accelerate(self, usable: Tensor, clock: Clock) -> None:
         """B <- momentum B + (1 - dampening) D; D <- B, or D + momentum B with Nesterov, as in
@@ -261,12 +258,12 @@ class BlockStack:
             if len(chosen) != chosen[-1] + 1 - chosen[0]:
                 where = torch.tensor(chosen).to(self.device, non_blocking=True)
             correction = self._correction(beta2, [clock.factor_steps[b] for b in chosen])
-            failed, residual = self.preconditioner.refresh(where, cold, correction)
+            failed = self.preconditioner.refresh(where, cold, correction)
             self.failed_roots += failed.sum()
             self.refreshes += failed.numel()
-            self.residual = torch.maximum(self.residual, residual.nan_to_num(0.0).amax())
         for b in due:
             self._rooted[b] = True
+        self.preconditioner.warm = any(self._rooted)
 
     def _due(self, clock: Clock) -> list[int]:
         """Positions of the blocks whose roots are refreshed on this step, ascending."""

@@ -31,7 +31,7 @@ class CheckpointError(CheckpointException):
 def complete_checkpoints(folder: str | Path) -> list[str]:
     """The names of the checkpoints in a job's folder that were saved to the end, oldest first."""
     found = _steps(folder)
-    return [found[step].name for step in sorted(found) if (found[step] / ".metadata").is_file()]
+    return [found[step].name for step in sorted(found) if _is_complete(found[step])]
 
 
 def explain(error: CheckpointException, folder: str) -> str:
@@ -63,6 +63,11 @@ def _steps(folder: str | Path) -> dict[int, Path]:
         for path in Path(folder).glob("step-*")
         if (match := re.fullmatch(r"step-(\d+)", path.name))
     }
+
+
+def _is_complete(path: Path) -> bool:
+    # These are written last.
+    return any((path / name).is_file() for name in (".metadata", "model.safetensors.index.json"))
 
 
 def _first_failure(error: CheckpointException) -> str:
@@ -114,20 +119,28 @@ def _close(self: CheckpointManager) -> None:
 
 
 def _load(self: CheckpointManager, step: int = -1) -> bool:
-    if self.enable and step == -1:
-        steps = _steps(self.folder)
-        complete = [number for number, path in steps.items() if (path / ".metadata").is_file()]
-        for number in sorted(steps):
-            if number > max(complete, default=-1):
-                logger.warning(f"{steps[number]} is passed over: saving it has not finished")
+    if not self.enable:
+        return bool(_titan_load(self, step))
+    folder = self.folder
     try:
+        if step == -1:
+            steps = _steps(folder)
+            complete = [number for number, path in steps.items() if _is_complete(path)]
+            for number in sorted(steps):
+                if number > max(complete, default=-1):
+                    logger.warning(f"{steps[number]} is passed over: saving it has not finished")
+            if not complete and self.initial_load_path:
+                # TorchTitan would start from nothing, only because a folder is there.
+                self.folder = f"{folder}/none"
         return bool(_titan_load(self, step))
     except FileNotFoundError:
         raise CheckpointError(
-            f"There is no step-{step} in {self.folder} (checkpoint.load_step); there are: "
-            f"{', '.join(complete_checkpoints(self.folder)) or 'none'}.",
+            f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
+            f"{', '.join(complete_checkpoints(folder)) or 'none'}.",
             {},
         ) from None
+    finally:
+        self.folder = folder
 
 
 def _dcp_load(
@@ -140,6 +153,8 @@ def _dcp_load(
     if from_hf:
         _titan_dcp_load(self, state_dict, checkpoint_id, from_hf, from_quantized)
         return
+    if Path(checkpoint_id).is_dir() and not Path(checkpoint_id, ".metadata").exists():
+        raise CheckpointError(explain(CheckpointException("", {}), checkpoint_id), {})
     before = _hyperparameters(self)
     config = getattr(next(iter(self.states[OPTIMIZER])), "config", None)
     planner = ShampooLoadPlanner(getattr(config, "on_mismatch", "refuse"))

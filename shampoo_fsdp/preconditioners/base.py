@@ -12,19 +12,19 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
 from shampoo_fsdp.matrices import MatrixStack, StateEntry, per_block
 
-__all__ = ["Positions", "Preconditioner", "Refresh"]
+__all__ = ["Health", "Positions", "Preconditioner"]
 
 Positions = slice | Tensor
 """Some blocks of a stack."""
 
 
-class Refresh(NamedTuple):
-    """What became of the decompositions of n blocks; both [dimensions, n]."""
+class Health(NamedTuple):
+    """Figures about the factors that are matrices, for reports; both [dimensions, B]."""
 
-    failed: Tensor
-    """Bool; the last good one has been kept there."""
+    condition: Tensor
+    """Largest over smallest eigenvalue, with the ridge, as far as cheap products tell."""
     residual: Tensor
-    """How far the decomposition is from what it should be, relative; see `root_residual`."""
+    """How far the roots or eigenbases in use are from those of the factors of today, relative."""
 
 
 class Preconditioner(ABC):
@@ -65,6 +65,8 @@ class Preconditioner(ABC):
         # Rounding of bf16 entries, 2^-9 of each, adds up to less in the eigenvalues of a matrix:
         # measured, spectra are right down to about 2^-12 of the largest.
         self.resolution = 0.0 if config.factor_dtype == "float32" else 2.0**-12
+        self.warm = False
+        """Whether any block has had its first refresh."""
         count = len(self.full) + len(self.diagonal)
         self.exponent = -config.root_exponent(count) if count else 0.0
 
@@ -86,7 +88,7 @@ class Preconditioner(ABC):
         """
 
     @abstractmethod
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """Take the roots or eigenbases of some blocks anew; one whose decomposition fails keeps
         its last.
 
@@ -114,13 +116,8 @@ class Preconditioner(ABC):
         """
 
     @abstractmethod
-    def condition_numbers(self, correction: float | Tensor) -> Tensor:
-        """Largest over smallest eigenvalue (with the ridge) of each factor that is a matrix, as far
-        as cheap products tell; [dimensions, B]. For reports, not for the step."""
-
-    @abstractmethod
-    def ready(self) -> Tensor:
-        """Whether each block has had its first refresh, as far as its state tells. Bool, [B]."""
+    def health(self, correction: float | Tensor) -> Health:
+        """How the factors and their roots are; too costly for every step."""
 
     def _accumulate_gram(self, i: int, unfolded: Tensor, decay: Tensor, weight: float) -> None:
         """factors_i <- decay factors_i + weight U U^T; U is [B, d_i, rest]."""
@@ -137,10 +134,9 @@ class Preconditioner(ABC):
 
     def _updated_basis(
         self, i: int, where: Positions, matrices: Tensor, cold: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvalues [n, d_i] and eigenvectors [n, d_i, d_i] of these matrices, kept in
-        `eigenvectors_i` where that did not fail; where it failed, and the residual
-        ||(Q diag(eigenvalues) Q^T - A) u|| / ||A u|| for a fixed vector u, [n]."""
+        `eigenvectors_i` where that did not fail, and where it failed [n]."""
         kept = self.state[f"eigenvectors_{i}"]
         before = kept[where].float()
         if cold or self.config.basis_method == "eigh":
@@ -152,17 +148,21 @@ class Preconditioner(ABC):
         failed |= (eigenvalues.amax(1) <= 0.0) & (matrices != 0.0).any(2).any(1)
         vectors = torch.where(per_block(failed, 3), before, vectors)
         kept[where] = vectors.to(kept.dtype)
-        probe = torch.ones(matrices.shape[1], 1, device=matrices.device)
-        image = matrices @ probe
-        error = vectors @ (eigenvalues.unsqueeze(2) * (vectors.mT @ probe)) - image
-        size = image.square().sum((1, 2)).sqrt()
-        residual = error.square().sum((1, 2)).sqrt() / torch.where(size > 0.0, size, 1.0)
-        return eigenvalues, vectors, failed, residual
+        return eigenvalues, vectors, failed
 
-    def _spread_of(self, eigenvalues: Tensor) -> Tensor:
-        """Condition numbers [B] of matrices with these eigenvalues [B, d]."""
-        ridged = self._powers(eigenvalues, 1.0)
-        return ridged.amax(1) / ridged.amin(1)
+    def _health_of_bases(self) -> Health:
+        """From Q^T L Q, whose diagonal has the eigenvalues; the residual is what is beside it."""
+        conditions, residuals = [], []
+        for i in self.full:
+            vectors = self.state[f"eigenvectors_{i}"].float()
+            rotated = vectors.mT @ self.factors[i].read() @ vectors
+            eigenvalues = rotated.diagonal(dim1=1, dim2=2)
+            ridged = self._powers(eigenvalues, 1.0)
+            conditions.append(ridged.amax(1) / ridged.amin(1))
+            whole = torch.linalg.matrix_norm(rotated)
+            beside = torch.linalg.matrix_norm(rotated - torch.diag_embed(eigenvalues))
+            residuals.append(beside / torch.where(whole > 0.0, whole, 1.0))
+        return Health(torch.stack(conditions), torch.stack(residuals))
 
     def _powers(self, eigenvalues: Tensor, exponent: float) -> Tensor:
         """Eigenvalues [n, d] to a power, after raising them to the resolution of the largest and
@@ -175,7 +175,3 @@ class Preconditioner(ABC):
     def _identity(self, n: int) -> Tensor:
         device = next(iter(self.state.values())).device
         return torch.eye(n, dtype=torch.float32, device=device)
-
-    def _differs_from_identity(self, matrices: Tensor) -> Tensor:
-        """[B] for [B, n, n]."""
-        return (matrices != self._identity(matrices.shape[1])).any(2).any(1)

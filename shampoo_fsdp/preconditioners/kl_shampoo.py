@@ -15,7 +15,7 @@ from shampoo_fsdp.matrices import (
     scale_along,
     unfold,
 )
-from shampoo_fsdp.preconditioners.base import Positions, Preconditioner, Refresh
+from shampoo_fsdp.preconditioners.base import Health, Positions, Preconditioner
 
 __all__ = ["KLShampooPreconditioner"]
 
@@ -77,19 +77,18 @@ class KLShampooPreconditioner(Preconditioner):
             squares = self._to_basis(whitened, i).square()
             self._accumulate_diagonal(f"eigenvalues_{i}", squares, i, decay, share)
 
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
-        failures, residuals = [], []
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        failures = []
         for i in self.full:
             factor = self.factors[i].read(where)
-            values, _, failed, residual = self._updated_basis(i, where, factor, cold)
-            residuals.append(residual)
+            values, _, failed = self._updated_basis(i, where, factor, cold)
             kept = self.state[f"eigenvalues_{i}"]
             kept[where] = torch.where(per_block(failed, 2), kept[where], values.clamp_min(0.0))
             failures.append(failed)
-        return Refresh(torch.stack(failures), torch.stack(residuals))
+        return torch.stack(failures)
 
-    def condition_numbers(self, correction: float | Tensor) -> Tensor:
-        return torch.stack([self._spread_of(self.state[f"eigenvalues_{i}"]) for i in self.full])
+    def health(self, correction: float | Tensor) -> Health:
+        return self._health_of_bases()
 
     def direction(
         self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor
@@ -103,12 +102,6 @@ class KLShampooPreconditioner(Preconditioner):
             else:
                 result = scale_along(result, roots, i)
         return result
-
-    def ready(self) -> Tensor:
-        differ = [
-            self._differs_from_identity(self.state[f"eigenvectors_{i}"].float()) for i in self.full
-        ]
-        return torch.stack(differ).any(0)
 
     @property
     def _sides(self) -> list[int]:

@@ -16,7 +16,7 @@ from shampoo_fsdp.matrices import (
     scale_along,
     unfold,
 )
-from shampoo_fsdp.preconditioners.base import Positions, Preconditioner, Refresh
+from shampoo_fsdp.preconditioners.base import Health, Positions, Preconditioner
 from shampoo_fsdp.roots import inverse_root, inverse_root_from_basis, root_residual
 
 __all__ = ["ShampooPreconditioner"]
@@ -75,15 +75,15 @@ class ShampooPreconditioner(Preconditioner):
         for i in self.diagonal:
             self._accumulate_diagonal(f"diagonals_{i}", gradient.square(), i, decay, weight)
 
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         if isinstance(correction, Tensor):
             correction = per_block(correction, 3)
-        failures, residuals = [], []
+        failures = []
         for i, kept in self.roots.items():
             factor = self.factors[i].read(where) / correction
             eps, method = self.config.preconditioner_eps, self.config.basis_method
             if method == "qr":
-                eigenvalues, vectors, _, _ = self._updated_basis(i, where, factor, cold)
+                eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
                 roots = inverse_root_from_basis(
                     eigenvalues, vectors, self.exponent, eps, self.resolution
                 )
@@ -95,19 +95,20 @@ class ShampooPreconditioner(Preconditioner):
             unusable = per_block(failed | unseen, 3)
             kept.write(torch.where(unusable, kept.read(where), roots), where)
             failures.append(failed)
-            residuals.append(root_residual(factor, roots, self.exponent, eps))
-        return Refresh(torch.stack(failures), torch.stack(residuals))
+        return torch.stack(failures)
 
-    def condition_numbers(self, correction: float | Tensor) -> Tensor:
-        # The largest eigenvalue of the root is that of the smallest of the factor.
-        return torch.stack(
-            [
-                _largest_eigenvalue(self.factors[i].read())
-                / correction
-                * _largest_eigenvalue(root.read()) ** (-1.0 / self.exponent)
-                for i, root in self.roots.items()
-            ]
-        )
+    def health(self, correction: float | Tensor) -> Health:
+        conditions, residuals = [], []
+        if isinstance(correction, Tensor):
+            correction = per_block(correction, 3)
+        for i, kept in self.roots.items():
+            factor, root = self.factors[i].read() / correction, kept.read()
+            # The largest eigenvalue of the root is that of the smallest of the factor.
+            smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
+            conditions.append(_largest_eigenvalue(factor) / smallest)
+            eps = self.config.preconditioner_eps
+            residuals.append(root_residual(factor, root, self.exponent, eps))
+        return Health(torch.stack(conditions), torch.stack(residuals))
 
     def direction(
         self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor
@@ -121,10 +122,6 @@ class ShampooPreconditioner(Preconditioner):
         for i in reversed(self.roots):
             result = along(result, self.roots[i].read(), i, out if i == self.full[0] else None)
         return result
-
-    def ready(self) -> Tensor:
-        differ = [self._differs_from_identity(root.read()) for root in self.roots.values()]
-        return torch.stack(differ).any(0)
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from shampoo_fsdp.blocks import factor_kinds
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.matrices import StateEntry, along, matrix_entry, per_block, scale_along, unfold
-from shampoo_fsdp.preconditioners.base import Positions, Preconditioner, Refresh
+from shampoo_fsdp.preconditioners.base import Health, Positions, Preconditioner
 
 __all__ = ["SoapPreconditioner"]
 
@@ -25,8 +25,6 @@ class SoapPreconditioner(Preconditioner):
 
     products = 4
     works_cold = True
-    _warm = False
-    """Whether any block has another basis than the identity."""
 
     @classmethod
     def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
@@ -52,23 +50,19 @@ class SoapPreconditioner(Preconditioner):
         for i in self.full:
             self._accumulate_gram(i, unfold(gradient, i), decay, weight)
 
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Refresh:
-        eigenvalues, failures, residuals = [], [], []
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        eigenvalues, failures = [], []
         for i in self.full:
             factor = self.factors[i].read(where)
-            values, _, failed, residual = self._updated_basis(i, where, factor, cold)
-            residuals.append(residual)
+            values, _, failed = self._updated_basis(i, where, factor, cold)
             eigenvalues.append(values)
             failures.append(failed)
-        self._warm = True
         if cold:
             self._start_second_moment(where, eigenvalues, torch.stack(failures).any(0))
-        return Refresh(torch.stack(failures), torch.stack(residuals))
+        return torch.stack(failures)
 
-    def condition_numbers(self, correction: float | Tensor) -> Tensor:
-        vectors = {i: self._vectors(i) for i in self.full}
-        quotients = [(q * (self.factors[i].read() @ q)).sum(1) for i, q in vectors.items()]
-        return torch.stack([self._spread_of(each / correction) for each in quotients])
+    def health(self, correction: float | Tensor) -> Health:
+        return self._health_of_bases()
 
     def _start_second_moment(
         self, where: Positions, eigenvalues: Sequence[Tensor], failed: Tensor
@@ -106,19 +100,13 @@ class SoapPreconditioner(Preconditioner):
             root = per_block(root, momentum.ndim)
         denominator = self.state["second_moment"].sqrt().add_(eps * root)
         result = torch.div(self._to_basis(momentum), denominator, out=denominator)
-        if self._warm:
+        if self.warm:
             for i in reversed(self.full):
                 result = along(result, self._vectors(i), i, out if i == self.full[0] else None)
         return result.mul_(root)
 
-    def ready(self) -> Tensor:
-        differ = [self._differs_from_identity(self._vectors(i)) for i in self.full]
-        ready = torch.stack(differ).any(0)
-        self._warm = bool(ready.any())
-        return ready
-
     def _to_basis(self, blocks: Tensor) -> Tensor:
-        if self._warm:
+        if self.warm:
             for i in self.full:
                 blocks = along(blocks, self._vectors(i).mT, i)
         return blocks

@@ -76,9 +76,17 @@ def test_fp64_has_fp64s_accuracy(method, exponent):
     assert relative_error(root, exact_root(matrices, exponent)) < 1e-9
 
 
-@every_method
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        (method, kind)
+        for method in ROOT_METHODS
+        for kind in ("rank 1", "rank n/4", "condition 1e12")
+        # The pseudo-inverse leaves out small eigenvalues that are there.
+        if (method, kind) != ("eigh_pseudo_inverse", "condition 1e12")
+    ],
+)
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
-@pytest.mark.parametrize("kind", ["rank 1", "rank n/4", "condition 1e12"])
 def test_gradients_are_turned_as_the_exact_root_turns_them(method, exponent, kind):
     """A factor that lacks rank, or is known to rounding only, has a root that is right for the
     gradients that the factor was made of. Rounding moves the smallest eigenvalues by about their
@@ -88,8 +96,6 @@ def test_gradients_are_turned_as_the_exact_root_turns_them(method, exponent, kin
     generator = torch.Generator().manual_seed(1)
     if kind == "condition 1e12":
         sources = exact_root(with_spectrum(decaying(n, 1e12)) + 1e-14 * torch.eye(n), 0.5).float()
-        if method == "eigh_pseudo_inverse":
-            pytest.skip("it leaves out small eigenvalues that are there")
     else:
         rank = 1 if kind == "rank 1" else n // 4
         sources = torch.randn(3, n, rank, generator=generator)
@@ -140,6 +146,21 @@ def test_rounding_in_a_matrix_that_lacks_rank_is_not_amplified_without_bound(met
     assert values.max() < 1.1 * (RESOLUTION * scale) ** -0.25
     assert values.topk(4, largest=False).values.max() < 1.02 * scale**-0.25
     assert root_residual(matrices, root, -0.25, 1e-38).max() < 1e-3
+
+
+@pytest.mark.parametrize("method", PRODUCTS_ALONE)
+@pytest.mark.parametrize("exponent", [-0.5, -0.25])
+def test_a_root_that_is_not_one_is_nan(method, exponent):
+    """Whether an eigenvalue is so negative that the iteration diverges or not: in between there are
+    those for which it is on its way only."""
+    matrices = torch.eye(3).repeat(200, 1, 1)
+    matrices[:, 2, 2] = -torch.logspace(-7, -0.1, 200)
+    roots = inverse_root(matrices, exponent, 1e-12, method)
+    failed = roots[:, 0, 0].isnan()
+    assert 20 < failed.sum() < 199  # not where the ridge is larger
+    assert roots[failed].isnan().all()
+    ridged = (matrices.double() + ridge(matrices.double(), method))[~failed, 2, 2]
+    torch.testing.assert_close(roots[~failed, 2, 2], ridged.float() ** exponent, rtol=0.2, atol=0.0)
 
 
 @every_method
@@ -261,6 +282,13 @@ def test_the_residual_is_small_for_a_root_and_grows_with_its_error(method, expon
     torch.testing.assert_close(
         residual, torch.tensor([0.0, 1.01**order - 1.0, 1.1**order - 1.0]), rtol=1e-2, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("exponent", [-0.5, -0.75])
+def test_the_residual_knows_the_ridge(exponent):
+    matrices = with_spectrum(decaying(20, 1e2)).float()
+    root = inverse_root(matrices, exponent, 0.5, "eigh")
+    assert root_residual(matrices, root, exponent, 0.5).max() < 1e-5
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

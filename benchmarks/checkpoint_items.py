@@ -1,0 +1,92 @@
+"""How many things a checkpoint consists of, for torch.distributed.checkpoint: counted from the plan
+of a model on a mesh, without tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.layout import shard_rectangle
+from shampoo_fsdp.parameters import is_preconditioned
+from shampoo_fsdp.shard_map import ParameterSpec, shard_maps
+from shampoo_fsdp.state_layout import saved_entries
+
+__all__ = ["Items", "count_items"]
+
+_ADAMW_SETTINGS = 12
+"""Keys that torch.optim.AdamW and a scheduler of lr keep in a parameter group."""
+_OUR_SETTINGS = 5
+_ADAMW_MOMENTS = 2
+
+
+@dataclass
+class Items:
+    """Of the model and the optimizer, in a flat state dict as TorchTitan saves it."""
+
+    pieces: int = 0
+    """Pieces of sharded tensors that the ranks plan to write; replicas repeat each other's."""
+    written_pieces: int = 0
+    """What is left of them when each is written once."""
+    numbers: int = 0
+    """Steps and settings: every rank plans to write all, and each is written once."""
+    keys: int = 0
+    """Names in the checkpoint."""
+
+    def _add(self, pieces: int, written: int) -> None:
+        self.pieces += pieces
+        self.written_pieces += written
+        self.keys += 1
+
+    def _add_numbers(self, number: int, ranks: int) -> None:
+        self.numbers += number * ranks
+        self.keys += number
+
+    @property
+    def planned(self) -> int:
+        """All that the ranks send to the coordinator."""
+        return self.pieces + self.numbers
+
+
+def count_items(specs: Sequence[ParameterSpec], config: ShampooConfig | None) -> Items:
+    """Count for Shampoo with these settings, or for AdamW (None).
+
+    Args:
+        specs: the parameters, sharded on a mesh of several ranks.
+    """
+    items = Items()
+    shards: dict[object, tuple[int, int]] = {}
+    chosen = [s for s in specs if config and is_preconditioned(s.name, s.shape, config)]
+    names = {spec.name for spec in chosen}
+    for spec in specs:
+        layout = (spec.shape, spec.mesh_shape, spec.placements)
+        if layout not in shards:
+            shards[layout] = len(spec.ranks), len(_shards(spec))
+        items._add(*shards[layout])  # the parameter
+        if spec.name not in names:
+            for _ in range(_ADAMW_MOMENTS):
+                items._add(*shards[layout])
+        settings = _OUR_SETTINGS if config else _ADAMW_SETTINGS
+        steps = 2 if spec.name in names else 1
+        items._add_numbers(settings + steps, len(spec.ranks))
+    if config:
+        for shard_map in shard_maps(chosen, config):
+            shapes = [site.shape for site in shard_map.sites]
+            kept = {shape: saved_entries(shape, config) for shape in set(shapes)}
+            replicas = shard_map.replicas if config.owner_scope == "shard" else 1
+            for name in {name for entries in kept.values() for name in entries}:
+                blocks = sum(name in kept[shape] for shape in shapes)
+                items._add(replicas * blocks, blocks)
+            items._add(replicas, 1)  # the marker of the settings
+    return items
+
+
+def _shards(spec: ParameterSpec) -> set[object]:
+    """The different places of shards in a parameter; empty ones too, which are planned as well."""
+    coordinates = [()]
+    for size in spec.mesh_shape:
+        coordinates = [(*c, i) for c in coordinates for i in range(size)]  # type: ignore[misc]
+    return {
+        tuple(
+            start for start, _ in shard_rectangle(spec.shape, spec.mesh_shape, spec.placements, c)
+        )
+        for c in coordinates
+    }

@@ -1,0 +1,297 @@
+"""Inverse roots: the cost and the error of each method, and what a warm start is worth.
+
+    python -m benchmarks.roots
+    python -m benchmarks.roots --sizes 256 --blocks 4 --exponents -0.5 --json roots.json
+
+Errors are those of the method: against an fp64 root of the same fp32 matrix, with the method's own
+floor or ridge. "effect" is the error of X g for g = A^(1/2) u, u random, which is distributed as
+the gradients that make up A. All methods take turns in one run; times are medians, on the CPU.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Counts
+from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
+from shampoo_fsdp.roots import ROOT_METHODS, inverse_root, inverse_root_from_basis
+
+EPS = 1e-12
+RESOLUTION = torch.finfo(torch.float32).eps
+ELEMENTS = 2**20  # of a stack, if --blocks is not given
+ROUNDS, FEWEST_ROUNDS, SECONDS = 9, 2, 3.0  # of timing, per size and exponent
+TRAINING_STEPS, FIRST_REFRESH, PERIOD = 60, 30, 10
+TRAINED = [
+    f"layers.{name}.weight"
+    for name in ("0.attention.wq", "1.feed_forward.w1", "2.feed_forward.w2", "3.attention.wo")
+]
+
+SPECTRA: dict[str, Callable[[int], Tensor]] = {
+    f"condition 1e{x}": lambda n, x=x: torch.logspace(0, -x, n, dtype=torch.float64)
+    for x in (2, 4, 8, 12)
+} | {"rank n/4": lambda n: (torch.arange(n) < n // 4).double()}
+
+Rows = list[dict[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roots", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--blocks", type=int, help="matrices in a stack; default: 2^20 / n^2")
+    parser.add_argument("--exponents", type=float, nargs="+", default=[-0.25, -0.5])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file as well")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    warm_start = measure_warm_start()
+    cost = [
+        row
+        for n, exponent in product(options.sizes, options.exponents)
+        for row in measure_cost(n, options.blocks or max(1, ELEMENTS // n**2), exponent)
+    ]
+    figures = {
+        "warm_start": warm_start,
+        "cost": cost,
+        "cost_model": cost_model(cost),
+        "error": [
+            row
+            for n, name in product(options.sizes, SPECTRA)
+            for row in measure_errors(n, name, options.exponents)
+        ],
+    }
+    if options.json:
+        setting = {"torch": torch.__version__, "threads": options.threads}
+        Path(options.json).write_text(json.dumps(setting | figures, indent=1), encoding="utf-8")
+    console = Console(width=120)
+    for title, rows in figures.items():
+        console.print(table(title.replace("_", " "), rows))
+
+
+def table(title: str, rows: Rows) -> Table:
+    """One column per entry."""
+    result = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        result.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return result
+
+
+# ------------------------------------------------------------------------------ cost
+
+
+def measure_cost(n: int, blocks: int, exponent: float) -> Rows:
+    """Time, FLOPs and operators of each method for a stack of n x n matrices."""
+    sources = torch.randn(blocks, n, n) * torch.logspace(0, -3, n)
+    matrices = sources @ sources.mT
+    _, basis = eigenbasis(matrices + 1e-3 * torch.eye(n))
+
+    def calls(stack: Tensor, q: Tensor) -> dict[str, Callable[[], Tensor]]:
+        def warm() -> Tensor:
+            return inverse_root_from_basis(*warm_eigenbasis(stack, q), exponent, EPS)
+
+        return {m: partial(inverse_root, stack, exponent, EPS, m) for m in ROOT_METHODS} | {
+            "qr (warm start)": warm,
+            "one product": lambda: stack @ stack,
+        }
+
+    seconds = in_turns(calls(matrices, basis))
+    eight = torch.eye(8).unsqueeze(0)  # FLOPs grow with n^3, and operators are the same for all n
+    counted = calls(eight, eight)
+    flops = {name: count_flops(call) / 8**3 for name, call in counted.items()}
+    return [
+        {
+            "n": n,
+            "blocks": blocks,
+            "exponent": exponent,
+            "method": name,
+            "ms": 1e3 * seconds[name],
+            "time / eigh": seconds[name] / seconds["eigh"],
+            "FLOPs / eigh": flops[name] / flops["eigh"],
+            "FLOPs / n^3": flops[name],
+            "time as n^3 FLOPs of a product": 2.0 * seconds[name] / seconds["one product"],
+            "operators": operators(call),
+        }
+        for name, call in counted.items()
+        if name != "one product"
+    ]
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each call."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for turn in range(ROUNDS + 1):
+        for name, call in calls.items():
+            before = time.perf_counter()
+            call()
+            if turn:  # the first one warms up
+                times[name].append(time.perf_counter() - before)
+        if turn >= FEWEST_ROUNDS and time.perf_counter() - start > SECONDS:
+            break
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Matrix products as they are, decompositions by the usual counts (Golub & Van Loan, sections
+    5.2.9 and 8.3.4): 9 n^3 for eigh, 8/3 n^3 for qr with Q."""
+    mapping = {
+        torch.ops.aten._linalg_eigh: lambda shape, *_, **__: 9 * math.prod(shape) * shape[-1],
+        torch.ops.aten.linalg_qr: lambda shape, *_, **__: 8 * math.prod(shape) * shape[-1] // 3,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def operators(call: Callable[[], object]) -> int:
+    """Dispatched operators that are not views."""
+    with Counts() as counts:
+        call()
+    return counts.operators
+
+
+def cost_model(cost: Rows) -> Rows:
+    """Time as FLOPs of a product, a n^3 + b n^2 with a, b >= 0: the least relative errors."""
+    rows: Rows = []
+    for exponent, method in dict.fromkeys((row["exponent"], row["method"]) for row in cost):
+        mine = [row for row in cost if (row["exponent"], row["method"]) == (exponent, method)]
+        times = torch.tensor([[row["time as n^3 FLOPs of a product"]] for row in mine]).double()
+        design = torch.tensor([[1.0, 1.0 / row["n"]] for row in mine]).double() / times
+        fits = []
+        for used in ([0, 1], [0], [1]):
+            model = torch.zeros(2, 1).double()
+            model[used] = torch.linalg.lstsq(design[:, used], torch.ones_like(times)).solution
+            if model.min() >= 0.0:
+                error = (design @ model - 1.0).square().mean().sqrt().item()
+                fits.append((error, *model.flatten().tolist()))
+        values = dict(zip(("relative error", "n^3 FLOPs", "n^2 FLOPs"), min(fits), strict=True))
+        rows.append({"exponent": exponent, "method": method} | values)
+    return rows
+
+
+# ----------------------------------------------------------------------------- error
+
+
+def measure_errors(n: int, spectrum: str, exponents: Sequence[float]) -> Rows:
+    """Errors of each method for one n x n matrix."""
+    turn = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    matrix = ((turn * SPECTRA[spectrum](n)) @ turn.mT).float()
+    eigenvalues, vectors = torch.linalg.eigh(matrix.double())
+    # All in the basis of A, where A is diagonal.
+    gradients = eigenvalues.clamp_min(0.0).sqrt().unsqueeze(1) * torch.randn(n, 16).double()
+    rows = []
+    for exponent, method in product(exponents, ROOT_METHODS):
+        treated, kept = own_eigenvalues(eigenvalues, method)
+        exact = torch.diag(treated**exponent * kept)
+        root = inverse_root(matrix.unsqueeze(0), exponent, EPS, method)[0].double()
+        root = vectors.mT @ root @ vectors
+        residual = torch.linalg.matrix_power(root, round(-1.0 / exponent)) * (treated * kept)
+        effect = ((root - exact) @ gradients).norm() / (exact @ gradients).norm()
+        rows.append(
+            {
+                "n": n,
+                "spectrum": spectrum,
+                "exponent": exponent,
+                "method": method,
+                "residual": ((residual - kept.diag()).norm() / n**0.5).item(),
+                "root": ((root - exact).norm() / exact.norm()).item(),
+                "effect": effect.item(),
+            }
+        )
+    return rows
+
+
+def own_eigenvalues(eigenvalues: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """Those whose inverse root a method takes, with its floor or ridge; 0 for those it leaves out,
+    and 1 for the others."""
+    kept = torch.ones_like(eigenvalues)
+    if method in ("coupled_newton", "newton_db"):
+        return eigenvalues + max(EPS, 8.0 * RESOLUTION * eigenvalues.norm().item()), kept
+    if method == "eigh_pseudo_inverse":
+        kept = (eigenvalues > len(eigenvalues) * RESOLUTION * eigenvalues.max()).double()
+    return eigenvalues.clamp_min(RESOLUTION * eigenvalues.max().item()) + EPS, kept
+
+
+# ------------------------------------------------------------------------ warm start
+
+
+def measure_warm_start() -> Rows:
+    """Eigenvectors kept, improved by QR steps and taken anew at each refresh, on the factors of a
+    training: ||offdiag(Q^T A Q)|| / ||A||, and errors of the root times the gradient; medians over
+    factors and refreshes."""
+    found: dict[tuple[float, str], Rows] = {}
+    for (beta2, _), refreshes in trained_factors().items():
+        fresh = once = twice = eigenbasis(refreshes[0][0])
+        for matrix, gradient in refreshes[1:]:
+            kept, fresh = fresh, eigenbasis(matrix)
+            once = warm_eigenbasis(matrix, once[1])
+            twice = warm_eigenbasis(matrix, twice[1], iterations=2)
+            eigenvalues, vectors = torch.linalg.eigh(matrix.double())
+            treated, _ = own_eigenvalues(eigenvalues[0], "eigh")
+            ways = {"kept": kept, "qr, 1 step": once, "qr, 2 steps": twice, "eigh": fresh}
+            for way, basis in ways.items():
+                rotated = basis[1].mT.double() @ matrix.double() @ basis[1].double()
+                rest = rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
+                figures = {"offdiagonal": (rest.norm() / rotated.norm()).item()}
+                for exponent in (-0.25, -0.5):
+                    exact = (vectors * treated**exponent) @ (vectors.mT @ gradient.double())
+                    error = inverse_root_from_basis(*basis, exponent, EPS) @ gradient - exact
+                    figures[f"effect {exponent}"] = (error.norm() / exact.norm()).item()
+                found.setdefault((beta2, way), []).append(figures)
+    return [
+        {"beta2": beta2, "eigenvectors": way}
+        | {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for (beta2, way), rows in found.items()
+    ]
+
+
+def trained_factors() -> dict[tuple[float, str], list[tuple[Tensor, Tensor]]]:
+    """Factors [1, n, n] and unfolded gradients at the refreshes, after 30, 40, 50 and 60 steps of
+    AdamW on Python source, of both sides of some weights of a small Llama; by beta2 and name."""
+    from shampoo_torchtitan.data import python_source  # first: it makes torchtitan importable
+    from torchtitan.models.llama3 import Transformer, llama3_args  # isort: skip
+
+    model = Transformer(llama3_args["small"])
+    with torch.no_grad():
+        model.init_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    weights = {name: p for name, p in model.named_parameters() if name in TRAINED}
+    assert len(weights) == len(TRAINED)
+    texts = python_source(sysconfig.get_paths()["stdlib"])[:200]["text"]
+    text = torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).long()
+    sums: dict[tuple[float, str], Tensor] = {}
+    refreshes: dict[tuple[float, str], list[tuple[Tensor, Tensor]]] = {}
+    for step in range(1, TRAINING_STEPS + 1):
+        starts = torch.randint(len(text) - 129, (8, 1))
+        batch = text[starts + torch.arange(129)]
+        optimizer.zero_grad()
+        cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+        for beta2, (name, p), side in product((0.95, 0.99), weights.items(), ("left", "right")):
+            gradient, key = p.grad if side == "left" else p.grad.mT, (beta2, f"{name} {side}")
+            sums[key] = beta2 * sums.get(key, 0.0) + (1.0 - beta2) * gradient @ gradient.mT
+            if step >= FIRST_REFRESH and step % PERIOD == 0:
+                factor = sums[key].unsqueeze(0) / (1.0 - beta2**step)
+                refreshes.setdefault(key, []).append((factor, gradient.clone()))
+        optimizer.step()
+    return refreshes
+
+
+if __name__ == "__main__":
+    main()

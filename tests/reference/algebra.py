@@ -1,0 +1,126 @@
+"""Eigenvalues, inverse roots and products along dimensions, in fp64."""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "QR_TOLERANCE",
+    "along",
+    "eigenbasis",
+    "gram",
+    "inverse_root",
+    "kept_in",
+    "precondition",
+    "raised",
+    "warm_qr_step",
+]
+
+FLOORS = {"float32": 2.0**-23, "bfloat16": 2.0**-12}
+"""Of eigenvalues, relative to the largest, by the type in which the optimizer keeps the factor."""
+QR_TOLERANCE = 1e-6
+"""A basis is kept if what it leaves off the diagonal is at most this fraction of the matrix."""
+QR_SHIFT = 2.0**-20
+"""Of the largest eigenvalue; added to all of them for the QR step."""
+
+
+def kept_in(dtype: str, tensor: Tensor) -> Tensor:
+    """What remains of a tensor between steps. "float32" leaves it exact: that its rounding does
+    not matter is for the comparison to show. "bfloat16" does matter, and is no error."""
+    if dtype == "bfloat16":
+        return tensor.to(torch.bfloat16).double()
+    return tensor
+
+
+def along(tensor: Tensor, matrix: Tensor, d: int) -> Tensor:
+    """The mode product: multiply dimension d of the tensor with a matrix, from the left."""
+    # tensordot puts the new dimension last.
+    product: Tensor = torch.tensordot(tensor, matrix, dims=([d], [1]))
+    return product.movedim(-1, d)
+
+
+def precondition(tensor: Tensor, roots: list[Tensor | None]) -> Tensor:
+    """Multiply each dimension of the tensor with its root (Gupta et al. 2018, Algorithm 2).
+
+    For a matrix: roots[0] @ tensor @ roots[1]. Vectors stand for diagonal matrices, None for the
+    identity.
+    """
+    for d, root in enumerate(roots):
+        if root is not None:
+            tensor = along(tensor, torch.diag(root) if root.ndim == 1 else root, d)
+    return tensor
+
+
+def gram(tensor: Tensor, d: int) -> Tensor:
+    """Contract the tensor with itself over all dimensions but d; for a matrix G Gᵀ, then Gᵀ G."""
+    unfolded = tensor.movedim(d, 0).reshape(tensor.shape[d], -1)
+    return unfolded @ unfolded.T
+
+
+def raised(eigenvalues: Tensor, ridge: float, dtype: str = "float32") -> Tensor:
+    """Eigenvalues as their powers are taken.
+
+    They are raised to the largest one times what the type resolves in which the optimizer keeps
+    its factors: it cannot know what is below. Then the ridge is added.
+    """
+    floor = eigenvalues.max().clamp(min=0) * FLOORS[dtype]
+    return eigenvalues.clamp(min=floor) + ridge
+
+
+def inverse_root(
+    factor: Tensor,
+    exponent: float,
+    ridge: float,
+    *,
+    dtype: str = "float32",
+    pseudo_inverse: bool = False,
+) -> Tensor:
+    """(factor + ridge I)^(-exponent), eigenvalues raised before as by :func:`raised`.
+
+    Args:
+        factor: symmetric, [n, n]; or its diagonal, [n].
+        exponent: 1/(2k) for a tensor with k factors (Gupta et al. 2018, Algorithm 2), so that it
+            is 1/4 for matrices (Algorithm 1).
+        ridge: preconditioner_eps.
+        dtype: in which a matrix is kept; diagonals are fp32.
+        pseudo_inverse: what lies in the null space, as far as the type resolves it, is sent to zero
+            instead: all eigenvalues up to n times the floor.
+    """
+    if factor.ndim == 1:
+        return raised(factor, ridge) ** -exponent
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    eigenvalues, eigenvectors = torch.linalg.eigh(factor)
+    powers = raised(eigenvalues, ridge, dtype) ** -exponent
+    if pseudo_inverse:
+        cutoff = eigenvalues.max().clamp(min=0) * FLOORS[dtype] * len(factor)
+        powers = torch.where(eigenvalues > cutoff, powers, 0.0)
+    return eigenvectors @ torch.diag(powers) @ eigenvectors.T
+
+
+def eigenbasis(matrix: Tensor) -> Tensor:
+    """Orthonormal eigenvectors, as columns, by ascending eigenvalue."""
+    eigenvectors: Tensor = torch.linalg.eigh(matrix)[1]
+    return eigenvectors
+
+
+def warm_qr_step(matrix: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration from an old basis (Vyas et al. 2024, Algorithm 4).
+
+    It converges to eigenvectors in the order of the columns, the largest eigenvalue first, and away
+    from them in any other order. So columns take this order for the step, by their Rayleigh
+    quotients, and their own places again after it, where the second moments of SOAP are. Columns
+    keep their signs, by a positive diagonal of R. A basis that is good enough is kept. The shift
+    by QR_SHIFT keeps what the matrix lacks in place; eigenvectors are the same with it.
+    """
+    rotated = basis.T @ matrix @ basis
+    off_diagonal = rotated - torch.diag(rotated.diag())
+    if torch.linalg.matrix_norm(off_diagonal) <= QR_TOLERANCE * torch.linalg.matrix_norm(matrix):
+        return basis
+    order = rotated.diag().argsort(descending=True)
+    shift = QR_SHIFT * rotated.diag().max().clamp(min=0)
+    q: Tensor
+    r: Tensor
+    q, r = torch.linalg.qr((matrix @ basis + shift * basis)[:, order])
+    turned = torch.empty_like(basis)
+    turned[:, order] = q * torch.where(r.diag() < 0, -1.0, 1.0)
+    return turned

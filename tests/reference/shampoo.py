@@ -1,0 +1,67 @@
+"""Shampoo of one block.
+
+Sources:
+    Gupta, Koren, Singer 2018, "Shampoo: Preconditioned Stochastic Tensor Optimization",
+        arXiv 1802.09568: Algorithm 1 (matrices), Algorithm 2 (tensors of any order).
+    Shi et al. 2023, arXiv 2309.06497: Section 3 (exponents of one's own, diagonal factors).
+"""
+
+import torch
+from torch import Tensor
+
+from tests.reference.algebra import inverse_root, kept_in, precondition, raised
+from tests.reference.rule import GramFactors, RuleSettings, new_basis
+
+__all__ = ["ShampooRule"]
+
+
+class ShampooRule(GramFactors):
+    """P = M times L_i^(-1/(2k)) along each of the k dimensions that have a factor."""
+
+    works_without_roots = False
+
+    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
+        super().__init__(shape, kinds, settings)
+        self.roots: list[Tensor | None] = [None for _ in kinds]
+        self.bases = [torch.eye(size, dtype=torch.float64) for size in shape]
+
+    @property
+    def exponent(self) -> float:
+        count = sum(factor is not None for factor in self.factors)
+        return self.settings.exponent(count, own=1 / (2 * count))
+
+    def refresh(self, correction: float) -> None:
+        for d, factor in enumerate(self.factors):
+            if factor is None or factor.ndim == 1 or factor.diag().max() <= 0:
+                continue  # without a gradient there is no scale: the root stays the identity
+            if self.settings.root_method == "qr":
+                basis = new_basis(factor, self.bases[d], self.has_roots, self.settings)
+                eigenvalues = (basis.T @ factor @ basis).diag() / correction
+                ridge = self.settings.preconditioner_eps
+                powers = raised(eigenvalues, ridge, self.settings.factor_dtype) ** -self.exponent
+                root = basis @ torch.diag(powers) @ basis.T
+                self.bases[d] = kept_in(self.settings.root_dtype, basis)
+            else:
+                root = self._root(factor, correction)
+            self.roots[d] = kept_in(self.settings.root_dtype, root)
+        self.has_roots = True
+
+    def observe(self, grad: Tensor) -> None:
+        pass
+
+    def precondition(self, momentum: Tensor, correction: float) -> Tensor:
+        # The root of a diagonal costs nothing, so that it is always that of the newest factor.
+        newest = [
+            self._root(factor, correction) if factor is not None and factor.ndim == 1 else root
+            for factor, root in zip(self.factors, self.roots, strict=True)
+        ]
+        return precondition(momentum, newest)
+
+    def _root(self, factor: Tensor, correction: float) -> Tensor:
+        return inverse_root(
+            factor / correction,
+            self.exponent,
+            self.settings.preconditioner_eps,
+            dtype=self.settings.factor_dtype,
+            pseudo_inverse=self.settings.root_method == "eigh_pseudo_inverse",
+        )

@@ -1,0 +1,80 @@
+"""SOAP of one block.
+
+Sources:
+    Vyas et al. 2024, "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv 2409.11321:
+        Algorithm 3 (the method), Algorithm 4 (bases by one power iteration and a QR).
+    Morwani et al. 2024, "A New Perspective on Shampoo's Preconditioner", arXiv 2406.17748: the
+        second moment is nearly the Kronecker product of L and R over trace(L).
+"""
+
+import torch
+from torch import Tensor
+
+from tests.reference.algebra import along, kept_in
+from tests.reference.rule import GramFactors, RuleSettings, new_basis
+
+__all__ = ["SoapRule"]
+
+
+class SoapRule(GramFactors):
+    """Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2024, Algorithm 3).
+
+    The basis is the identity until the first refresh, and for dimensions without a full factor,
+    whatever else they have.
+    """
+
+    works_without_roots = True
+
+    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
+        kinds = tuple("full" if kind == "full" else "none" for kind in kinds)
+        super().__init__(shape, kinds, settings)
+        self.full_sides = kinds.count("full")
+        self.bases = [torch.eye(size, dtype=torch.float64) for size in shape]
+        self.second_moment = torch.zeros(shape, dtype=torch.float64)
+
+    def refresh(self, correction: float) -> None:
+        eigenvalues: list[Tensor | None] = [None for _ in self.factors]
+        for d, factor in enumerate(self.factors):
+            if factor is not None:
+                basis = new_basis(factor, self.bases[d], self.has_roots, self.settings)
+                eigenvalues[d] = (basis.T @ factor @ basis).diag().clamp(min=0)
+                self.bases[d] = kept_in(self.settings.root_dtype, basis)
+        if not self.has_roots and self.full_sides:
+            self.second_moment = self._estimate(eigenvalues, correction)
+        self.has_roots = True
+
+    def _estimate(self, eigenvalues: list[Tensor | None], correction: float) -> Tensor:
+        """V from the factors, since the entries that V has seen lie in another basis.
+
+        Morwani et al. 2024: E[g gᵀ] is nearly the Kronecker product of all E[G_(i) G_(i)ᵀ], over
+        the k-1 th power of their (common) trace. Along a dimension that keeps its own basis the
+        eigenvalues are in proportion to what V has seen; if that is nothing, they are equal.
+        """
+        trace = next(values.sum() for values in eigenvalues if values is not None) / correction
+        if trace == 0:
+            return torch.zeros_like(self.second_moment)
+        estimate = correction * trace * torch.ones_like(self.second_moment)
+        order = estimate.ndim
+        for d, values in enumerate(eigenvalues):
+            if values is None:
+                values = self.second_moment.sum([e for e in range(order) if e != d])
+                if values.sum() == 0:
+                    values = torch.ones_like(values)
+            share = values / values.sum()
+            estimate = estimate * share.reshape([-1 if e == d else 1 for e in range(order)])
+        return estimate
+
+    def observe(self, grad: Tensor) -> None:
+        self.second_moment = self.settings.average(self.second_moment, self._project(grad) ** 2)
+
+    def precondition(self, momentum: Tensor, correction: float) -> Tensor:
+        root = (self.second_moment / correction).sqrt() + self.settings.eps
+        direction = self._project(momentum) / root
+        for d, basis in enumerate(self.bases):
+            direction = along(direction, basis, d)
+        return direction
+
+    def _project(self, tensor: Tensor) -> Tensor:
+        for d, basis in enumerate(self.bases):
+            tensor = along(tensor, basis.T, d)
+        return tensor

@@ -1,0 +1,426 @@
+"""Gradients and state that are no use: nothing non-finite ever enters parameters or state, training
+goes on afterwards, and the counters tell what happened."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shampoo_fsdp import Shampoo
+from tests.models import build, deterministic_gradients, full_parameters, set_gradients
+from tests.ranks import ranks
+
+MEMBERS = {
+    "shampoo": {},
+    "shampoo, coupled newton, rmsprop": {"root_method": "coupled_newton", "grafting": "rmsprop"},
+    "shampoo, newton_db, momentum": {"root_method": "newton_db", "momentum": 0.5},
+    "shampoo, qr, packed, l2": {
+        "root_method": "qr",
+        "symmetric_packing": True,
+        "weight_decay_type": "l2",
+    },
+    "shampoo, pseudo-inverse, sgd": {"root_method": "eigh_pseudo_inverse", "grafting": "sgd"},
+    "shampoo, no grafting": {"grafting": "none"},
+    "shampoo, one-sided": {"large_dim": "one_sided"},
+    "shampoo, diagonal, bf16": {
+        "large_dim": "diagonal",
+        "factor_dtype": "bfloat16",
+        "root_dtype": "bfloat16",
+        "momentum_dtype": "bfloat16",
+    },
+    "soap": {"preconditioner": "soap"},
+    "soap, eigh, adam, nesterov": {
+        "preconditioner": "soap",
+        "root_method": "eigh",
+        "grafting": "adam",
+        "momentum": 0.5,
+        "nesterov": True,
+    },
+    "soap, diagonal": {"preconditioner": "soap", "large_dim": "diagonal"},
+    "kl_shampoo": {"preconditioner": "kl_shampoo"},
+    "kl_shampoo, eigh, adam": {
+        "preconditioner": "kl_shampoo",
+        "root_method": "eigh",
+        "grafting": "adam",
+    },
+    "kl_shampoo, one-sided, bf16": {
+        "preconditioner": "kl_shampoo",
+        "large_dim": "one_sided",
+        "factor_dtype": "bfloat16",
+        "root_dtype": "bfloat16",
+    },
+}
+
+
+def local_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer: Shampoo
+) -> dict[str, list[Tensor]]:
+    """All that this rank holds of the parameters and their state, by name."""
+    found: dict[str, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        entries = {"value": parameter.detach(), **optimizer.state[parameter]}
+        for entry, value in entries.items():
+            if isinstance(value, DTensor):
+                value = value.to_local()
+            pieces = getattr(value, "pieces", [((), value)])
+            found[f"{entry} of {name}"] = [piece for _, piece in pieces]
+    return found
+
+
+def assert_all_finite(parameters: Mapping[str, nn.Parameter], optimizer: Shampoo) -> None:
+    found = local_tensors(parameters, optimizer)
+    # One look at all of them, and at each only if it is not as it should be.
+    everything = torch.cat([t.float().flatten() for tensors in found.values() for t in tensors])
+    if not everything.isfinite().all():
+        bad = [n for n, tensors in found.items() if not all(t.isfinite().all() for t in tensors)]
+        pytest.fail(f"not finite: {', '.join(bad)}")
+
+
+# ------------------------------------------------------------------ one bad thing, then recovery
+
+
+class Regressions:
+    """The same least squares problem several times, each with its own matrix of 4 blocks (one if
+    large dimensions are not cut) and its own excluded vector, in one optimizer."""
+
+    def __init__(self, names: Iterable[str], **options) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(64, 6, generator=generator)
+        self.inputs *= torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, 0.3])
+        self.targets = self.inputs @ torch.randn(6, 8, generator=generator) + 1.0
+        self.matrices = {name: nn.Parameter(torch.zeros(6, 8)) for name in names}
+        self.vectors = {name: nn.Parameter(torch.zeros(8)) for name in names}
+        self.parameters = {
+            **{f"{name}: matrix": p for name, p in self.matrices.items()},
+            **{f"{name}: vector": p for name, p in self.vectors.items()},
+        }
+        self.optimizer = Shampoo(
+            self.parameters.items(),
+            **{
+                "lr": 0.02,
+                "betas": (0.8, 0.8),
+                "weight_decay": 0.0,
+                "max_preconditioner_dim": 6 if "large_dim" in options else 4,
+                "precondition_frequency": 3,
+                **options,
+            },
+        )
+        self.blocks = 1 if "large_dim" in options else 4
+
+    def losses(self) -> dict[str, Tensor]:
+        weights = torch.stack(list(self.matrices.values()))
+        shifts = torch.stack(list(self.vectors.values()))
+        errors = self.inputs @ weights + shifts.unsqueeze(1) - self.targets
+        return dict(zip(self.matrices, errors.square().mean((1, 2)), strict=True))
+
+    def step(self, spoil: Mapping[str, Callable[[Tensor], object]] | None = None) -> None:
+        """One step with the true gradients, or what is left of those of the matrices."""
+        self.optimizer.zero_grad()
+        sum(self.losses().values()).backward()
+        for name, change in (spoil or {}).items():
+            change(self.matrices[name].grad)
+        self.optimizer.step()
+        if spoil:
+            assert_all_finite(self.parameters, self.optimizer)
+
+    def train(self, steps: int) -> dict[str, float]:
+        """Losses after these steps."""
+        for _ in range(steps):
+            self.step()
+        # What is not finite once remains so.
+        assert_all_finite(self.parameters, self.optimizer)
+        return {name: loss.item() for name, loss in self.losses().items()}
+
+
+# Without grafting a step of Shampoo has no bound, since its roots may be those of older gradients,
+# nor one of KL-Shampoo, if its factors are wrong. What a large step has spoiled, later steps of
+# usual size do not mend for long.
+BOUNDED = [member for member in MEMBERS if member != "shampoo, no grafting"]
+BOUNDED_BY_GRAFTING = [
+    member
+    for member, options in MEMBERS.items()
+    if options.get("grafting", "none" if "kl" in member else "adam") != "none"
+]
+
+
+def check_recovery(problems: Regressions, steps: int) -> None:
+    before = {name: loss.item() for name, loss in problems.losses().items()}
+    after = problems.train(steps)
+    stuck = {n: (before[n], loss) for n, loss in after.items() if not loss < 0.5 * before[n]}
+    assert not stuck
+
+
+def rank_1(gradient: Tensor) -> None:
+    gradient.copy_(torch.outer(gradient[:, 0], gradient[0]))
+
+
+SPOIL: dict[str, Callable[[Tensor], object]] = {
+    "NaN in one block": lambda g: g[:2, :2].fill_(math.nan),
+    "infinity in one block": lambda g: g[0, :4].fill_(-math.inf),
+    "NaN everywhere": lambda g: g.fill_(math.nan),
+    "zero": lambda g: g.zero_(),
+    "a block of zeros": lambda g: g[:3, :4].zero_(),
+    "rank 1": rank_1,
+    "1e-30": lambda g: g.mul_(1e-30),
+    "denormal": lambda g: g.fill_(1e-45),
+    "1e+30": lambda g: g.mul_(1e30),
+    "the largest number": lambda g: g.fill_(torch.finfo(torch.float32).max),
+    "a wide range": lambda g: g.mul_(torch.logspace(-30, 0, 8)),
+}
+STEPS_TO_RECOVER = 140
+
+
+@pytest.mark.parametrize("member", BOUNDED)
+def test_training_goes_on_after_bad_gradients(member):
+    early = {f"early {name}": change for name, change in SPOIL.items()}
+    problems = Regressions([*early, *SPOIL], **MEMBERS[member])
+    for _ in range(5):  # before there are roots, and at the first of them
+        problems.step(early)
+    problems.train(12)
+    for _ in range(4):
+        problems.step(early | SPOIL)
+    check_recovery(problems, STEPS_TO_RECOVER)
+
+
+@pytest.mark.parametrize("member", BOUNDED)
+def test_training_goes_on_after_a_spike(member):
+    # A spike of s stays in second moments as s² beta2^t, and updates are small until it has gone.
+    problems = Regressions(["early", "late"], **MEMBERS[member])
+    problems.step({"early": lambda g: g.mul_(1e6)})
+    problems.train(12)
+    problems.step({"late": lambda g: g.mul_(1e6)})
+    check_recovery(problems, 220)
+    assert problems.optimizer.counters()[2] == 0
+
+
+SPOIL_FACTOR: dict[str, Callable[[Tensor], object]] = {
+    "negative": lambda factor: factor.neg_(),
+    "indefinite": lambda factor: factor.mul_(torch.linspace(-3, 1, len(factor)).sign()),
+    "zero": lambda factor: factor.zero_(),
+    "huge": lambda factor: factor.fill_(1e15),
+    "rank 1": lambda factor: factor.fill_(factor.abs().mean()),
+    "noise": lambda factor: factor.copy_(torch.randn(len(factor))),
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_training_goes_on_after_spoiled_factors(member):
+    torch.manual_seed(0)
+    problems = Regressions(SPOIL_FACTOR, **MEMBERS[member])
+    problems.train(12)
+    state = problems.optimizer.state_dict()
+    for change, entries in zip(SPOIL_FACTOR.values(), state["state"].values(), strict=False):
+        change(entries["factors"])
+    problems.optimizer.load_state_dict(state)
+    problems.step()
+    if member in BOUNDED_BY_GRAFTING:
+        check_recovery(problems, STEPS_TO_RECOVER)
+    else:
+        problems.train(20)  # all stays finite
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_non_finite_blocks_keep_their_state_and_are_counted(member):
+    problems = Regressions(["one block", "all blocks"], **MEMBERS[member])
+    problems.train(6)
+    assert problems.optimizer.counters()[2] == 0
+    before = {name: p.detach().clone() for name, p in problems.matrices.items()}
+    saved = problems.optimizer.state_dict()["state"]
+    problems.step(
+        {
+            "one block": lambda g: g[:3, :4].fill_(math.nan),
+            "all blocks": lambda g: g[::3, ::4].fill_(math.inf),
+        }
+    )
+    assert torch.equal(problems.matrices["all blocks"], before["all blocks"])
+    change = problems.matrices["one block"] != before["one block"]
+    assert not change[:3, :4].any()
+    if problems.blocks > 1:
+        assert change[3:, :].all() and change[:, 4:].all()
+    now = problems.optimizer.state_dict()["state"][1]
+    assert {"exp_avg", "factors"} <= now.keys()
+    for name, value in now.items():
+        # Roots and bases are still refreshed, from the factors as they are.
+        if name.startswith(("exp_avg", "factors", "diagonals", "momentum_buffer")):
+            assert torch.equal(value, saved[1][name]), name
+    assert problems.optimizer.counters()[2] == 1 + problems.blocks
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_saved_state_continues_bit_for_bit_whatever_the_gradients_were(member):
+    names = ["usual", "zero", "NaN everywhere"]
+    spoil = {name: SPOIL[name] for name in names[1:]}
+    problems = Regressions(names, **MEMBERS[member])
+    for _ in range(4):  # the first roots are taken at step 3
+        problems.step(spoil)
+    problems.step()
+    resumed = Regressions(names, **MEMBERS[member])
+    resumed.optimizer.load_state_dict(problems.optimizer.state_dict())
+    with torch.no_grad():
+        for name, p in problems.parameters.items():
+            resumed.parameters[name].copy_(p)
+    for each in (problems, resumed):
+        each.train(5)
+    for name, p in problems.parameters.items():
+        assert torch.equal(resumed.parameters[name], p), name
+
+
+# ------------------------------------------------------------------------- one rank of several
+
+
+def distributed(**options) -> tuple[nn.Module, Shampoo]:
+    built = build("fsdp", dim=12, hidden=20, vocab=16, n_layers=1)
+    optimizer = Shampoo(
+        built.model.named_parameters(),
+        lr=1e-2,
+        max_preconditioner_dim=8,
+        precondition_frequency=2,
+        **options,
+    )
+    for step in range(3):
+        set_gradients(built.model, deterministic_gradients(built.model, step))
+        optimizer.step()
+    return built.model, optimizer
+
+
+def spoil_on_rank_1(model: nn.Module, name: str) -> None:
+    set_gradients(model, deterministic_gradients(model, 3))
+    if dist.get_rank() == 1:
+        gradient = dict(model.named_parameters())[name].grad
+        gradient.to_local()[0] = math.nan
+
+
+@ranks(2)
+def test_a_bad_gradient_on_one_rank_is_an_error_on_all_and_changes_nothing():
+    matrix, excluded = "layers.0.attention.wq.weight", "tok_embeddings.weight"
+    for preconditioner, name in (("shampoo", matrix), ("soap", excluded), ("kl_shampoo", matrix)):
+        model, optimizer = distributed(preconditioner=preconditioner, on_nonfinite="raise")
+        named = dict(model.named_parameters())
+        before = {
+            entry: [tensor.clone() for tensor in tensors]
+            for entry, tensors in local_tensors(named, optimizer).items()
+        }
+        counters = optimizer.counters()
+        spoil_on_rank_1(model, name)
+        with pytest.raises(ValueError, match=r"is not finite.*nothing has been") as error:
+            optimizer.step()
+        assert f"'{name}'" in str(error.value)
+        messages = [None, None]
+        dist.all_gather_object(messages, str(error.value))
+        assert messages[0] == messages[1]
+        for entry, tensors in local_tensors(named, optimizer).items():
+            assert all(map(torch.equal, tensors, before[entry])), entry
+        assert torch.equal(optimizer.counters(), counters)
+
+        set_gradients(model, deterministic_gradients(model, 3))
+        optimizer.step()  # and it can go on
+        for entry, tensors in local_tensors(named, optimizer).items():
+            if entry.startswith(("value", "exp_avg", "step")):
+                assert not any(map(torch.equal, tensors, before[entry])), entry
+
+
+@ranks(2)
+def test_a_bad_gradient_on_one_rank_is_skipped_and_counted():
+    for preconditioner in ("shampoo", "soap", "kl_shampoo"):
+        model, optimizer = distributed(preconditioner=preconditioner, weight_decay=0.0)
+        name = "layers.0.attention.wq.weight"
+        before = full_parameters(model)[name]
+        spoil_on_rank_1(model, name)  # its row 6: blocks of rows 6 to 11
+        optimizer.step()
+        after = full_parameters(model)
+        assert all(value.isfinite().all() for value in after.values())
+        assert torch.equal(after[name][6:], before[6:])
+        assert not torch.eq(after[name][:6], before[:6]).any()
+        skipped = optimizer.counters()[2]
+        dist.all_reduce(skipped)
+        assert skipped == 2
+
+
+def test_a_bad_gradient_is_an_error_in_one_process_as_well():
+    problems = Regressions(["good", "bad"], on_nonfinite="raise")
+    problems.train(4)
+    before = problems.matrices["good"].detach().clone()
+    with pytest.raises(ValueError, match="gradient of 'bad: matrix' is not finite"):
+        problems.step({"bad": SPOIL["NaN in one block"]})
+    assert torch.equal(problems.matrices["good"], before)
+
+
+# ----------------------------------------------------------------------------- many at random
+
+CASES = 10_000
+STEPS = 13
+SHAPES = [(4, 4), (3, 5), (1, 4), (7, 2), (2, 3, 3), (5,)]
+PER_SHAPE = 12
+
+
+def random_configurations() -> list[dict[str, object]]:
+    return [
+        {**options, "precondition_1d": True, "batched_3d": i % 2 == 0, "precondition_frequency": f}
+        for i, options in enumerate(MEMBERS.values())
+        for f in (1 + i % 3,)
+        if not (options.get("root_method") == "newton_db" and i % 2)
+    ]
+
+
+def corruptions(generator: torch.Generator) -> dict[str, Callable[[Tensor], Tensor]]:
+    def entry(value: float) -> Callable[[Tensor], Tensor]:
+        def put(g: Tensor) -> Tensor:
+            g.view(-1)[int(torch.randint(g.numel(), (), generator=generator))] = value
+            return g
+
+        return put
+
+    return {
+        "NaN": entry(math.nan),
+        "infinity": entry(math.inf),
+        "-infinity": entry(-math.inf),
+        "all NaN": lambda g: g.fill_(math.nan),
+        "zero": lambda g: g.zero_(),
+        "constant": lambda g: g.fill_(0.1),
+        "one entry": lambda g: entry(1.0)(g.zero_()),
+        "denormal": lambda g: g.fill_(1e-45),
+        "tiny": lambda g: g.mul_(1e-30),
+        "small": lambda g: g.mul_(1e-12),
+        "spike": lambda g: g.mul_(1e6),
+        "large": lambda g: g.mul_(1e14),
+        "just allowed": lambda g: g.sign_().mul_(9.9e14),
+        "huge": lambda g: g.mul_(1e30),
+        "largest": lambda g: g.fill_(torch.finfo(torch.float32).max),
+        "wide": lambda g: g.mul_(10 ** (30 * torch.randn(g.shape, generator=generator))),
+        "wide rows": lambda g: g.mul_(
+            10 ** torch.linspace(-20, 14, g.shape[0]).view(-1, *[1] * (g.ndim - 1))
+        ),
+    }
+
+
+def test_ten_thousand_bad_gradients():
+    generator = torch.Generator().manual_seed(0)
+    kinds = corruptions(generator)
+    names = list(kinds)
+    configurations = random_configurations()
+    cases = 0
+    for options in configurations:
+        parameters = {
+            f"p{i}": nn.Parameter(torch.randn(shape, generator=generator))
+            for i, shape in enumerate(SHAPES * PER_SHAPE)
+        }
+        optimizer = Shampoo(
+            parameters.items(), lr=1e-3, max_preconditioner_dim=4, exclude=["p7"], **options
+        )
+        for _ in range(STEPS):
+            choices = torch.randint(len(names) + 3, (len(parameters),), generator=generator)
+            for p, choice in zip(parameters.values(), choices.tolist(), strict=True):
+                p.grad = torch.randn(p.shape, generator=generator)
+                if choice < len(names):
+                    p.grad = kinds[names[choice]](p.grad)
+                    cases += 1
+                elif choice == len(names):
+                    p.grad = None
+            optimizer.step()
+            assert_all_finite(parameters, optimizer)
+        assert optimizer.counters()[2] > 0
+    assert cases >= CASES

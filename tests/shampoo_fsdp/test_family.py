@@ -1,0 +1,371 @@
+"""Every member of the family against the fp64 reference: preconditioner, grafting, roots, momentum,
+weight decay, views, large dimensions, types of the state.
+
+What is compared is the sum of all updates, and gradients are such that the comparison is well
+posed: an eigenbasis is determined by its matrix only as far as eigenvalues are apart, and an
+inverse root only as far as the matrix has full rank. So gradients have full rank and a spread
+spectrum, in a basis that is not the axes', and bases are first taken when enough of them have been
+summed up. (What holds for other gradients is the subject of test_bad_numbers.py.)
+"""
+
+import dataclasses
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from shampoo_fsdp import Shampoo
+from shampoo_fsdp.blocks import make_grid, refresh_phase
+from tests.models import set_gradients
+from tests.reference import ReferenceShampoo
+
+STEPS = 20
+START = 9
+SHAPES = {
+    "layers.0.w": (12, 9),  # 2 x 2 blocks
+    "layers.0.experts": (2, 6, 5),
+    "layers.0.conv": (4, 3, 2, 2),
+    "layers.0.norm.weight": (7,),
+    "tok_embeddings.weight": (10, 6),
+}
+ORDER_3 = {"layers.0.tensor": (5, 9, 3)}
+DEFAULTS = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.9),
+    "max_preconditioner_dim": 8,
+    "precondition_frequency": 3,
+    "start_preconditioning_step": START,
+}
+
+
+def spread_gradients(shapes: Mapping[str, tuple[int, ...]], step: int) -> dict[str, Tensor]:
+    """Random gradients whose second moments have eigenvalues a factor of 1.5 apart or so."""
+    return {name: _spread_gradient(name, shape, step) for name, shape in shapes.items()}
+
+
+@functools.cache
+def _spread_gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
+    lasting = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    fresh = torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode()))
+    gradient = torch.randn(shape, generator=fresh, dtype=torch.float64)
+    for d, size in enumerate(shape):
+        scales = min(1.25, 20 ** (1 / size)) ** torch.arange(size, dtype=torch.float64)
+        square = torch.randn(size, size, generator=lasting, dtype=torch.float64)
+        rotation = torch.linalg.qr(square)[0]
+        mixing = rotation @ torch.diag(scales / scales.mean())
+        gradient = torch.tensordot(gradient, mixing, dims=([d], [1])).movedim(-1, d)
+    return 0.01 * gradient.contiguous().float()
+
+
+def reference_for(
+    optimizer: Shampoo, shapes: Mapping[str, tuple[int, ...]], excluded: set[str]
+) -> ReferenceShampoo:
+    group, config = optimizer.param_groups[0], optimizer.config
+
+    def phase(name: str, coordinates: tuple[int, ...]) -> int:
+        grid = make_grid(shapes[name], config)
+        index = list(grid.coordinates()).index(tuple(coordinates))
+        return refresh_phase(name, index, len(grid), config.precondition_frequency)
+
+    known = inspect.signature(ReferenceShampoo).parameters
+    return ReferenceShampoo(
+        shapes,
+        **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
+        **{k: v for k, v in dataclasses.asdict(config).items() if k in known},
+        excluded=excluded,
+        phase=phase,
+    )
+
+
+def relative_error(
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    change: Callable[[int, dict[str, Tensor | None]], object] = lambda step, gradients: None,
+    **options,
+) -> float:
+    """Of the sum of all updates of a parameter, the largest of all parameters.
+
+    `change` may alter the gradients of a step.
+    """
+    options = DEFAULTS | options
+    generator = torch.Generator().manual_seed(0)
+    start = {n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    parameters = {n: nn.Parameter(p.clone()) for n, p in start.items()}
+    exact = {n: p.double() for n, p in start.items()}
+    optimizer = Shampoo(parameters.items(), **options)
+    vectors = {n for n, s in shapes.items() if len(s) == 1 and not options.get("precondition_1d")}
+    reference = reference_for(optimizer, shapes, vectors | {n for n in shapes if "emb" in n})
+    for step in range(STEPS):
+        gradients: dict[str, Tensor | None] = {
+            name: gradient.clone() for name, gradient in spread_gradients(shapes, step).items()
+        }
+        change(step, gradients)
+        set_gradients(parameters, gradients)
+        optimizer.step()
+        reference.step(exact, gradients)
+    errors = {}
+    for n, p in parameters.items():
+        update = exact[n] - start[n].double()
+        difference = p.detach().double() - exact[n]
+        errors[n] = (difference.norm() / update.norm()).item()
+    return max(errors.values())
+
+
+PRECONDITIONERS = ["shampoo", "soap", "kl_shampoo"]
+MOMENTA = {
+    "none": {},
+    "heavy ball": {"momentum": 0.8},
+    "nesterov": {"momentum": 0.8, "nesterov": True},
+    "dampened": {"momentum": 0.8, "dampening": 0.3},
+}
+DECAYS = ["decoupled", "l2", "independent"]
+ROOTS = [
+    ("shampoo", "eigh"),
+    ("shampoo", "eigh_pseudo_inverse"),
+    ("shampoo", "coupled_newton"),
+    ("shampoo", "newton_db"),
+    ("shampoo", "qr"),
+    ("soap", "eigh"),
+    ("soap", "qr"),
+    ("kl_shampoo", "eigh"),
+    ("kl_shampoo", "qr"),
+]
+
+
+@pytest.mark.parametrize("grafting", [None, "adam", "rmsprop", "adagrad", "sgd", "none"])
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_grafting(preconditioner, grafting):
+    error = relative_error(preconditioner=preconditioner, grafting=grafting)
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_grafting_with_its_own_beta2_and_eps(preconditioner):
+    error = relative_error(
+        preconditioner=preconditioner, grafting="adam", grafting_beta2=0.7, grafting_eps=1e-3
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize(("preconditioner", "root_method"), ROOTS)
+@pytest.mark.parametrize("schedule", ["together", "staggered"])
+def test_root_method(preconditioner, root_method, schedule):
+    error = relative_error(
+        preconditioner=preconditioner, root_method=root_method, refresh_schedule=schedule
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("frequency", [1, 7])
+def test_frequency(preconditioner, frequency):
+    error = relative_error(preconditioner=preconditioner, precondition_frequency=frequency)
+    assert error <= 1e-4
+
+
+def test_long_tiles_are_multiples_of_8():
+    assert relative_error({"layers.0.w": (200, 72)}, max_preconditioner_dim=72) <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
+def test_first_refresh_on_the_first_step(preconditioner, large_dim):
+    error = relative_error(
+        {"layers.0.w": (6, 6), "layers.1.w": (6, 12), "layers.2.w": (12, 6)},
+        preconditioner=preconditioner,
+        large_dim=large_dim,
+        max_preconditioner_dim=6,
+        start_preconditioning_step=1,
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_momentum(preconditioner, momentum):
+    assert relative_error(preconditioner=preconditioner, **MOMENTA[momentum]) <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_weight_decay(preconditioner, decay):
+    strength = 0.01 if decay == "independent" else 0.5
+    error = relative_error(
+        preconditioner=preconditioner, weight_decay_type=decay, weight_decay=strength
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("grafting", ["adam", "none"])
+def test_without_bias_correction(preconditioner, grafting):
+    error = relative_error(
+        preconditioner=preconditioner, grafting=grafting, use_bias_correction=False
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("grafting", ["adagrad", "none"])
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap"])
+def test_sums_instead_of_averages(preconditioner, grafting):
+    error = relative_error(
+        preconditioner=preconditioner, grafting=grafting, betas=(0.9, 1.0), grafting_beta2=0.9
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "root_method", "exponents"),
+    [
+        ("shampoo", "eigh", [0.75, 0.5, 0.25]),
+        ("shampoo", "eigh", [0.0, 0.3]),
+        ("shampoo", "qr", [0.0, 0.3]),
+        ("shampoo", "coupled_newton", [0.25, 0.5]),
+        ("shampoo", "newton_db", [0.25, 0.5, 0.125]),
+        ("kl_shampoo", "qr", [0.0, 0.25]),
+        ("kl_shampoo", "eigh", [0.25, 0.3, 0.2]),
+    ],
+)
+def test_root_exponents(preconditioner, root_method, exponents):
+    error = relative_error(
+        SHAPES | ORDER_3,
+        preconditioner=preconditioner,
+        root_method=root_method,
+        root_exponents=exponents,
+        precondition_1d=True,
+        batched_3d=False,
+        grafting="none",
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("batched_3d", [True, False])
+@pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
+def test_large_dimensions(preconditioner, large_dim, batched_3d):
+    error = relative_error(
+        SHAPES | ORDER_3,
+        preconditioner=preconditioner,
+        large_dim=large_dim,
+        precondition_1d=True,
+        batched_3d=batched_3d,
+        max_preconditioner_dim=6,
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("batched_3d", [True, False])
+@pytest.mark.parametrize("merge_dims", ["matrix", "small", "none"])
+def test_merged_dimensions(preconditioner, merge_dims, batched_3d):
+    shapes = SHAPES | ORDER_3 | {"layers.1.conv": (3, 1, 4, 2), "layers.2.w": (5, 1)}
+    error = relative_error(
+        shapes,
+        preconditioner=preconditioner,
+        merge_dims=merge_dims,
+        batched_3d=batched_3d,
+        max_preconditioner_dim=12,
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("momentum", ["none", "dampened"])
+def test_steps_without_a_gradient_and_with_bad_ones(preconditioner, decay, momentum):
+    def change(step: int, gradients: dict[str, Tensor | None]) -> None:
+        if step in (0, 5, 14):
+            gradients["layers.0.w"] = gradients["layers.0.norm.weight"] = None
+        if step in (0, START - 1, 12):  # the first step, that of the first roots, a later one
+            gradients["layers.0.experts"][1, 3, 2] = torch.nan
+            gradients["tok_embeddings.weight"][4, 4] = -torch.inf
+        if step in (2, 13):
+            gradients["layers.0.conv"][0, 0, 0, 0] = 1e20
+            gradients["tok_embeddings.weight"][0, 0] = 1e20
+
+    error = relative_error(
+        change=change,
+        preconditioner=preconditioner,
+        weight_decay_type=decay,
+        weight_decay=0.01,
+        **MOMENTA[momentum],
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize(("preconditioner", "root_method"), ROOTS)
+@pytest.mark.parametrize("grafting", ["adam", "none"])
+def test_gradients_that_are_zero_until_after_the_first_refresh(
+    preconditioner, root_method, grafting
+):
+    def change(step: int, gradients: dict[str, Tensor | None]) -> None:
+        if step < START + 1:
+            gradients["layers.0.w"][:6].zero_()  # upper blocks
+            gradients["layers.0.experts"].zero_()
+
+    error = relative_error(
+        change=change,
+        preconditioner=preconditioner,
+        root_method=root_method,
+        grafting=grafting,
+        refresh_schedule="together",
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_packed_matrices_change_nothing(preconditioner):
+    assert relative_error(preconditioner=preconditioner, symmetric_packing=True) <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("what", ["factor_dtype", "root_dtype", "momentum_dtype"])
+def test_bf16_state(preconditioner, what, packing):
+    error = relative_error(
+        preconditioner=preconditioner, symmetric_packing=packing, **{what: "bfloat16"}
+    )
+    assert error <= 1e-3
+
+
+@st.composite
+def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
+    """A shape and settings that are allowed together."""
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    preconditioner, root_method = draw(st.sampled_from(ROOTS))
+    beta2 = draw(st.sampled_from([0.9, 0.95] + [1.0] * (preconditioner != "kl_shampoo")))
+    options = {
+        "preconditioner": preconditioner,
+        "root_method": root_method,
+        "betas": (draw(st.sampled_from([0.0, 0.9])), beta2),
+        "grafting": draw(st.sampled_from([None, "adam", "rmsprop", "adagrad", "sgd", "none"])),
+        "grafting_beta2": 0.9,
+        "use_bias_correction": draw(st.booleans()),
+        "weight_decay_type": draw(st.sampled_from(DECAYS)),
+        "large_dim": draw(st.sampled_from(["block", "one_sided", "diagonal"])),
+        "merge_dims": draw(st.sampled_from(["matrix", "small", "none"])),
+        "max_preconditioner_dim": draw(st.integers(3, 9)),
+        "precondition_frequency": draw(st.integers(1, 5)),
+        "start_preconditioning_step": draw(st.integers(10, 15)),
+        "refresh_schedule": draw(st.sampled_from(["together", "staggered"])),
+        "symmetric_packing": draw(st.booleans()),
+        "batched_3d": draw(st.booleans()),
+        "precondition_1d": True,
+        # newton_db takes roots whose order is a power of two.
+        "root_exponents": [0.0, 0.0, 0.125] if root_method == "newton_db" else [],
+        **MOMENTA[draw(st.sampled_from(list(MOMENTA)))],
+    }
+    return shape, options
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(members())
+def test_any_member_on_any_shape(member):
+    shape, options = member
+    assert relative_error({"layers.0.w": shape}, **options) <= 1e-4

@@ -1,0 +1,218 @@
+"""Before preconditioning starts each grafted method is the optimizer of torch of its name.
+
+So are the excluded parameters at all times. Moving from such an optimizer to Shampoo therefore
+changes nothing but what preconditioning changes.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shampoo_fsdp import Shampoo
+from tests.models import deterministic_gradients, set_gradients
+
+STEPS = 50
+SHAPES = {
+    "layers.0.w": (9, 14),
+    "layers.0.experts": (2, 5, 6),
+    "layers.0.conv": (4, 3, 2, 2),
+    "layers.0.norm.weight": (6,),
+    "tok_embeddings.weight": (12, 6),
+}
+LR = 3e-2
+
+EQUAL = {
+    "adamw": (
+        {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3},
+        (torch.optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}),
+    ),
+    "adamw with its own beta2 and eps": (
+        {"betas": (0.8, 0.9), "grafting_beta2": 0.95, "eps": 1e-3, "grafting_eps": 1e-6},
+        (torch.optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+    ),
+    "adam": (
+        {"betas": (0.9, 0.99), "weight_decay": 0.3, "weight_decay_type": "l2"},
+        (torch.optim.Adam, {"betas": (0.9, 0.99), "weight_decay": 0.3}),
+    ),
+    "adam without momentum": (
+        {"betas": (0.0, 0.99), "weight_decay": 0.0},
+        (torch.optim.Adam, {"betas": (0.0, 0.99)}),
+    ),
+    "rmsprop": (
+        {"grafting": "rmsprop", "betas": (0.0, 0.97), "weight_decay": 0.0},
+        (torch.optim.RMSprop, {"alpha": 0.97}),
+    ),
+    "rmsprop with momentum and weight decay": (
+        {
+            "grafting": "rmsprop",
+            "betas": (0.0, 0.97),
+            "momentum": 0.7,
+            "weight_decay": 0.2,
+            "weight_decay_type": "l2",
+        },
+        (torch.optim.RMSprop, {"alpha": 0.97, "momentum": 0.7, "weight_decay": 0.2}),
+    ),
+    "adagrad": (
+        {"grafting": "adagrad", "betas": (0.0, 0.9), "eps": 1e-10, "weight_decay": 0.0},
+        (torch.optim.Adagrad, {"eps": 1e-10}),
+    ),
+    "adagrad with weight decay and sums in the factors": (
+        {
+            "grafting": "adagrad",
+            "betas": (0.0, 1.0),
+            "grafting_eps": 1e-10,
+            "weight_decay": 0.2,
+            "weight_decay_type": "l2",
+        },
+        (torch.optim.Adagrad, {"eps": 1e-10, "weight_decay": 0.2}),
+    ),
+    "sgd": (
+        {"grafting": "sgd", "betas": (0.0, 0.9), "weight_decay": 0.0},
+        (torch.optim.SGD, {}),
+    ),
+    "sgd with momentum": (
+        {
+            "grafting": "sgd",
+            "betas": (0.0, 0.9),
+            "momentum": 0.9,
+            "weight_decay": 0.2,
+            "weight_decay_type": "l2",
+        },
+        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.2}),
+    ),
+    "sgd with nesterov momentum": (
+        {
+            "grafting": "sgd",
+            "betas": (0.0, 0.9),
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 0.0,
+        },
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ),
+    "sgd with dampened momentum": (
+        {
+            "grafting": "sgd",
+            "betas": (0.0, 0.9),
+            "momentum": 0.9,
+            "dampening": 0.3,
+            "weight_decay": 0.0,
+        },
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+    ),
+}
+
+
+def train(make) -> dict[str, Tensor]:
+    """Parameters after the steps, one of them without a gradient at times."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        name: nn.Parameter(torch.randn(shape, generator=generator))
+        for name, shape in SHAPES.items()
+    }
+    optimizer = make(parameters)
+    for step in range(STEPS):
+        gradients: dict[str, Tensor | None] = dict(deterministic_gradients(SHAPES, step))
+        if step % 7 in (0, 3):
+            gradients["layers.0.w"] = gradients["layers.0.norm.weight"] = None
+        set_gradients(parameters, gradients)
+        optimizer.step()
+    return {name: p.detach() for name, p in parameters.items()}
+
+
+def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for name, expected in theirs.items():
+        error = torch.linalg.vector_norm(ours[name] - expected)
+        assert error <= 1e-6 * torch.linalg.vector_norm(expected), name
+
+
+@functools.cache
+def train_with_torch(case: str) -> dict[str, Tensor]:
+    kind, options = EQUAL[case][1]
+    return train(lambda parameters: kind(parameters.values(), lr=LR, **options))
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "case"),
+    [("shampoo", case) for case in EQUAL]
+    + list(itertools.product(["soap", "kl_shampoo"], ["adamw", "sgd with nesterov momentum"])),
+)
+def test_before_the_start_it_is_the_optimizer_of_torch(preconditioner, case):
+    options = {"grafting": "adam", **EQUAL[case][0], "preconditioner": preconditioner}
+    ours = train(
+        lambda parameters: Shampoo(
+            parameters.items(),
+            lr=LR,
+            max_preconditioner_dim=5,
+            start_preconditioning_step=1000,
+            **options,
+        )
+    )
+    check(ours, train_with_torch(case))
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "l2"])
+def test_soap_is_adam_before_its_first_basis(decay):
+    ours = train(
+        lambda parameters: Shampoo(
+            parameters.items(),
+            lr=LR,
+            betas=(0.9, 0.95),
+            weight_decay=0.2,
+            preconditioner="soap",
+            weight_decay_type=decay,
+            max_preconditioner_dim=5,
+            start_preconditioning_step=1000,
+        )
+    )
+    kind = torch.optim.AdamW if decay == "decoupled" else torch.optim.Adam
+    theirs = train(
+        lambda parameters: kind(parameters.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.2),
+    )
+    check(ours, theirs)
+
+
+@pytest.mark.parametrize("preconditioner", ["soap", "kl_shampoo"])
+def test_without_grafting_the_excluded_parameters_take_the_steps_of_adamw(preconditioner):
+    ours = train(
+        lambda parameters: Shampoo(
+            parameters.items(), lr=LR, preconditioner=preconditioner, exclude=["."]
+        )
+    )
+    theirs = train(
+        lambda parameters: torch.optim.AdamW(
+            parameters.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1
+        )
+    )
+    check(ours, theirs)
+
+
+def test_independent_weight_decay_is_that_of_adamw_over_the_first_lr():
+    def ours(parameters):
+        return Shampoo(
+            parameters.items(),
+            lr=LR,
+            weight_decay=0.2 * LR,
+            weight_decay_type="independent",
+            start_preconditioning_step=1000,
+        )
+
+    def theirs(parameters):
+        return torch.optim.AdamW(parameters.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.2)
+
+    class Scheduled:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+        def step(self):
+            self.optimizer.step()
+            self.scheduler.step()
+
+    check(
+        train(lambda parameters: Scheduled(ours(parameters))),
+        train(lambda parameters: Scheduled(theirs(parameters))),
+    )

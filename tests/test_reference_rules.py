@@ -1,0 +1,192 @@
+"""The reference's SOAP and KL-Shampoo, against truths that are known without it."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference.algebra import eigenbasis, warm_qr_step
+from tests.reference.kl_shampoo import KLShampooRule
+from tests.reference.soap import SoapRule
+from tests.test_reference import SHAPES, orthogonal, reference, tensors
+from tests.test_reference_settings import matrix_power, random_gradients, updates
+
+# --------------------------------------------------------------------------------------- SOAP
+
+
+@pytest.mark.parametrize("grafting", ["none", "adam"])
+def test_soap_is_adam_before_the_first_refresh(grafting: str) -> None:
+    ours = tensors(SHAPES, seed=0)
+    theirs = {name: p.clone().requires_grad_() for name, p in ours.items()}
+    soap = reference(
+        SHAPES, preconditioner="soap", grafting=grafting, start_preconditioning_step=99
+    )
+    adam = torch.optim.Adam(theirs.values(), lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+    for step in range(1, 21):
+        gradients = tensors(SHAPES, seed=step)
+        for name, p in theirs.items():
+            p.grad = gradients[name]
+        soap.step(ours, gradients)
+        adam.step()
+    for name in SHAPES:
+        torch.testing.assert_close(ours[name], theirs[name].detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (6, 3)])
+def test_soap_without_memory_orthogonalises(shape: tuple[int, int]) -> None:
+    # In the singular vectors' basis the gradient is diagonal, and Adam takes its signs.
+    gradient = random_gradients(1, shape)[0]
+    (direction,) = updates([gradient], preconditioner="soap", betas=(0.0, 0.0), eps=1e-7)
+    torch.testing.assert_close(direction, orthogonal(gradient), rtol=1e-5, atol=1e-5)
+
+
+def test_second_moment_of_soap_starts_from_the_kronecker_product() -> None:
+    # Rows of sizes a times columns of sizes b, with random signs: E[g²] = a² b² exactly.
+    rows, columns = torch.tensor([3.0, 1.0, 0.5]).double(), torch.tensor([2.0, 0.3]).double()
+    rule = soap_rule(
+        [torch.outer(rows, columns) * signs for signs in sign_patterns(3, 2)], frequency=8
+    )
+    assert isinstance(rule, SoapRule)
+    order = rows.argsort(), columns.argsort()
+    expected = torch.outer(rows[order[0]] ** 2, columns[order[1]] ** 2)
+    torch.testing.assert_close(rule.second_moment, expected * (8 + 1), rtol=1e-9, atol=1e-9)
+
+
+def sign_patterns(m: int, n: int) -> list[Tensor]:
+    """8 matrices of -1 and 1 of at most 7 entries, which are uncorrelated among each other."""
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    hadamard = torch.kron(two, torch.kron(two, two))
+    return [row[1 : m * n + 1].reshape(m, n) for row in hadamard]
+
+
+def soap_rule(gradients: list[Tensor], frequency: int) -> object:
+    soap = reference(
+        {"w": tuple(gradients[0].shape)},
+        preconditioner="soap",
+        betas=(0.0, 1.0),
+        precondition_frequency=frequency,
+        grafting="none",
+        grafting_beta2=0.9,
+    )
+    params = {"w": torch.zeros_like(gradients[0])}
+    for gradient in gradients:
+        soap.step(params, {"w": gradient})
+    (block,) = soap.blocks["w"]
+    return block.rule
+
+
+@pytest.mark.parametrize("root_method", ["eigh", "qr"])
+@pytest.mark.parametrize("preconditioner", ["soap", "kl_shampoo"])
+def test_rotated_gradients_give_rotated_updates(preconditioner: str, root_method: str) -> None:
+    gradients = random_gradients(8, (3, 4))
+    left, right = (
+        orthogonal(random_gradients(1, (3, 3))[0]),
+        orthogonal(tensors({"w": (4, 4)}, 9)["w"]),
+    )
+    settings = {
+        "lr": 1.0,
+        "preconditioner": preconditioner,
+        "root_method": root_method,
+        "precondition_frequency": 2,
+        "grafting": "none",
+    }
+    plain, rotated = (reference({"w": (3, 4)}, **settings) for _ in range(2))
+    # Until the first refresh the axes count: they have to be rotated as well.
+    (block,) = rotated.blocks["w"]
+    if isinstance(block.rule, SoapRule):
+        block.rule.bases = [left, right]
+    elif isinstance(block.rule, KLShampooRule):
+        block.rule.sides[0].basis, block.rule.sides[1].basis = left, right
+    ours = {"w": torch.zeros(3, 4, dtype=torch.float64)}
+    theirs = {"w": torch.zeros(3, 4, dtype=torch.float64)}
+    for gradient in gradients:
+        plain.step(ours, {"w": gradient})
+        rotated.step(theirs, {"w": left @ gradient @ right.T})
+        torch.testing.assert_close(theirs["w"], left @ ours["w"] @ right.T)
+
+
+def test_warm_qr_steps_find_the_eigenvectors_in_their_places() -> None:
+    values = torch.tensor([1e-3, 0.1, 0.5, 2.0, 9.0], dtype=torch.float64)
+    vectors = orthogonal(random_gradients(1, (5, 5))[0])
+    matrix = vectors @ torch.diag(values) @ vectors.T
+    nearby = eigenbasis(matrix + 0.01 * torch.diag(values))
+    basis, errors = nearby, []
+    for _ in range(8):
+        errors.append((1 - (basis * vectors).sum(0).abs()).max().item())
+        basis = warm_qr_step(matrix, basis)
+    assert errors[-1] < 1e-12 < errors[0]
+    assert errors[1] < errors[0]
+    torch.testing.assert_close((basis.T @ nearby).diag().sign(), torch.ones(5).double())
+    assert warm_qr_step(matrix, basis) is basis
+
+
+# --------------------------------------------------------------------------------- KL-Shampoo
+
+
+@pytest.mark.parametrize("grafting", ["none", "sgd"])
+def test_kl_shampoo_does_not_feel_the_scale_of_gradients(grafting: str) -> None:
+    settings = {"preconditioner": "kl_shampoo", "preconditioner_eps": 1e-30, "grafting": grafting}
+    gradients = random_gradients(8, (3, 4))
+    ours = updates(gradients, precondition_frequency=2, **settings)
+    theirs = updates([1e3 * g for g in gradients], precondition_frequency=2, **settings)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our * (1.0 if grafting == "none" else 1e3), their)
+
+
+def test_first_step_of_kl_shampoo() -> None:
+    # S_1 is still the identity for S_0; for S_1 the eigenvalues of S_0 are those on the axes.
+    gradient = random_gradients(1, (3, 4))[0]
+    (direction,) = updates(
+        [gradient], preconditioner="kl_shampoo", betas=(0.9, 0.8), grafting="none"
+    )
+    left = gradient @ gradient.T / 4
+    right = 0.8 * torch.eye(4).double()
+    right += 0.2 * gradient.T @ torch.diag(1 / left.diag()) @ gradient / 3
+    expected = matrix_power(left, -0.5) @ gradient @ matrix_power(right, -0.5)
+    torch.testing.assert_close(direction, expected)
+
+
+def test_two_diagonal_steps_of_kl_shampoo_by_hand() -> None:
+    g1, g2, beta = [2.0, 1.0], [1.0, -3.0], 0.75
+    s0, s1, expected = [0.0, 0.0], [1.0, 1.0], []
+    for t, g in ((1, g1), (2, g2)):
+        correction = 1 - beta**t
+        s0 = [beta * s + (1 - beta) * x**2 / r / 2 for s, x, r in zip(s0, g, s1, strict=True)]
+        s1 = [
+            beta * r + (1 - beta) * x**2 / (s / correction) / 2
+            for r, x, s in zip(s1, g, s0, strict=True)
+        ]
+        expected.append(
+            [x / math.sqrt(s / correction * r) for x, s, r in zip(g, s0, s1, strict=True)]
+        )
+    directions = updates(
+        [torch.diag(torch.tensor(g, dtype=torch.float64)) for g in (g1, g2)],
+        preconditioner="kl_shampoo",
+        betas=(0.0, beta),
+        grafting="none",
+    )
+    for direction, diagonal in zip(directions, expected, strict=True):
+        torch.testing.assert_close(direction, torch.diag(torch.tensor(diagonal).double()))
+
+
+def test_kl_shampoo_finds_the_factors_of_a_kronecker_product() -> None:
+    # Gradients A Z B, Z with uncorrelated entries, have the second moment (A Aᵀ) x (Bᵀ B), so that
+    # the factors are proportional to these two.
+    a = torch.tensor([[2.0, 0.3], [0.0, 0.5]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 0.2, 0.0], [0.0, 3.0, 0.4], [0.0, 0.0, 0.3]], dtype=torch.float64)
+    patterns = sign_patterns(2, 3)
+    kl = reference(
+        {"w": (2, 3)},
+        preconditioner="kl_shampoo",
+        betas=(0.0, 0.995),
+        precondition_frequency=10,
+        grafting="none",
+    )
+    params = {"w": torch.zeros(2, 3, dtype=torch.float64)}
+    for step in range(1200):
+        kl.step(params, {"w": a @ patterns[step % 8] @ b})
+    (block,) = kl.blocks["w"]
+    probe = random_gradients(1, (2, 3))[0]
+    expected = matrix_power(a @ a.T, -0.5) @ probe @ matrix_power(b.T @ b, -0.5)
+    torch.testing.assert_close(block.rule.precondition(probe, 1.0), expected, rtol=0.05, atol=0.05)

@@ -1,0 +1,253 @@
+"""The reference's settings of all kinds, against truths that are known without it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference.views import blocks_of, merge_small, view_shape
+from tests.test_reference import SHAPES, reference, tensors
+
+
+def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(eigenvalues**exponent) @ vectors.T
+
+
+def updates(gradients: list[Tensor], **settings: object) -> list[Tensor]:
+    """The directions D that a matrix takes on the steps of these gradients."""
+    settings = {"lr": 1.0, "max_preconditioner_dim": 100, **settings}
+    shampoo = reference({"w": tuple(gradients[0].shape)}, **settings)
+    params = {"w": torch.zeros_like(gradients[0])}
+    directions = []
+    for gradient in gradients:
+        before = params["w"].clone()
+        shampoo.step(params, {"w": gradient})
+        directions.append(before - params["w"])
+    return directions
+
+
+def random_gradients(steps: int, shape: tuple[int, ...]) -> list[Tensor]:
+    return [tensors({"w": shape}, seed=step)["w"] for step in range(1, steps + 1)]
+
+
+# ------------------------------------------------------------------ views and large dimensions
+
+
+@pytest.mark.parametrize(
+    ("shape", "cap", "expected"),
+    [
+        ((5, 7), 35, (35,)),
+        ((5, 7), 34, (5, 7)),
+        ((2, 3, 4, 5), 24, (24, 5)),
+        ((2, 3, 4, 5), 20, (6, 20)),
+        ((1, 6, 1, 2), 4, (6, 2)),
+        ((8, 1, 3), 4, (8, 3)),
+        ((1, 1), 4, (1,)),
+    ],
+)
+def test_small_dimensions_are_merged_from_the_left(
+    shape: tuple[int, ...], cap: int, expected: tuple[int, ...]
+) -> None:
+    assert merge_small(shape, cap) == expected
+
+
+@pytest.mark.parametrize(
+    ("merge_dims", "batched_3d", "expected"),
+    [("matrix", False, (2, 3, 4)), ("small", False, (6, 4)), ("small", True, (2, 3, 4))],
+)
+def test_batches_of_matrices_are_not_merged(
+    merge_dims: str, batched_3d: bool, expected: tuple[int, ...]
+) -> None:
+    view = view_shape((2, 3, 4), batched_3d=batched_3d, merge_dims=merge_dims, cap=6)
+    assert view == (expected, int(batched_3d))
+
+
+@pytest.mark.parametrize(
+    ("large_dim", "shape", "kinds", "count"),
+    [
+        ("block", (9, 3), ("full", "full"), 3),
+        ("one_sided", (9, 3), ("none", "full"), 1),
+        ("one_sided", (9, 5), ("full", "full"), 6),
+        ("one_sided", (9, 3, 8), ("none", "full", "none"), 1),
+        ("diagonal", (9, 3), ("diagonal", "full"), 1),
+        ("diagonal", (9, 5), ("diagonal", "diagonal"), 1),
+    ],
+)
+def test_what_dimensions_above_the_cap_get(
+    large_dim: str, shape: tuple[int, ...], kinds: tuple[str, ...], count: int
+) -> None:
+    blocks = blocks_of(shape, 0, cap=4, large_dim=large_dim)
+    assert len(blocks) == count
+    assert {block.kinds for block in blocks} == {kinds}
+
+
+def test_one_sided_is_the_inverse_square_root_of_one_factor() -> None:
+    gradients = random_gradients(3, (3, 6))
+    (*_, last) = updates(
+        gradients,
+        betas=(0.0, 0.5),
+        max_preconditioner_dim=4,
+        large_dim="one_sided",
+        grafting="none",
+    )
+    factor = sum(0.5 ** (2 - i) * g @ g.T for i, g in enumerate(gradients)) / (1 + 0.5 + 0.25)
+    torch.testing.assert_close(last, matrix_power(factor, -0.5) @ gradients[-1])
+
+
+def test_two_diagonal_sides_are_sums_over_rows_and_columns() -> None:
+    gradients = random_gradients(3, (5, 6))
+    (*_, last) = updates(
+        gradients,
+        betas=(0.0, 1.0),
+        precondition_frequency=3,
+        max_preconditioner_dim=4,
+        large_dim="diagonal",
+        grafting="none",
+    )
+    squares = torch.stack(gradients).square().sum(0)
+    expected = gradients[-1] / (squares.sum(1, keepdim=True) * squares.sum(0)) ** 0.25
+    torch.testing.assert_close(last, expected)
+
+
+def test_a_diagonal_vector_is_adam_without_an_epsilon() -> None:
+    gradients = random_gradients(4, (6,))
+    ours = updates(gradients, max_preconditioner_dim=4, large_dim="diagonal", grafting="none")
+    adam = updates(gradients, grafting="adam", eps=0.0, excluded={"w"})
+    for our, their in zip(ours, adam, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 3, 4), (4, 6)])
+def test_merged_dimensions_are_trained_as_one(shape: tuple[int, ...]) -> None:
+    gradients = random_gradients(3, shape)
+    settings = {"batched_3d": False, "max_preconditioner_dim": 24}
+    merged = updates(gradients, merge_dims="small", **settings)
+    flat = updates([g.flatten() for g in gradients], **settings)
+    assert all(torch.equal(a.flatten(), b) for a, b in zip(merged, flat, strict=True))
+
+
+def test_unmerged_tensors_have_a_factor_for_each_dimension() -> None:
+    gradient = torch.zeros(2, 2, 2, 2, dtype=torch.float64)
+    gradient[0, 0, 0, 0], gradient[1, 1, 1, 1] = 8.0, -2.0
+    (direction,) = updates([gradient], merge_dims="none", grafting="none")
+    torch.testing.assert_close(direction, gradient.sign())
+
+
+# -------------------------------------------------------------------------- roots and grafting
+
+
+def test_no_grafting_leaves_the_size_of_the_preconditioned_momentum() -> None:
+    gradients = random_gradients(2, (3, 4))
+    first, second = updates(
+        gradients, betas=(0.5, 0.5), grafting="none", start_preconditioning_step=2
+    )
+    torch.testing.assert_close(first, gradients[0])
+    m_hat = (0.25 * gradients[0] + 0.5 * gradients[1]) / 0.75
+    left = sum(w * g @ g.T for w, g in zip((0.5, 1.0), gradients, strict=True)) / 1.5
+    right = sum(w * g.T @ g for w, g in zip((0.5, 1.0), gradients, strict=True)) / 1.5
+    expected = matrix_power(left, -0.25) @ m_hat @ matrix_power(right, -0.25)
+    torch.testing.assert_close(second, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "exponents", "power"),
+    [((4, 4), [0.5, 0.125], 0.125), ((4,), [1.0], 1.0), ((4, 4), [0.5], 0.25), ((4,), [0.0], 0.5)],
+)
+def test_exponents_by_order(shape: tuple[int, ...], exponents: list[float], power: float) -> None:
+    # A gradient of one entry has factors g² in its row and its column.
+    gradient = torch.zeros(shape, dtype=torch.float64)
+    gradient[(1,) * len(shape)] = 5.0
+    (direction,) = updates([gradient], grafting="none", root_exponents=exponents)
+    torch.testing.assert_close(direction, gradient * 25.0 ** (-power * len(shape)))
+
+
+def test_the_pseudo_inverse_leaves_null_spaces_out() -> None:
+    gradient = torch.outer(*(tensors({"a": (5,), "b": (5,)}, seed=1).values()))
+    other = random_gradients(1, (5, 5))[0]
+    settings = {"betas": (0.5, 1.0), "grafting": "none", "root_method": "eigh_pseudo_inverse"}
+    shampoo = reference({"w": (5, 5)}, lr=1.0, max_preconditioner_dim=5, **settings)
+    params = {"w": torch.zeros(5, 5, dtype=torch.float64)}
+    shampoo.step(params, {"w": gradient})
+    (block,) = shampoo.blocks["w"]
+    block.moments.momentum = other  # with parts outside of the row and column spaces
+    direction = block.rule.precondition(other, 1.0)
+    size = gradient.norm()
+    left, right = gradient @ gradient.T / size**2, gradient.T @ gradient / size**2
+    torch.testing.assert_close(direction, left @ other @ right / size)
+
+
+@pytest.mark.parametrize("grafting", ["sgd", "rmsprop", "adagrad", "adam"])
+def test_grafting_gives_the_norm_of_the_other_method(grafting: str) -> None:
+    gradients = random_gradients(4, (4, 5))
+    settings = {"grafting": grafting, "grafting_beta2": 0.7, "grafting_eps": 1e-3}
+    ours = updates(gradients, **settings)
+    theirs = updates(gradients, excluded={"w"}, **settings)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.norm(), their.norm())
+        assert not torch.allclose(our, their)
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+def test_momentum_is_that_of_sgd_on_the_directions(preconditioner: str) -> None:
+    settings = {"preconditioner": preconditioner, "precondition_frequency": 2}
+    gradients = random_gradients(6, (4, 5))
+    plain = updates(gradients, **settings)
+    for kind in ({}, {"nesterov": True}, {"dampening": 0.4}):
+        ours = updates(gradients, **settings, momentum=0.8, **kind)
+        weight = torch.zeros(4, 5, dtype=torch.float64, requires_grad=True)
+        sgd = torch.optim.SGD([weight], lr=1.0, momentum=0.8, **kind)
+        for direction, our in zip(plain, ours, strict=True):
+            before = weight.detach().clone()
+            weight.grad = direction
+            sgd.step()
+            torch.testing.assert_close(our, before - weight.detach())
+
+
+def test_without_bias_correction_averages_stay_small() -> None:
+    gradients = random_gradients(1, (3, 4))
+    corrected, plain = (
+        updates(
+            gradients,
+            betas=(0.75, 0.9),
+            grafting="sgd",
+            start_preconditioning_step=9,
+            use_bias_correction=correct,
+        )[0]
+        for correct in (True, False)
+    )
+    torch.testing.assert_close(plain, corrected * 0.25)
+    settings = {"betas": (0.0, 0.75), "grafting": "none"}
+    corrected, plain = (
+        updates(gradients, use_bias_correction=correct, **settings)[0] for correct in (True, False)
+    )
+    torch.testing.assert_close(plain, corrected * 2)  # 0.25^(-1/4) on either side
+
+
+# ------------------------------------------------------------------------------- weight decay
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+def test_l2_is_a_part_of_the_gradient(preconditioner: str) -> None:
+    settings = {"preconditioner": preconditioner, "precondition_frequency": 2}
+    ours, theirs = tensors(SHAPES, seed=0), tensors(SHAPES, seed=0)
+    l2 = reference(SHAPES, weight_decay=0.3, weight_decay_type="l2", excluded={"conv"}, **settings)
+    plain = reference(SHAPES, excluded={"conv"}, **settings)
+    for step in range(1, 6):
+        gradients = tensors(SHAPES, seed=step)
+        l2.step(ours, gradients)
+        plain.step(theirs, {n: g + 0.3 * theirs[n] for n, g in gradients.items()})
+    for name in SHAPES:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_independent_decay_follows_the_schedule_alone() -> None:
+    # lr 2 at first, halved after: weights shrink by 0.1, then by 0.05.
+    params = tensors(SHAPES, seed=0)
+    before = {n: p.clone() for n, p in params.items()}
+    zeros = {n: torch.zeros_like(p) for n, p in params.items()}
+    shampoo = reference(SHAPES, lr=2.0, weight_decay=0.1, weight_decay_type="independent")
+    shampoo.step(params, zeros)
+    shampoo.lr = 1.0
+    shampoo.step(params, zeros)
+    for name in SHAPES:
+        torch.testing.assert_close(params[name], before[name] * 0.9 * 0.95)
