@@ -1,0 +1,131 @@
+"""Optimizers that TorchTitan does not have and the study compares with."""
+
+import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
+
+# isort: split
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.optim._muon
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer
+
+from shampoo_fsdp import Shampoo, ShampooConfig
+
+__all__ = ["Muon", "MuonContainer", "ShardedShampooContainer"]
+
+
+@dataclass
+class Muon:
+    """The table `[optimizer.muon]`; lr and weight_decay are those of `[optimizer]`."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    adjust_lr: str = "match_rms_adamw"
+    """"match_rms_adamw" gives a matrix's update the size of AdamW's (Liu et al. 2025, 2502.16982,
+    eq. 4), so that both share one lr; "original": sqrt(max(1, rows / columns))."""
+    adamw_lr: float = 1.0
+    """lr of AdamW, for embeddings, output layer and vectors, relative to Muon's."""
+
+
+class MuonContainer(OptimizersContainer):  # type: ignore[type-arg]
+    """`torch.optim.Muon` for the hidden matrices, `torch.optim.AdamW` for all other parameters."""
+
+    def __init__(self, model_parts: list[nn.Module], config: Any) -> None:
+        _orthogonalize_in_fp32_on_cpu()
+        self.model_parts = model_parts
+        self.optimizers = []
+        for part in model_parts:
+            hidden, others = [], []
+            for name, parameter in part.named_parameters():
+                matrix = parameter.ndim == 2 and name.startswith("layers.")
+                (hidden if matrix else others).append(parameter)
+            muon, decay = config.muon, config.weight_decay
+            self.optimizers += [
+                torch.optim.Muon(
+                    hidden,
+                    lr=config.lr,
+                    weight_decay=decay,
+                    momentum=muon.momentum,
+                    nesterov=muon.nesterov,
+                    adjust_lr_fn=muon.adjust_lr,
+                ),
+                torch.optim.AdamW(
+                    others,
+                    lr=config.lr * muon.adamw_lr,
+                    betas=(config.beta1, config.beta2),
+                    eps=config.eps,
+                    weight_decay=decay,
+                    fused=True,
+                ),
+            ]
+        self._post_init([p for part in model_parts for p in part.parameters()], {})
+
+
+class ShardedShampooContainer(OptimizersContainer):  # type: ignore[type-arg]
+    """Shampoo in one process, with the blocks that it would have on several with
+    block_alignment = "shard": each shard of a parameter is a parameter of its own."""
+
+    def __init__(self, model_parts: list[nn.Module], config: Any) -> None:
+        self.model_parts = model_parts
+        self.optimizers = []
+        self._shards: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+        for part in model_parts:
+            named = []
+            for name, parameter in part.named_parameters():
+                pieces = [nn.Parameter(p) for p in parameter.data.chunk(config.simulated_shards)]
+                self._shards.append((parameter, pieces))
+                named += [(f"{name}.{i}", piece) for i, piece in enumerate(pieces)]
+            settings = {
+                f.name: getattr(config.shampoo, f.name) for f in dataclasses.fields(ShampooConfig)
+            }
+            self.optimizers.append(
+                Shampoo(
+                    named,
+                    lr=config.lr,
+                    betas=(config.beta1, config.beta2),
+                    eps=config.eps,
+                    weight_decay=config.weight_decay,
+                    **settings,
+                )
+            )
+        self._post_init([p for part in model_parts for p in part.parameters()], {})
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        for parameter, pieces in self._shards:
+            assert parameter.grad is not None
+            for piece, grad in zip(pieces, parameter.grad.chunk(len(pieces)), strict=True):
+                piece.grad = grad
+        super().step(*args, **kwargs)
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        for parameter, pieces in self._shards:
+            parameter.grad = None
+            for piece in pieces:
+                piece.grad = None
+
+
+def _orthogonalize_in_fp32_on_cpu() -> None:
+    """Without this Muon takes 20 times as long: CPUs without bfloat16 units emulate it."""
+    original = torch.optim._muon._zeropower_via_newtonschulz
+    if original.__name__ == "_orthogonalize":
+        return
+
+    def _orthogonalize(
+        grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+    ) -> torch.Tensor:
+        if grad.device.type != "cpu":
+            return original(grad, coefficients, steps, eps)
+        a, b, c = coefficients
+        tall = grad.size(0) > grad.size(1)
+        x = grad.T if tall else grad
+        x = x / x.norm().clamp(min=eps)
+        for _ in range(steps):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.T if tall else x
+
+    torch.optim._muon._zeropower_via_newtonschulz = _orthogonalize

@@ -1,0 +1,80 @@
+"""What the study's jobs need beside `shampoo_torchtitan`: model sizes, Muon, simulated shards.
+
+A job file names this module as `experimental.custom_import` and as `job.custom_config_module`; it
+then runs under the study, or by itself:
+
+    torchrun --nproc_per_node 2 -m shampoo_torchtitan.train --job.config_file JOB.toml
+"""
+
+import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
+
+# isort: split
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torchtitan.models.llama3 as llama3
+
+from shampoo_fsdp import ShampooConfig
+from studies.pretrain import data
+from studies.pretrain.contestants import Muon, MuonContainer, ShardedShampooContainer
+
+__all__ = ["JobConfig", "Optimizer", "register"]
+
+_VOCABULARY = 260  # 256 bytes and the special tokens, as in the flavors of shampoo_torchtitan
+
+
+@dataclass
+class Optimizer:
+    """What is added to TorchTitan's `[optimizer]`."""
+
+    shampoo: ShampooConfig = field(default_factory=ShampooConfig)
+    muon: Muon = field(default_factory=Muon)
+    simulated_shards: int = 1
+    """For Shampoo in one process: every parameter is cut into this many pieces along its first
+    dimension, and no block crosses a cut, as with block_alignment = "shard" on as many ranks."""
+
+
+@dataclass
+class JobConfig:
+    """What is added to TorchTitan's JobConfig."""
+
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def register() -> None:
+    """Adds `study_1M`, `study_3M` and `study_10M` to `llama3`, and the study's optimizers."""
+    for name, dim, layers in (("1M", 128, 5), ("3M", 192, 6), ("10M", 384, 6)):
+        llama3.llama3_args.setdefault(
+            f"study_{name}",
+            llama3.TransformerModelArgs(
+                dim=dim,
+                n_layers=layers,
+                n_heads=dim // 32,
+                vocab_size=_VOCABULARY,
+                multiple_of=32,
+                rope_theta=10000,
+            ),
+        )
+    data.register()
+    build = llama3.build_optimizers
+    if build is _build_optimizers:
+        return
+    _others.append(build)
+    llama3.build_optimizers = _build_optimizers
+
+
+_others: list[Any] = []
+
+
+def _build_optimizers(
+    model_parts: list[Any], config: Any, parallel_dims: Any, ft_manager: Any = None
+) -> Any:
+    if config.name.lower() == "muon":
+        return MuonContainer(model_parts, config)
+    if config.name.lower() == "shampoo" and config.simulated_shards > 1:
+        return ShardedShampooContainer(model_parts, config)
+    return _others[0](model_parts, config, parallel_dims, ft_manager)
+
+
+register()

@@ -1,0 +1,145 @@
+"""The figures of the study, PNG files beside the results."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from studies.pretrain.plan import Study
+from studies.pretrain.results import Results
+from studies.pretrain.summary import (
+    BASELINE,
+    Summary,
+    ablation_losses,
+    by_lr,
+    seconds,
+    summaries,
+    target,
+)
+
+__all__ = ["draw"]
+
+
+def draw(
+    study: Study, sizes: Iterable[str], contestants: list[str], results: Results, folder: Path
+) -> None:
+    """Writes loss.png, to_target.png, lr.png and ablations.png, as far as there are results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colors = {name: f"C{i}" for i, name in enumerate(study.contestants)}
+    by_size = {size: summaries(study, size, contestants, results) for size in sizes}
+    done = {size: found for size, found in by_size.items() if target(found) is not None}
+    if done:
+        _loss(done, colors, folder / "loss.png")
+        _to_target(done, colors, folder / "to_target.png")
+    _lr(study, list(by_size), contestants, results, colors, folder / "lr.png")
+    for size in by_size:
+        _ablations(study, size, results, folder / f"ablations_{size}.png")
+
+
+def _loss(done: dict[str, list[Summary]], colors: dict[str, str], path: Path) -> None:
+    figure, axes = plt.subplots(len(done), 2, figsize=(11, 3.6 * len(done)), squeeze=False)
+    for row, (size, found) in zip(axes, done.items(), strict=True):
+        aim = target(found)
+        assert aim is not None
+        for summary in found:
+            color, name = colors[summary.contestant], summary.contestant
+            losses = np.array([record["loss"] for record in summary.final], dtype=float)
+            times = np.mean([seconds(record) for record in summary.final], axis=0)
+            for axis, x in zip(row, (summary.final[0]["step"], times), strict=True):
+                axis.plot(x, losses.mean(0), color=color, label=name, lw=1.2)
+                axis.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.2, lw=0)
+        for axis, label in zip(row, ("steps", "seconds of training"), strict=True):
+            axis.axhline(aim, color="0.4", lw=0.8, ls=":")
+            axis.set_ylim(_lowest(found) - 0.03, aim + 0.8)
+            axis.set(xlabel=label, ylabel="held-out loss", title=f"{size} parameters")
+            axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _lowest(found: list[Summary]) -> float:
+    return min(min(summary.losses()) for summary in found)
+
+
+def _to_target(done: dict[str, list[Summary]], colors: dict[str, str], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    for column, (axis, what) in enumerate(zip(axes, ("steps", "time"), strict=True)):
+        ticks = []
+        for i, (size, found) in enumerate(done.items()):
+            aim = target(found)
+            assert aim is not None
+            whole = next(s.whole() for s in found if s.contestant == BASELINE)[column]
+            for j, summary in enumerate(found):
+                x = i * (len(found) + 1) + j
+                ticks.append((x, f"{summary.contestant}\n{size}"))
+                values = [r[column] / whole for r in summary.to_target(aim) if r is not None]
+                if values:
+                    axis.bar(x, np.mean(values), color=colors[summary.contestant], alpha=0.6)
+                    axis.plot([x] * len(values), values, "k.", ms=3)
+                if len(values) < len(summary.final):
+                    axis.text(x, 1.02, "never" if not values else "not all", ha="center", size=6)
+        axis.axhline(1.0, color="0.4", lw=0.8, ls=":")
+        axis.set_xticks([x for x, _ in ticks], [name for _, name in ticks], fontsize=6)
+        axis.set_ylabel(f"{what} to {BASELINE}'s best final loss,\nof {BASELINE}'s full run")
+    _save(figure, path)
+
+
+def _lr(
+    study: Study,
+    sizes: list[str],
+    contestants: list[str],
+    results: Results,
+    colors: dict[str, str],
+    path: Path,
+) -> None:
+    curves = {
+        size: {name: by_lr(study, size, name, results) for name in contestants} for size in sizes
+    }
+    sizes = [size for size in sizes if any(curves[size].values())]
+    if not sizes:
+        return
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4.5 * len(sizes), 3.6), squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for name, points in curves[size].items():
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colors[name], label=name, ms=3)
+        losses = [loss for points in curves[size].values() for _, loss in points]
+        axis.set_ylim(min(losses) - 0.03, min(losses) + 0.8)
+        axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text", title=size)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _ablations(study: Study, size: str, results: Results, path: Path) -> None:
+    found = [(a, ablation_losses(study, size, a, results)) for a in study.ablations]
+    found = [(ablation, rows) for ablation, rows in found if len(rows) > 1]
+    if not found:
+        return
+    columns = 3
+    rows_of_axes = -(-len(found) // columns)
+    figure, axes = plt.subplots(
+        rows_of_axes, columns, figsize=(4 * columns, 3 * rows_of_axes), squeeze=False
+    )
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    for axis, (ablation, rows) in zip(axes.flat, found, strict=False):
+        axis.plot([_label(value) for value, _, _ in rows], [loss for _, _, loss in rows], "o-")
+        axis.set(title=ablation["setting"].rsplit(".", 1)[-1], ylabel="final loss, tuning text")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.title.set_size(9)
+    _save(figure, path)
+
+
+def _label(value: Any) -> str:
+    return "\n".join(value) or "none" if isinstance(value, list) else str(value)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,135 @@
+"""What the runs of a contestant amount to: losses, and steps and seconds to a target."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from studies.pretrain.plan import LR, Study
+from studies.pretrain.results import Results, Run
+
+__all__ = [
+    "BASELINE",
+    "Summary",
+    "ablation_losses",
+    "by_lr",
+    "first_at_or_below",
+    "seconds",
+    "smoothed",
+    "summaries",
+    "target",
+]
+
+BASELINE = "AdamW"
+
+
+def smoothed(losses: Iterable[float | None]) -> list[float]:
+    """The mean of each evaluation and its neighbours: one lucky evaluation reaches no target."""
+    values = [float("inf") if loss is None else loss for loss in losses]
+    return [statistics.fmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
+
+
+def seconds(record: dict[str, Any]) -> list[float]:
+    """Training time at each evaluation, without start-up and evaluations.
+
+    On the CPU that is the time that the process had a core, which is what it takes on a machine
+    with nothing else to do; on GPUs, where the host does not tell, the time on the clock.
+    """
+    found: list[float] = record["cpu_seconds" if record["device"] == "cpu" else "seconds"]
+    return found
+
+
+def first_at_or_below(record: dict[str, Any], target: float) -> tuple[int, float] | None:
+    """Steps and seconds until the smoothed loss reaches the target; None if it never does."""
+    for step, time, loss in zip(
+        record["step"], seconds(record), smoothed(record["loss"]), strict=True
+    ):
+        if loss <= target:
+            return step, time
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A contestant at one size: the settings that were chosen, and its records by seed."""
+
+    contestant: str
+    settings: dict[str, Any]
+    final: list[dict[str, Any]]
+    shorter: list[dict[str, Any]]
+
+    def losses(self, shorter: bool = False) -> list[float]:
+        """Last losses on held-out text, of each seed."""
+        records = self.shorter if shorter else self.final
+        return [float("inf") if r["loss"][-1] is None else r["loss"][-1] for r in records]
+
+    def to_target(self, target: float) -> list[tuple[int, float] | None]:
+        """Steps and seconds to the target, of each seed."""
+        return [first_at_or_below(record, target) for record in self.final]
+
+    def whole(self) -> tuple[float, float]:
+        """Steps and seconds of a full run, mean of the seeds."""
+        return (
+            statistics.fmean(record["step"][-1] for record in self.final),
+            statistics.fmean(seconds(record)[-1] for record in self.final),
+        )
+
+    def optimizer_ms(self) -> float:
+        """Time of the optimizer in a step, mean of the seeds."""
+        return 1e3 * statistics.fmean(r["optimizer_seconds"] / r["step"][-1] for r in self.final)
+
+
+def summaries(
+    study: Study, size: str, contestants: Iterable[str], results: Results
+) -> list[Summary]:
+    """Of the contestants that have all their final runs."""
+    found = []
+    for contestant in contestants:
+        _, settings = study.tuning(size, contestant, results.loss)
+        if settings is None:
+            continue
+        final = study.final(size, contestant, settings)
+        if not all(run in results for run in final):
+            continue
+        shorter = study.shorter(size, contestant, settings)
+        found.append(
+            Summary(
+                contestant=contestant,
+                settings=settings,
+                final=[results[run] for run in final],
+                shorter=[results[run] for run in shorter if run in results],
+            )
+        )
+    return found
+
+
+def target(found: list[Summary]) -> float | None:
+    """AdamW's best final loss on held-out text: that of its best seed."""
+    losses = [x for s in found if s.contestant == BASELINE for x in s.losses()]
+    return min(losses) if losses else None
+
+
+def by_lr(study: Study, size: str, contestant: str, results: Results) -> list[tuple[float, float]]:
+    """lr and final loss of the runs that lr was chosen by, ascending."""
+    runs, _ = study.tuning(size, contestant, results.loss)
+    losses = {run.settings[LR]: results.loss(run) for run in runs if _same_but_lr(run, runs[0])}
+    return sorted((lr, loss) for lr, loss in losses.items() if loss is not None)
+
+
+def _same_but_lr(run: Run, other: Run) -> bool:
+    return {**run.settings, LR: None} == {**other.settings, LR: None}
+
+
+def ablation_losses(
+    study: Study, size: str, ablation: dict[str, Any], results: Results
+) -> list[tuple[Any, Run, float]]:
+    """Each value, its best run, and that run's final loss; values without a finished run lack."""
+    _, best = study.tuning(size, ablation["contestant"], results.loss)
+    if best is None:
+        return []
+    found: dict[str, tuple[Any, Run, float]] = {}
+    for value, run in study.ablation(size, ablation, best):
+        loss = results.loss(run)
+        if loss is not None and loss < found.get(str(value), (None, None, float("inf")))[2]:
+            found[str(value)] = (value, run, loss)
+    return list(found.values())

@@ -1,0 +1,104 @@
+"""The study's jobs, shrunk, in this process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import studies.pretrain.extension  # noqa: F401  first: it makes TorchTitan run without a GPU
+from shampoo_torchtitan.byte_tokenizer import write_byte_tokenizer
+from studies.pretrain import data, job
+from studies.pretrain.plan import Study
+
+_STUDY = Path(job.__file__).parent / "study.toml"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Settings that make a job of the study take a second."""
+    folder = tmp_path_factory.mktemp("study")
+    write_byte_tokenizer(folder / "tokenizer")
+    (folder / "source").mkdir()
+    for i in range(60):
+        (folder / "source" / f"module_{i}.py").write_text(f"def f_{i}(x):\n    return {i}\n" * 20)
+    return {
+        "job.dump_folder": str(folder),
+        "model.hf_assets_path": str(folder / "tokenizer"),
+        "training.dataset_path": str(folder / "source"),
+        "training.local_batch_size": 2,
+        "training.seq_len": 16,
+        "training.steps": 6,
+        "lr_scheduler.warmup_steps": 2,
+        "validation.dataset_path": str(folder / "source"),
+        "validation.local_batch_size": 2,
+        "validation.seq_len": 16,
+        "validation.steps": 1,
+        "validation.freq": 2,
+        "optimizer.lr": 1e-3,
+    }
+
+
+@pytest.mark.parametrize("contestant", Study(_STUDY).contestants)
+def test_every_contestant_trains_and_repeats_itself(small, contestant):
+    settings = {**Study(_STUDY).job("1M", contestant), **small}
+    curve = job.run(settings)
+    assert curve["step"] == [2, 4, 6]
+    assert curve["loss"][-1] < curve["loss"][0] < 6.0
+    assert curve["seconds"][0] < curve["seconds"][-1]
+    assert curve["optimizer_seconds"] < curve["cpu_seconds"][-1]
+    again = job.run(settings)
+    assert again["loss"] == curve["loss"]
+    other = job.run({**settings, "debug.seed": 1})
+    assert other["loss"] != curve["loss"]
+
+
+def test_simulated_shards_cut_blocks_where_shards_end(small):
+    """Blocks of half a matrix's rows are the same, whether two shards or the cap cut them."""
+    settings = {
+        **Study(_STUDY).job("1M", "Shampoo"),
+        **small,
+        "optimizer.shampoo.start_preconditioning_step": 1,
+        "optimizer.shampoo.precondition_frequency": 1,
+    }
+    one = job.run({**settings, "optimizer.shampoo.max_preconditioner_dim": 64})
+    two = job.run(
+        {
+            **settings,
+            "optimizer.shampoo.max_preconditioner_dim": 64,
+            "optimizer.simulated_shards": 2,
+        }
+    )
+    whole = job.run({**settings, "optimizer.shampoo.max_preconditioner_dim": 128})
+    # 352 rows are cut in 6 of at most 64, or in 2 x 3.
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-3)
+    assert whole["loss"] != pytest.approx(one["loss"], abs=1e-3)
+
+
+def test_a_run_that_diverges_is_ended_and_counts_as_lost(small):
+    curve = job.run({**Study(_STUDY).job("1M", "AdamW"), **small, "optimizer.lr": 1e6})
+    assert curve["loss"][-1] == float("inf")
+
+
+def test_batches_are_an_epoch_in_an_order_that_the_seed_decides():
+    text = torch.arange(101)
+    stream = data.batches(text, batch=2, length=10, seed=3)
+    epoch = [next(stream) for _ in range(5)]
+    firsts = sorted(x for inputs, _ in epoch for x in inputs["input"][:, 0].tolist())
+    assert firsts == list(range(0, 100, 10))
+    inputs, labels = epoch[0]
+    assert torch.equal(inputs["input"] + 1, labels)
+    same = next(data.batches(text, batch=2, length=10, seed=3))
+    other = next(data.batches(text, batch=2, length=10, seed=4))
+    assert torch.equal(same[1], labels)
+    assert not torch.equal(other[1], labels)
+
+
+def test_text_that_is_trained_on_is_not_validated_on(small):
+    texts = {}
+    for name in ("python_source_study", "python_source_tuning", "python_source_validation"):
+        entry = data.DATASETS[name]
+        texts[name] = set(entry.loader(small["training.dataset_path"])["text"])
+    training, tuning, held_out = texts.values()
+    assert min(map(len, texts.values())) >= 2
+    assert not (training & tuning or training & held_out or tuning & held_out)
+    assert len(training | tuning | held_out) == 60

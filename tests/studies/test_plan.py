@@ -1,0 +1,154 @@
+"""Which runs follow from which losses, and what of a killed study survives."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from studies.pretrain.execute import estimate, missing
+from studies.pretrain.plan import LR, Study
+from studies.pretrain.results import Results, Run
+
+_STUDY = """
+[study]
+seed = 0
+final_seeds = [1, 2]
+shorter = 0.5
+tuning_part = { tiny = 0.2 }
+held_out = "unseen"
+ablations = ["tiny"]
+
+[seconds_per_step]
+tiny = 0.1
+
+[contestants.AdamW.job.optimizer]
+name = "AdamW"
+[contestants.AdamW.tune]
+"optimizer.lr" = [1e-3, 1e-2, 1e-1]
+"optimizer.weight_decay" = [0.3]
+
+[[ablation]]
+contestant = "AdamW"
+setting = "optimizer.eps"
+values = [1e-8, 1e-4]
+"""
+
+_JOB = """
+[optimizer]
+lr = 1.0
+weight_decay = 0.1
+[lr_scheduler]
+warmup_steps = 10
+[training]
+steps = 100
+[validation]
+dataset = "tuning"
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "tiny.toml").write_text(_JOB)
+    (tmp_path / "study.toml").write_text(_STUDY)
+    return Study(tmp_path / "study.toml")
+
+
+def _loss(run: Run) -> float:
+    """Best at lr 1e-2 and weight decay 0.3."""
+    settings = run.settings
+    return abs(settings[LR] - 1e-2) + abs(settings["optimizer.weight_decay"] - 0.3)
+
+
+def _curve(loss: float, step: int = 100) -> dict:
+    return {"step": [step], "loss": [loss], "seconds": [5.0], "cpu_seconds": [5.0]}
+
+
+def test_the_best_lr_then_the_best_weight_decay_are_kept(study):
+    runs, best = study.tuning("tiny", "AdamW", _loss)
+    assert (best[LR], best["optimizer.weight_decay"]) == (1e-2, 0.3)
+    assert [run.settings[LR] for run in runs[:3]] == [1e-3, 1e-2, 1e-1]
+    assert {run.settings["optimizer.weight_decay"] for run in runs[:3]} == {0.1}
+    assert {run.settings["optimizer.weight_decay"] for run in runs[3:]} == {0.1, 0.3}
+    assert {run.settings[LR] for run in runs[3:]} == {1e-2}
+
+
+def test_the_list_of_lr_grows_until_the_best_is_inside(study):
+    def loss(run: Run) -> float:
+        return abs(run.settings[LR] - 1e-5)
+
+    runs, best = study.tuning("tiny", "AdamW", loss)
+    assert best[LR] == pytest.approx(1e-5)
+    assert min(run.settings[LR] for run in runs) == pytest.approx(1e-6)
+
+
+def test_later_choices_wait_for_earlier_ones(study):
+    runs, best = study.tuning("tiny", "AdamW", lambda run: None)
+    assert best is None
+    assert len(runs) == 3
+
+
+def test_only_the_runs_that_are_compared_see_the_held_out_text(study):
+    runs = study.runs("tiny", "AdamW", ("final", "shorter", "ablations"), _loss)
+    text = {stage: {r.settings["validation.dataset"] for r in runs if r.stage == stage}
+            for stage in {run.stage for run in runs}}  # fmt: skip
+    assert text == {
+        "tuning": {"tuning"},
+        "ablations": {"tuning"},
+        "final": {"unseen"},
+        "shorter": {"unseen"},
+    }
+    final = [run for run in runs if run.stage == "final"]
+    assert [run.settings["debug.seed"] for run in final] == [1, 2]
+    assert all(_loss(run) == 0 for run in final)
+    assert {run.settings["training.steps"] for run in final} == {100}
+    tuning = [run.settings for run in runs if run.stage == "tuning"]
+    assert {s["training.steps"] for s in tuning} == {20}
+    assert {s["lr_scheduler.warmup_steps"] for s in tuning} == {2}
+    shorter = [run.settings for run in runs if run.stage == "shorter"]
+    assert {s["training.steps"] for s in shorter} == {50}
+    assert {s["lr_scheduler.warmup_steps"] for s in shorter} == {5}
+
+
+def test_a_run_is_known_by_what_decides_its_result():
+    settings = {LR: 1e-3, "job.description": "first"}
+    run = Run(size="tiny", contestant="AdamW", stage="tuning", settings=settings)
+    same = Run(
+        size="tiny",
+        contestant="AdamW",
+        stage="final",
+        settings={**settings, "job.description": "second"},
+    )
+    other = Run(size="tiny", contestant="AdamW", stage="tuning", settings={LR: 2e-3})
+    assert run.id == same.id != other.id
+
+
+def test_a_killed_study_goes_on(study, tmp_path):
+    path = tmp_path / "results" / "runs.jsonl"
+    results = Results(path)
+    todo = list(missing(study, ["tiny"], ["AdamW"], ["final"], results.loss).values())
+    results.add(todo[0], _curve(1.0))
+    results.add(todo[1], _curve(float("inf"), step=20))
+    with path.open("a") as file:
+        file.write('{"id": "half a li')
+
+    again = Results(path)
+    assert [again.loss(run) for run in todo] == [1.0, float("inf"), None]
+    left = missing(study, ["tiny"], ["AdamW"], ["final"], again.loss)
+    assert list(left) == [todo[2].id]
+    again.add(todo[2], _curve(2.0))
+    assert Results(path).loss(todo[2]) == 2.0
+    record = json.loads(path.read_text().splitlines()[0])
+    assert record["settings"][LR] == 1e-3
+    assert {"torch", "torchtitan", "shampoo_fsdp", "commit"} <= set(record["versions"])
+
+
+def test_the_estimate_counts_what_is_missing(study, tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+    text = estimate(study, ["tiny"], ["AdamW"], ["final", "ablations"], results, jobs=1)
+    # 3 lr, 1 weight decay, 2 seeds, 2 ablations.
+    assert text.startswith("tiny: 8 runs")
+    run = study.tuning("tiny", "AdamW", results.loss)[0][0]
+    results.add(run, {**_curve(1.0), "seconds": [3600.0]})
+    text = estimate(study, ["tiny"], ["AdamW"], ["final", "ablations"], results, jobs=2)
+    assert text.startswith("tiny: 7 runs, about 2.3 h")

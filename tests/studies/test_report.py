@@ -1,0 +1,61 @@
+"""Table and figures from made-up results."""
+
+from pathlib import Path
+
+import pytest
+
+from studies.pretrain import report
+from studies.pretrain.execute import missing
+from studies.pretrain.plan import STAGES, Study
+from studies.pretrain.results import Results
+
+_FILE = Path(report.__file__).parent / "study.toml"
+_SPEED = {"AdamW": 1.0, "Muon": 1.6, "Shampoo": 2.0}  # steps of AdamW for one of theirs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study of three contestants at one size, each loss 1 / (1 + steps of AdamW)."""
+    study, results = Study(_FILE), Results(tmp_path_factory.mktemp("results") / "runs.jsonl")
+    while todo := missing(study, ["1M"], list(_SPEED), STAGES, results.loss):
+        for run in todo.values():
+            steps = list(range(10, run.settings["training.steps"] + 1, 10))
+            penalty = abs(run.settings["optimizer.lr"] - 8e-3)
+            penalty += run.settings["debug.seed"] * 1e-5
+            curve = {
+                "step": steps,
+                "loss": [1 / (1 + 0.01 * s * _SPEED[run.contestant]) + penalty for s in steps],
+                "seconds": [0.1 * s for s in steps],
+                "cpu_seconds": [0.1 * s for s in steps],
+                "optimizer_seconds": 1.0,
+                "device": "cpu",
+            }
+            results.add(run, curve)
+    return study, results
+
+
+def test_the_table_says_how_many_steps_are_saved(finished):
+    study, results = finished
+    lines = report.markdown(study, ["1M"], list(_SPEED), results).splitlines()
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines if line.startswith("| ")}
+    assert rows["AdamW"][1].startswith("lr 0.008, weight_decay ")
+    steps = {name: rows[name][3] for name in _SPEED}
+    # Shampoo's curve is AdamW's twice as fast; the mean of neighbours is a little above the curve.
+    assert steps["Shampoo"] == "210 (-48%)"
+    assert steps["Muon"] == "260 (-35%)"
+    assert rows["Shampoo"][4] == "21 s (-48%)"
+    assert "Ablations, 1M" in lines
+
+
+def test_figures_are_drawn(finished, tmp_path):
+    figures = pytest.importorskip("studies.pretrain.figures", exc_type=ImportError)
+    study, results = finished
+    figures.draw(study, ["1M", "3M"], list(_SPEED), results, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"loss.png", "to_target.png", "lr.png", "ablations_1M.png"}
+
+
+def test_without_results_there_is_a_sentence(finished, tmp_path):
+    study, _ = finished
+    text = report.markdown(study, ["1M"], list(_SPEED), Results(tmp_path / "none.jsonl"))
+    assert text == "No contestant has all its runs yet."
