@@ -1,13 +1,16 @@
 """How many things a checkpoint consists of, for torch.distributed.checkpoint: counted from the plan
 of a model on a mesh, without tensors."""
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.blocks import make_grid
 from shampoo_fsdp.layout import shard_rectangle
 from shampoo_fsdp.parameters import is_preconditioned
-from shampoo_fsdp.shard_map import ParameterSpec, shard_maps
+from shampoo_fsdp.shard_map import ParameterSpec
 from shampoo_fsdp.state_layout import saved_entries
 
 __all__ = ["Items", "count_items"]
@@ -16,6 +19,8 @@ _ADAMW_SETTINGS = 12
 """Keys that torch.optim.AdamW and a scheduler of lr keep in a parameter group."""
 _OUR_SETTINGS = 5
 _ADAMW_MOMENTS = 2
+_ADAMW_COUNTERS = 1  # step
+_OUR_COUNTERS = 3  # step, factor_step, refreshed
 
 
 @dataclass
@@ -51,6 +56,7 @@ def count_items(specs: Sequence[ParameterSpec], config: ShampooConfig | None) ->
 
     Args:
         specs: the parameters, sharded on a mesh of several ranks.
+        config: blocks cut on whole parameters, each owned once (the defaults).
     """
     items = Items()
     shards: dict[object, tuple[int, int]] = {}
@@ -65,25 +71,23 @@ def count_items(specs: Sequence[ParameterSpec], config: ShampooConfig | None) ->
             for _ in range(_ADAMW_MOMENTS):
                 items._add(*shards[layout])
         settings = _OUR_SETTINGS if config else _ADAMW_SETTINGS
-        steps = 2 if spec.name in names else 1
-        items._add_numbers(settings + steps, len(spec.ranks))
-    if config:
-        for shard_map in shard_maps(chosen, config):
-            shapes = [site.shape for site in shard_map.sites]
-            kept = {shape: saved_entries(shape, config) for shape in set(shapes)}
-            replicas = shard_map.replicas if config.owner_scope == "shard" else 1
-            for name in {name for entries in kept.values() for name in entries}:
-                blocks = sum(name in kept[shape] for shape in shapes)
-                items._add(replicas * blocks, blocks)
-            items._add(replicas, 1)  # the marker of the settings
+        counters = _OUR_COUNTERS if spec.name in names else _ADAMW_COUNTERS
+        items._add_numbers(settings + counters, len(spec.ranks))
+    for spec in chosen:
+        assert config
+        grid = make_grid(spec.shape, config)
+        blocks = Counter(map(grid.block_shape, grid.coordinates()))
+        kept = {shape: saved_entries(shape, config) for shape in blocks}
+        for name in {name for entries in kept.values() for name in entries}:
+            number = sum(n for shape, n in blocks.items() if name in kept[shape])
+            items._add(number, number)
+        items._add(1, 1)  # the marker of the settings
     return items
 
 
 def _shards(spec: ParameterSpec) -> set[object]:
     """The different places of shards in a parameter; empty ones too, which are planned as well."""
-    coordinates = [()]
-    for size in spec.mesh_shape:
-        coordinates = [(*c, i) for c in coordinates for i in range(size)]  # type: ignore[misc]
+    coordinates = itertools.product(*map(range, spec.mesh_shape))
     return {
         tuple(
             start for start, _ in shard_rectangle(spec.shape, spec.mesh_shape, spec.placements, c)

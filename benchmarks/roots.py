@@ -6,6 +6,15 @@
 Errors are those of the method: against an fp64 root of the same fp32 matrix, with the method's own
 floor or ridge. "effect" is the error of X g for g = A^(1/2) u, u random, which is distributed as
 the gradients that make up A. All methods take turns in one run; times are medians, on the CPU.
+
+What it says: on CPUs "eigh" is the one to take. Matrix products alone cost 6 to 10 times its FLOPs
+and 2.3 to 9 times its time, the more the larger n. They are the more exact, 10 times and more from
+condition 1e4 on, but eigh's error is small beside what 10 steps change. A QR step from the last
+basis takes as long as eigh (0.8 to 1.6 times) and leaves an error of 14% with exponent -1/4.
+
+On CUDA, not measured here, torch.linalg.eigh decomposes matrices of n > 32 one after the other
+(pytorch/pytorch#175585), each in more than n steps that depend on each other, and the host waits.
+coupled_newton is 44 batched products and some 90 small operators for any n and number of matrices.
 """
 
 import argparse
@@ -91,9 +100,6 @@ def table(title: str, rows: Rows) -> Table:
     for row in rows:
         result.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     return result
-
-
-# ------------------------------------------------------------------------------ cost
 
 
 def measure_cost(n: int, blocks: int, exponent: float) -> Rows:
@@ -186,9 +192,6 @@ def cost_model(cost: Rows) -> Rows:
     return rows
 
 
-# ----------------------------------------------------------------------------- error
-
-
 def measure_errors(n: int, spectrum: str, exponents: Sequence[float]) -> Rows:
     """Errors of each method for one n x n matrix."""
     turn = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
@@ -227,9 +230,6 @@ def own_eigenvalues(eigenvalues: Tensor, method: str) -> tuple[Tensor, Tensor]:
     if method == "eigh_pseudo_inverse":
         kept = (eigenvalues > len(eigenvalues) * RESOLUTION * eigenvalues.max()).double()
     return eigenvalues.clamp_min(RESOLUTION * eigenvalues.max().item()) + EPS, kept
-
-
-# ------------------------------------------------------------------------ warm start
 
 
 def measure_warm_start() -> Rows:

@@ -196,6 +196,9 @@ class ShampooConfig:
                 _refuse("root_exponents", exponent, "numbers >= 0")
         if self.preconditioner != "shampoo" and self.root_method not in (None, "eigh", "qr"):
             _refuse("root_method", self.root_method, f"'eigh' or 'qr' for {self.preconditioner}")
+        if self.factor_dtype == "bfloat16" and self.root_method in ("coupled_newton", "newton_db"):
+            # Rounding makes eigenvalues negative, down to 2^-7 of the largest: these diverge then.
+            _refuse("root_method", self.root_method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
         positive = ("intra_node_bandwidth", "inter_node_bandwidth", "device_tflops")
         for name in (*positive, *(() if self.memory_cap is None else ("memory_cap",))):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):

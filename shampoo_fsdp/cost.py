@@ -14,11 +14,11 @@ __all__ = ["block_flops", "modelled_seconds"]
 # A root or eigenbasis of an n x n factor takes as long as a matrix product of this many FLOPs times
 # n^3 and n^2: fitted to n = 64 to 1024 on a CPU (python -m benchmarks.roots).
 _REFRESH_FLOPS = {
-    "eigh": (11.0, 5500.0),
-    "eigh_pseudo_inverse": (11.0, 5500.0),
-    "coupled_newton": (190.0, 0.0),
-    "newton_db": (150.0, 0.0),
-    "qr": (18.0, 3000.0),
+    "eigh": (10.0, 1900.0),
+    "eigh_pseudo_inverse": (10.0, 1900.0),
+    "coupled_newton": (84.0, 730.0),
+    "newton_db": (110.0, 560.0),
+    "qr": (15.0, 1400.0),
 }
 
 

@@ -25,6 +25,7 @@ __all__ = ["Block", "Checkpoint", "Factor", "Parameter", "inspect_checkpoint"]
 
 _RESOLUTION = torch.finfo(torch.float32).eps
 _CURVE_POINTS = 65
+_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 _TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")
 
 
@@ -82,13 +83,13 @@ class Parameter:
 
     @property
     def kind(self) -> str:
-        """The name without numbers, which is the same for all layers."""
-        return re.sub(r"\d+", "#", self.name)
+        """The name without the number of its layer."""
+        return _LAYER.sub("#", self.name)
 
     @property
     def layer(self) -> int | None:
-        """The first number of its name."""
-        match = re.search(r"\d+", self.name)
+        """The first number between dots in its name."""
+        match = _LAYER.search(self.name)
         return int(match[0]) if match else None
 
 
@@ -124,7 +125,7 @@ def inspect_checkpoint(
     if not found:
         raise ValueError(f"{folder} has no optimizer state; was only the model saved?")
     try:
-        chosen = [name for name in found if re.search(pattern, name)]
+        chosen = sorted((name for name in found if re.search(pattern, name)), key=_natural)
     except re.error as error:
         raise ValueError(f"'{pattern}' is no regular expression: {error}.") from None
     if not chosen:
@@ -146,6 +147,12 @@ def inspect_checkpoint(
         len(chosen),
         (_parameter(reader, n, found[n], settings.get(n, {}), most_blocks) for n in chosen),
     )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """For sorting: layer 2 comes before layer 10."""
+    parts = name.split(".")
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _parameter(

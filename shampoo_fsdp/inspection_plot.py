@@ -40,7 +40,7 @@ def plot(checkpoint: Checkpoint, file: Path) -> None:
     _draw_layers(condition, kinds, "condition number", lambda f: f.condition_number)
     condition.set_yscale("log")
     _draw_layers(rank, kinds, "effective rank / n", lambda f: f.effective_rank / f.n)
-    rank.set_ylim(0.0, 1.0)
+    rank.set_ylim(bottom=0.0)
     handles, labels = rows.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False
@@ -74,11 +74,11 @@ def _draw_decay(axes: Any, kinds: dict[str, list[Parameter]], dimension: int) ->
         quartiles = [[v[int(q * (len(v) - 1))] for v in columns] for q in (0.25, 0.5, 0.75)]
         color = f"C{number % 10}"
         axes.fill_between(places, quartiles[0], quartiles[2], color=color, alpha=0.15, linewidth=0)
-        axes.plot(places, quartiles[1], color=color, label=kind)
+        axes.plot(places, quartiles[1], color=color, label=kind.removesuffix(".weight"))
     axes.axhline(2.0**-23, color="0.6", linewidth=0.8, linestyle=":")
     axes.text(0.01, 2.0**-23, " resolution of fp32", color="0.4", fontsize="x-small", va="bottom")
     axes.set_yscale("log")
-    axes.set_ylim(1e-10, 2.0)
+    axes.set_ylim(1e-8, 2.0)
     axes.set_xlim(0.0, 1.0)
     axes.set_title(f"Eigenvalues of the factors of dimension {dimension}", fontsize="medium")
     axes.set_xlabel("place among the eigenvalues / n")

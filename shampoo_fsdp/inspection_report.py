@@ -58,8 +58,9 @@ def print_report(checkpoint: Checkpoint, console: Console) -> None:
             f"({rules}), with max_preconditioner_dim = {_range(caps)}.",
             highlight=False,
         )
-    for name, value in checkpoint.training.items():
-        console.print(f"{name}: {value}", highlight=False)
+    if checkpoint.training:
+        found = ", ".join(f"{name} = {value}" for name, value in checkpoint.training.items())
+        console.print(f"The training's own count: {found}.", highlight=False)
     console.print(_settings_table(parameters), _parameter_table(parameters))
     for parameter in parameters:
         for entry, count in parameter.nonfinite.items():

@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 FACTORS = re.compile(
-    "factor_step|refreshed|max_preconditioner_dim|factors|diagonals|inverse_roots|eigenvectors|eigenvalues"
-    "|second_moment"
+    "factor_step|refreshed|max_preconditioner_dim|factors|diagonals|inverse_roots|eigenvectors"
+    "|eigenvalues|second_moment"
 )
 """Names of the entries of a parameter's state that only mean something together."""
 
