@@ -3,6 +3,7 @@
 (`torch.linalg.eigh` reads its error codes back on CUDA; that is inside the operator.)
 """
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,10 +29,22 @@ class NoReadBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_step_reads_a_value_back():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"root_method": "coupled_newton", "buckets": 3, "momentum": 0.9},
+        {"root_method": "newton_db", "grafting": "rmsprop", "weight_decay_type": "l2"},
+        {"root_method": "qr", "symmetric_packing": True, "root_dtype": "bfloat16"},
+        {"root_method": "eigh_pseudo_inverse", "grafting": "sgd", "large_dim": "diagonal"},
+        {"preconditioner": "soap"},
+        {"preconditioner": "kl_shampoo", "large_dim": "one_sided"},
+    ],
+)
+def test_no_step_reads_a_value_back(settings):
     model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=2)
     optimizer = Shampoo(
-        model.named_parameters(), max_preconditioner_dim=8, precondition_frequency=3
+        model.named_parameters(), max_preconditioner_dim=8, precondition_frequency=3, **settings
     )
     for step in range(8):  # before, at and after the start; refreshes due and not
         gradients = dict(deterministic_gradients(model, step))
