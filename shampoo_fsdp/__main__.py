@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "--parameter", default="", metavar="REGEX", help="only those whose name contains a match"
     )
     inspect.add_argument(
-        "--blocks", type=_count, metavar="N", help="look at N blocks of each parameter (all)"
+        "--blocks", type=_count, metavar="N", help="eigenvalues of N blocks of each parameter (all)"
     )
     return parser
 

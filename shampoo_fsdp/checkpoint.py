@@ -5,7 +5,6 @@
 Also, what is wrong with a checkpoint that cannot be read.
 """
 
-import pickle
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
@@ -130,7 +129,7 @@ def find_damage(folder: Path) -> str:
         for info in metadata.storage_data.values():
             end = info.offset + info.length
             ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    except (OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # unpickling may raise anything
         return f".metadata cannot be read ({type(error).__name__}: {error})"
     for name, end in sorted(ends.items()):
         path = folder / name

@@ -1,7 +1,24 @@
 """Settings of the whole test session."""
 
+import pytest
 import torch
 
 # The tests' tensors are small: threads cost more than they give, and one thread makes the
 # rounding of sums independent of the machine's number of cores.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("checkpoints")
+    group.addoption(
+        "--all-pairs", action="store_true", help="load every mesh's checkpoint on every"
+    )
+    group.addoption("--crash-rounds", type=int, default=3, help="kill a training so many times")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The number of pairs of meshes between which checkpoints have moved."""
+    passed = [r for r in terminalreporter.getreports("passed") if r.when == "call"]
+    pairs = [r.nodeid for r in passed if "::test_a_checkpoint_moves[" in r.nodeid]
+    if pairs:
+        terminalreporter.write_line(f"Checkpoints moved between {len(pairs)} pairs of meshes.")

@@ -94,6 +94,7 @@ _titan_load = CheckpointManager.load
 _titan_dcp_load = CheckpointManager.dcp_load
 _titan_dcp_save = CheckpointManager.dcp_save
 _titan_async_wait = CheckpointManager._async_wait
+_titan_purge = CheckpointManager._purge_stale_checkpoints
 
 
 @functools.wraps(_titan_init)
@@ -199,6 +200,22 @@ def _async_wait(self: CheckpointManager) -> None:
         raise _cannot_save(error, self.folder) from None
 
 
+def _purge(self: CheckpointManager) -> None:
+    """Deletes what is older than the newest keep_latest_k complete checkpoints.
+
+    TorchTitan counts unfinished ones as well, so that a few crashes could cost the complete ones.
+    """
+    if self.keep_latest_k <= 0 or self.ft_manager or dist.get_rank() != 0:
+        _titan_purge(self)
+        return
+    steps = _steps(self.folder)
+    kept = sorted(step for step, path in steps.items() if _is_complete(path))[-self.keep_latest_k :]
+    if len(kept) == self.keep_latest_k:
+        for step in sorted(steps):
+            if step < kept[0]:
+                self.purge_queue.put(str(steps[step]))
+
+
 def register() -> None:
     """Makes TorchTitan's CheckpointManager use this module; calling it again changes nothing."""
     CheckpointManager.__init__ = _init
@@ -207,3 +224,4 @@ def register() -> None:
     CheckpointManager.dcp_load = _dcp_load
     CheckpointManager.dcp_save = _dcp_save
     CheckpointManager._async_wait = _async_wait
+    CheckpointManager._purge_stale_checkpoints = _purge

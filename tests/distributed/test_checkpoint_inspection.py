@@ -1,0 +1,197 @@
+"""`python -m shampoo_fsdp inspect` tells of a checkpoint what its optimizer would have told."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from shampoo_fsdp.__main__ import main
+from shampoo_fsdp.checkpoint_reader import CheckpointReader
+from tests.distributed.test_checkpoints import Built, make, states, train
+from tests.ranks import run_ranks
+
+WQ = "layers.0.attention.wq.weight"
+STEPS = 5
+
+CHECKPOINTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "alone": ("single", True, {}),
+    "two ranks": ("fsdp", True, {}),
+    "two ranks, not flat": ("fsdp", False, {}),
+    "diagonals": ("single", True, {"large_dim": "diagonal"}),
+    "kl_shampoo": ("fsdp", True, {"preconditioner": "kl_shampoo", "large_dim": "diagonal"}),
+    "soap, packed": ("fsdp", True, {"preconditioner": "soap", "symmetric_packing": True}),
+    "cut at shards": ("fsdp", True, {"block_alignment": "shard"}),
+}
+"""Layout, whether the state dict is flat, and settings."""
+
+
+def save(names: list[str], folder: Path) -> None:
+    for name in names:
+        layout, flat, settings = CHECKPOINTS[name]
+        built, optimizer = make(layout, **settings)
+        train(built, optimizer, range(STEPS))
+        dcp.save(states(built, optimizer, flat), checkpoint_id=folder / name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inspection")
+    for world, layout in ((1, "single"), (2, "fsdp")):
+        names = [name for name, case in CHECKPOINTS.items() if case[0] == layout]
+        run_ranks(world, save, names=names, folder=path)
+    return path
+
+
+def inspect(capsys: Any, *arguments: object) -> dict[str, Any]:
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def optimizer_alone(settings: dict[str, Any]) -> tuple[Built, Any]:
+    built, optimizer = make("single", **settings)
+    train(built, optimizer, range(STEPS))
+    return built, optimizer
+
+
+@pytest.mark.parametrize("name", ["alone", "two ranks", "two ranks, not flat"])
+def test_it_tells_what_the_optimizer_has(folder, capsys, name):
+    report = inspect(capsys, folder / name)
+    built, optimizer = optimizer_alone({})
+    assert report["optimizer"] == "Shampoo"
+    assert report["bytes_on_disk"] == sum(f.stat().st_size for f in (folder / name).iterdir())
+    parameters = {p["name"]: p for p in report["parameters"]}
+    assert parameters.keys() == dict(built.model.named_parameters()).keys()
+    wq = parameters[WQ]
+    assert wq["step"] == wq["factor_step"] == STEPS and wq["shape"] == [24, 24]
+    assert wq["preconditioner"] == "shampoo" and wq["max_preconditioner_dim"] == 16
+    assert wq["settings"]["lr"] == 1e-2 and wq["settings"]["weight_decay"] == 0.1
+    assert parameters["norm.weight"]["blocks"] == []
+    factors = optimizer.state_dict()["state"]
+    index = [n for n, _ in built.model.named_parameters()].index(WQ)
+    matrices = factors[index]["factors"].view(4, 2, 12, 12).double()
+    assert [b["offsets"] for b in wq["blocks"]] == [[0, 0], [0, 12], [12, 0], [12, 12]]
+    for block, expected in zip(wq["blocks"], matrices, strict=True):
+        for factor, matrix in zip(block["factors"], expected, strict=True):
+            values = torch.linalg.eigvalsh(matrix).clamp(min=0.0)
+            floor = values[-1] * 2.0**-23
+            condition = values[-1] / torch.maximum(values[0], floor)
+            assert factor["condition_number"] == pytest.approx(condition.item(), rel=1e-3)
+            shares = values / values.sum()
+            entropy = -sum(s * math.log(s) for s in shares.tolist() if s > 0.0)
+            assert factor["effective_rank"] == pytest.approx(math.exp(entropy), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("diagonals", {WQ: ["diagonal", "diagonal"], WQ.replace("wq", "wk"): ["full", "diagonal"]}),
+        ("kl_shampoo", {WQ: ["diagonal"] * 2, WQ.replace("wq", "wk"): ["full", "diagonal"]}),
+        ("soap, packed", {WQ: ["packed", "packed"]}),
+        ("cut at shards", {WQ: ["full", "full"]}),
+    ],
+)
+def test_every_kind_of_factor_is_known(folder, capsys, name, kinds):
+    report = inspect(capsys, folder / name)
+    rule = CHECKPOINTS[name][2].get("preconditioner", "shampoo")
+    for parameter in report["parameters"]:
+        for expected in [k for n, k in kinds.items() if n == parameter["name"]]:
+            assert parameter["preconditioner"] == rule
+            for block in parameter["blocks"]:
+                assert sorted(f["kind"] for f in block["factors"]) == sorted(expected)
+                assert [f["n"] for f in sorted(block["factors"], key=lambda f: f["dimension"])] == (
+                    block["shape"]
+                )
+                assert all(f["condition_number"] >= 1.0 for f in block["factors"])
+
+
+def test_numbers_that_are_not_finite_are_found(folder, capsys, tmp_path):
+    built, optimizer = optimizer_alone({})
+    saved = states(built, optimizer, flat=True)
+    saved["optimizer"][f"state.{WQ}.factors"][7] = float("nan")
+    saved["optimizer"]["state.norm.weight.exp_avg"][:2] = float("inf")
+    saved["model"]["output.weight"][0, 0] = float("-inf")
+    dcp.save(saved, checkpoint_id=tmp_path)
+    report = inspect(capsys, tmp_path)
+    found = {p["name"]: p["nonfinite"] for p in report["parameters"] if p["nonfinite"]}
+    assert found == {
+        WQ: {"factors": 1}, "norm.weight": {"exp_avg": 2}, "output.weight": {"weight": 1},
+    }  # fmt: skip
+    (wq,) = [p for p in report["parameters"] if p["name"] == WQ]
+    assert wq["blocks"][0]["factors"][0]["condition_number"] is None
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert f"{WQ}: 1 NaN or infinite in factors" in capsys.readouterr().out
+
+
+def test_a_choice_of_parameters_and_blocks(folder, capsys):
+    chosen = inspect(capsys, folder / "two ranks", "--parameter", "wq|norm", "--blocks", "1")
+    names = [p["name"] for p in chosen["parameters"]]
+    assert names == [
+        WQ, "layers.0.attention_norm.weight", "layers.0.ffn_norm.weight", "norm.weight",
+    ]  # fmt: skip
+    wq = chosen["parameters"][0]
+    assert len(wq["blocks"]) == 1 and wq["number_of_blocks"] == 4
+    assert main(["inspect", str(folder / "two ranks"), "--blocks", "1"]) == 0
+    assert "1 of 4" in capsys.readouterr().out
+
+
+def test_no_more_is_read_at_once_than_a_rank_has_written_at_once(folder, capsys, monkeypatch):
+    sizes = []
+    part = CheckpointReader.part
+
+    def recorded(self: Any, key: str, offsets: Any, shape: Any) -> torch.Tensor:
+        sizes.append(math.prod(shape))
+        return part(self, key, offsets, shape)
+
+    monkeypatch.setattr(CheckpointReader, "part", recorded)
+    inspect(capsys, folder / "two ranks")
+    assert max(sizes) == 26 * 24  # half of w1, of 52 rows
+
+
+def test_the_picture(folder, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name in ("two ranks", "diagonals"):
+        picture = tmp_path / f"{name}.png"
+        assert main(["inspect", str(folder / name), "--plot", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    where = tmp_path / "nowhere" / "a.png"
+    assert main(["inspect", str(folder / "two ranks"), "--plot", str(where)]) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["inspect", str(folder / "two ranks"), "--plot", str(picture)]) == 2
+    assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_what_cannot_be_inspected_is_said_in_a_line(folder, capsys, tmp_path):
+    built, _ = make("single")
+    adamw = torch.optim.AdamW(built.model.parameters())
+    dcp.save(states(built, adamw, flat=True), checkpoint_id=tmp_path / "step-1")
+    dcp.save({"model": states(built, adamw, True)["model"]}, checkpoint_id=tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", str(tmp_path / "step-1")]) == 0
+    assert "AdamW (or another optimizer) has saved this" in capsys.readouterr().out
+
+    def refusal(*arguments: object) -> str:
+        assert main(["inspect", *map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "there is no such folder" in refusal(tmp_path / "nowhere")
+    assert "there is no checkpoint in it" in refusal(tmp_path / "empty")
+    assert "it holds the checkpoints model, step-1; choose one" in refusal(tmp_path)
+    assert "has no optimizer state; was only the model saved?" in refusal(tmp_path / "model")
+    assert "no name matches 'zz'" in refusal(folder / "alone", "--parameter", "zz")
+    assert "is no regular expression" in refusal(folder / "alone", "--parameter", "(")
+    assert "has nothing to draw" in refusal(tmp_path / "step-1", "--plot", tmp_path / "a.png")
+    (torn,) = (tmp_path / "step-1").glob("*.distcp")
+    torn.write_bytes(torn.read_bytes()[:999])
+    assert f"{torn.name} has 999 bytes, of which there should be" in refusal(tmp_path / "step-1")
+    (tmp_path / "step-1" / ".metadata").write_bytes(b"")
+    assert ".metadata cannot be read (EOFError" in refusal(tmp_path / "step-1")
+    (tmp_path / "step-1" / ".metadata").unlink()
+    assert "saving it has not finished" in refusal(tmp_path / "step-1")

@@ -1,0 +1,258 @@
+"""Checkpoints that are damaged, unfinished or cannot be written: said in a sentence, and older ones
+stay as they are."""
+
+import contextlib
+import os
+import queue
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
+from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+
+from shampoo_torchtitan import cpu
+from shampoo_torchtitan.checkpoint import CheckpointError
+from shampoo_torchtitan.checkpoint_lock import FolderLock
+from tests.ranks import preload, run_ranks
+from tests.shampoo_torchtitan import jobs
+from tests.shampoo_torchtitan.checkpointing import logged_lines, run
+
+preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
+
+pytestmark = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+
+SETTINGS = [
+    "--checkpoint.enable",
+    "--checkpoint.interval=1",
+    "--checkpoint.keep_latest_k=0",
+    "--checkpoint.async_mode=async",
+]
+
+
+def error_of(call: Any, *arguments: Any, **keywords: Any) -> str:
+    with pytest.raises(CheckpointError) as error:
+        call(*arguments, **keywords)
+    return str(error.value)
+
+
+def on_rank_0(call: Any, *arguments: Any) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        call(*arguments)
+    dist.barrier()
+
+
+def everything_that_goes_wrong(job: Path, small: Path) -> dict[str, str]:
+    """What is said to each trouble, by a trainer that lives on.
+
+    Args:
+        small: a folder, if possible on a small disk.
+    """
+    trainer = jobs.make_trainer(job, *SETTINGS)
+    checkpoints, said = trainer.checkpointer, {}
+    folder = Path(checkpoints.folder)
+
+    def save(step: int, mode: AsyncMode = AsyncMode.DISABLED) -> None:
+        trainer.step = step
+        checkpoints.async_mode = mode
+        checkpoints.save(step)
+
+    def save_and_wait(step: int, mode: AsyncMode) -> None:
+        save(step, mode)
+        checkpoints._async_wait()
+
+    def newest() -> int:
+        """The step that is loaded if none is asked for."""
+        with logged_lines() as logged:
+            checkpoints.load()
+        said.setdefault("passed over", logged.getvalue().partition("\n")[0])
+        return trainer.step
+
+    def load(step: int) -> str:
+        return error_of(checkpoints.load, step=step)
+
+    save(1)
+    save(2)
+    whole = folder / "whole"
+    on_rank_0(shutil.copytree, folder / "step-2", whole)
+    file = folder / "step-2" / "__1_0.distcp"
+    on_rank_0(os.truncate, file, 1000)
+    said["torn"] = load(2)
+    on_rank_0(file.unlink)
+    said["lost"] = load(2)
+    on_rank_0(shutil.copy, whole / file.name, file)
+    on_rank_0(os.truncate, folder / "step-2" / ".metadata", 1000)
+    said["torn metadata"] = load(2)
+    on_rank_0((folder / "step-2" / ".metadata").unlink)
+    said["unfinished"] = load(2)
+    assert newest() == 1
+    said["not there"] = load(7)
+    on_rank_0(shutil.copy, whole / ".metadata", folder / "step-2" / ".metadata")
+    assert newest() == 2
+
+    # Saving the same step once more fails half-way.
+    with mock.patch.object(FileSystemWriter, "write_data", side_effect=OSError("it broke")):
+        said["cannot be written"] = error_of(save, 2)
+    assert newest() == 1
+
+    # The very first checkpoint of a run was not finished: it starts from where it first did.
+    checkpoints.folder, checkpoints.initial_load_path = str(folder / "new"), str(folder / "step-1")
+    checkpoints.initial_load_model_only = False
+    on_rank_0(os.makedirs, folder / "new" / "step-2")
+    trainer.step = 0
+    assert newest() == 1
+    checkpoints.initial_load_path = None
+
+    # Of two to be kept, unfinished ones are none.
+    checkpoints.folder, checkpoints.keep_latest_k = str(folder / "kept"), 2
+    checkpoints.purge_queue = queue.Queue()
+    for step in (1, 2):
+        on_rank_0(os.makedirs, folder / "kept" / f"step-{step + 5}")
+        save(step)
+    assert checkpoints.purge_queue.empty()
+    save(3)
+    if dist.get_rank() == 0:
+        assert checkpoints.purge_queue.get_nowait() == str(folder / "kept" / "step-1")
+    assert checkpoints.purge_queue.empty()
+    checkpoints.keep_latest_k = 0
+
+    checkpoints.folder = str(small / "checkpoint")
+    save(1)
+    for mode in (AsyncMode.DISABLED, AsyncMode.ASYNC):
+        with full(small):
+            said[f"full disk, {mode.value}"] = error_of(save_and_wait, 2, mode)
+        assert newest() == 1
+        checkpoints.save_future = None
+    save_and_wait(2, AsyncMode.ASYNC)
+    assert newest() == 2
+    trainer.close()
+    return said
+
+
+@contextlib.contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Fills a small disk; where there is none, files cannot grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    filler = disk / "filler"
+    if os.path.ismount(disk):
+        on_rank_0(_fill, filler)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        on_rank_0(filler.unlink, True)
+
+
+def _fill(filler: Path) -> None:
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(2**16)):
+            pass
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A disk of 32 MiB if this user may mount one, else a folder."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield folder
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory, small_disk: Path) -> dict[str, str]:
+    """What was said, by trouble; the same on both ranks."""
+    folder = tmp_path_factory.mktemp("trouble")
+    first, second = run_ranks(
+        2,
+        everything_that_goes_wrong,
+        init=False,
+        timeout=300,
+        job=jobs.write_job(folder),
+        small=small_disk,
+    )
+    assert first == second
+    return {
+        k: text.replace(str(folder), "F").replace(str(small_disk), "D") for k, text in first.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("trouble", "what"),
+    [
+        ("torn", "F/checkpoint/step-2 is damaged or incomplete: __1_0.distcp has 1,000 bytes, of"),
+        ("lost", "F/checkpoint/step-2 is damaged or incomplete: __1_0.distcp is missing"),
+        ("torn metadata", "F/checkpoint/step-2 is damaged or incomplete: .metadata cannot be read"),
+        ("unfinished", "it has no .metadata, which is written last: saving it has not finished"),
+        (
+            "not there",
+            "There is no step-7 in F/checkpoint (checkpoint.load_step); there are: step-1.",
+        ),
+        (
+            "cannot be written",
+            "Cannot save a checkpoint in F/checkpoint: rank 0 found OSError: it b",
+        ),
+        ("passed over", "F/checkpoint/step-2 is passed over: saving it has not finished"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_what_is_wrong(said, trouble, what):
+    assert what in said[trouble]
+    if trouble in ("torn", "lost", "torn metadata", "unfinished"):
+        assert "--checkpoint.load_step; there are: step-1." in said[trouble]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_on_a_full_disk_older_checkpoints_stay(said, mode):
+    message = said[f"full disk, {mode}"]
+    assert "Cannot save a checkpoint in D/checkpoint: rank " in message
+    assert "No space left on device" in message or "File too large" in message
+    assert "Complete ones there: step-1." in message
+
+
+_HOLD = """
+import sys
+from shampoo_torchtitan.checkpoint_lock import FolderLock
+lock = FolderLock(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_titans_own_launcher_uses_it():
+    """Importing the package is enough."""
+    assert CheckpointManager.dcp_load.__module__ == "shampoo_torchtitan.checkpoint"
+
+
+def test_two_jobs_cannot_write_to_one_folder(tmp_path):
+    job = jobs.write_job(tmp_path)
+    held = [sys.executable, "-c", _HOLD, str(tmp_path / "checkpoint")]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for outcome in run(2, job, "--checkpoint.enable", "--training.steps=2"):
+            assert outcome.exit_code == 2 and outcome.losses == []
+            assert f"another job writes to {tmp_path}/checkpoint (process {other.pid} on" in (
+                outcome.logged
+            )
+        other.kill()  # as a crash would
+    FolderLock(str(tmp_path / "checkpoint")).release()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path):
+    if os.geteuid() == 0:
+        folder = "/sys/checkpoint"  # where not even root can
+    else:
+        tmp_path.chmod(0o555)
+        folder = str(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=f"{folder} cannot be written to"):
+        FolderLock(folder)
