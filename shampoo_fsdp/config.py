@@ -120,7 +120,7 @@ class ShampooConfig:
     host wait for the device."""
 
     on_mismatch: Literal["refuse", "rebuild"] = "refuse"
-    """What loading does about a checkpoint of other settings, or of AdamW: refuse it, or take what
+    """What loading does about a checkpoint of other settings: refuse it, or take what
     fits (the moments at least) and start the rest anew."""
 
     exclude: list[str] = field(default_factory=lambda: list(_EMBEDDINGS_AND_OUTPUT))

@@ -41,6 +41,8 @@ class ShardedBlocks(torch.Tensor):
     """
 
     pieces: list[Piece]
+    _at: dict[tuple[int, ...], Tensor]
+    """The values by their offsets, made when first needed."""
     alone: bool
     """Whether one rank holds all pieces because no other shares the blocks."""
 
@@ -56,6 +58,7 @@ class ShardedBlocks(torch.Tensor):
             cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu")
         )
         self.pieces = list(pieces)
+        self._at = {}
         self.alone = alone
         return self
 
@@ -138,9 +141,10 @@ class ShardedBlocks(torch.Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for offsets, values in self.pieces:
-            if index.offset is not None and offsets == tuple(index.offset):
-                return values
+        if len(self._at) != len(self.pieces):  # searching a list would take the square of it
+            self._at = dict(self.pieces)
+        if index.offset is not None and tuple(index.offset) in self._at:
+            return self._at[tuple(index.offset)]
         raise ValueError(f"no block of '{index.fqn}' at {index.offset} on this rank")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
