@@ -5,12 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 
-import studies.pretrain.extension  # noqa: F401  first: it makes TorchTitan run without a GPU
+import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
+
+# isort: split
+import torchtitan.models.llama3 as llama3
+
 from shampoo_torchtitan.byte_tokenizer import write_byte_tokenizer
 from studies.pretrain import data, job
 from studies.pretrain.plan import Study
 
 _STUDY = Path(job.__file__).parent / "study.toml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizers_of_the_study():
+    """Known to TorchTitan during these tests only: all tests share one process."""
+    build = llama3.build_optimizers
+    from studies.pretrain import extension  # registers when it is imported first
+
+    extension.register()
+    yield
+    llama3.build_optimizers = build
 
 
 @pytest.fixture(scope="module")
