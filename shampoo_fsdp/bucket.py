@@ -33,20 +33,18 @@ class Bucket:
         plan: Plan,
         chosen: Sequence[int],
         parameters: Sequence[Tensor],
-        names: Sequence[str],
         param_groups: Sequence[int],
         config: ShampooConfig,
     ) -> None:
         """
         Args:
             chosen: the parameters of this bucket, by their index in the plan.
-            parameters, names, param_groups: of all parameters of the plan: tensors, names, numbers
-                of their parameter groups.
+            parameters, param_groups: of all parameters of the plan: tensors, and the numbers of
+                their parameter groups.
         """
         self._plan = plan
         self.chosen = list(chosen)
         self.parameters = {p: parameters[p] for p in chosen}
-        self.names = {p: names[p] for p in chosen}
         self.groups: dict[int, list[int]] = defaultdict(list)
         """The parameters of each parameter group."""
         for p in chosen:

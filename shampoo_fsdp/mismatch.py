@@ -59,6 +59,11 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
             f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
             "settings 'exclude' and 'precondition_1d'."
         )
+    if CAP in here and len(_shape(saved[CAP])) != len(_shape(here[CAP])):
+        yield (
+            f"the factors of parameter '{name}' were saved by an earlier version, in a form that "
+            "is not read any more."
+        )
     if CAP in here and _shape(saved[CAP])[0] != _shape(here[CAP])[0]:
         yield (
             f"setting '{CAP}' is {_shape(saved[CAP])[0]} in the checkpoint, but "

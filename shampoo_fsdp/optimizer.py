@@ -8,7 +8,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.diagnostics import Diagnostics, diagnose
@@ -19,8 +18,9 @@ from shampoo_fsdp.parameters import (
     Replicas,
     check_parameters,
     check_replicas,
-    local_shard,
+    local_gradient,
     named_param_groups,
+    refuse_frozen,
 )
 from shampoo_fsdp.precision import full_precision
 from shampoo_fsdp.state import ShardedBlocks
@@ -36,10 +36,12 @@ class Shampoo(torch.optim.Optimizer):
     Shi et al. 2023 (arXiv 2309.06497). A parameter is cut into blocks; each block has one owner
     among the ranks of the parameter's mesh, which keeps all of its state. On a step
 
-    1. the pieces of each gradient block travel to its owner, in one all-to-all;
+    1. the pieces of each gradient block travel to its owner, in one all-to-all per bucket;
     2. the owner updates factors and momentum, refreshes the inverse roots that are due,
        preconditions, and gives the direction the size of the grafted method's step;
     3. the pieces of the updates travel back and are subtracted from the shards.
+
+    While one bucket travels, another is computed.
 
     Parameters that are not preconditioned (see `exclude`, `precondition_1d`) take the grafted
     method's own step on their shards. Blocks, and so the update, do not depend on the mesh.
@@ -62,7 +64,7 @@ class Shampoo(torch.optim.Optimizer):
                 that `exclude` cannot find embeddings), or groups of either with their own lr,
                 betas, eps and weight_decay.
             lr, betas, eps, weight_decay: as in AdamW. betas[1] also averages the factors; 1.0 sums
-                them. Weight decay is decoupled.
+                them. For the kind of weight decay see `weight_decay_type`.
             replicas: the mesh (of one dimension) or process group on which plain tensors are
                 replicated, as with DDP; its ranks share the work. Without it plain tensors are
                 trained by this process alone.
@@ -164,7 +166,8 @@ class Shampoo(torch.optim.Optimizer):
 
         Raises:
             ValueError: names a parameter whose gradient is sparse, or that was frozen when the
-                optimizer was built; nothing has been changed then.
+                optimizer was built, or, on all ranks and with on_nonfinite = "raise", is not
+                finite; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -179,8 +182,7 @@ class Shampoo(torch.optim.Optimizer):
         watch.start()
         gradients = self._local_gradients()
         if self.config.on_nonfinite == "raise":
-            device = self._parameters[0].device
-            refuse_nonfinite(self._residents, self._names, gradients, device)
+            refuse_nonfinite(self._residents, self._names, gradients, self._workspace.device)
         for i, gradient in enumerate(gradients):
             self._steps[i] += gradient is not None
             self._factor_steps[i] += gradient is not None
@@ -226,31 +228,8 @@ class Shampoo(torch.optim.Optimizer):
 
     def _local_gradients(self) -> list[Tensor | None]:
         """This rank's shard of each parameter's gradient."""
-        for name, parameter in self._frozen:
-            if parameter.grad is not None:
-                raise ValueError(
-                    f"parameter '{name}' has a gradient but did not require one when Shampoo was "
-                    "built, so that it has no state; build the optimizer after unfreezing."
-                )
-        gradients: list[Tensor | None] = []
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                gradients.append(None)
-                continue
-            if gradient.layout != torch.strided:
-                raise ValueError(
-                    f"the gradient of parameter '{name}' is sparse ({gradient.layout}); Shampoo "
-                    "needs dense gradients: build the embedding with sparse=False."
-                )
-            if (
-                isinstance(parameter, DTensor)
-                and isinstance(gradient, DTensor)
-                and gradient.placements != parameter.placements
-            ):
-                # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
-                gradient = gradient.redistribute(placements=parameter.placements)
-            gradients.append(local_shard(gradient))
+        refuse_frozen(self._frozen)
+        gradients = list(map(local_gradient, self._names, self._parameters))
         if not self._seen_a_gradient:
             self._seen_a_gradient = any(gradient is not None for gradient in gradients)
             if not self._seen_a_gradient:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,9 +21,11 @@ __all__ = [
     "check_replicas",
     "describe",
     "is_preconditioned",
+    "local_gradient",
     "local_shard",
     "named_param_groups",
     "process_group",
+    "refuse_frozen",
 ]
 
 Replicas = DeviceMesh | dist.ProcessGroup | None
@@ -155,6 +158,40 @@ def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, or the plain tensor itself; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
+    """This rank's shard of a parameter's gradient.
+
+    Raises:
+        ValueError: if it is sparse.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of parameter '{name}' is sparse ({gradient.layout}); Shampoo needs "
+            "dense gradients: build the embedding with sparse=False."
+        )
+    if (
+        isinstance(parameter, DTensor)
+        and isinstance(gradient, DTensor)
+        and gradient.placements != parameter.placements
+    ):
+        # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local_shard(gradient)
+
+
+def refuse_frozen(frozen: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError if a parameter that had no gradient when the optimizer was built has."""
+    for name, parameter in frozen:
+        if parameter.grad is not None:
+            raise ValueError(
+                f"parameter '{name}' has a gradient but did not require one when Shampoo was "
+                "built, so that it has no state; build the optimizer after unfreezing."
+            )
 
 
 def process_group(

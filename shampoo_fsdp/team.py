@@ -177,9 +177,8 @@ class Team:
         self.config = config
         self.group = group
         """Of the ranks that share blocks."""
-        names = [spec.name for spec in specs]
         self.buckets = [
-            Bucket(self.plan, chosen, parameters, names, param_groups, config)
+            Bucket(self.plan, chosen, parameters, param_groups, config)
             for chosen in _bucket_parameters(specs, len(self.plan.ranks), config.buckets)
         ]
 

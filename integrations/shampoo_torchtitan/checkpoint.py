@@ -4,6 +4,7 @@ TorchTitan's CheckpointManager has no hooks, so that :func:`register` puts funct
 in the place of its methods; each calls the one that was there.
 """
 
+import contextlib
 import functools
 import re
 from pathlib import Path
@@ -186,7 +187,9 @@ def _dcp_save(
     # A checkpoint of this step may be there, if an older one was loaded. A crash while it is
     # overwritten must not leave one that looks complete. No rank writes before rank 0 saves.
     if dist.get_rank() == 0 and "://" not in checkpoint_id:
-        Path(checkpoint_id, ".metadata").unlink(missing_ok=True)
+        # Where it cannot be deleted saving fails as well, and that on every rank.
+        with contextlib.suppress(OSError):
+            Path(checkpoint_id, ".metadata").unlink(missing_ok=True)
     try:
         return _titan_dcp_save(self, state_dict, checkpoint_id, *args, **kwargs)
     except CheckpointException as error:

@@ -1,5 +1,6 @@
 """One job at a time writes to a folder of checkpoints."""
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -49,10 +50,11 @@ class FolderLock:
                 f"another job writes to {folder} ({holder}); give this one another "
                 "--job.dump_folder, or stop the other first"
             ) from None
-        self._file.truncate(0)
         now = datetime.datetime.now().isoformat(" ", "seconds")
-        print(f"process {os.getpid()} on {socket.gethostname()} since {now}", file=self._file)
-        self._file.flush()
+        with contextlib.suppress(OSError):  # a full disk; the lock itself holds
+            self._file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()} since {now}", file=self._file)
+            self._file.flush()
 
     def release(self) -> None:
         """Let others have it; calling it again changes nothing."""

@@ -39,7 +39,7 @@ class ShampooMetricsProcessor(titan.MetricsProcessor):
                 f"shampoo so far: {refreshes:,} root refreshes, {failed:,} failed, "
                 f"{skipped:,} blocks skipped for a non-finite gradient"
             )
-            parts = [f"{name[3:]} {value:.1f}" for name, value in figures.items() if "ms/" in name]
+            parts = [f"{n[3:]} {ms:.1f}" for n, ms in figures.items() if n.startswith("ms/")]
             logger.info(f"shampoo's last step, ms on the slowest rank: {', '.join(parts)}")
 
     def _counters(self) -> list[int] | None:

@@ -75,7 +75,11 @@ class ShampooContainer(OptimizersContainer):
                 f"in {s['blocks']:,} blocks"
             )
             if matrices := optimizer.matrices_left_to_grafting():
-                logger.info(f"Shampoo{part} leaves to AdamW: {', '.join(matrices)}, and vectors")
+                method = optimizer.config.elementwise_method
+                logger.info(
+                    f"Shampoo{part} leaves to the method '{method}': {', '.join(matrices)}, and "
+                    "vectors"
+                )
             logger.info(
                 f"Shampoo{part} per rank: largest load {s['load_max_over_mean']:.2f} x the mean; "
                 f"state {s['state_mib_max']:,.1f} MiB at most, {s['state_mib_mean']:,.1f} on "

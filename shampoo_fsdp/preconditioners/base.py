@@ -10,7 +10,7 @@ from torch import Tensor
 from shampoo_fsdp.blocks import factor_kinds
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
-from shampoo_fsdp.matrices import MatrixStack, StateEntry, per_block
+from shampoo_fsdp.matrices import MatrixStack, StateEntry, matrix_entry, per_block
 
 __all__ = ["Health", "Positions", "Preconditioner"]
 
@@ -45,6 +45,22 @@ class Preconditioner(ABC):
         """The state of one block: names, shapes and types. Entries of a name that ends in _i belong
         to dimension i, and those that differ in i alone are of one type; others have the shape of
         the block."""
+
+    @staticmethod
+    def _matrix_entries(
+        i: int, n: int, config: ShampooConfig, *kinds: str
+    ) -> dict[str, StateEntry]:
+        """Entries of an n x n matrix of each kind for dimension i. Eigenvectors are no symmetric
+        matrices; packing keeps the others as triangles."""
+        dtypes = {"factors": config.factor_dtype}
+        return {
+            f"{kind}_{i}": matrix_entry(
+                n,
+                getattr(torch, dtypes.get(kind, config.root_dtype)),
+                packed=config.symmetric_packing and kind != "eigenvectors",
+            )
+            for kind in kinds
+        }
 
     def __init__(
         self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]

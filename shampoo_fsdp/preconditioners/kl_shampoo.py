@@ -10,7 +10,6 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.matrices import (
     StateEntry,
     along,
-    matrix_entry,
     per_block,
     scale_along,
     unfold,
@@ -37,14 +36,10 @@ class KLShampooPreconditioner(Preconditioner):
 
     @classmethod
     def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
-        factor_dtype = getattr(torch, config.factor_dtype)
-        root_dtype = getattr(torch, config.root_dtype)
         entries: dict[str, StateEntry] = {}
         for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
             if kind == "full":
-                packed = config.symmetric_packing
-                entries[f"factors_{i}"] = matrix_entry(n, factor_dtype, packed=packed)
-                entries[f"eigenvectors_{i}"] = matrix_entry(n, root_dtype, packed=False)
+                entries |= cls._matrix_entries(i, n, config, "factors", "eigenvectors")
             if kind != "none":
                 entries[f"eigenvalues_{i}"] = (n,), torch.float32
         return entries

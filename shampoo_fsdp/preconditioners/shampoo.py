@@ -11,7 +11,6 @@ from shampoo_fsdp.matrices import (
     MatrixStack,
     StateEntry,
     along,
-    matrix_entry,
     per_block,
     scale_along,
     unfold,
@@ -37,15 +36,11 @@ class ShampooPreconditioner(Preconditioner):
     @classmethod
     def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
         entries: dict[str, StateEntry] = {}
-        factor_dtype = getattr(torch, config.factor_dtype)
-        root_dtype = getattr(torch, config.root_dtype)
-        packed = config.symmetric_packing
         for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
             if kind == "full":
-                entries[f"factors_{i}"] = matrix_entry(n, factor_dtype, packed=packed)
-                entries[f"inverse_roots_{i}"] = matrix_entry(n, root_dtype, packed=packed)
+                entries |= cls._matrix_entries(i, n, config, "factors", "inverse_roots")
                 if config.basis_method == "qr":
-                    entries[f"eigenvectors_{i}"] = matrix_entry(n, root_dtype, packed=False)
+                    entries |= cls._matrix_entries(i, n, config, "eigenvectors")
             elif kind == "diagonal":
                 entries[f"diagonals_{i}"] = (n,), torch.float32
         return entries

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo_fsdp.blocks import factor_kinds
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.matrices import StateEntry, along, matrix_entry, per_block, scale_along, unfold
+from shampoo_fsdp.matrices import StateEntry, along, per_block, scale_along, unfold
 from shampoo_fsdp.preconditioners.base import Health, Positions, Preconditioner
 
 __all__ = ["SoapPreconditioner"]
@@ -28,14 +28,10 @@ class SoapPreconditioner(Preconditioner):
 
     @classmethod
     def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
-        factor_dtype = getattr(torch, config.factor_dtype)
-        root_dtype = getattr(torch, config.root_dtype)
         entries: dict[str, StateEntry] = {"second_moment": (tuple(shape), torch.float32)}
         for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
             if kind == "full":
-                packed = config.symmetric_packing
-                entries[f"factors_{i}"] = matrix_entry(n, factor_dtype, packed=packed)
-                entries[f"eigenvectors_{i}"] = matrix_entry(n, root_dtype, packed=False)
+                entries |= cls._matrix_entries(i, n, config, "factors", "eigenvectors")
         return entries
 
     def restart(self, where: Positions) -> None:

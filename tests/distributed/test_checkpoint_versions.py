@@ -25,6 +25,8 @@ from torch.distributed.fsdp import fully_shard
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
+from shampoo_fsdp.mismatch import explanation
+from shampoo_fsdp.state import CAP
 from tests.models import deterministic_gradients, full_parameters, set_gradients
 from tests.ranks import run_ranks
 
@@ -104,6 +106,13 @@ def test_an_earlier_version_goes_on(version, member):
 def test_there_is_one():
     assert VERSIONS
     assert all(sum(f.stat().st_size for f in (DATA / v).iterdir()) < 150e3 for v in VERSIONS)
+
+
+def test_factors_of_an_earlier_form_are_refused_as_such():
+    here = {CAP: torch.empty(16, 7, 0)}
+    message = explanation("w", here, {CAP: torch.empty(16, 0)})
+    assert "factors of parameter 'w' were saved by an earlier version" in message
+    assert 'on_mismatch = "rebuild"' in message
 
 
 if __name__ == "__main__":
