@@ -80,6 +80,11 @@ class ShampooConfig:
     grafting_eps: float | None = None
     """Epsilon of the grafted method. Default: the optimizer's eps."""
 
+    beta3: float | None = None
+    """Weight of the last momentum M in what is preconditioned and grafted, beta3 M +
+    (1 - beta3) G, the momentum of the state being averaged by beta1: beta1**2 is Nesterov's
+    momentum (Dozat 2016), and unset beta1, the usual one."""
+
     preconditioner_eps: float = 1e-12
     """Ridge that is added to the factors before their inverse roots are taken. (The optimizer's
     `eps` is the epsilon of the grafted method, and of soap.)"""
@@ -179,8 +184,9 @@ class ShampooConfig:
         for name in ("start_preconditioning_step", "buckets"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
-        if self.grafting_beta2 is not None and not 0.0 <= self.grafting_beta2 < 1.0:
-            _refuse("grafting_beta2", self.grafting_beta2, "0 <= grafting_beta2 < 1")
+        for name in ("grafting_beta2", "beta3"):
+            if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
+                _refuse(name, getattr(self, name), f"0 <= {name} < 1")
         if not (math.isfinite(self.preconditioner_eps) and self.preconditioner_eps > 0.0):
             _refuse("preconditioner_eps", self.preconditioner_eps, "a positive number")
         _check_at_least("ranks_per_node", self.ranks_per_node, 1)
@@ -260,6 +266,8 @@ def validate_hyperparameters(
     beta1, beta2 = betas
     if not 0.0 <= beta1 < 1.0:
         _refuse("beta1", beta1, "0 <= beta1 < 1")
+    if config.beta3 and not beta1:
+        _refuse("beta3", config.beta3, "nothing but 0 if beta1 is 0, where there is no momentum")
     if not 0.0 <= beta2 <= 1.0:
         _refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
     if beta2 < 1.0:

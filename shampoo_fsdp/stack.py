@@ -114,15 +114,11 @@ class BlockStack:
         graft_beta2 = beta2 if self.config.grafting_beta2 is None else self.config.grafting_beta2
         # What is compiled is one case: the step that is taken nearly always.
         compiled = self.config.compile and all(self._rooted) and all(clock.active)
+        beta3 = beta1 if self.config.beta3 is None else self.config.beta3
         corrections = Corrections(
-            *(
-                self._correction(beta, steps, as_tensor=compiled)
-                for beta, steps in (
-                    (beta2, clock.factor_steps),
-                    (beta1, clock.steps),
-                    (graft_beta2, clock.steps),
-                )
-            )
+            self._correction(beta2, clock.factor_steps, as_tensor=compiled),
+            self._correction(beta1, clock.steps, beta3, as_tensor=compiled),
+            self._correction(graft_beta2, clock.steps, as_tensor=compiled),
         )
         accumulate, direct = self._compiled if compiled else (self._accumulate, self._direct)
         usable, exp_avg = accumulate(beta1, beta2, graft_beta2, corrections)
@@ -130,7 +126,7 @@ class BlockStack:
         watch.lap("factors")
         self._refresh(clock, beta2)
         watch.lap("roots")
-        direct(exp_avg, usable, beta2, corrections, eps)
+        direct(exp_avg, usable, beta1, beta2, corrections, eps)
         if self.config.momentum:
             self._accelerate(usable, clock)
         watch.lap("direction")
@@ -172,47 +168,57 @@ class BlockStack:
         return usable, exp_avg
 
     def _direct(
-        self, exp_avg: Tensor, usable: Tensor, beta2: float, corrections: "Corrections", eps: float
+        self,
+        exp_avg: Tensor,
+        usable: Tensor,
+        beta1: float,
+        beta2: float,
+        corrections: "Corrections",
+        eps: float,
     ) -> None:
         """Put the preconditioned and grafted momentum into `gradient`."""
         config, gradient, preconditioner = self.config, self.gradient, self.preconditioner
         decay, weight = 1.0 - (1.0 - beta2) * usable, 1.0 - beta2 if beta2 < 1.0 else 1.0
         preconditioner.observe(gradient, decay, weight)
+        momentum = exp_avg
+        if config.beta3 is not None and config.beta3 != beta1:
+            # beta3 M' + (1 - beta3) G, by M = beta1 M' + (1 - beta1) G. Nothing needs G from here.
+            momentum = gradient.lerp_(exp_avg, config.beta3 / beta1 if beta1 else 0.0)
         inner = tuple(range(1, gradient.ndim))
         each = per_block(usable, gradient.ndim)
         correction1 = _spread(corrections.momentum, gradient.ndim)
         correction2 = _spread(corrections.graft, gradient.ndim)
-        grafted = config.grafted_method != "none"
         # Without roots a block takes the grafted method's direction, if there is no better one.
+        grafted = config.grafted_method != "none"
         known = self._rooted if grafted or not preconditioner.works_cold else [True]
-        if any(known):
-            direction = preconditioner.direction(exp_avg, corrections.factors, eps, gradient)
-            norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
-            if not grafted and all(known):
-                self.norms = norm, norm / correction1
-                torch.mul(direction, each / correction1, out=gradient)
+        graft_norm = cold_update = None
+        if grafted or not all(known):
+            graft, factor = graft_step(
+                config.grafted_method,
+                momentum,
+                self._second_moment,
+                correction1,
+                correction2,
+                eps if config.grafting_eps is None else config.grafting_eps,
+            )
+            if not any(known):
+                torch.mul(graft, each * factor, out=gradient)
                 return
-        graft, factor = graft_step(
-            config.grafted_method,
-            exp_avg,
-            self._second_moment,
-            correction1,
-            correction2,
-            eps if config.grafting_eps is None else config.grafting_eps,
-        )
-        if not any(known):
-            torch.mul(graft, each * factor, out=gradient)
-            return
-        if not grafted:
-            scale = 1.0 / correction1
-        else:
-            graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True)
-            scale = (graft_norm * factor / norm).masked_fill_(norm == 0.0, 0.0)
-            self.norms = norm, scale * norm
+            if grafted:
+                graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True) * factor
+            if not all(known):
+                cold_update = graft * (each * factor)
+            del graft  # as large as all gradients of the stack
+        direction = preconditioner.direction(momentum, corrections.factors, eps, gradient)
+        norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
+        scale = 1.0 / correction1
+        if graft_norm is not None:
+            scale = (graft_norm / norm).masked_fill_(norm == 0.0, 0.0)
+        self.norms = norm, scale * norm
         torch.mul(direction, scale * each, out=gradient)
-        if not all(known):
+        if cold_update is not None:
             cold = per_block(self._host_mask(known).logical_not_(), gradient.ndim)
-            torch.where(cold, graft * (each * factor), gradient, out=gradient)
+            torch.where(cold, cold_update, gradient, out=gradient)
 
     def restart_factors(self, positions: Sequence[int]) -> None:
         """Forget what the preconditioner knows of these blocks."""
@@ -280,13 +286,23 @@ class BlockStack:
         ]
 
     def _correction(
-        self, beta: float, steps: Sequence[int], *, as_tensor: bool = False
+        self,
+        beta: float,
+        steps: Sequence[int],
+        last: float | None = None,
+        *,
+        as_tensor: bool = False,
     ) -> float | Tensor:
         """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ, or [1] if a
-        number, which is another one on each step, must not be compiled into the step."""
+        number, which is another one on each step, must not be compiled into the step.
+
+        Args:
+            last: the weight of the past in the newest average, if that is not beta.
+        """
         if beta == 1.0 or not self.config.use_bias_correction:
             return 1.0
-        correction = self._uniform([1.0 - beta ** max(step, 1) for step in steps])
+        last = beta if last is None else last
+        correction = self._uniform([1.0 - last * beta ** (max(step, 1) - 1) for step in steps])
         if as_tensor and not isinstance(correction, Tensor):
             return torch.full((1,), correction, device=self.device)
         return correction

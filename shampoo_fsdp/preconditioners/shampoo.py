@@ -115,7 +115,8 @@ class ShampooPreconditioner(Preconditioner):
             powers = self._powers(self.state[f"diagonals_{i}"] / correction, self.exponent)
             result = scale_along(result, powers, i)
         for i in reversed(self.roots):
-            result = along(result, self.roots[i].read(), i, out if i == self.full[0] else None)
+            last = i == self.full[0] and result is not out
+            result = along(result, self.roots[i].read(), i, out if last else None)
         return result
 
 

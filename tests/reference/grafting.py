@@ -29,11 +29,13 @@ class Moments:
     """A"""
     buffer: Tensor
     """B"""
+    used: Tensor
+    """The newest average of gradients, with other weights than M has."""
 
     @staticmethod
     def zeros(shape: tuple[int, ...]) -> "Moments":
         """Before the first step."""
-        return Moments(*(torch.zeros(shape, dtype=torch.float64) for _ in range(3)))
+        return Moments(*(torch.zeros(shape, dtype=torch.float64) for _ in range(4)))
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,12 @@ class GraftedMethod:
     momentum: float
     nesterov: bool
     dampening: float
+    beta3: float
+    """Weight of the last M in what is used of it."""
 
     def average(self, moments: Moments, grad: Tensor) -> None:
-        """M and A after this gradient."""
+        """M and A after this gradient, and what is used of M."""
+        moments.used = self.beta3 * moments.momentum + (1 - self.beta3) * grad
         moments.momentum = self.beta1 * moments.momentum + (1 - self.beta1) * grad
         if self.name in ("adam", "rmsprop"):
             moments.graft = self.beta2 * moments.graft + (1 - self.beta2) * grad**2
@@ -58,8 +63,10 @@ class GraftedMethod:
             moments.graft = moments.graft + grad**2
 
     def momentum_hat(self, moments: Moments, t: int) -> Tensor:
-        """M̂."""
-        return moments.momentum / bias_correction(self.beta1, t, self.use_bias_correction)
+        """M̂, used momentum over the sum of the weights in it."""
+        if not self.use_bias_correction:
+            return moments.used
+        return moments.used / (1 - self.beta3 * self.beta1 ** (t - 1))
 
     def direction(self, moments: Moments, t: int) -> Tensor:
         """D_graft = M̂ / (sqrt(Â) + eps); for "sgd" and "none" M̂."""

@@ -117,6 +117,7 @@ class ReferenceShampoo:
         preconditioner: str = "shampoo",
         grafting: str | None = None,
         grafting_beta2: float | None = None,
+        beta3: float | None = None,
         grafting_eps: float | None = None,
         use_bias_correction: bool = True,
         momentum: float = 0.0,
@@ -164,10 +165,11 @@ class ReferenceShampoo:
             momentum=momentum,
             nesterov=nesterov,
             dampening=dampening,
+            beta3=betas[0] if beta3 is None else beta3,
         )
-        self.excluded_method = self.method
-        if grafting == "none":
-            self.excluded_method = dataclasses.replace(self.method, name="adam")
+        self.excluded_method = dataclasses.replace(
+            self.method, name="adam" if grafting == "none" else grafting, beta3=betas[0]
+        )
         self.cap = max_preconditioner_dim
         self.frequency = precondition_frequency
         self.start = start_preconditioning_step or precondition_frequency

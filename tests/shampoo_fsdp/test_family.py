@@ -193,6 +193,20 @@ def test_momentum(preconditioner, momentum):
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("grafting", ["adam", "sgd", "none"])
+@pytest.mark.parametrize("beta3", [0.0, 0.81, 0.95])
+def test_beta3(preconditioner, grafting, beta3):
+    error = relative_error(
+        SHAPES | {"layers.1.w": (6, 12)},
+        preconditioner=preconditioner,
+        grafting=grafting,
+        beta3=beta3,
+        large_dim="one_sided",
+    )
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_weight_decay(preconditioner, decay):
     strength = 0.01 if decay == "independent" else 0.5
