@@ -43,16 +43,21 @@ class ShampooConfig:
     convolution) is the matrix [out, rest]; 'small': neighbours whose product is at most
     max_preconditioner_dim, as in the paper, in matrices too; 'none': a factor for each."""
 
-    preconditioner: Literal["shampoo", "soap", "kl_shampoo"] = "shampoo"
+    preconditioner: Literal["shampoo", "soap", "kl_shampoo"] = "kl_shampoo"
     """'shampoo': inverse roots of the gradient's second moment on each side; 'soap': Adam in the
-    eigenbasis of these moments; 'kl_shampoo': moments that each are whitened by the other side."""
+    eigenbasis of these moments; 'kl_shampoo': inverse roots of moments that are whitened by the
+    other side first."""
 
     precondition_frequency: int = 10
     """Steps between two refreshes of a block's inverse roots (or eigenbases)."""
 
-    start_preconditioning_step: int | None = None
+    start_preconditioning_step: int = 2
     """First step that is preconditioned; before it the grafted method runs alone, while the
-    factors fill. Default: precondition_frequency."""
+    factors fill."""
+
+    refresh_warmup_steps: int | None = None
+    """Steps over which the time between two refreshes grows from 1 to precondition_frequency:
+    at the start factors change fastest. Default: 10 * precondition_frequency."""
 
     refresh_schedule: Literal["staggered", "together"] = "staggered"
     """'staggered' spreads the refreshes of the blocks evenly over the steps of a period, so that
@@ -63,16 +68,15 @@ class ShampooConfig:
     ) = None
     """How inverse roots are taken: by eigendecomposition, the same with a zero in place of the
     inverse of a vanishing eigenvalue, by two iterations of matrix products alone, or by one QR
-    step from the last eigenbasis. Default: 'eigh' for shampoo, 'qr' for soap and kl_shampoo, which
-    know only these two."""
+    step from the last eigenbasis. Default: 'eigh'; for soap, which knows 'eigh' and 'qr', 'qr'."""
 
     root_exponents: list[float] = field(default_factory=list)
-    """Entry k - 1 is the p of factor^(-p) for blocks with k factors. Where it is missing or zero, p
-    is 1 / (2 k); for kl_shampoo 1 / 2. Without a meaning for soap."""
+    """Entry k - 1 is the p of factor^(-p) for blocks with k factors; where it is missing or zero, p
+    is 1 / (2 k). For shampoo: kl_shampoo's p is 1 / 2, and soap has none."""
 
-    grafting: Literal["adam", "rmsprop", "adagrad", "sgd", "none"] | None = None
+    grafting: Literal["adam", "rmsprop", "adagrad", "sgd", "none"] = "adam"
     """The method whose step size each block takes, and that updates the excluded parameters (Adam
-    does for 'none'). Default: 'adam' for shampoo, 'none' for soap and kl_shampoo."""
+    does for 'none')."""
 
     grafting_beta2: float | None = None
     """Decay of the grafted method's second moment. Default: the optimizer's beta2."""
@@ -82,8 +86,8 @@ class ShampooConfig:
 
     beta3: float | None = None
     """Weight of the last momentum M in what is preconditioned and grafted, beta3 M +
-    (1 - beta3) G, the momentum of the state being averaged by beta1: beta1**2 is Nesterov's
-    momentum (Dozat 2016), and unset beta1, the usual one."""
+    (1 - beta3) G, the M that is kept being averaged with beta1: beta1 is the usual momentum.
+    Default: beta1 * beta1, Nesterov's (Dozat 2016)."""
 
     preconditioner_eps: float = 1e-12
     """Ridge that is added to the factors before their inverse roots are taken. (The optimizer's
@@ -181,9 +185,11 @@ class ShampooConfig:
             _check_type(name, getattr(self, name), annotation)
         _check_at_least("max_preconditioner_dim", self.max_preconditioner_dim, 1)
         _check_at_least("precondition_frequency", self.precondition_frequency, 1)
-        for name in ("start_preconditioning_step", "buckets"):
-            if getattr(self, name) is not None:
-                _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("start_preconditioning_step", self.start_preconditioning_step, 1)
+        if self.buckets is not None:
+            _check_at_least("buckets", self.buckets, 1)
+        if self.refresh_warmup_steps is not None:
+            _check_at_least("refresh_warmup_steps", self.refresh_warmup_steps, 0)
         for name in ("grafting_beta2", "beta3"):
             if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 _refuse(name, getattr(self, name), f"0 <= {name} < 1")
@@ -200,8 +206,10 @@ class ShampooConfig:
         for exponent in self.root_exponents:
             if not (math.isfinite(exponent) and exponent >= 0.0):
                 _refuse("root_exponents", exponent, "numbers >= 0")
-        if self.preconditioner != "shampoo" and self.root_method not in (None, "eigh", "qr"):
-            _refuse("root_method", self.root_method, f"'eigh' or 'qr' for {self.preconditioner}")
+        if self.preconditioner == "soap" and self.root_method not in (None, "eigh", "qr"):
+            _refuse("root_method", self.root_method, "'eigh' or 'qr' for soap")
+        if self.preconditioner != "shampoo" and any(self.root_exponents):
+            _refuse("root_exponents", self.root_exponents, f"[] for {self.preconditioner}")
         if self.factor_dtype == "bfloat16" and self.root_method in ("coupled_newton", "newton_db"):
             # Rounding makes eigenvalues negative, down to 2^-7 of the largest: these diverge then.
             _refuse("root_method", self.root_method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
@@ -217,30 +225,28 @@ class ShampooConfig:
             except re.error as error:
                 _refuse("exclude", pattern, f"regular expressions ({error})")
 
-    @property
-    def first_preconditioned_step(self) -> int:
-        """`start_preconditioning_step`, or its default where it is not set."""
-        return self.start_preconditioning_step or self.precondition_frequency
-
-    @property
-    def grafted_method(self) -> str:
-        """`grafting`, or its default where it is not set."""
-        return self.grafting or ("adam" if self.preconditioner == "shampoo" else "none")
+    def refresh_period(self, step: int) -> int:
+        """Steps between two refreshes of blocks whose factors have seen so many gradients."""
+        frequency, warmup = self.precondition_frequency, self.refresh_warmup_steps
+        warmup = 10 * frequency if warmup is None else warmup
+        return frequency if step >= warmup else max(1, step * frequency // warmup)
 
     @property
     def elementwise_method(self) -> str:
         """The method of excluded parameters."""
-        return "adam" if self.grafted_method == "none" else self.grafted_method
+        return "adam" if self.grafting == "none" else self.grafting
 
     @property
     def basis_method(self) -> str:
         """`root_method`, or its default where it is not set."""
-        return self.root_method or ("eigh" if self.preconditioner == "shampoo" else "qr")
+        return self.root_method or ("qr" if self.preconditioner == "soap" else "eigh")
 
     def root_exponent(self, factors: int) -> float:
         """The p of factor^(-p) for a block with this number of factors, at least one."""
+        if self.preconditioner == "kl_shampoo":
+            return 0.5
         given = self.root_exponents[factors - 1] if factors <= len(self.root_exponents) else 0.0
-        return given or (0.5 if self.preconditioner == "kl_shampoo" else 0.5 / factors)
+        return given or 0.5 / factors
 
 
 def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:

@@ -72,7 +72,7 @@ def diagnose(
         for name, direction, update in zip(names, before, after, strict=True):
             square, number = squares[kind_of(name)]
             squares[kind_of(name)] = square + update**2, number + elements
-            if stack.config.grafted_method != "none" and min(direction, update) > 0.0:
+            if stack.config.grafting != "none" and min(direction, update) > 0.0:
                 ratios, blocks = ratios + math.log(direction / update), blocks + 1
     result.squares = dict(squares)
     result.ratios = ratios, blocks

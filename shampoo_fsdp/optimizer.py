@@ -220,7 +220,7 @@ class Shampoo(torch.optim.Optimizer):
         for i, state in zip(moving, states, strict=True):
             if (
                 not self._refreshed[i]
-                and self._factor_steps[i] >= self.config.first_preconditioned_step
+                and self._factor_steps[i] >= self.config.start_preconditioning_step
             ):
                 self._refreshed[i] = True
                 state["refreshed"].fill_(1.0)

@@ -89,7 +89,7 @@ class BlockStack:
         """The same, with a tensor for each matrix of a block."""
         self.preconditioner = PRECONDITIONERS[config.preconditioner](self.shape, config, self.state)
         self.preconditioner.restart(slice(None))
-        self._second_moment = self.state.get(second_moment_name(config.grafted_method) or "")
+        self._second_moment = self.state.get(second_moment_name(config.grafting) or "")
         self._rooted = [False] * len(ordered)
         self.norms: tuple[Tensor, Tensor] | None = None
         """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
@@ -114,7 +114,7 @@ class BlockStack:
         graft_beta2 = beta2 if self.config.grafting_beta2 is None else self.config.grafting_beta2
         # What is compiled is one case: the step that is taken nearly always.
         compiled = self.config.compile and all(self._rooted) and all(clock.active)
-        beta3 = beta1 if self.config.beta3 is None else self.config.beta3
+        beta3 = beta1 * beta1 if self.config.beta3 is None else self.config.beta3
         corrections = Corrections(
             self._correction(beta2, clock.factor_steps, as_tensor=compiled),
             self._correction(beta1, clock.steps, beta3, as_tensor=compiled),
@@ -126,7 +126,9 @@ class BlockStack:
         watch.lap("factors")
         self._refresh(clock, beta2)
         watch.lap("roots")
-        direct(exp_avg, usable, beta1, beta2, corrections, eps)
+        # beta3 M' + (1 - beta3) G, by M = beta1 M' + (1 - beta1) G.
+        share = beta3 / beta1 if beta1 else 1.0
+        direct(exp_avg, share, usable, beta2, corrections, eps)
         if self.config.momentum:
             self._accelerate(usable, clock)
         watch.lap("direction")
@@ -163,38 +165,37 @@ class BlockStack:
         self._keep("exp_avg", exp_avg)
         if self._second_moment is not None:
             graft_decay = 1.0 - (1.0 - graft_beta2) * each
-            method = self.config.grafted_method
+            method = self.config.grafting
             update_second_moment(method, self._second_moment, gradient, graft_decay, graft_beta2)
         return usable, exp_avg
 
     def _direct(
         self,
         exp_avg: Tensor,
+        share: float,
         usable: Tensor,
-        beta1: float,
         beta2: float,
         corrections: "Corrections",
         eps: float,
     ) -> None:
-        """Put the preconditioned and grafted momentum into `gradient`."""
+        """Put the preconditioned and grafted momentum into `gradient`, the momentum being
+        share * exp_avg + (1 - share) * gradient."""
         config, gradient, preconditioner = self.config, self.gradient, self.preconditioner
         decay, weight = 1.0 - (1.0 - beta2) * usable, 1.0 - beta2 if beta2 < 1.0 else 1.0
         preconditioner.observe(gradient, decay, weight)
-        momentum = exp_avg
-        if config.beta3 is not None and config.beta3 != beta1:
-            # beta3 M' + (1 - beta3) G, by M = beta1 M' + (1 - beta1) G. Nothing needs G from here.
-            momentum = gradient.lerp_(exp_avg, config.beta3 / beta1 if beta1 else 0.0)
+        # In the gradient's memory, which nothing needs from here.
+        momentum = exp_avg if share == 1.0 else gradient.lerp_(exp_avg, share)
         inner = tuple(range(1, gradient.ndim))
         each = per_block(usable, gradient.ndim)
         correction1 = _spread(corrections.momentum, gradient.ndim)
         correction2 = _spread(corrections.graft, gradient.ndim)
         # Without roots a block takes the grafted method's direction, if there is no better one.
-        grafted = config.grafted_method != "none"
+        grafted = config.grafting != "none"
         known = self._rooted if grafted or not preconditioner.works_cold else [True]
         graft_norm = cold_update = None
         if grafted or not all(known):
             graft, factor = graft_step(
-                config.grafted_method,
+                config.grafting,
                 momentum,
                 self._second_moment,
                 correction1,
@@ -273,13 +274,13 @@ class BlockStack:
 
     def _due(self, clock: Clock) -> list[int]:
         """Positions of the blocks whose roots are refreshed on this step, ascending."""
-        first, frequency = self.config.first_preconditioned_step, self.config.precondition_frequency
+        first, period = self.config.start_preconditioning_step, self.config.refresh_period
         return [
             b
             for b, phase in enumerate(self.phases)
             if clock.active[b]
             and (
-                (clock.steps[b] + phase) % frequency == 0
+                (clock.steps[b] + phase) % period(clock.factor_steps[b]) == 0
                 if self._rooted[b]
                 else clock.factor_steps[b] >= first
             )

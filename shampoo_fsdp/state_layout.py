@@ -58,7 +58,7 @@ def state_bytes(shape: Sequence[int], config: ShampooConfig) -> int:
 def _moments(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
     momentum_dtype = getattr(torch, config.momentum_dtype)
     entries: dict[str, StateEntry] = {"exp_avg": (tuple(shape), momentum_dtype)}
-    if second := second_moment_name(config.grafted_method):
+    if second := second_moment_name(config.grafting):
         entries[second] = (tuple(shape), torch.float32)
     if config.momentum:
         entries["momentum_buffer"] = (tuple(shape), momentum_dtype)

@@ -71,11 +71,9 @@ class ShampooPreconditioner(Preconditioner):
             self._accumulate_diagonal(f"diagonals_{i}", gradient.square(), i, decay, weight)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        if isinstance(correction, Tensor):
-            correction = per_block(correction, 3)
         failures = []
         for i, kept in self.roots.items():
-            factor = self.factors[i].read(where) / correction
+            factor = self._corrected(i, self.factors[i].read(where), correction)
             eps, method = self.config.preconditioner_eps, self.config.basis_method
             if method == "qr":
                 eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
@@ -94,10 +92,8 @@ class ShampooPreconditioner(Preconditioner):
 
     def health(self, correction: float | Tensor) -> Health:
         conditions, residuals = [], []
-        if isinstance(correction, Tensor):
-            correction = per_block(correction, 3)
         for i, kept in self.roots.items():
-            factor, root = self.factors[i].read() / correction, kept.read()
+            factor, root = self._corrected(i, self.factors[i].read(), correction), kept.read()
             # The largest eigenvalue of the root is that of the smallest of the factor.
             smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
             conditions.append(_largest_eigenvalue(factor) / smallest)
@@ -109,15 +105,27 @@ class ShampooPreconditioner(Preconditioner):
         self, momentum: Tensor, correction: float | Tensor, eps: float, out: Tensor
     ) -> Tensor:
         result = momentum
-        if isinstance(correction, Tensor):
-            correction = correction.view(-1, 1)
         for i in self.diagonal:
-            powers = self._powers(self.state[f"diagonals_{i}"] / correction, self.exponent)
-            result = scale_along(result, powers, i)
+            result = scale_along(result, self._diagonal_root(i, correction), i)
         for i in reversed(self.roots):
             last = i == self.full[0] and result is not out
             result = along(result, self.roots[i].read(), i, out if last else None)
         return result
+
+    def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
+        """The root of a diagonal factor, [B, d_i]."""
+        diagonal = self._corrected(i, self.state[f"diagonals_{i}"], correction)
+        return self._powers(diagonal, self.exponent)
+
+    def _corrected(self, i: int, factors: Tensor, correction: float | Tensor) -> Tensor:
+        """The factors [B, d_i] or [B, d_i, d_i] of dimension i over their bias correction."""
+        correction = self._correction_of(i, correction)
+        if isinstance(correction, Tensor):
+            correction = per_block(correction, factors.ndim)
+        return factors / correction
+
+    def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
+        return correction
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:

@@ -39,8 +39,7 @@ _RULES: dict[str, Callable[[torch.Size, tuple[str, ...], RuleSettings], Precondi
     "soap": SoapRule,
     "kl_shampoo": KLShampooRule,
 }
-_OWN_GRAFTING = {"shampoo": "adam", "soap": "none", "kl_shampoo": "none"}
-_OWN_ROOT_METHOD = {"shampoo": "eigh", "soap": "qr", "kl_shampoo": "qr"}
+_OWN_ROOT_METHOD = {"shampoo": "eigh", "soap": "qr", "kl_shampoo": "eigh"}
 
 
 @dataclass
@@ -64,14 +63,16 @@ class ReferenceShampoo:
         initial_lr: for weight_decay_type "independent". None: lr.
         max_preconditioner_dim: the largest side of a block.
         precondition_frequency: steps from one refresh of a block's roots to the next.
-        start_preconditioning_step: the first step that uses the roots, and computes them. None:
-            precondition_frequency.
+        start_preconditioning_step: the first step that uses the roots, and computes them.
+        refresh_warmup_steps: steps over which the time between refreshes grows from 1 to the
+            frequency. None: 10 times the frequency.
         refresh_schedule: "together": roots are refreshed when t % frequency == 0; "staggered": when
             (t + phase) % frequency == 0.
         preconditioner: "shampoo", "soap" or "kl_shampoo".
-        grafting: "adam", "rmsprop" (no bias correction), "adagrad" (sums), "sgd" or "none". None:
-            "adam" for shampoo, "none" for the others.
+        grafting: "adam", "rmsprop" (no bias correction), "adagrad" (sums), "sgd" or "none".
         grafting_beta2, grafting_eps: of the grafted method. None: betas[1], eps.
+        beta3: weight of the last momentum in what is used of it, of preconditioned parameters.
+            None: betas[0]^2, Nesterov's.
         use_bias_correction: without, all averages are taken as they are.
         momentum, nesterov, dampening: of the direction, as in torch.optim.SGD.
         weight_decay_type: "decoupled", "l2" or "independent".
@@ -112,10 +113,11 @@ class ReferenceShampoo:
         precondition_frequency: int,
         preconditioner_eps: float,
         initial_lr: float | None = None,
-        start_preconditioning_step: int | None = None,
+        start_preconditioning_step: int = 2,
+        refresh_warmup_steps: int | None = None,
         refresh_schedule: str = "together",
         preconditioner: str = "shampoo",
-        grafting: str | None = None,
+        grafting: str = "adam",
         grafting_beta2: float | None = None,
         beta3: float | None = None,
         grafting_eps: float | None = None,
@@ -135,7 +137,6 @@ class ReferenceShampoo:
         phase: Callable[[str, tuple[int, ...]], int] | None = None,
         batched_3d: bool = True,
     ) -> None:
-        grafting = grafting or _OWN_GRAFTING[preconditioner]
         grafting_beta2 = betas[1] if grafting_beta2 is None else grafting_beta2
         for name, value, allowed in (
             ("refresh_schedule", refresh_schedule, ("together", "staggered")),
@@ -165,14 +166,15 @@ class ReferenceShampoo:
             momentum=momentum,
             nesterov=nesterov,
             dampening=dampening,
-            beta3=betas[0] if beta3 is None else beta3,
+            beta3=betas[0] ** 2 if beta3 is None else beta3,
         )
         self.excluded_method = dataclasses.replace(
             self.method, name="adam" if grafting == "none" else grafting, beta3=betas[0]
         )
         self.cap = max_preconditioner_dim
         self.frequency = precondition_frequency
-        self.start = start_preconditioning_step or precondition_frequency
+        self.start = start_preconditioning_step
+        self.warmup = 10 * self.frequency if refresh_warmup_steps is None else refresh_warmup_steps
         self.refresh_schedule = refresh_schedule
         self.phase = phase
         self.batched_3d = batched_3d
@@ -287,10 +289,13 @@ class ReferenceShampoo:
             return False
         if not block.rule.has_roots:
             return True
+        # Time between refreshes grows evenly from 1 to the frequency.
+        grown = self.frequency * t // self.warmup if self.warmup else self.frequency
+        period = min(max(grown, 1), self.frequency)
         if self.refresh_schedule == "together":
-            return t % self.frequency == 0
+            return t % period == 0
         assert self.phase is not None
-        return (t + self.phase(name, block.coordinates)) % self.frequency == 0
+        return (t + self.phase(name, block.coordinates)) % period == 0
 
 
 def _usable(grad: Tensor) -> Tensor:

@@ -30,19 +30,25 @@ class ShampooRule(GramFactors):
         count = sum(factor is not None for factor in self.factors)
         return self.settings.exponent(count, own=1 / (2 * count))
 
+    def corrected(self, d: int, correction: float) -> Tensor | None:
+        """The factor of a dimension over its bias correction."""
+        factor = self.factors[d]
+        return None if factor is None else factor / correction
+
     def refresh(self, correction: float) -> None:
-        for d, factor in enumerate(self.factors):
+        for d in range(len(self.factors)):
+            factor = self.corrected(d, correction)
             if factor is None or factor.ndim == 1 or factor.diag().max() <= 0:
                 continue  # without a gradient there is no scale: the root stays the identity
             if self.settings.root_method == "qr":
                 basis = new_basis(factor, self.bases[d], self.has_roots, self.settings)
-                eigenvalues = (basis.T @ factor @ basis).diag() / correction
+                eigenvalues = (basis.T @ factor @ basis).diag()
                 ridge = self.settings.preconditioner_eps
                 powers = raised(eigenvalues, ridge, self.settings.factor_dtype) ** -self.exponent
                 root = basis @ torch.diag(powers) @ basis.T
                 self.bases[d] = kept_in(self.settings.root_dtype, basis)
             else:
-                root = self._root(factor, correction)
+                root = self._root(factor)
             self.roots[d] = kept_in(self.settings.root_dtype, root)
         self.has_roots = True
 
@@ -50,16 +56,19 @@ class ShampooRule(GramFactors):
         pass
 
     def precondition(self, momentum: Tensor, correction: float) -> Tensor:
-        # The root of a diagonal costs nothing, so that it is always that of the newest factor.
-        newest = [
-            self._root(factor, correction) if factor is not None and factor.ndim == 1 else root
-            for factor, root in zip(self.factors, self.roots, strict=True)
-        ]
-        return precondition(momentum, newest)
+        return precondition(momentum, self.newest_roots(correction))
 
-    def _root(self, factor: Tensor, correction: float) -> Tensor:
+    def newest_roots(self, correction: float) -> list[Tensor | None]:
+        """The root of a diagonal costs nothing, so that it is always that of the newest factor."""
+        factors = [self.corrected(d, correction) for d in range(len(self.factors))]
+        return [
+            self._root(factor) if factor is not None and factor.ndim == 1 else root
+            for factor, root in zip(factors, self.roots, strict=True)
+        ]
+
+    def _root(self, factor: Tensor) -> Tensor:
         return inverse_root(
-            factor / correction,
+            factor,
             self.exponent,
             self.settings.preconditioner_eps,
             dtype=self.settings.factor_dtype,

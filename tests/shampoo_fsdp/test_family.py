@@ -42,6 +42,7 @@ DEFAULTS = {
     "max_preconditioner_dim": 8,
     "precondition_frequency": 3,
     "start_preconditioning_step": START,
+    "refresh_warmup_steps": 0,
 }
 
 
@@ -134,6 +135,9 @@ ROOTS = [
     ("soap", "eigh"),
     ("soap", "qr"),
     ("kl_shampoo", "eigh"),
+    ("kl_shampoo", "eigh_pseudo_inverse"),
+    ("kl_shampoo", "coupled_newton"),
+    ("kl_shampoo", "newton_db"),
     ("kl_shampoo", "qr"),
 ]
 
@@ -166,6 +170,15 @@ def test_root_method(preconditioner, root_method, schedule):
 @pytest.mark.parametrize("frequency", [1, 7])
 def test_frequency(preconditioner, frequency):
     error = relative_error(preconditioner=preconditioner, precondition_frequency=frequency)
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["together", "staggered"])
+@pytest.mark.parametrize("warmup", [0, 15, 40])
+def test_warmup_of_the_frequency(schedule, warmup):
+    error = relative_error(
+        refresh_schedule=schedule, refresh_warmup_steps=warmup, precondition_frequency=4
+    )
     assert error <= 1e-4
 
 
@@ -242,8 +255,6 @@ def test_sums_instead_of_averages(preconditioner, grafting):
         ("shampoo", "qr", [0.0, 0.3]),
         ("shampoo", "coupled_newton", [0.25, 0.5]),
         ("shampoo", "newton_db", [0.25, 0.5, 0.125]),
-        ("kl_shampoo", "qr", [0.0, 0.25]),
-        ("kl_shampoo", "eigh", [0.25, 0.3, 0.2]),
     ],
 )
 def test_root_exponents(preconditioner, root_method, exponents):
