@@ -17,6 +17,7 @@ from benchmarks import llama
 from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import shampoo_row, torch_rows
 from benchmarks.step_time import add_size_arguments, measure_rows, sizes_of
+from shampoo_fsdp import ShampooConfig
 
 __all__ = ["main"]
 
@@ -90,6 +91,7 @@ def _measure(setting: _Setting, periods: int) -> dict[str, Any]:
         torch_rows()[0],
         shampoo_row(
             "Shampoo",
+            preconditioner=ShampooConfig().preconditioner,
             max_preconditioner_dim=setting.cap,
             precondition_frequency=setting.frequency,
         ),

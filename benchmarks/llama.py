@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from shampoo_fsdp.preconditioners import PRECONDITIONERS
 from tests.models import deterministic_gradients, set_gradients
 
 __all__ = ["Sizes", "block_flops", "build", "gradient_sets", "least_bytes", "matrix_shapes"]
@@ -81,13 +82,14 @@ def matrix_shapes(sizes: Sizes, exclude: Sequence[str] = ()) -> list[tuple[int, 
     ]
 
 
-def block_flops(shapes: Sequence[tuple[int, int]], cap: int) -> float:
-    """What a step of Shampoo multiplies, without roots: 4 m n (m + n) for a block of m x n, in two
-    products for its factors and two with their roots."""
+def block_flops(shapes: Sequence[tuple[int, int]], cap: int, preconditioner: str) -> float:
+    """What a step multiplies, without roots: for a block of m x n a product of 2 m n m and one of
+    2 m n n FLOPs for the factors, for the direction, and for what else the preconditioner does."""
+    products = PRECONDITIONERS[preconditioner].products
     total = 0.0
     for rows, columns in shapes:
         tall, wide = math.ceil(rows / cap), math.ceil(columns / cap)
-        total += 4.0 * rows * columns * (rows / tall + columns / wide)
+        total += 2.0 * products * rows * columns * (rows / tall + columns / wide)
     return total
 
 

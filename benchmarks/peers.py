@@ -87,7 +87,12 @@ def _meta_row(name: str, cap: int, frequency: int, method: str = "DefaultShampoo
         return optimizer
 
     return Row(
-        name, _with_adamw_for_vectors(build), period=frequency, together=frequency > 1, cap=cap
+        name,
+        _with_adamw_for_vectors(build),
+        period=frequency,
+        together=frequency > 1,
+        preconditioner="soap" if "SOAP" in method else "shampoo",
+        cap=cap,
     )
 
 

@@ -35,21 +35,34 @@ class Row:
     """Whether all refreshes of a period are on one step, whose number is a multiple of it."""
     sharded: bool = True
     """Whether it works on FSDP2 parameters; otherwise every rank does all of the work."""
-    cap: int | None = None
-    """Largest side of a block, for optimizers that do Shampoo's products, ..."""
+    preconditioner: str | None = None
+    """Which of ours has the same products, if any, ..."""
+    cap: int = 0
+    """... the largest side of a block, ..."""
     exclude: tuple[str, ...] = ()
-    """... and the matrices that they leave out."""
+    """... and the matrices that are left out."""
+
+
+_LIKE_PEERS: dict[str, Any] = {
+    "preconditioner": "shampoo",
+    "exclude": [],
+    "max_preconditioner_dim": 256,
+    "beta3": BETAS[0],
+}
 
 
 def shampoo_row(name: str, **settings: Any) -> Row:
-    """A row of ours, with all matrices preconditioned unless `exclude` is given."""
-    settings = dict[str, Any](exclude=[], max_preconditioner_dim=256) | settings
+    """A row of ours, doing what the peers do unless settings say otherwise: Shampoo of all matrices
+    in 256-blocks, without Nesterov's momentum."""
+    # What is measured is what a step costs in the long run.
+    settings = _LIKE_PEERS | {"refresh_warmup_steps": 0} | settings
     config = ShampooConfig(**settings)
     return Row(
         name,
         lambda model: [Shampoo(model.named_parameters(), **HYPERPARAMETERS, **settings)],
         period=config.precondition_frequency,
         together=config.refresh_schedule == "together",
+        preconditioner=config.preconditioner,
         cap=config.max_preconditioner_dim,
         exclude=tuple(config.exclude),
     )
@@ -83,9 +96,7 @@ def our_rows() -> list[Row]:
     default = ShampooConfig()
     rows = [
         shampoo_row(
-            "Shampoo, default settings",
-            exclude=default.exclude,
-            max_preconditioner_dim=default.max_preconditioner_dim,
+            "Shampoo, default settings", **{name: getattr(default, name) for name in _LIKE_PEERS}
         )
     ]
     return rows + [

@@ -213,9 +213,10 @@ def _count_figures(runner: _Runner, sizes: llama.Sizes, mean_ms: float) -> dict[
         operators.append(counts.operators - before)
     alone = products.seconds_alone() if products.seconds else 0.0
     needed, least = None, None
-    if runner.row.cap is not None:
+    if runner.row.preconditioner is not None:
         shapes = llama.matrix_shapes(sizes, runner.row.exclude)
-        needed = llama.block_flops(shapes, runner.row.cap) / ranks / 1e9
+        flops = llama.block_flops(shapes, runner.row.cap, runner.row.preconditioner)
+        needed = flops / ranks / 1e9
         least = llama.least_bytes(shapes, runner.row.cap, ranks) / 1e6
     return {
         "operators_per_step": _largest(statistics.fmean(operators)),

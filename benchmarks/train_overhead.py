@@ -14,6 +14,7 @@ all optimizers do alike, are their mean over all of them; it is the less noisy o
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import statistics
 import tempfile
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--cap", type=int, nargs="+", default=[256, 1024], help="max_preconditioner_dim"
+    )
+    parser.add_argument(
+        "--preconditioner", nargs="+", default=["kl_shampoo", "shampoo"], help="one or several"
     )
     parser.add_argument("--frequency", type=int, default=10, help="precondition_frequency")
     parser.add_argument("--periods", type=int, default=1, help="of refreshes, to measure")
@@ -153,16 +157,18 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _measured(options: argparse.Namespace, trainer: Any) -> list[dict[str, Any]]:
     adamw = trainer.job_config.optimizer
     contestants = [_Contestant("AdamW", trainer, adamw)]
-    for cap in options.cap:
+    ours = list(itertools.product(options.preconditioner, options.cap))
+    for preconditioner, cap in ours:
         config = copy.copy(adamw)
         config.name = "shampoo"
         config.shampoo = dataclasses.replace(
             adamw.shampoo,
+            preconditioner=preconditioner,
             max_preconditioner_dim=cap,
             precondition_frequency=options.frequency,
-            start_preconditioning_step=None,
+            refresh_warmup_steps=0,  # what is measured is the cost in the long run
         )
-        contestants.append(_Contestant(f"Shampoo {cap}", trainer, config))
+        contestants.append(_Contestant(f"{preconditioner}, {cap}", trainer, config))
     for contestant in contestants:
         contestant.warm_up(next(_batches(options, SEQUENCE)), 2 * options.frequency)
     shapes = _preconditioned(contestants)
@@ -178,8 +184,9 @@ def _measured(options: argparse.Namespace, trainer: Any) -> list[dict[str, Any]]
             for c in contestants:
                 times[c.name].append(c.train(batch))
         predicted = [1.0] + [
-            1.0 + block_flops(shapes, cap) / (6.0 * parameters * options.ranks * tokens)
-            for cap in options.cap
+            1.0
+            + block_flops(shapes, cap, preconditioner) / (6.0 * parameters * options.ranks * tokens)
+            for preconditioner, cap in ours
         ]
         figures += _figures(tokens, times, predicted)
     return figures
