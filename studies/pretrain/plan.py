@@ -116,7 +116,9 @@ class Study:
     def ablation(
         self, size: str, ablation: dict[str, Any], best: dict[str, Any]
     ) -> list[tuple[Any, Run]]:
-        """Pairs of a value and a run; several of one value if lr is tried anew for each."""
+        """Pairs of a value and a run, as long as those that chose the other settings; several of
+        one value if lr is tried anew for each."""
+        best = _with_steps(best, self.general["tuning_part"][size])
         return [
             (
                 value,

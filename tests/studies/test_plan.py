@@ -151,4 +151,4 @@ def test_the_estimate_counts_what_is_missing(study, tmp_path):
     run = study.tuning("tiny", "AdamW", results.loss)[0][0]
     results.add(run, {**_curve(1.0), "seconds": [3600.0]})
     text = estimate(study, ["tiny"], ["AdamW"], ["final", "ablations"], results, jobs=2)
-    assert text.startswith("tiny: 7 runs, about 2.3 h")
+    assert text.startswith("tiny: 7 runs, about 1.5 h")
