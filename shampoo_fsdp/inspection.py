@@ -18,8 +18,9 @@ from shampoo_fsdp.blocks import BlockGrid, make_grid
 from shampoo_fsdp.checkpoint_reader import CheckpointReader
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.load_decision import state_keys
-from shampoo_fsdp.mismatch import FACTORS, name_some, preconditioner_of
+from shampoo_fsdp.mismatch import FACTORS, name_some
 from shampoo_fsdp.state import CAP
+from shampoo_fsdp.state_layout import preconditioner_of
 
 __all__ = ["Block", "Checkpoint", "Factor", "Parameter", "inspect_checkpoint"]
 
@@ -176,7 +177,7 @@ def _parameter(
         step=int(reader.value(keys["step"])) if "step" in keys else 0,
         factor_step=int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
         settings=settings,
-        preconditioner=preconditioner_of(keys),
+        preconditioner=preconditioner_of(reader.shape(keys[CAP])) if CAP in keys else "",
         max_preconditioner_dim=reader.shape(keys[CAP])[0] if CAP in keys else None,
         bytes={
             "moments": sum(map(reader.size_in_bytes, moments)),
@@ -204,9 +205,7 @@ def _blocks(
     places: list[list[_Place]] = [[] for _ in shapes]
     (cap, *_) = reader.shape(keys[CAP])
     # Rows of the blocks one after the other, in each the dimensions one after the other.
-    for entry, smallest, largest in (
-        ("factors", 1, cap), ("diagonals", cap + 1, math.inf), ("eigenvalues", 1, math.inf),
-    ):  # fmt: skip
+    for entry, smallest, largest in (("factors", 1, cap), ("diagonals", cap + 1, math.inf)):
         if entry not in keys:
             continue
         sides = [[(i, n) for i, n in enumerate(s) if smallest <= n <= largest] for s in shapes]
@@ -214,13 +213,10 @@ def _blocks(
         kind = "diagonal"
         if entry == "factors":
             kind = "full" if sum(n * n for block in sides for _, n in block) == total else "packed"
-        elif sum(n for block in sides for _, n in block) != total:
-            continue  # kl_shampoo, with factors of small dimensions alone
         for place, block in zip(places, sides, strict=True):
             for i, n in block:
                 length = {"full": n * n, "packed": n * (n + 1) // 2, "diagonal": n}[kind]
-                if entry != "eigenvalues" or n > cap:  # others are in `factors`
-                    place.append((keys[entry], start, length, i, n, kind))
+                place.append((keys[entry], start, length, i, n, kind))
                 start += length
     offsets = [tuple(start for start, _ in grid.rectangle(c)) for c in grid.coordinates()]
     return list(zip(offsets, shapes, places, strict=True))
@@ -229,7 +225,7 @@ def _blocks(
 def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
     """The grid that has the fingerprint in the checkpoint: that of the pieces in which it was
     saved, or, if one process has saved it whole, one of those that the settings give."""
-    view, (cap, fingerprint, _) = reader.shape(keys["exp_avg"]), reader.shape(keys[CAP])
+    view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[CAP])
     pieces = reader.pieces(keys["exp_avg"])
     cuts = tuple(
         tuple(sorted({0} | {offsets[d] + sizes[d] for offsets, sizes in pieces}))

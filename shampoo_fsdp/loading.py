@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.layout import shard_rectangle
 from shampoo_fsdp.state import CAP, ShardedBlocks
+from shampoo_fsdp.state_layout import preconditioner_of
 
 __all__ = ["check_entries", "copy_entries"]
 
@@ -25,11 +26,17 @@ def check_entries(
     """
     if saved is None:
         raise ValueError(f"the state dict has no state for parameter '{name}'.")
-    if CAP in entries and CAP in saved and entries[CAP].shape != saved[CAP].shape:
-        raise ValueError(
-            f"the state dict was saved with {CAP} = {saved[CAP].shape[0]}, but it is "
-            f"{entries[CAP].shape[0]} here; set it to the saved value."
-        )
+    if CAP in entries and CAP in saved:
+        here, there = entries[CAP].shape, saved[CAP].shape
+        for setting, now, then in (
+            (CAP, here[0], there[0]),
+            ("preconditioner", preconditioner_of(here), preconditioner_of(there)),
+        ):
+            if now != then:
+                raise ValueError(
+                    f"the state dict was saved with {setting} = {then}, but it is {now} here; "
+                    "set it to the saved value."
+                )
     for entry, value in entries.items():
         if entry not in saved:
             raise ValueError(

@@ -1,13 +1,14 @@
 """Saying why the state of a checkpoint does not fit, in the words of the settings."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shampoo_fsdp.state import CAP
+from shampoo_fsdp.state_layout import preconditioner_of
 
 __all__ = [
     "FACTORS",
@@ -16,12 +17,11 @@ __all__ = [
     "explanation",
     "fits",
     "name_some",
-    "preconditioner_of",
 ]
 
 FACTORS = re.compile(
     "factor_step|refreshed|max_preconditioner_dim|factors|diagonals|inverse_roots|eigenvectors"
-    "|eigenvalues|second_moment"
+    "|second_moment"
 )
 """Names of the entries of a parameter's state that only mean something together."""
 
@@ -69,9 +69,10 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
             f"setting '{CAP}' is {_shape(saved[CAP])[0]} in the checkpoint, but "
             f"{_shape(here[CAP])[0]} here."
         )
-    then, now = preconditioner_of(saved), preconditioner_of(here)
-    if then and now and then != now:
-        yield f"setting 'preconditioner' is '{then}' in the checkpoint, but '{now}' here."
+    if CAP in here:
+        then, now = preconditioner_of(_shape(saved[CAP])), preconditioner_of(_shape(here[CAP]))
+        if then != now:
+            yield f"setting 'preconditioner' is '{then}' in the checkpoint, but '{now}' here."
     if CAP in here and _shape(saved[CAP]) != _shape(here[CAP]):
         yield (
             f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
@@ -116,18 +117,6 @@ def name_some(names: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
-
-
-def preconditioner_of(entries: Iterable[str]) -> str:
-    """Which one has these entries in its state, "" for none."""
-    names = list(entries)
-    kinds = {
-        "eigenvalues": "kl_shampoo",
-        "second_moment": "soap",
-        "inverse_roots": "shampoo",
-        "diagonals": "shampoo",
-    }
-    return next((kind for entry, kind in kinds.items() if entry in names), "")
 
 
 def _shape(value: Any) -> tuple[int, ...]:

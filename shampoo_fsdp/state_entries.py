@@ -12,7 +12,7 @@ from shampoo_fsdp.bucket import Bucket
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.planner import Plan
 from shampoo_fsdp.state import CAP, Piece, ShardedBlocks
-from shampoo_fsdp.state_layout import saved_entries
+from shampoo_fsdp.state_layout import saved_entries, settings_marker
 
 __all__ = ["state_entries"]
 
@@ -38,12 +38,10 @@ def _entries(
 ) -> dict[str, Tensor]:
     grid = plan.grids[parameter]
     alone = len(plan.ranks) == 1
-    # A tensor without elements, whose shape tells the settings: a checkpoint that was saved with
-    # others is refused in their name before anything is read.
-    cap = (config.max_preconditioner_dim, grid.fingerprint, 0)
+    shape = settings_marker(config, grid.fingerprint)
     holds_first = any(plan.blocks[n].index == 0 for n in owned)
-    marker: list[Piece] = [((0, 0, 0), torch.empty(cap))] if holds_first else []
-    entries: dict[str, Tensor] = {CAP: ShardedBlocks(cap, marker, torch.float32, alone)}
+    marker: list[Piece] = [((0,) * len(shape), torch.empty(shape))] if holds_first else []
+    entries: dict[str, Tensor] = {CAP: ShardedBlocks(shape, marker, torch.float32, alone)}
 
     shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
     kept = {shape: saved_entries(shape, config) for shape in dict.fromkeys(shapes)}

@@ -12,7 +12,20 @@ from shampoo_fsdp.grafting import second_moment_name
 from shampoo_fsdp.matrices import StateEntry
 from shampoo_fsdp.preconditioners import PRECONDITIONERS
 
-__all__ = ["saved_entries", "split_rows", "state_bytes"]
+__all__ = ["preconditioner_of", "saved_entries", "settings_marker", "split_rows", "state_bytes"]
+
+_NAMES = list(PRECONDITIONERS)  # their numbers are in checkpoints: append new ones
+
+
+def settings_marker(config: ShampooConfig, fingerprint: int) -> tuple[int, ...]:
+    """The shape of an entry without elements that tells the settings and the grid: a checkpoint
+    that was saved with others is refused in their name before anything is read."""
+    return config.max_preconditioner_dim, fingerprint, _NAMES.index(config.preconditioner), 0
+
+
+def preconditioner_of(marker: Sequence[int]) -> str:
+    """The setting that such a shape tells; "" for what is none."""
+    return _NAMES[marker[2]] if len(marker) == 4 and marker[2] < len(_NAMES) else ""
 
 
 def saved_entries(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:

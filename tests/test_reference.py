@@ -29,8 +29,12 @@ def reference(shapes: Mapping[str, tuple[int, ...]], **settings: object) -> Refe
         "max_preconditioner_dim": 4,
         "precondition_frequency": 1,
         "preconditioner_eps": 1e-12,
+        "refresh_warmup_steps": 0,
     }
-    return ReferenceShampoo(shapes, **(defaults | settings))  # type: ignore[arg-type]
+    settings = defaults | settings
+    settings.setdefault("start_preconditioning_step", settings["precondition_frequency"])
+    settings.setdefault("beta3", settings["betas"][0])  # type: ignore[index]
+    return ReferenceShampoo(shapes, **settings)  # type: ignore[arg-type]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

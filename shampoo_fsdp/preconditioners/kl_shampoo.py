@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from shampoo_fsdp.grafting import LARGEST_GRADIENT
 from shampoo_fsdp.matrices import along, scale_along, unfold
 from shampoo_fsdp.preconditioners.base import Positions
 from shampoo_fsdp.preconditioners.shampoo import ShampooPreconditioner
@@ -46,6 +47,8 @@ class KLShampooPreconditioner(ShampooPreconditioner):
                     whitened = along(whitened, self.roots[j].read(), j)
                 else:
                     whitened = scale_along(whitened, self._diagonal_root(j, correction), j)
+            # Roots of the tiny gradients before can raise a large one until its square overflows.
+            whitened = whitened.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT)
             share = weight * gradient.shape[i + 1] / gradient[0].numel()
             if i in self.full:
                 self._accumulate_gram(i, unfold(whitened, i), decay, share)

@@ -48,7 +48,7 @@ def test_train_overhead_compares_whole_steps():
         benchmark(
             "train_overhead",
             *("--dim", "64", "--layers", "1", "--vocab", "64", "--tokens", "256"),
-            *("--frequency", "2", "--cap", "64", "--json"),
+            *("--frequency", "2", "--cap", "64", "--preconditioner", "shampoo", "--json"),
         )
     )
     adamw, shampoo = found["rows"]

@@ -69,7 +69,7 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
     assert parameters.keys() == dict(built.model.named_parameters()).keys()
     wq = parameters[WQ]
     assert wq["step"] == wq["factor_step"] == STEPS and wq["shape"] == [24, 24]
-    assert wq["preconditioner"] == "shampoo" and wq["max_preconditioner_dim"] == 16
+    assert wq["preconditioner"] == "kl_shampoo" and wq["max_preconditioner_dim"] == 16
     assert wq["settings"]["lr"] == 1e-2 and wq["settings"]["weight_decay"] == 0.1
     assert parameters["norm.weight"]["blocks"] == []
     factors = optimizer.state_dict()["state"]
@@ -98,7 +98,7 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
 )
 def test_every_kind_of_factor_is_known(folder, capsys, name, kinds):
     report = inspect(capsys, folder / name)
-    rule = CHECKPOINTS[name][2].get("preconditioner", "shampoo")
+    rule = CHECKPOINTS[name][2].get("preconditioner", "kl_shampoo")
     for parameter in report["parameters"]:
         for expected in [k for n, k in kinds.items() if n == parameter["name"]]:
             assert parameter["preconditioner"] == rule

@@ -27,7 +27,7 @@ WQ, NORM, EMBEDDING = "layers.0.attention.wq.weight", "norm.weight", "tok_embedd
 
 SOURCES: dict[str, dict[str, Any] | None] = {
     "shampoo": {},
-    "soap": {"preconditioner": "soap"},
+    "soap": {"preconditioner": "soap", "grafting": "none"},
     "sgd": {"grafting": "sgd"},
     "adagrad": {"grafting": "adagrad"},
     "adamw": None,
@@ -57,6 +57,11 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, str]] = {
         {"preconditioner": "soap"},
         "is 'shampoo' in the checkpoint, but 'soap'",
     ),
+    "to kl_shampoo": (
+        "shampoo",
+        {"preconditioner": "kl_shampoo"},
+        "is 'shampoo' in the checkpoint, but 'kl_shampoo'",
+    ),
     "from soap": ("soap", {}, "'preconditioner' is 'soap' in the checkpoint, but 'shampoo' here"),
     "from adamw": ("adamw", {}, ""),
     "to adamw": ("shampoo", None, ""),
@@ -80,7 +85,8 @@ def optimizer_of(settings: dict[str, Any] | None) -> Any:
     built = build("fsdp", n_layers=1)
     if settings is None:
         return built, torch.optim.AdamW(built.model.parameters(), lr=1e-2)
-    return built, Shampoo(built.model.named_parameters(), **{**SETTINGS, **settings})
+    options = {**SETTINGS, "preconditioner": "shampoo", **settings}
+    return built, Shampoo(built.model.named_parameters(), **options)
 
 
 def save_all_and_load_all(folder: Path) -> dict[str, Loaded]:

@@ -35,7 +35,7 @@ VERSIONS = sorted(path.name for path in DATA.glob("checkpoint-*"))
 SAVED_AT, END = 7, 13
 COMMON: dict[str, Any] = {"lr": 1e-2, "max_preconditioner_dim": 4, "precondition_frequency": 3}
 FAMILY: dict[str, dict[str, Any]] = {
-    "shampoo": {"momentum": 0.5},
+    "shampoo": {"preconditioner": "shampoo", "momentum": 0.5},
     "soap": {"preconditioner": "soap"},
     "kl_shampoo": {"preconditioner": "kl_shampoo", "symmetric_packing": True},
 }
@@ -109,8 +109,8 @@ def test_there_is_one():
 
 
 def test_factors_of_an_earlier_form_are_refused_as_such():
-    here = {CAP: torch.empty(16, 7, 0)}
-    message = explanation("w", here, {CAP: torch.empty(16, 0)})
+    here = {CAP: torch.empty(16, 7, 2, 0)}
+    message = explanation("w", here, {CAP: torch.empty(16, 7, 0)})
     assert "factors of parameter 'w' were saved by an earlier version" in message
     assert 'on_mismatch = "rebuild"' in message
 

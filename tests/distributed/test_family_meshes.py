@@ -15,9 +15,17 @@ from tests.ranks import run_ranks
 
 STEPS = 20
 TOLERANCE = 1e-5
+TOLERANCE_IN_BF16 = 2e-4
+"""Where entries of the state are next to the middle of two bf16 numbers, fp32 rounding decides."""
 SIZES = {"dim": 12, "hidden": 26, "vocab": 20, "n_layers": 1}
 EXTRA = {"layers.0.experts": (4, 10, 6), "layers.0.conv": (8, 3, 2, 2)}
-COMMON = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 4}
+COMMON = {
+    "lr": 1e-2,
+    "max_preconditioner_dim": 8,
+    "precondition_frequency": 4,
+    "start_preconditioning_step": 4,
+    "preconditioner": "shampoo",
+}
 
 MEMBERS = {
     "shampoo": {},
@@ -164,5 +172,9 @@ def test_every_mesh_equals_one_process(layout, world, alone):
             for name, value in expected.items():
                 error = ((found[member][name] - value).norm() / value.norm()).item()
                 errors[member] = max(error, errors.get(member, 0.0))
-        wrong = {member: error for member, error in errors.items() if not error <= TOLERANCE}
+        wrong = {
+            member: error
+            for member, error in errors.items()
+            if not error <= (TOLERANCE_IN_BF16 if "in bf16" in member else TOLERANCE)
+        }
         assert not wrong, f"rank {rank}"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LARGEST_GRADIENT",
     "QR_TOLERANCE",
     "along",
     "eigenbasis",
@@ -15,6 +16,8 @@ __all__ = [
     "warm_qr_step",
 ]
 
+LARGEST_GRADIENT = 1e15
+"""The optimizer leaves out larger entries, whose squares could leave the range of fp32."""
 FLOORS = {"float32": 2.0**-23, "bfloat16": 2.0**-12}
 """Of eigenvalues, relative to the largest, by the type in which the optimizer keeps the factor."""
 QR_TOLERANCE = 1e-6

@@ -4,6 +4,8 @@ Source:
     Lin et al. 2025, "Understanding and Improving Shampoo and SOAP via Kullback-Leibler
         Minimization", arXiv 2509.03378: KL-Shampoo, with moving averages of the factors; roots are
         those of the last refresh, for whitening too.
+
+A whitened entry above LARGEST_GRADIENT counts as that.
 """
 
 import math
@@ -11,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.reference.algebra import along, gram, kept_in
+from tests.reference.algebra import LARGEST_GRADIENT, along, gram, kept_in
 from tests.reference.rule import RuleSettings
 from tests.reference.shampoo import ShampooRule
 
@@ -48,6 +50,7 @@ class KLShampooRule(ShampooRule):
             for other, root in enumerate(self.newest_roots(correction)):
                 if root is not None and other != d:
                     whitened = along(whitened, root if root.ndim == 2 else root.diag(), other)
+            whitened = whitened.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT)
             moment = gram(whitened, d) / (math.prod(grad.shape) / grad.shape[d])
             if factor.ndim == 1:
                 self.factors[d] = self.settings.average(factor, moment.diag())

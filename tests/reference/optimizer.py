@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.reference.algebra import kept_in
+from tests.reference.algebra import LARGEST_GRADIENT, kept_in
 from tests.reference.grafting import GraftedMethod, Moments, bias_correction
 from tests.reference.kl_shampoo import KLShampooRule
 from tests.reference.rule import Preconditioner, RuleSettings
@@ -30,9 +30,6 @@ from tests.reference.soap import SoapRule
 from tests.reference.views import blocks_of, view_shape
 
 __all__ = ["ReferenceShampoo"]
-
-LARGEST_GRADIENT = 1e15
-"""The optimizer leaves out larger entries, whose squares could leave the range of fp32."""
 
 _RULES: dict[str, Callable[[torch.Size, tuple[str, ...], RuleSettings], Preconditioner]] = {
     "shampoo": ShampooRule,

@@ -106,6 +106,7 @@ class Regressions:
                 "weight_decay": 0.0,
                 "max_preconditioner_dim": 6 if "large_dim" in options else 4,
                 "precondition_frequency": 3,
+                "preconditioner": "shampoo",
                 **options,
             },
         )
@@ -141,9 +142,7 @@ class Regressions:
 # usual size do not mend for long.
 BOUNDED = [member for member in MEMBERS if member != "shampoo, no grafting"]
 BOUNDED_BY_GRAFTING = [
-    member
-    for member, options in MEMBERS.items()
-    if options.get("grafting", "none" if "kl" in member else "adam") != "none"
+    member for member, options in MEMBERS.items() if options.get("grafting") != "none"
 ]
 
 

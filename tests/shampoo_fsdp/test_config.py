@@ -19,6 +19,11 @@ def build(**settings):
         ({"precondition_frequency": 2.5}, r"precondition_frequency.* 2\.5.*integer"),
         ({"precondition_frequency": True}, "precondition_frequency.* True"),
         ({"start_preconditioning_step": 0}, "start_preconditioning_step.* 0"),
+        ({"refresh_warmup_steps": -1}, "refresh_warmup_steps.* -1"),
+        ({"beta3": 1.0}, r"beta3.* 1\.0"),
+        ({"beta3": 0.8, "betas": (0.0, 0.9)}, r"beta3.* 0\.8"),
+        ({"root_exponents": [0.5]}, r"root_exponents.*\[0\.5\]"),
+        ({"root_method": "adam"}, "root_method.*'adam'"),
         ({"grafting": "adamw"}, r"grafting.*'adamw'; allowed: 'adam'"),
         ({"refresh_schedule": "random"}, "'staggered' or 'together'"),
         ({"grafting_beta2": 1.0}, r"grafting_beta2.* 1\.0; allowed: 0 <= grafting_beta2 < 1"),
@@ -62,10 +67,17 @@ def test_a_group_is_checked_as_well():
         Shampoo([{"params": [parameter], "weight_decay": -1}])
 
 
-def test_preconditioning_starts_after_one_period_by_default():
-    assert ShampooConfig(precondition_frequency=7).first_preconditioned_step == 7
-    config = ShampooConfig(precondition_frequency=7, start_preconditioning_step=3)
-    assert config.first_preconditioned_step == 3
+def test_the_time_between_refreshes_grows_to_the_frequency():
+    config = ShampooConfig(precondition_frequency=5, refresh_warmup_steps=20)
+    assert [config.refresh_period(step) for step in (1, 4, 8, 12, 19, 20, 1000)] == [
+        1, 1, 2, 3, 4, 5, 5
+    ]  # fmt: skip
+    by_default = ShampooConfig(precondition_frequency=4)
+    assert [by_default.refresh_period(step) for step in (1, 19, 20, 30, 39, 40)] == [
+        1, 1, 2, 3, 3, 4
+    ]  # fmt: skip
+    at_once = ShampooConfig(precondition_frequency=5, refresh_warmup_steps=0)
+    assert at_once.refresh_period(1) == 5
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_the_size_of_the_update_and_the_factors(preconditioner):
     )
     parts = {"exchange", "excluded", "factors", "roots", "direction", "apply"}
     assert {name[3:] for name in figures if name.startswith("ms/")} == parts
-    assert ("direction_over_graft" in figures) == (preconditioner == "shampoo")
+    assert figures["direction_over_graft"] > 0.0
 
 
 def test_a_fresh_root_has_no_residual():

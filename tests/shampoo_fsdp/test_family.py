@@ -43,6 +43,7 @@ DEFAULTS = {
     "precondition_frequency": 3,
     "start_preconditioning_step": START,
     "refresh_warmup_steps": 0,
+    "beta3": 0.9,
 }
 
 
@@ -142,7 +143,12 @@ ROOTS = [
 ]
 
 
-@pytest.mark.parametrize("grafting", [None, "adam", "rmsprop", "adagrad", "sgd", "none"])
+def tolerance(preconditioner: str, root_method: str) -> float:
+    """Where each side is whitened by the other's root, an inexact basis feels roundings twice."""
+    return 3e-4 if (preconditioner, root_method) == ("kl_shampoo", "qr") else 1e-4
+
+
+@pytest.mark.parametrize("grafting", ["adam", "rmsprop", "adagrad", "sgd", "none"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_grafting(preconditioner, grafting):
     error = relative_error(preconditioner=preconditioner, grafting=grafting)
@@ -163,7 +169,7 @@ def test_root_method(preconditioner, root_method, schedule):
     error = relative_error(
         preconditioner=preconditioner, root_method=root_method, refresh_schedule=schedule
     )
-    assert error <= 1e-4
+    assert error <= tolerance(preconditioner, root_method)
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
@@ -341,7 +347,7 @@ def test_gradients_that_are_zero_until_after_the_first_refresh(
         grafting=grafting,
         refresh_schedule="together",
     )
-    assert error <= 1e-4
+    assert error <= tolerance(preconditioner, root_method)
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
@@ -365,11 +371,14 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
     preconditioner, root_method = draw(st.sampled_from(ROOTS))
     beta2 = draw(st.sampled_from([0.9, 0.95] + [1.0] * (preconditioner != "kl_shampoo")))
+    beta1 = draw(st.sampled_from([0.0, 0.9]))
+    fixed_order = preconditioner == "shampoo" and root_method == "newton_db"
     options = {
         "preconditioner": preconditioner,
         "root_method": root_method,
-        "betas": (draw(st.sampled_from([0.0, 0.9])), beta2),
-        "grafting": draw(st.sampled_from([None, "adam", "rmsprop", "adagrad", "sgd", "none"])),
+        "betas": (beta1, beta2),
+        "beta3": draw(st.sampled_from([None, beta1, beta1 / 2])),
+        "grafting": draw(st.sampled_from(["adam", "rmsprop", "adagrad", "sgd", "none"])),
         "grafting_beta2": 0.9,
         "use_bias_correction": draw(st.booleans()),
         "weight_decay_type": draw(st.sampled_from(DECAYS)),
@@ -383,7 +392,7 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
         "batched_3d": draw(st.booleans()),
         "precondition_1d": True,
         # newton_db takes roots whose order is a power of two.
-        "root_exponents": [0.0, 0.0, 0.125] if root_method == "newton_db" else [],
+        "root_exponents": [0.0, 0.0, 0.125] if fixed_order else [],
         **MOMENTA[draw(st.sampled_from(list(MOMENTA)))],
     }
     return shape, options
@@ -393,4 +402,5 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
 @given(members())
 def test_any_member_on_any_shape(member):
     shape, options = member
-    assert relative_error({"layers.0.w": shape}, **options) <= 1e-4
+    allowed = tolerance(options["preconditioner"], options["root_method"])
+    assert relative_error({"layers.0.w": shape}, **options) <= allowed

@@ -42,7 +42,9 @@ def reference_for(
         max_preconditioner_dim=config.max_preconditioner_dim,
         precondition_frequency=config.precondition_frequency,
         start_preconditioning_step=config.start_preconditioning_step,
+        refresh_warmup_steps=config.refresh_warmup_steps,
         refresh_schedule=config.refresh_schedule,
+        preconditioner=config.preconditioner,
         grafting_beta2=config.grafting_beta2,
         preconditioner_eps=config.preconditioner_eps,
         excluded=excluded,
@@ -124,6 +126,7 @@ def test_tensors_of_order_1_to_3_with_uneven_tiles(shape, cap, batched_3d, beta2
         grafting_beta2=0.95,
         start_preconditioning_step=start,
         precondition_frequency=frequency,
+        preconditioner="shampoo",
         preconditioner_eps=RIDGE,
     )
     assert error <= 1e-4
@@ -164,7 +167,7 @@ def test_excluded_parameters_take_exactly_the_steps_of_adamw():
 
 def test_before_the_start_all_parameters_take_the_steps_of_adamw():
     ours, theirs = parameters_like(LLAMA_LIKE), parameters_like(LLAMA_LIKE)
-    optimizer = Shampoo(ours.items(), start_preconditioning_step=11, weight_decay=0.1)
+    optimizer = Shampoo(ours.items(), start_preconditioning_step=11, weight_decay=0.1, beta3=0.9)
     adamw = torch.optim.AdamW(theirs.values(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(10):
         for parameters in (ours, theirs):
@@ -384,7 +387,11 @@ class TestAsATorchOptimizer:
         monkeypatch.setattr("shampoo_fsdp.preconditioners.shampoo.inverse_root", fail)
         weight = nn.Parameter(torch.zeros(4, 4))
         optimizer = Shampoo(
-            [("w", weight)], lr=1.0, betas=(0.0, 0.9), precondition_frequency=1, weight_decay=0.0
+            [("w", weight)],
+            lr=1.0,
+            betas=(0.0, 0.9),
+            start_preconditioning_step=1,
+            weight_decay=0.0,
         )
         weight.grad = torch.arange(16.0).view(4, 4) + 1
         optimizer.step()
@@ -444,6 +451,13 @@ class TestAsATorchOptimizer:
         state = Shampoo(model.named_parameters(), max_preconditioner_dim=8).state_dict()
         other = Shampoo(model.named_parameters(), max_preconditioner_dim=6)
         with pytest.raises(ValueError, match=r"max_preconditioner_dim = 8, but it is 6 here"):
+            other.load_state_dict(state)
+
+    def test_another_preconditioner_is_refused_by_name(self):
+        model = self.model()
+        state = Shampoo(model.named_parameters()).state_dict()
+        other = Shampoo(model.named_parameters(), preconditioner="shampoo")
+        with pytest.raises(ValueError, match=r"preconditioner = kl_shampoo, but it is shampoo"):
             other.load_state_dict(state)
 
     def test_another_exclude_list_is_refused_by_parameter(self):

@@ -141,7 +141,8 @@ def train_with_torch(case: str) -> dict[str, Tensor]:
     + list(itertools.product(["soap", "kl_shampoo"], ["adamw", "sgd with nesterov momentum"])),
 )
 def test_before_the_start_it_is_the_optimizer_of_torch(preconditioner, case):
-    options = {"grafting": "adam", **EQUAL[case][0], "preconditioner": preconditioner}
+    options = {"betas": (0.9, 0.95), "preconditioner": preconditioner, **EQUAL[case][0]}
+    options["beta3"] = options["betas"][0]
     ours = train(
         lambda parameters: Shampoo(
             parameters.items(),
@@ -162,7 +163,9 @@ def test_soap_is_adam_before_its_first_basis(decay):
             lr=LR,
             betas=(0.9, 0.95),
             weight_decay=0.2,
+            beta3=0.9,
             preconditioner="soap",
+            grafting="none",
             weight_decay_type=decay,
             max_preconditioner_dim=5,
             start_preconditioning_step=1000,
@@ -179,7 +182,7 @@ def test_soap_is_adam_before_its_first_basis(decay):
 def test_without_grafting_the_excluded_parameters_take_the_steps_of_adamw(preconditioner):
     ours = train(
         lambda parameters: Shampoo(
-            parameters.items(), lr=LR, preconditioner=preconditioner, exclude=["."]
+            parameters.items(), lr=LR, preconditioner=preconditioner, grafting="none", exclude=["."]
         )
     )
     theirs = train(
@@ -197,6 +200,7 @@ def test_independent_weight_decay_is_that_of_adamw_over_the_first_lr():
             lr=LR,
             weight_decay=0.2 * LR,
             weight_decay_type="independent",
+            beta3=0.9,
             start_preconditioning_step=1000,
         )
 

@@ -15,13 +15,15 @@ COMMON = ["--checkpoint.enable", "--checkpoint.interval=3", "--lr_scheduler.tota
 
 
 def test_a_run_of_adamw_goes_on_with_shampoo_and_back(tmp_path):
-    """Until its first preconditioned step, Shampoo is AdamW: nothing of the moments is lost."""
+    """Until its first preconditioned step, Shampoo of AdamW's momentum is AdamW: nothing of the
+    moments is lost."""
     job = jobs.write_job(tmp_path)
     adamw = [*COMMON, "--optimizer.name=AdamW"]
     at_once = run(2, job, *adamw, "--training.steps=9", "--checkpoint.folder=at_once")[0]
     run(2, job, *adamw, "--training.steps=3")
-    later = "--optimizer.shampoo.start_preconditioning_step=100"
-    shampoo = run(2, job, *COMMON, later, "--training.steps=6")
+    later = ["start_preconditioning_step=100", "beta3=0.9"]
+    settings = [f"--optimizer.shampoo.{setting}" for setting in later]
+    shampoo = run(2, job, *COMMON, *settings, "--training.steps=6")
     assert shampoo[0].losses == pytest.approx(at_once.losses[3:6], rel=1e-5)
     assert "factors start anew for 'layers.0.attention.wq.weight'" in shampoo[0].logged
     assert "factors start anew" not in shampoo[1].logged

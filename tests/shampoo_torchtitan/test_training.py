@@ -94,7 +94,7 @@ def test_losses_are_the_same_to_four_digits_on_every_mesh(tmp_path):
     }
     for name, (n, mesh) in meshes.items():
         found = losses(run(n, job, *common, *mesh, same_batches=True)[0])
-        assert found == pytest.approx(expected, rel=5e-5), name
+        assert found == pytest.approx(expected, rel=1e-4), name
 
 
 @on_cpu
