@@ -233,7 +233,7 @@ def test_experts_stay_where_they_lie():
     assert imbalance(plan.load) == 1.0
 
 
-PLAN_405B = """
+PLAN_405B = r"""
 import json, pathlib, re
 from tests.shampoo_fsdp.test_planner import check_balance, plan_model
 plan = plan_model("llama3-405b", dp_shard=128, tp=8)
