@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['over_adamw']:.3f}",
             f"{row['over_adamw_pooled']:.3f}",
             f"{row['predicted']:.3f}",
+            f"{row['metrics_ms']:.0f}",
         )
     Console(width=None if Console().is_terminal else 140).print(table)
 
@@ -95,6 +96,7 @@ _COLUMNS: list[tuple[str, Any]] = [
     ("over AdamW", "right"),
     ("with shared forward and backward", "right"),
     ("1 + extra FLOPs, without roots", "right"),
+    ("metrics of an interval, ms", "right"),
 ]
 
 
@@ -137,6 +139,18 @@ class _Contestant:
         seconds = torch.tensor([time.perf_counter() - start, self._optimizer_seconds])
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds[0].item(), seconds[1].item()
+
+    def log_metrics(self) -> float:
+        """Seconds that the figures of one log interval take, on the slowest rank."""
+        processor = self._trainer.metrics_processor
+        processor.optimizers, processor.lr_schedulers = self.optimizers, self.lr_schedulers
+        processor.data_loading_times.append(0.0)
+        dist.barrier()
+        start = time.perf_counter()
+        processor.log(1, 0.0, 0.0, 0.0)
+        seconds = torch.tensor(time.perf_counter() - start)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds.item()
 
     def warm_up(self, batch: tuple[dict[str, Tensor], Tensor], steps: int) -> None:
         """Bring the optimizer to where each period costs the same."""
@@ -188,12 +202,16 @@ def _measured(options: argparse.Namespace, trainer: Any) -> list[dict[str, Any]]
             + block_flops(shapes, cap, preconditioner) / (6.0 * parameters * options.ranks * tokens)
             for preconditioner, cap in ours
         ]
-        figures += _figures(tokens, times, predicted)
+        logging = {c.name: statistics.median(c.log_metrics() for _ in range(5)) for c in contestants}
+        figures += _figures(tokens, times, logging, predicted)
     return figures
 
 
 def _figures(
-    tokens: int, times: dict[str, list[tuple[float, float]]], predicted: Sequence[float]
+    tokens: int,
+    times: dict[str, list[tuple[float, float]]],
+    logging: dict[str, float],
+    predicted: Sequence[float],
 ) -> list[dict[str, Any]]:
     steps = {name: statistics.fmean(step for step, _ in own) for name, own in times.items()}
     optimizers = {name: statistics.fmean(opt for _, opt in own) for name, own in times.items()}
@@ -207,6 +225,7 @@ def _figures(
             "over_adamw": steps[name] / steps["AdamW"],
             "over_adamw_pooled": (shared + optimizers[name]) / (shared + optimizers["AdamW"]),
             "predicted": expected,
+            "metrics_ms": 1e3 * logging[name],
         }
         for name, expected in zip(times, predicted, strict=True)
     ]

@@ -1,9 +1,10 @@
 """KL-Shampoo: each side's second moment, whitened by the other sides."""
 
+import torch
 from torch import Tensor
 
 from shampoo_fsdp.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.matrices import along, scale_along, unfold
+from shampoo_fsdp.matrices import along, per_block, scale_along, unfold
 from shampoo_fsdp.preconditioners.base import Positions
 from shampoo_fsdp.preconditioners.shampoo import ShampooPreconditioner
 
@@ -38,6 +39,11 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     ) -> None:
         """S_i <- beta2 S_i + (1 - beta2) W_(i) W_(i)^T / (product of the other sizes), W being G
         whitened along the other dimensions."""
+        # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
+        # sides that start from the identity would fade, and their roots grow without bound.
+        inner = tuple(range(1, gradient.ndim))
+        nothing = (gradient.amax(inner) == 0.0) & (gradient.amin(inner) == 0.0)
+        decay = decay.masked_fill(nothing, 1.0)
         for i in self._sides:
             whitened = gradient
             for j in self._sides:
@@ -47,8 +53,8 @@ class KLShampooPreconditioner(ShampooPreconditioner):
                     whitened = along(whitened, self.roots[j].read(), j)
                 else:
                     whitened = scale_along(whitened, self._diagonal_root(j, correction), j)
-            # Roots of the tiny gradients before can raise a large one until its square overflows.
-            whitened = whitened.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+                # The roots of tiny gradients can raise a large one until its square overflows.
+                whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
             share = weight * gradient.shape[i + 1] / gradient[0].numel()
             if i in self.full:
                 self._accumulate_gram(i, unfold(whitened, i), decay, share)
@@ -58,6 +64,13 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         # The others did not start at zero.
         return correction if i == self._sides[0] else 1.0
+
+    def _unit(self, factors: Tensor) -> Tensor:
+        """The mean of the eigenvalues, [B, 1, ...]. The first side has the size of single squared
+        gradients, which is 1e-12 in large models, the others have that of 1."""
+        diagonal = factors if factors.ndim == 2 else factors.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(1)
+        return per_block(torch.where(mean > 0.0, mean, 1.0), factors.ndim)
 
     @property
     def _sides(self) -> list[int]:

@@ -74,6 +74,8 @@ class ShampooPreconditioner(Preconditioner):
         failures = []
         for i, kept in self.roots.items():
             factor = self._corrected(i, self.factors[i].read(where), correction)
+            unit = self._unit(factor)
+            factor = factor / unit
             eps, method = self.config.preconditioner_eps, self.config.basis_method
             if method == "qr":
                 eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
@@ -82,6 +84,7 @@ class ShampooPreconditioner(Preconditioner):
                 )
             else:
                 roots = inverse_root(factor, self.exponent, eps, method, self.resolution)
+            roots = roots * unit**self.exponent
             failed = roots.sum((1, 2)).isfinite().logical_not_()
             # A block that has seen no gradient has no scale: its roots would blow up the first.
             unseen = factor.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
@@ -93,7 +96,9 @@ class ShampooPreconditioner(Preconditioner):
     def health(self, correction: float | Tensor) -> Health:
         conditions, residuals = [], []
         for i, kept in self.roots.items():
-            factor, root = self._corrected(i, self.factors[i].read(), correction), kept.read()
+            factor = self._corrected(i, self.factors[i].read(), correction)
+            unit = self._unit(factor)
+            factor, root = factor / unit, kept.read() * unit**-self.exponent
             # The largest eigenvalue of the root is that of the smallest of the factor.
             smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
             conditions.append(_largest_eigenvalue(factor) / smallest)
@@ -115,7 +120,8 @@ class ShampooPreconditioner(Preconditioner):
     def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
         """The root of a diagonal factor, [B, d_i]."""
         diagonal = self._corrected(i, self.state[f"diagonals_{i}"], correction)
-        return self._powers(diagonal, self.exponent)
+        unit = self._unit(diagonal)
+        return self._powers(diagonal / unit, self.exponent) * unit**self.exponent
 
     def _corrected(self, i: int, factors: Tensor, correction: float | Tensor) -> Tensor:
         """The factors [B, d_i] or [B, d_i, d_i] of dimension i over their bias correction."""
@@ -126,6 +132,10 @@ class ShampooPreconditioner(Preconditioner):
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         return correction
+
+    def _unit(self, factors: Tensor) -> float | Tensor:
+        """What the ridge of factors [B, d] or [B, d, d] is a multiple of."""
+        return 1.0
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:

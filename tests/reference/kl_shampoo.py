@@ -26,7 +26,8 @@ class KLShampooRule(ShampooRule):
     Lin et al. 2025: the factors whose Kronecker product is nearest to the second moment in
     Kullback-Leibler divergence satisfy S_i = E[W_(i) W_(i)ᵀ] / (product of the other sizes), where
     W is the gradient times S_j^(-1/2) along every j but i. P = M times S_i^(-1/2) along each. The
-    first factor begins at zero, the others at the identity.
+    first factor begins at zero, the others at the identity. Gradients that are all zero do not
+    count. The ridge is a multiple of the mean eigenvalue.
     """
 
     def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
@@ -42,7 +43,13 @@ class KLShampooRule(ShampooRule):
     def exponent(self) -> float:
         return 1 / 2
 
+    def unit(self, factor: Tensor) -> float:
+        mean = (factor if factor.ndim == 1 else factor.diag()).mean().item()
+        return mean if mean > 0 else 1.0
+
     def accumulate(self, grad: Tensor, correction: float) -> None:
+        if not grad.any():
+            return
         for d, factor in enumerate(self.factors):
             if factor is None:
                 continue
@@ -50,7 +57,7 @@ class KLShampooRule(ShampooRule):
             for other, root in enumerate(self.newest_roots(correction)):
                 if root is not None and other != d:
                     whitened = along(whitened, root if root.ndim == 2 else root.diag(), other)
-            whitened = whitened.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+                    whitened = whitened.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT)
             moment = gram(whitened, d) / (math.prod(grad.shape) / grad.shape[d])
             if factor.ndim == 1:
                 self.factors[d] = self.settings.average(factor, moment.diag())

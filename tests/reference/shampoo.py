@@ -40,12 +40,14 @@ class ShampooRule(GramFactors):
             factor = self.corrected(d, correction)
             if factor is None or factor.ndim == 1 or factor.diag().max() <= 0:
                 continue  # without a gradient there is no scale: the root stays the identity
+            unit = self.unit(factor)
             if self.settings.root_method == "qr":
+                factor = factor / unit
                 basis = new_basis(factor, self.bases[d], self.has_roots, self.settings)
                 eigenvalues = (basis.T @ factor @ basis).diag()
                 ridge = self.settings.preconditioner_eps
                 powers = raised(eigenvalues, ridge, self.settings.factor_dtype) ** -self.exponent
-                root = basis @ torch.diag(powers) @ basis.T
+                root = basis @ torch.diag(powers) @ basis.T * unit**-self.exponent
                 self.bases[d] = kept_in(self.settings.root_dtype, basis)
             else:
                 root = self._root(factor)
@@ -66,11 +68,17 @@ class ShampooRule(GramFactors):
             for factor, root in zip(factors, self.roots, strict=True)
         ]
 
+    def unit(self, factor: Tensor) -> float:
+        """What the ridge of a factor is a multiple of."""
+        return 1.0
+
     def _root(self, factor: Tensor) -> Tensor:
-        return inverse_root(
-            factor,
+        unit = self.unit(factor)
+        root = inverse_root(
+            factor / unit,
             self.exponent,
             self.settings.preconditioner_eps,
             dtype=self.settings.factor_dtype,
             pseudo_inverse=self.settings.root_method == "eigh_pseudo_inverse",
         )
+        return root * unit**-self.exponent
