@@ -44,7 +44,7 @@ class JobConfig:
 
 def register() -> None:
     """Adds `study_1M`, `study_3M` and `study_10M` to `llama3`, and the study's optimizers."""
-    for name, dim, layers in (("1M", 128, 5), ("3M", 192, 6), ("10M", 384, 6)):
+    for name, dim, layers in (("1M", 128, 5), ("3M", 192, 6), ("10M", 256, 13)):
         llama3.llama3_args.setdefault(
             f"study_{name}",
             llama3.TransformerModelArgs(
