@@ -202,7 +202,9 @@ def _measured(options: argparse.Namespace, trainer: Any) -> list[dict[str, Any]]
             + block_flops(shapes, cap, preconditioner) / (6.0 * parameters * options.ranks * tokens)
             for preconditioner, cap in ours
         ]
-        logging = {c.name: statistics.median(c.log_metrics() for _ in range(5)) for c in contestants}
+        logging = {
+            c.name: statistics.median(c.log_metrics() for _ in range(5)) for c in contestants
+        }
         figures += _figures(tokens, times, logging, predicted)
     return figures
 

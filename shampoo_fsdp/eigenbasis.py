@@ -23,14 +23,15 @@ def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:
         matrices: shape [B, n, n], symmetric.
 
     Returns:
-        eigenvalues, ascending, shape [B, n], and eigenvectors in the columns of shape [B, n, n];
-        all NaN where the decomposition failed or the matrix was not finite.
+        eigenvalues, ascending, shape [B, n], and eigenvectors in the columns of shape [B, n, n].
+        Where the decomposition failed or the matrix was not finite the eigenvalues are NaN, and the
+        eigenvectors mean nothing.
     """
     # (Sums of finite entries may overflow.)
     finite = matrices.abs().amax((-2, -1), keepdim=True).isfinite()
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     eigenvalues, vectors = _eigh(torch.where(finite, matrices, identity))
-    return _where_finite(finite, eigenvalues, vectors)
+    return eigenvalues.masked_fill(finite[:, 0].logical_not(), torch.nan), vectors
 
 
 def warm_eigenbasis(
@@ -52,7 +53,8 @@ def warm_eigenbasis(
 
     Returns:
         diag(Q^T A Q), shape [B, n], in the order of the columns, and Q, shape [B, n, n]: a matrix's
-        Q untouched where it is good already (`TOLERANCE`), NaN where A or the old Q is not finite.
+        Q untouched where it is good already (`TOLERANCE`). The eigenvalues are NaN where A or the
+        old Q is not finite.
     """
     # Squares must not overflow or vanish; no entry is above the largest of the diagonal.
     largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
@@ -62,7 +64,7 @@ def warm_eigenbasis(
         vectors = _orthogonal_step(matrices, vectors)
     eigenvalues = (vectors * (matrices @ vectors)).sum(-2) * scale[:, 0]
     finite = eigenvalues.isfinite().all(-1).view(-1, 1, 1)  # each entry of A and Q is in one
-    return _where_finite(finite, eigenvalues, vectors)
+    return eigenvalues.masked_fill(finite[:, 0].logical_not(), torch.nan), vectors
 
 
 def _orthogonal_step(matrices: Tensor, q: Tensor) -> Tensor:
@@ -79,11 +81,6 @@ def _orthogonal_step(matrices: Tensor, q: Tensor) -> Tensor:
     signs = torch.where(triangular.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0).unsqueeze(-2)
     turned = torch.empty_like(q).scatter_(-1, order, turned.mul_(signs))
     return torch.where(good, q, turned)
-
-
-def _where_finite(finite: Tensor, eigenvalues: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    nan = torch.nan
-    return torch.where(finite[:, 0], eigenvalues, nan), torch.where(finite, vectors, nan)
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 import functools
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo_fsdp.eigenbasis import eigenbasis
+from shampoo_fsdp.matrices import per_block
 
 __all__ = [
     "ROOT_METHODS",
@@ -36,9 +38,14 @@ _CONVERGED = 0.1
 
 
 def inverse_root(
-    matrices: Tensor, exponent: float, eps: float, method: str, resolution: float = 0.0
+    matrices: Tensor,
+    exponent: float,
+    eps: float | Tensor,
+    method: str,
+    resolution: float = 0.0,
+    divisor: float | Tensor = 1.0,
 ) -> Tensor:
-    """(A + eps I)^exponent of each matrix A, computed in the dtype of A.
+    """(A / divisor + eps I)^exponent of each matrix A, computed in the dtype of A.
 
     What lies below the resolution r of the dtype (2^-23 in fp32), or `resolution` if that is more,
     is rounding, negative or not, and differs from mesh to mesh; no method lets its inverse root
@@ -56,9 +63,11 @@ def inverse_root(
     Args:
         matrices: fp32 or fp64, shape [B, n, n], symmetric.
         exponent: negative; see `check_exponent`.
-        eps: the ridge.
+        eps: the ridge; a number or [B].
         method: one of `ROOT_METHODS`.
         resolution: of A's entries, relative to the largest eigenvalue.
+        divisor: of A; a number or [B]. Eigenvalues are divided where there are any, which is less
+            work than dividing the matrices.
 
     Returns:
         shape [B, n, n]; all NaN where the method failed or the matrix was not finite.
@@ -71,8 +80,11 @@ def inverse_root(
     check_exponent(method, exponent)
     if method in ("eigh", "eigh_pseudo_inverse"):
         eigenvalues, vectors = eigenbasis(matrices)
+        eigenvalues = eigenvalues / _column(divisor, 2)
         pseudo = method == "eigh_pseudo_inverse"
         return inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
+    if not isinstance(divisor, float) or divisor != 1.0:
+        matrices = matrices / _column(divisor, 3)
     iteration = _coupled_newton if method == "coupled_newton" else _newton_db
     power, order = _power_and_order(exponent)
     if method == "newton_db" and order == 1:
@@ -90,7 +102,7 @@ def inverse_root_from_basis(
     eigenvalues: Tensor,
     vectors: Tensor,
     exponent: float,
-    eps: float,
+    eps: float | Tensor,
     resolution: float = 0.0,
     pseudo: bool = False,
 ) -> Tensor:
@@ -100,7 +112,7 @@ def inverse_root_from_basis(
         eigenvalues: shape [B, n], in any order.
         vectors: shape [B, n, n], in the columns.
         exponent: negative.
-        eps: the ridge.
+        eps: the ridge; a number or [B].
         resolution: as in `inverse_root`.
         pseudo: whether directions that A lacks contribute nothing.
 
@@ -109,7 +121,8 @@ def inverse_root_from_basis(
     """
     resolution = max(resolution, torch.finfo(eigenvalues.dtype).eps)
     largest = eigenvalues.amax(-1, keepdim=True).clamp_min(0.0)
-    powers = torch.maximum(eigenvalues, largest * resolution).add_(eps).pow_(exponent)
+    floored = torch.maximum(eigenvalues, largest * resolution)
+    powers = floored.add_(_column(eps, 2)).pow_(exponent)
     if pseudo:
         missing = eigenvalues <= largest * (resolution * eigenvalues.shape[-1])
         powers = powers.masked_fill(missing, 0.0)
@@ -136,7 +149,7 @@ def check_exponent(method: str, exponent: float) -> None:
         )
 
 
-def root_residual(matrices: Tensor, roots: Tensor, exponent: float, eps: float) -> Tensor:
+def root_residual(matrices: Tensor, roots: Tensor, exponent: float, eps: float | Tensor) -> Tensor:
     """||((A + eps I)^m X^p - I) v|| / ||v|| of X, which should be (A + eps I)^(-m/p).
 
     v = A^m u for two fixed vectors u: what A lacks, where X is what a method makes of rounding,
@@ -166,10 +179,15 @@ def root_residual(matrices: Tensor, roots: Tensor, exponent: float, eps: float) 
     for _ in range(order):
         result = roots @ result
     for _ in range(power):
-        result = matrices @ result + eps * result
+        result = matrices @ result + _column(eps, 3) * result
     error: Tensor = torch.linalg.matrix_norm(result - probes)
     norm = torch.linalg.matrix_norm(probes)
     return error / torch.where(norm > 0.0, norm, 1.0)
+
+
+def _column(values: float | Tensor, ndim: int) -> Any:
+    """[B] -> [B, 1, ...] of this many dimensions; numbers as they are."""
+    return per_block(values, ndim) if isinstance(values, Tensor) else values
 
 
 def _ratio(exponent: float) -> tuple[int, int] | None:
@@ -186,7 +204,7 @@ def _power_and_order(exponent: float) -> tuple[int, int]:
     return ratio
 
 
-def _normalised(matrices: Tensor, eps: float, resolution: float) -> tuple[Tensor, Tensor]:
+def _normalised(matrices: Tensor, eps: float | Tensor, resolution: float) -> tuple[Tensor, Tensor]:
     """A with its ridge, divided by a bound of its largest eigenvalue, and the bound, [B, 1, 1].
 
     The eigenvalues are then between about the resolution and 1. The bound is the Frobenius norm: it
@@ -197,7 +215,8 @@ def _normalised(matrices: Tensor, eps: float, resolution: float) -> tuple[Tensor
     unit = torch.where(largest > 0.0, largest, 1.0)  # squares must not overflow or vanish
     norm = torch.linalg.matrix_norm(matrices / unit, keepdim=True) * unit
     relative = max(_RIDGE * torch.finfo(matrices.dtype).eps, resolution)
-    ridge = (norm * relative).clamp_min(eps)
+    ridge = norm * relative
+    ridge = ridge.clamp_min(eps) if isinstance(eps, float) else ridge.maximum(_column(eps, 3))
     scale = norm + ridge
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return torch.addcmul(matrices, ridge, identity).div_(scale), scale

@@ -173,19 +173,21 @@ class Preconditioner(ABC):
             vectors = self.state[f"eigenvectors_{i}"].float()
             rotated = vectors.mT @ self.factors[i].read() @ vectors
             eigenvalues = rotated.diagonal(dim1=1, dim2=2)
-            ridged = self._powers(eigenvalues, 1.0)
+            ridged = self._powers(eigenvalues, 1.0, self.config.preconditioner_eps)
             conditions.append(ridged.amax(1) / ridged.amin(1))
             whole = torch.linalg.matrix_norm(rotated)
             beside = torch.linalg.matrix_norm(rotated - torch.diag_embed(eigenvalues))
             residuals.append(beside / torch.where(whole > 0.0, whole, 1.0))
         return Health(torch.stack(conditions), torch.stack(residuals))
 
-    def _powers(self, eigenvalues: Tensor, exponent: float) -> Tensor:
+    def _powers(self, eigenvalues: Tensor, exponent: float, ridge: float | Tensor) -> Tensor:
         """Eigenvalues [n, d] to a power, after raising them to the resolution of the largest and
-        adding the ridge: what :func:`shampoo_fsdp.roots.inverse_root` does."""
+        adding the ridge, a number or [n]: what :func:`shampoo_fsdp.roots.inverse_root` does."""
         resolution = max(self.resolution, torch.finfo(torch.float32).eps)
         floor = eigenvalues.amax(1, keepdim=True).clamp_min(0.0) * resolution
-        ridged = torch.maximum(eigenvalues, floor).add_(self.config.preconditioner_eps)
+        if isinstance(ridge, Tensor):
+            ridge = per_block(ridge, 2)
+        ridged = torch.maximum(eigenvalues, floor).add_(ridge)
         return ridged.pow_(exponent)
 
     def _identity(self, n: int) -> Tensor:

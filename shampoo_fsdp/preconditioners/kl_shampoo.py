@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.matrices import along, per_block, scale_along, unfold
+from shampoo_fsdp.matrices import along, scale_along, unfold
 from shampoo_fsdp.preconditioners.base import Positions
 from shampoo_fsdp.preconditioners.shampoo import ShampooPreconditioner
 
@@ -65,12 +65,12 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         # The others did not start at zero.
         return correction if i == self._sides[0] else 1.0
 
-    def _unit(self, factors: Tensor) -> Tensor:
-        """The mean of the eigenvalues, [B, 1, ...]. The first side has the size of single squared
+    def _ridge(self, factors: Tensor, correction: float | Tensor) -> Tensor:
+        """Relative to the mean of the eigenvalues. The first side has the size of single squared
         gradients, which is 1e-12 in large models, the others have that of 1."""
         diagonal = factors if factors.ndim == 2 else factors.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1)
-        return per_block(torch.where(mean > 0.0, mean, 1.0), factors.ndim)
+        mean = diagonal.mean(1) / correction
+        return torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
 
     @property
     def _sides(self) -> list[int]:

