@@ -146,7 +146,8 @@ def even_cuts(start: int, stop: int, cap: int) -> tuple[int, ...]:
 
 
 def refresh_phase(name: str, index: int, blocks: int, frequency: int) -> int:
-    """The phase of a block: its roots are refreshed when (step + phase) % frequency == 0.
+    """The phase of a block: its roots are refreshed when (step + phase) % period == 0,
+    the period being `frequency` once `refresh_warmup_steps` are over.
 
     It follows from the block's identity alone, so that it is the same on every mesh and with any
     set of other parameters. Blocks of like parameters (those whose names differ in numbers only:

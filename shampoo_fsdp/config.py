@@ -56,8 +56,9 @@ class ShampooConfig:
     factors fill."""
 
     refresh_warmup_steps: int | None = None
-    """Steps over which the time between two refreshes grows from 1 to precondition_frequency:
-    at the start factors change fastest. Default: 10 * precondition_frequency."""
+    """Steps over which the time between two refreshes grows from 1 to precondition_frequency, as
+    factors change fastest at the start; more, if each length could not be in use for as many steps
+    as it has. Default: 10 * precondition_frequency."""
 
     refresh_schedule: Literal["staggered", "together"] = "staggered"
     """'staggered' spreads the refreshes of the blocks evenly over the steps of a period, so that
@@ -90,8 +91,10 @@ class ShampooConfig:
     Default: beta1 * beta1, Nesterov's (Dozat 2016)."""
 
     preconditioner_eps: float = 1e-12
-    """Ridge that is added to the factors before their inverse roots are taken. (The optimizer's
-    `eps` is the epsilon of the grafted method, and of soap.)"""
+    """Ridge that is added to the factors before their inverse roots are taken; for kl_shampoo
+    relative to the mean of the factor's eigenvalues. Eigenvalues are raised to 1.2e-7 times the
+    largest in any case. (The optimizer's `eps` is the epsilon of the grafted method, and of soap.)
+    """
 
     use_bias_correction: bool = True
     """Whether averages are divided by 1 - beta^t, as they start at zero."""
@@ -208,6 +211,9 @@ class ShampooConfig:
                 _refuse("root_exponents", exponent, "numbers >= 0")
         if self.preconditioner == "soap" and self.root_method not in (None, "eigh", "qr"):
             _refuse("root_method", self.root_method, "'eigh' or 'qr' for soap")
+        if self.preconditioner == "kl_shampoo" and self.root_method == "eigh_pseudo_inverse":
+            # What both sides lack would be whitened to zero, and so never enter either.
+            _refuse("root_method", self.root_method, "another one for kl_shampoo")
         if self.preconditioner != "shampoo" and any(self.root_exponents):
             _refuse("root_exponents", self.root_exponents, f"[] for {self.preconditioner}")
         if self.factor_dtype == "bfloat16" and self.root_method in ("coupled_newton", "newton_db"):
@@ -229,7 +235,13 @@ class ShampooConfig:
         """Steps between two refreshes of blocks whose factors have seen so many gradients."""
         frequency, warmup = self.precondition_frequency, self.refresh_warmup_steps
         warmup = 10 * frequency if warmup is None else warmup
-        return frequency if step >= warmup else max(1, step * frequency // warmup)
+        if warmup == 0:
+            return frequency
+        # Length p is in use for max(least, p) steps: if it were for less, staggered blocks whose
+        # turn comes late would miss it, at each length anew.
+        least = max(1, warmup // frequency)
+        period = step // least if step <= least**2 else math.isqrt(2 * step - least**2)
+        return min(max(1, period), frequency)
 
     @property
     def elementwise_method(self) -> str:

@@ -28,6 +28,11 @@ def check_entries(
         raise ValueError(f"the state dict has no state for parameter '{name}'.")
     if CAP in entries and CAP in saved:
         here, there = entries[CAP].shape, saved[CAP].shape
+        if len(here) != len(there):
+            raise ValueError(
+                "the state dict was saved by an earlier version, in a form that is not read any "
+                "more."
+            )
         for setting, now, then in (
             (CAP, here[0], there[0]),
             ("preconditioner", preconditioner_of(here), preconditioner_of(there)),

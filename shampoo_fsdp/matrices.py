@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -68,8 +69,14 @@ def _triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return pack.int().to(device), unpack.flatten().int().to(device)
 
 
-def per_block(values: Tensor, ndim: int) -> Tensor:
-    """[B] -> [B, 1, ..., 1] of this many dimensions."""
+T = TypeVar("T", Tensor, float | Tensor)
+
+
+def per_block(values: T, ndim: int) -> T:
+    """[B] -> [B, 1, ..., 1] of this many dimensions; numbers, which hold for all blocks, as they
+    are."""
+    if not isinstance(values, Tensor):
+        return values
     return values.view(-1, *(1 for _ in range(ndim - 1)))
 
 

@@ -39,7 +39,7 @@ class OwnedBlock:
     shape: tuple[int, ...]
     """Its sizes, without batch dimensions."""
     phase: int
-    """Its roots are refreshed when (step + phase) % precondition_frequency == 0."""
+    """See :func:`shampoo_fsdp.blocks.refresh_phase`."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import functools
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,11 +79,11 @@ def inverse_root(
     check_exponent(method, exponent)
     if method in ("eigh", "eigh_pseudo_inverse"):
         eigenvalues, vectors = eigenbasis(matrices)
-        eigenvalues = eigenvalues / _column(divisor, 2)
+        eigenvalues = eigenvalues / per_block(divisor, 2)
         pseudo = method == "eigh_pseudo_inverse"
         return inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
-    if not isinstance(divisor, float) or divisor != 1.0:
-        matrices = matrices / _column(divisor, 3)
+    if isinstance(divisor, Tensor) or divisor != 1.0:
+        matrices = matrices / per_block(divisor, 3)
     iteration = _coupled_newton if method == "coupled_newton" else _newton_db
     power, order = _power_and_order(exponent)
     if method == "newton_db" and order == 1:
@@ -122,7 +121,7 @@ def inverse_root_from_basis(
     resolution = max(resolution, torch.finfo(eigenvalues.dtype).eps)
     largest = eigenvalues.amax(-1, keepdim=True).clamp_min(0.0)
     floored = torch.maximum(eigenvalues, largest * resolution)
-    powers = floored.add_(_column(eps, 2)).pow_(exponent)
+    powers = floored.add_(per_block(eps, 2)).pow_(exponent)
     if pseudo:
         missing = eigenvalues <= largest * (resolution * eigenvalues.shape[-1])
         powers = powers.masked_fill(missing, 0.0)
@@ -179,15 +178,10 @@ def root_residual(matrices: Tensor, roots: Tensor, exponent: float, eps: float |
     for _ in range(order):
         result = roots @ result
     for _ in range(power):
-        result = matrices @ result + _column(eps, 3) * result
+        result = matrices @ result + per_block(eps, 3) * result
     error: Tensor = torch.linalg.matrix_norm(result - probes)
     norm = torch.linalg.matrix_norm(probes)
     return error / torch.where(norm > 0.0, norm, 1.0)
-
-
-def _column(values: float | Tensor, ndim: int) -> Any:
-    """[B] -> [B, 1, ...] of this many dimensions; numbers as they are."""
-    return per_block(values, ndim) if isinstance(values, Tensor) else values
 
 
 def _ratio(exponent: float) -> tuple[int, int] | None:
@@ -216,7 +210,7 @@ def _normalised(matrices: Tensor, eps: float | Tensor, resolution: float) -> tup
     norm = torch.linalg.matrix_norm(matrices / unit, keepdim=True) * unit
     relative = max(_RIDGE * torch.finfo(matrices.dtype).eps, resolution)
     ridge = norm * relative
-    ridge = ridge.clamp_min(eps) if isinstance(eps, float) else ridge.maximum(_column(eps, 3))
+    ridge = ridge.maximum(per_block(eps, 3)) if isinstance(eps, Tensor) else ridge.clamp_min(eps)
     scale = norm + ridge
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return torch.addcmul(matrices, ridge, identity).div_(scale), scale

@@ -187,8 +187,8 @@ class BlockStack:
         momentum = exp_avg if share == 1.0 else gradient.lerp_(exp_avg, share)
         inner = tuple(range(1, gradient.ndim))
         each = per_block(usable, gradient.ndim)
-        correction1 = _spread(corrections.momentum, gradient.ndim)
-        correction2 = _spread(corrections.graft, gradient.ndim)
+        correction1 = per_block(corrections.momentum, gradient.ndim)
+        correction2 = per_block(corrections.graft, gradient.ndim)
         # Without roots a block takes the grafted method's direction, if there is no better one.
         grafted = config.grafting != "none"
         known = self._rooted if grafted or not preconditioner.works_cold else [True]
@@ -237,7 +237,7 @@ class BlockStack:
         torch.optim.SGD, whose first B is D."""
         momentum, dampening = self.config.momentum, self.config.dampening
         weights = [1.0 if step <= 1 else 1.0 - dampening for step in clock.steps]
-        weight = _spread(self._uniform(weights), self.gradient.ndim)
+        weight = per_block(self._uniform(weights), self.gradient.ndim)
         each = per_block(usable, self.gradient.ndim)
         buffer = self.state["momentum_buffer"].float().mul_(1.0 - (1.0 - momentum) * each)
         buffer.add_(self.gradient * weight)
@@ -329,7 +329,3 @@ def _compile(function: Callable[P, T]) -> Callable[P, T]:
         function, fullgraph=True, dynamic=False, isolate_recompiles=True
     )
     return compiled
-
-
-def _spread(values: float | Tensor, ndim: int) -> float | Tensor:
-    return per_block(values, ndim) if isinstance(values, Tensor) else values

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 __all__ = ["CAP", "Piece", "ShardedBlocks"]
 
 CAP = "max_preconditioner_dim"
-"""Name of the entry whose shape tells the size of blocks that the state was saved with."""
+"""Name of the entry whose shape tells the settings that the state was saved with: first this one,
+then those of `state_layout.settings_marker`."""
 
 Piece = tuple[tuple[int, ...], Tensor]
 """Offsets in the whole tensor, and the values there."""

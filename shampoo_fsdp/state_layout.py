@@ -14,7 +14,7 @@ from shampoo_fsdp.preconditioners import PRECONDITIONERS
 
 __all__ = ["preconditioner_of", "saved_entries", "settings_marker", "split_rows", "state_bytes"]
 
-_NAMES = list(PRECONDITIONERS)  # their numbers are in checkpoints: append new ones
+_NAMES = list(PRECONDITIONERS)
 
 
 def settings_marker(config: ShampooConfig, fingerprint: int) -> tuple[int, ...]:

@@ -12,4 +12,5 @@ PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     "soap": SoapPreconditioner,
     "kl_shampoo": KLShampooPreconditioner,
 }
-"""By the name that the setting `preconditioner` gives them."""
+"""By the name that the setting `preconditioner` gives them. Their order is in checkpoints: new ones
+come last."""

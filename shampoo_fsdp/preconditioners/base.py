@@ -185,9 +185,7 @@ class Preconditioner(ABC):
         adding the ridge, a number or [n]: what :func:`shampoo_fsdp.roots.inverse_root` does."""
         resolution = max(self.resolution, torch.finfo(torch.float32).eps)
         floor = eigenvalues.amax(1, keepdim=True).clamp_min(0.0) * resolution
-        if isinstance(ridge, Tensor):
-            ridge = per_block(ridge, 2)
-        ridged = torch.maximum(eigenvalues, floor).add_(ridge)
+        ridged = torch.maximum(eigenvalues, floor).add_(per_block(ridge, 2))
         return ridged.pow_(exponent)
 
     def _identity(self, n: int) -> Tensor:

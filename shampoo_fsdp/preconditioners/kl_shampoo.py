@@ -70,7 +70,8 @@ class KLShampooPreconditioner(ShampooPreconditioner):
         gradients, which is 1e-12 in large models, the others have that of 1."""
         diagonal = factors if factors.ndim == 2 else factors.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1) / correction
-        return torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
+        ridge = torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
+        return ridge.clamp_min(torch.finfo(torch.float32).tiny)
 
     @property
     def _sides(self) -> list[int]:

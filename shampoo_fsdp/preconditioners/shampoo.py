@@ -79,7 +79,7 @@ class ShampooPreconditioner(Preconditioner):
             if method == "qr":
                 eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
                 roots = inverse_root_from_basis(
-                    _over(eigenvalues, own), vectors, self.exponent, ridge, self.resolution
+                    eigenvalues / per_block(own, 2), vectors, self.exponent, ridge, self.resolution
                 )
             else:
                 roots = inverse_root(factor, self.exponent, ridge, method, self.resolution, own)
@@ -97,7 +97,7 @@ class ShampooPreconditioner(Preconditioner):
             own = self._correction_of(i, correction)
             factor, root = self.factors[i].read(), kept.read()
             ridge = self._ridge(factor, own)
-            factor = _over(factor, own)
+            factor = factor / per_block(own, 3)
             # The largest eigenvalue of the root is that of the smallest of the factor.
             smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
             conditions.append(_largest_eigenvalue(factor) / smallest)
@@ -119,7 +119,7 @@ class ShampooPreconditioner(Preconditioner):
         """The root of a diagonal factor, [B, d_i]."""
         own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
         ridge = self._ridge(diagonal, own)
-        return self._powers(_over(diagonal, own), self.exponent, ridge)
+        return self._powers(diagonal / per_block(own, 2), self.exponent, ridge)
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         """The bias correction of the factors of dimension i."""
@@ -129,12 +129,6 @@ class ShampooPreconditioner(Preconditioner):
         """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are over their
         correction; a number or [B]."""
         return self.config.preconditioner_eps
-
-
-def _over(factors: Tensor, correction: float | Tensor) -> Tensor:
-    if isinstance(correction, Tensor):
-        correction = per_block(correction, factors.ndim)
-    return factors / correction
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:

@@ -117,21 +117,18 @@ class Study:
         self, size: str, ablation: dict[str, Any], best: dict[str, Any]
     ) -> list[tuple[Any, Run]]:
         """Pairs of a value and a run, as long as those that chose the other settings; several of
-        one value if lr is tried anew for each."""
-        best = _with_steps(best, self.general["tuning_part"][size])
-        return [
-            (
-                value,
-                self._run(
-                    size,
-                    ablation["contestant"],
-                    ABLATIONS,
-                    {**best, ablation["setting"]: value, LR: factor * best[LR]},
-                ),
-            )
-            for value in ablation["values"]
-            for factor in ablation.get("lr", [1.0])
-        ]
+        one value if lr is tried anew for it. The contestant's own value is the run without it."""
+        best = {
+            **_with_steps(best, self.general["tuning_part"][size]),
+            **flat(ablation.get("beside", {})),
+        }
+        pairs = []
+        for value in ablation["values"]:
+            changed = {} if value == ablation.get("own") else {ablation["setting"]: value}
+            for factor in ablation.get("lr", {}).get(str(value), [1.0]):
+                settings = {**best, **changed, LR: factor * best[LR]}
+                pairs.append((value, self._run(size, ablation["contestant"], ABLATIONS, settings)))
+        return pairs
 
     def _run(self, size: str, contestant: str, stage: str, settings: dict[str, Any]) -> Run:
         return Run(size=size, contestant=contestant, stage=stage, settings=settings)

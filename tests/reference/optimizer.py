@@ -76,7 +76,7 @@ class ReferenceShampoo:
         preconditioner_eps: added to the eigenvalues of the bias-corrected factors.
         root_method: "qr" improves the last eigenbasis by a step of orthogonal iteration,
             "eigh_pseudo_inverse" leaves out null spaces; all others have the same limit, which is
-            computed here. None: "eigh" for shampoo, "qr" for the others.
+            computed here. None: "qr" for soap, "eigh" for the others.
         root_exponents: entry k-1 is the power -root_exponents[k-1] of tensors with k factors; 0:
             the rule's own.
         large_dim: what dimensions above max_preconditioner_dim get: "block" (they are cut),
@@ -286,13 +286,26 @@ class ReferenceShampoo:
             return False
         if not block.rule.has_roots:
             return True
-        # Time between refreshes grows evenly from 1 to the frequency.
-        grown = self.frequency * t // self.warmup if self.warmup else self.frequency
-        period = min(max(grown, 1), self.frequency)
+        period = self._period(t)
         if self.refresh_schedule == "together":
             return t % period == 0
         assert self.phase is not None
         return (t + self.phase(name, block.coordinates)) % period == 0
+
+    def _period(self, t: int) -> int:
+        """Time between refreshes at step t: p from the step on that is the sum of how long the
+        shorter ones are in use, which is `least` steps each, or p + 1/2 if that is more."""
+        if not self.warmup:
+            return self.frequency
+        least = max(1, self.warmup // self.frequency)
+        period = 1
+        while period < self.frequency:
+            longer = period + 1
+            begin = longer * least if longer <= least else (longer**2 + least**2) / 2
+            if t < begin:
+                break
+            period = longer
+        return period
 
 
 def _usable(grad: Tensor) -> Tensor:

@@ -69,8 +69,8 @@ def test_a_group_is_checked_as_well():
 
 def test_the_time_between_refreshes_grows_to_the_frequency():
     config = ShampooConfig(precondition_frequency=5, refresh_warmup_steps=20)
-    assert [config.refresh_period(step) for step in (1, 4, 8, 12, 19, 20, 1000)] == [
-        1, 1, 2, 3, 4, 5, 5
+    assert [config.refresh_period(step) for step in (1, 4, 8, 12, 19, 20, 21)] == [
+        1, 1, 2, 3, 4, 4, 5
     ]  # fmt: skip
     by_default = ShampooConfig(precondition_frequency=4)
     assert [by_default.refresh_period(step) for step in (1, 19, 20, 30, 39, 40)] == [
@@ -78,6 +78,21 @@ def test_the_time_between_refreshes_grows_to_the_frequency():
     ]  # fmt: skip
     at_once = ShampooConfig(precondition_frequency=5, refresh_warmup_steps=0)
     assert at_once.refresh_period(1) == 5
+
+
+@pytest.mark.parametrize("frequency", [2, 5, 10, 20, 50, 100])
+@pytest.mark.parametrize("warmup", [None, 0, 1, 20, 50])
+def test_no_block_waits_for_more_than_two_periods(frequency, warmup):
+    """Whatever its phase: were a length of the period in use for fewer steps than it has, late
+    phases would miss their turn at each."""
+    config = ShampooConfig(precondition_frequency=frequency, refresh_warmup_steps=warmup)
+    for phase in range(frequency):
+        last = 1
+        for step in range(2, frequency**2):
+            period = config.refresh_period(step)
+            if (step + phase) % period == 0:
+                last = step
+            assert step - last < 2 * period
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ _SPEED = {"AdamW": 1.0, "Muon": 1.6, "KL-Shampoo": 2.0}  # steps of AdamW for on
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A study of three contestants at one size, each loss 1 / (1 + steps of AdamW)."""
-    study, results = Study(_FILE), Results(tmp_path_factory.mktemp("results") / "runs.jsonl")
+    study = Study(_FILE, {"training.steps": 300})
+    results = Results(tmp_path_factory.mktemp("results") / "runs.jsonl")
     while todo := missing(study, ["1M"], list(_SPEED), STAGES, results.loss):
         for run in todo.values():
             steps = list(range(10, run.settings["training.steps"] + 1, 10))
