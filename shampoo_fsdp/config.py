@@ -213,7 +213,11 @@ class ShampooConfig:
             _refuse("root_method", self.root_method, "'eigh' or 'qr' for soap")
         if self.preconditioner == "kl_shampoo" and self.root_method == "eigh_pseudo_inverse":
             # What both sides lack would be whitened to zero, and so never enter either.
-            _refuse("root_method", self.root_method, "another one for kl_shampoo")
+            _refuse(
+                "root_method",
+                self.root_method,
+                "'eigh', 'coupled_newton', 'newton_db' or 'qr' for kl_shampoo",
+            )
         if self.preconditioner != "shampoo" and any(self.root_exponents):
             _refuse("root_exponents", self.root_exponents, f"[] for {self.preconditioner}")
         if self.factor_dtype == "bfloat16" and self.root_method in ("coupled_newton", "newton_db"):

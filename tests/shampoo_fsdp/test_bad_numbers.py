@@ -47,6 +47,7 @@ MEMBERS = {
         "root_method": "eigh",
         "grafting": "adam",
     },
+    "kl_shampoo, diagonal": {"preconditioner": "kl_shampoo", "large_dim": "diagonal"},
     "kl_shampoo, one-sided, bf16": {
         "preconditioner": "kl_shampoo",
         "large_dim": "one_sided",
@@ -165,6 +166,7 @@ SPOIL: dict[str, Callable[[Tensor], object]] = {
     "a block of zeros": lambda g: g[:3, :4].zero_(),
     "rank 1": rank_1,
     "1e-30": lambda g: g.mul_(1e-30),
+    "one tiny row": lambda g: g.zero_()[0].fill_(1e-20),
     "denormal": lambda g: g.fill_(1e-45),
     "1e+30": lambda g: g.mul_(1e30),
     "the largest number": lambda g: g.fill_(torch.finfo(torch.float32).max),
@@ -358,7 +360,13 @@ PER_SHAPE = 12
 
 def random_configurations() -> list[dict[str, object]]:
     return [
-        {**options, "precondition_1d": True, "batched_3d": i % 2 == 0, "precondition_frequency": f}
+        {
+            "preconditioner": "shampoo",
+            **options,
+            "precondition_1d": True,
+            "batched_3d": i % 2 == 0,
+            "precondition_frequency": f,
+        }
         for i, options in enumerate(MEMBERS.values())
         for f in (1 + i % 3,)
         if not (options.get("root_method") == "newton_db" and i % 2)

@@ -22,6 +22,7 @@ def build(**settings):
         ({"refresh_warmup_steps": -1}, "refresh_warmup_steps.* -1"),
         ({"beta3": 1.0}, r"beta3.* 1\.0"),
         ({"beta3": 0.8, "betas": (0.0, 0.9)}, r"beta3.* 0\.8"),
+        ({"root_method": "eigh_pseudo_inverse"}, "root_method.*for kl_shampoo"),
         ({"root_exponents": [0.5]}, r"root_exponents.*\[0\.5\]"),
         ({"root_method": "adam"}, "root_method.*'adam'"),
         ({"grafting": "adamw"}, r"grafting.*'adamw'; allowed: 'adam'"),

@@ -47,6 +47,18 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (error / torch.linalg.matrix_norm(expected)).max().item()
 
 
+@pytest.mark.parametrize("method", ROOT_METHODS)
+def test_each_matrix_may_have_its_own_ridge_and_divisor(method):
+    matrices = with_spectrum(decaying(6, 100.0)).float()
+    ridges, divisors = torch.tensor([1e-3, 1.0, 0.1]), torch.tensor([1.0, 2.0, 0.5])
+    together = inverse_root(matrices, -0.25, ridges, method, divisor=divisors)
+    each = [
+        inverse_root(matrix.unsqueeze(0) / divisor, -0.25, ridge, method)
+        for matrix, ridge, divisor in zip(matrices, ridges.tolist(), divisors, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(each), rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     method=st.sampled_from(ROOT_METHODS),
