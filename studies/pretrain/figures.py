@@ -74,8 +74,9 @@ def _to_target(done: dict[str, list[Summary]], colors: dict[str, str], path: Pat
             aim = target(found)
             assert aim is not None
             whole = next(s.whole() for s in found if s.contestant == BASELINE)[column]
-            for j, summary in enumerate(found):
-                x = i * (len(found) + 1) + j
+            others = [summary for summary in found if summary.contestant != BASELINE]
+            for j, summary in enumerate(others):
+                x = i * (len(others) + 1) + j
                 ticks.append((x, f"{summary.contestant}\n{size}"))
                 values = [r[column] / whole for r in summary.to_target(aim) if r is not None]
                 if values:

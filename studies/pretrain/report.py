@@ -47,12 +47,17 @@ def _comparison(study: Study, size: str, found: list[Summary], aim: float) -> It
     steps, time = next(s.whole() for s in found if s.contestant == BASELINE)
     for summary in found:
         reached = summary.to_target(aim)
+        saved = [
+            _saving([None if r is None else r[0] for r in reached], steps, "{:.0f}"),
+            _saving([None if r is None else r[1] for r in reached], time, "{:.0f} s"),
+        ]
+        if summary.contestant == BASELINE:  # its full run, which the others are compared with
+            saved = [f"{steps:.0f}", f"{time:.0f} s"]
         cells = [
             summary.contestant,
             _chosen(study, summary),
             _mean_and_deviation(summary.losses()),
-            _saving([None if r is None else r[0] for r in reached], steps, "{:.0f}"),
-            _saving([None if r is None else r[1] for r in reached], time, "{:.0f} s"),
+            *saved,
             _mean_and_deviation(summary.losses(shorter=True)),
             f"{summary.optimizer_ms():.0f}",
         ]
