@@ -93,8 +93,8 @@ class ShampooConfig:
     preconditioner_eps: float = 1e-12
     """Ridge that is added to the factors before their inverse roots are taken; for kl_shampoo
     relative to the mean of the factor's eigenvalues. Eigenvalues are raised to 1.2e-7 times the
-    largest in any case. (The optimizer's `eps` is the epsilon of the grafted method, and of soap.)
-    """
+    largest (1e-5 for kl_shampoo) in any case. (The optimizer's `eps` is the epsilon of the grafted
+    method, and of soap.)"""
 
     use_bias_correction: bool = True
     """Whether averages are divided by 1 - beta^t, as they start at zero."""

@@ -1,14 +1,23 @@
 """KL-Shampoo: each side's second moment, whitened by the other sides."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.grafting import LARGEST_GRADIENT
 from shampoo_fsdp.matrices import along, scale_along, unfold
 from shampoo_fsdp.preconditioners.base import Positions
 from shampoo_fsdp.preconditioners.shampoo import ShampooPreconditioner
 
 __all__ = ["KLShampooPreconditioner"]
+
+# Relative to the largest eigenvalue, below which the others count as this. What all sides lack is
+# magnified by its inverse: at the resolution of fp32, which does for Shampoo's smaller exponents,
+# rounding, other on each mesh, would be as large as the gradient. (Final losses of a model of 1 M
+# parameters: 1.560 with 1.2e-7, 1.554 with 1e-5, 1.599 with 3e-4.)
+_RESOLUTION = 1e-5
 
 
 class KLShampooPreconditioner(ShampooPreconditioner):
@@ -23,6 +32,12 @@ class KLShampooPreconditioner(ShampooPreconditioner):
     """
 
     products = 3
+
+    def __init__(
+        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(shape, config, state)
+        self.resolution = max(self.resolution, _RESOLUTION)
 
     def restart(self, where: Positions) -> None:
         super().restart(where)

@@ -59,13 +59,13 @@ def gram(tensor: Tensor, d: int) -> Tensor:
     return unfolded @ unfolded.T
 
 
-def raised(eigenvalues: Tensor, ridge: float, dtype: str = "float32") -> Tensor:
+def raised(eigenvalues: Tensor, ridge: float, dtype: str = "float32", least: float = 0.0) -> Tensor:
     """Eigenvalues as their powers are taken.
 
     They are raised to the largest one times what the type resolves in which the optimizer keeps
-    its factors: it cannot know what is below. Then the ridge is added.
+    its factors: it cannot know what is below. `least` may ask for more. Then the ridge is added.
     """
-    floor = eigenvalues.max().clamp(min=0) * FLOORS[dtype]
+    floor = eigenvalues.max().clamp(min=0) * max(FLOORS[dtype], least)
     return eigenvalues.clamp(min=floor) + ridge
 
 
@@ -76,6 +76,7 @@ def inverse_root(
     *,
     dtype: str = "float32",
     pseudo_inverse: bool = False,
+    least: float = 0.0,
 ) -> Tensor:
     """(factor + ridge I)^(-exponent), eigenvalues raised before as by :func:`raised`.
 
@@ -87,13 +88,14 @@ def inverse_root(
         dtype: in which a matrix is kept; diagonals are fp32.
         pseudo_inverse: what lies in the null space, as far as the type resolves it, is sent to zero
             instead: all eigenvalues up to n times the floor.
+        least: see :func:`raised`.
     """
     if factor.ndim == 1:
-        return raised(factor, ridge) ** -exponent
+        return raised(factor, ridge, least=least) ** -exponent
     eigenvalues: Tensor
     eigenvectors: Tensor
     eigenvalues, eigenvectors = torch.linalg.eigh(factor)
-    powers = raised(eigenvalues, ridge, dtype) ** -exponent
+    powers = raised(eigenvalues, ridge, dtype, least) ** -exponent
     if pseudo_inverse:
         cutoff = eigenvalues.max().clamp(min=0) * FLOORS[dtype] * len(factor)
         powers = torch.where(eigenvalues > cutoff, powers, 0.0)

@@ -27,7 +27,7 @@ class KLShampooRule(ShampooRule):
     Kullback-Leibler divergence satisfy S_i = E[W_(i) W_(i)ᵀ] / (product of the other sizes), where
     W is the gradient times S_j^(-1/2) along every j but i. P = M times S_i^(-1/2) along each. The
     first factor begins at zero, the others at the identity. Gradients that are all zero do not
-    count. The ridge is a multiple of the mean eigenvalue.
+    count. Eigenvalues are raised to 1e-5 times the largest; the ridge is a multiple of their mean.
     """
 
     def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
@@ -42,6 +42,10 @@ class KLShampooRule(ShampooRule):
     @property
     def exponent(self) -> float:
         return 1 / 2
+
+    @property
+    def least(self) -> float:
+        return 1e-5
 
     def unit(self, factor: Tensor) -> float:
         mean = (factor if factor.ndim == 1 else factor.diag()).mean().item()

@@ -46,7 +46,8 @@ class ShampooRule(GramFactors):
                 basis = new_basis(factor, self.bases[d], self.has_roots, self.settings)
                 eigenvalues = (basis.T @ factor @ basis).diag()
                 ridge = self.settings.preconditioner_eps
-                powers = raised(eigenvalues, ridge, self.settings.factor_dtype) ** -self.exponent
+                dtype = self.settings.factor_dtype
+                powers = raised(eigenvalues, ridge, dtype, self.least) ** -self.exponent
                 root = basis @ torch.diag(powers) @ basis.T * unit**-self.exponent
                 self.bases[d] = kept_in(self.settings.root_dtype, basis)
             else:
@@ -68,6 +69,11 @@ class ShampooRule(GramFactors):
             for factor, root in zip(factors, self.roots, strict=True)
         ]
 
+    @property
+    def least(self) -> float:
+        """Relative to the largest: what eigenvalues are raised to at least."""
+        return 0.0
+
     def unit(self, factor: Tensor) -> float:
         """What the ridge of a factor is a multiple of."""
         return 1.0
@@ -79,6 +85,7 @@ class ShampooRule(GramFactors):
             self.exponent,
             self.settings.preconditioner_eps,
             dtype=self.settings.factor_dtype,
+            least=self.least,
             pseudo_inverse=self.settings.root_method == "eigh_pseudo_inverse",
         )
         return root * unit**-self.exponent
