@@ -125,7 +125,7 @@ def ablation_losses(
 ) -> list[tuple[Any, Run, float]]:
     """Each value, its best run, and that run's final loss; values without a finished run lack."""
     _, best = study.tuning(size, ablation["contestant"], results.loss)
-    if best is None:
+    if best is None or size not in study.general["ablations"]:
         return []
     found: dict[str, tuple[Any, Run, float]] = {}
     for value, run in study.ablation(size, ablation, best):
