@@ -69,14 +69,14 @@ def _lowest(found: list[Summary]) -> float:
 def _to_target(done: dict[str, list[Summary]], colors: dict[str, str], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
     for column, (axis, what) in enumerate(zip(axes, ("steps", "time"), strict=True)):
-        ticks = []
-        for i, (size, found) in enumerate(done.items()):
+        ticks: list[tuple[int, str]] = []
+        for size, found in done.items():
             aim = target(found)
             assert aim is not None
             whole = next(s.whole() for s in found if s.contestant == BASELINE)[column]
             others = [summary for summary in found if summary.contestant != BASELINE]
-            for j, summary in enumerate(others):
-                x = i * (len(others) + 1) + j
+            first = ticks[-1][0] + 2 if ticks else 0
+            for x, summary in enumerate(others, first):
                 ticks.append((x, f"{summary.contestant}\n{size}"))
                 values = [r[column] / whole for r in summary.to_target(aim) if r is not None]
                 if values:
