@@ -371,7 +371,7 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
     """A shape and settings that are allowed together."""
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
     # For kl_shampoo with qr any tolerance is too small for some shape: what an inexact basis makes
-    # of rounding where a factor lacks rank is whitened by the other's root, 3,000 times its size.
+    # of rounding where a factor lacks rank is whitened by the other's root, 300 times its size.
     roots = [pair for pair in ROOTS if pair != ("kl_shampoo", "qr")]
     preconditioner, root_method = draw(st.sampled_from(roots))
     beta2 = draw(st.sampled_from([0.9, 0.95] + [1.0] * (preconditioner != "kl_shampoo")))
