@@ -17,6 +17,7 @@ import torch._dynamo  # or the first step of a process would import it, and be s
 
 from shampoo_torchtitan.train import JobReader, Trainer
 from studies.pretrain import data
+from studies.pretrain.results import versions
 from studies.pretrain.toml_files import toml_text
 
 __all__ = ["run"]
@@ -24,6 +25,7 @@ __all__ = ["run"]
 _TRAINING_TOKENS = 4_000_000  # at most: several times what these runs need
 _HELD_OUT_TOKENS = 500_000
 _HOPELESS = 20.0  # nats; no run comes back from there
+_VERSIONS = versions()  # of the code that this process has read, whatever is there when a run ends
 
 
 class StudyTrainer(Trainer):
@@ -111,7 +113,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         settings: The job's TOML file with dots in the names: {"optimizer.lr": 1e-3, ...}.
 
     Returns:
-        What `StudyTrainer.curve` returns, how long the start took in seconds, and the device.
+        What `StudyTrainer.curve` returns, how long the start took in seconds, the device, and the
+        versions of the code.
     """
     started = time.perf_counter()
     _one_process_environment()
@@ -124,7 +127,12 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             curve = trainer.curve()
         finally:
             trainer.close()
-    return {**curve, "start_seconds": round(start, 3), "device": trainer.device.type}
+    return {
+        **curve,
+        "start_seconds": round(start, 3),
+        "device": trainer.device.type,
+        "versions": _VERSIONS,
+    }
 
 
 def _one_process_environment() -> None:

@@ -71,7 +71,7 @@ class Results:
     def add(self, run: Run, curve: dict[str, Any]) -> None:
         """Appends a finished run."""
         curve = {**curve, "loss": [x if math.isfinite(x) else None for x in curve["loss"]]}
-        record = {"id": run.id, **dataclasses.asdict(run), **curve, "versions": versions()}
+        record = {"id": run.id, **dataclasses.asdict(run), **curve}
         self._records[run.id] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, separators=(",", ":"))

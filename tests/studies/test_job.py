@@ -61,6 +61,7 @@ def test_every_contestant_trains_and_repeats_itself(small, contestant):
     assert curve["loss"][-1] < curve["loss"][0] < 6.0
     assert curve["seconds"][0] < curve["seconds"][-1]
     assert curve["optimizer_seconds"] < curve["cpu_seconds"][-1]
+    assert {"torch", "torchtitan", "shampoo_fsdp", "commit"} <= set(curve["versions"])
     again = job.run(settings)
     assert again["loss"] == curve["loss"]
     other = job.run({**settings, "debug.seed": 1})

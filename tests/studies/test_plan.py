@@ -140,7 +140,6 @@ def test_a_killed_study_goes_on(study, tmp_path):
     assert Results(path).loss(todo[2]) == 2.0
     record = json.loads(path.read_text().splitlines()[0])
     assert record["settings"][LR] == 1e-3
-    assert {"torch", "torchtitan", "shampoo_fsdp", "commit"} <= set(record["versions"])
 
 
 def test_the_estimate_counts_what_is_missing(study, tmp_path):
