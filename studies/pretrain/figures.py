@@ -25,6 +25,8 @@ from studies.pretrain.summary import (
 
 __all__ = ["draw"]
 
+_SHOWN = 0.7  # nats above the best; ablations beyond are written at the edge
+
 
 def draw(
     study: Study, sizes: Iterable[str], contestants: list[str], results: Results, folder: Path
@@ -49,15 +51,18 @@ def _loss(done: dict[str, list[Summary]], colors: dict[str, str], path: Path) ->
         assert aim is not None
         for summary in found:
             color, name = colors[summary.contestant], summary.contestant
-            losses = np.array([record["loss"] for record in summary.final], dtype=float)
-            times = np.mean([seconds(record) for record in summary.final], axis=0)
-            for axis, x in zip(row, (summary.final[0]["step"], times), strict=True):
+            # A run that diverged has fewer evaluations, the last of them without a loss.
+            length = min(len(record["loss"]) for record in summary.final)
+            losses = np.array([record["loss"][:length] for record in summary.final], dtype=float)
+            times = np.mean([seconds(record)[:length] for record in summary.final], axis=0)
+            for axis, x in zip(row, (summary.final[0]["step"][:length], times), strict=True):
                 axis.plot(x, losses.mean(0), color=color, label=name, lw=1.2)
                 axis.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.2, lw=0)
         for axis, label in zip(row, ("steps", "seconds of training"), strict=True):
-            axis.axhline(aim, color="0.4", lw=0.8, ls=":")
+            axis.axhline(aim, color="0.4", lw=0.8, ls=":", label=f"{BASELINE}'s best seed")
             axis.set_ylim(_lowest(found) - 0.03, aim + 0.8)
-            axis.set(xlabel=label, ylabel="held-out loss", title=f"{size} parameters")
+            axis.set(xlabel=label, ylabel="held-out loss, nats per token")
+            axis.set_title(f"{size}; mean, and range of {len(found[0].final)} seeds", size=10)
             axis.legend(fontsize=8)
     _save(figure, path)
 
@@ -67,26 +72,30 @@ def _lowest(found: list[Summary]) -> float:
 
 
 def _to_target(done: dict[str, list[Summary]], colors: dict[str, str], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.9), sharey=True)
     for column, (axis, what) in enumerate(zip(axes, ("steps", "time"), strict=True)):
-        ticks: list[tuple[int, str]] = []
-        for size, found in done.items():
+        middles = []
+        for group, found in enumerate(done.values()):
             aim = target(found)
             assert aim is not None
             whole = next(s.whole() for s in found if s.contestant == BASELINE)[column]
             others = [summary for summary in found if summary.contestant != BASELINE]
-            first = ticks[-1][0] + 2 if ticks else 0
+            first = group * (len(colors) + 1)
+            middles.append(first + (len(others) - 1) / 2)
             for x, summary in enumerate(others, first):
-                ticks.append((x, f"{summary.contestant}\n{size}"))
                 values = [r[column] / whole for r in summary.to_target(aim) if r is not None]
                 if values:
-                    axis.bar(x, np.mean(values), color=colors[summary.contestant], alpha=0.6)
-                    axis.plot([x] * len(values), values, "k.", ms=3)
+                    label = None if group else summary.contestant
+                    color = colors[summary.contestant]
+                    axis.bar(x, np.mean(values), color=color, alpha=0.6, label=label)
+                    axis.plot(x + np.linspace(-0.2, 0.2, len(values)), values, "k.", ms=4)
                 if len(values) < len(summary.final):
-                    axis.text(x, 1.02, "never" if not values else "not all", ha="center", size=6)
+                    axis.text(x, 1.02, "never" if not values else "not all", ha="center", size=7)
         axis.axhline(1.0, color="0.4", lw=0.8, ls=":")
-        axis.set_xticks([x for x, _ in ticks], [name for _, name in ticks], fontsize=6)
-        axis.set_ylabel(f"{what} to {BASELINE}'s best final loss,\nof {BASELINE}'s full run")
+        axis.set_xticks(middles, list(done))
+        axis.set_title(f"{what} to {BASELINE}'s best final loss (dots: seeds)", size=10)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel(f"1 = {BASELINE}'s full run")
     _save(figure, path)
 
 
@@ -111,7 +120,8 @@ def _lr(
                 axis.plot(*zip(*points, strict=True), "o-", color=colors[name], label=name, ms=3)
         losses = [loss for points in curves[size].values() for _, loss in points]
         axis.set_ylim(min(losses) - 0.03, min(losses) + 0.8)
-        axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text", title=size)
+        axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text")
+        axis.set_title(f"{size}, before the other settings are chosen", size=10)
         axis.legend(fontsize=8)
     _save(figure, path)
 
@@ -123,16 +133,25 @@ def _ablations(study: Study, size: str, results: Results, path: Path) -> None:
         return
     columns = 3
     rows_of_axes = -(-len(found) // columns)
-    figure, axes = plt.subplots(
-        rows_of_axes, columns, figsize=(4 * columns, 3 * rows_of_axes), squeeze=False
-    )
+    shape = (4 * columns, 3 * rows_of_axes)
+    figure, axes = plt.subplots(rows_of_axes, columns, figsize=shape, squeeze=False, sharey=True)
+    lowest = min(loss for _, rows in found for _, _, loss in rows)
     for axis in axes.flat[len(found) :]:
         axis.remove()
     for axis, (ablation, rows) in zip(axes.flat, found, strict=False):
-        axis.plot([_label(value) for value, _, _ in rows], [loss for _, _, loss in rows], "o-")
-        axis.set(title=ablation["setting"].rsplit(".", 1)[-1], ylabel="final loss, tuning text")
-        axis.tick_params(axis="x", labelsize=7)
-        axis.title.set_size(9)
+        labels, losses = [_label(value) for value, _, _ in rows], [loss for _, _, loss in rows]
+        ordered = all(isinstance(value, int | float) for value, _, _ in rows)
+        axis.plot(labels, np.minimum(losses, lowest + _SHOWN), "o-" if ordered else "o")
+        for x, loss in enumerate(losses):
+            if loss > lowest + _SHOWN:
+                axis.text(x, lowest + _SHOWN - 0.05, f"{loss:.2f}", ha="center", size=8)
+        axis.set_ylim(lowest - 0.03, lowest + _SHOWN + 0.03)
+        axis.axhline(lowest, color="0.4", lw=0.8, ls=":")
+        setting = ablation["setting"].rsplit(".", 1)[-1]
+        axis.set_title(f"{ablation['contestant']}: {setting}", size=10)
+        axis.tick_params(axis="x", labelsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("final loss, tuning text")
     _save(figure, path)
 
 

@@ -1,5 +1,6 @@
 """The tables of the study, in Markdown."""
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from studies.pretrain.summary import (
     BASELINE,
     Summary,
     ablation_losses,
-    seconds,
+    optimizer_ms,
     summaries,
     target,
 )
@@ -26,22 +27,35 @@ def markdown(study: Study, sizes: Iterable[str], contestants: list[str], results
         aim = target(found)
         if aim is not None:
             parts.append("\n".join(_comparison(study, size, found, aim)))
+            if unfinished := _unfinished(size, contestants, found, results):
+                parts.append(f"Not all of their runs are there yet: {', '.join(unfinished)}.")
         if rows := list(_ablations(study, size, results)):
-            head = [f"Ablations, {size}", "", "| setting | value | loss | s per step |"]
+            head = [f"Ablations, {size}", ""]
+            head += ["| setting | value | loss | optimizer, ms per step |"]
             parts.append("\n".join([*head, "|---|---|---|---|", *rows]))
     return "\n\n".join(parts) or "No contestant has all its runs yet."
+
+
+def _unfinished(
+    size: str, contestants: list[str], found: list[Summary], results: Results
+) -> list[str]:
+    """Contestants that have begun."""
+    begun = {record["contestant"] for record in results if record["size"] == size}
+    finished = {summary.contestant for summary in found}
+    return [name for name in contestants if name in begun - finished]
 
 
 def _comparison(study: Study, size: str, found: list[Summary], aim: float) -> Iterator[str]:
     seeds = len(study.general["final_seeds"])
     yield (
-        f"{size}: mean of {seeds} seeds, loss in nats per token on held-out text; "
-        f"the target is {BASELINE}'s best, {aim:.4f}"
+        f"{size}: mean of {seeds} seeds ± their standard deviation, loss in nats per token on "
+        f"held-out text; the target is {BASELINE}'s best seed, {aim:.4f}"
     )
     yield ""
+    shorter = f"loss of one run of {study.general['shorter']:.0%} of the steps"
     yield (
         "| optimizer | chosen | final loss | steps to target | time to target "
-        f"| loss after {study.general['shorter']:.0%} of the steps | optimizer, ms per step |"
+        f"| {shorter} | optimizer, ms per step |"
     )
     yield "|---|---|---|---|---|---|---|"
     steps, time = next(s.whole() for s in found if s.contestant == BASELINE)
@@ -88,11 +102,10 @@ def _mean_and_deviation(losses: list[float]) -> str:
 def _ablations(study: Study, size: str, results: Results) -> Iterator[str]:
     for ablation in study.ablations:
         for value, run, loss in ablation_losses(study, size, ablation, results):
-            record = results[run]
-            per_step = seconds(record)[-1] / record["step"][-1]
+            lost = "diverged" if math.isinf(loss) else f"{loss:.4f}"
             lr = f" (lr {_value(run.settings[LR])})" if "lr" in ablation else ""
             name = f"{ablation['contestant']}: {_short(ablation['setting'])}"
-            yield f"| {name} | {_value(value)}{lr} | {loss:.4f} | {per_step:.3f} |"
+            yield f"| {name} | {_value(value)}{lr} | {lost} | {optimizer_ms(results[run]):.0f} |"
 
 
 def _short(name: str) -> str:

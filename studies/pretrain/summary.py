@@ -1,5 +1,6 @@
 """What the runs of a contestant amount to: losses, and steps and seconds to a target."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ __all__ = [
     "Summary",
     "ablation_losses",
     "by_lr",
-    "first_at_or_below",
+    "optimizer_ms",
+    "reached",
     "seconds",
     "smoothed",
     "summaries",
@@ -39,13 +41,46 @@ def seconds(record: dict[str, Any]) -> list[float]:
     return found
 
 
-def first_at_or_below(record: dict[str, Any], target: float) -> tuple[int, float] | None:
-    """Steps and seconds until the smoothed loss reaches the target; None if it never does."""
-    for step, time, loss in zip(
-        record["step"], seconds(record), smoothed(record["loss"]), strict=True
-    ):
+def optimizer_ms(record: dict[str, Any]) -> float:
+    """Time of the optimizer in a step, mean of the run."""
+    return float(1e3 * record["optimizer_seconds"] / record["step"][-1])
+
+
+def _with_common_passes(summaries: list["Summary"]) -> None:
+    """Sets the times of all runs to what they are if forward and backward take equally long.
+
+    These do the same work for every optimizer; how long it takes differs with what else the
+    machine does, by more than some optimizers differ. All runs get the median of all. Not on GPUs,
+    where the host cannot tell the optimizer's part.
+    """
+    records = [record for summary in summaries for record in summary.final]
+    if not records or any(record["device"] != "cpu" for record in records):
+        return
+    common = statistics.median(_pass_seconds(record) for record in records)
+    for record in records:
+        change = common - _pass_seconds(record)
+        pairs = zip(record["step"], record["cpu_seconds"], strict=True)
+        record["cpu_seconds"] = [time + step * change for step, time in pairs]
+
+
+def _pass_seconds(record: dict[str, Any]) -> float:
+    """Forward and backward of a step."""
+    passes: float = record["cpu_seconds"][-1] - record["optimizer_seconds"]
+    return passes / record["step"][-1]
+
+
+def reached(record: dict[str, Any], target: float) -> tuple[float, float] | None:
+    """Steps and seconds until the smoothed loss is at the target; None if it never is.
+
+    Between two evaluations the loss counts as linear.
+    """
+    points = list(zip(smoothed(record["loss"]), record["step"], seconds(record), strict=True))
+    for before, (loss, step, time) in zip([None, *points], points, strict=False):
         if loss <= target:
-            return step, time
+            if before is None or math.isinf(before[0]):
+                return step, time
+            part = (before[0] - target) / (before[0] - loss)
+            return before[1] + part * (step - before[1]), before[2] + part * (time - before[2])
     return None
 
 
@@ -63,9 +98,9 @@ class Summary:
         records = self.shorter if shorter else self.final
         return [float("inf") if r["loss"][-1] is None else r["loss"][-1] for r in records]
 
-    def to_target(self, target: float) -> list[tuple[int, float] | None]:
+    def to_target(self, target: float) -> list[tuple[float, float] | None]:
         """Steps and seconds to the target, of each seed."""
-        return [first_at_or_below(record, target) for record in self.final]
+        return [reached(record, target) for record in self.final]
 
     def whole(self) -> tuple[float, float]:
         """Steps and seconds of a full run, mean of the seeds."""
@@ -76,13 +111,13 @@ class Summary:
 
     def optimizer_ms(self) -> float:
         """Time of the optimizer in a step, mean of the seeds."""
-        return 1e3 * statistics.fmean(r["optimizer_seconds"] / r["step"][-1] for r in self.final)
+        return statistics.fmean(optimizer_ms(record) for record in self.final)
 
 
 def summaries(
     study: Study, size: str, contestants: Iterable[str], results: Results
 ) -> list[Summary]:
-    """Of the contestants that have all their final runs."""
+    """Of the contestants that have all their final runs, their times made comparable."""
     found = []
     for contestant in contestants:
         _, settings = study.tuning(size, contestant, results.loss)
@@ -96,10 +131,11 @@ def summaries(
             Summary(
                 contestant=contestant,
                 settings=settings,
-                final=[results[run] for run in final],
+                final=[dict(results[run]) for run in final],
                 shorter=[results[run] for run in shorter if run in results],
             )
         )
+    _with_common_passes(found)
     return found
 
 
@@ -130,6 +166,6 @@ def ablation_losses(
     found: dict[str, tuple[Any, Run, float]] = {}
     for value, run in study.ablation(size, ablation, best):
         loss = results.loss(run)
-        if loss is not None and loss < found.get(str(value), (None, None, float("inf")))[2]:
+        if loss is not None and (str(value) not in found or loss < found[str(value)][2]):
             found[str(value)] = (value, run, loss)
     return list(found.values())
