@@ -97,11 +97,10 @@ class ShampooPreconditioner(Preconditioner):
             own = self._correction_of(i, correction)
             factor, root = self.factors[i].read(), kept.read()
             ridge = self._ridge(factor, own)
-            factor = factor / per_block(own, 3)
             # The largest eigenvalue of the root is that of the smallest of the factor.
             smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
-            conditions.append(_largest_eigenvalue(factor) / smallest)
-            residuals.append(root_residual(factor, root, self.exponent, ridge))
+            conditions.append(_largest_eigenvalue(factor) / own / smallest)
+            residuals.append(root_residual(factor, root, self.exponent, ridge, own))
         return Health(torch.stack(conditions), torch.stack(residuals))
 
     def direction(
@@ -133,9 +132,9 @@ class ShampooPreconditioner(Preconditioner):
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:
     """An estimate from below, [B], of positive semi-definite matrices [B, n, n]."""
-    vectors = torch.ones_like(matrices[:, :, :1])
-    norm = torch.ones_like(vectors[:, :1])
+    vectors = torch.ones_like(matrices[:, :1])  # rows, see `root_residual`
+    norm = torch.ones_like(vectors[..., :1])
     for _ in range(_POWER_ITERATIONS):
-        vectors = matrices @ (vectors / torch.where(norm > 0.0, norm, 1.0))
-        norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        vectors = (vectors / torch.where(norm > 0.0, norm, 1.0)) @ matrices
+        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return norm.view(-1)
