@@ -139,6 +139,10 @@ class ShampooConfig:
     """Regular expressions; a parameter whose name contains a match is left to the grafted method.
     Default: embeddings and the output layer."""
 
+    excluded_lr_factor: float = 1.0
+    """lr of the parameters that are not preconditioned (excluded ones, and vectors), as a multiple
+    of lr; below 1 if lr is above what AdamW bears."""
+
     precondition_1d: bool = False
     """Whether parameters of one dimension (biases, norms) are preconditioned, by one full matrix
     per block; otherwise the grafted method updates them."""
@@ -199,6 +203,8 @@ class ShampooConfig:
         if not (math.isfinite(self.preconditioner_eps) and self.preconditioner_eps > 0.0):
             _refuse("preconditioner_eps", self.preconditioner_eps, "a positive number")
         _check_at_least("ranks_per_node", self.ranks_per_node, 1)
+        if not (math.isfinite(self.excluded_lr_factor) and self.excluded_lr_factor >= 0.0):
+            _refuse("excluded_lr_factor", self.excluded_lr_factor, "a finite number >= 0")
         if self.grafting_eps is not None and not self.grafting_eps >= 0.0:
             _refuse("grafting_eps", self.grafting_eps, "a number >= 0")
         for name in ("momentum", "dampening"):

@@ -44,7 +44,8 @@ class Shampoo(torch.optim.Optimizer):
     While one bucket travels, another is computed.
 
     Parameters that are not preconditioned (see `exclude`, `precondition_1d`) take the grafted
-    method's own step on their shards. Blocks, and so the update, do not depend on the mesh.
+    method's own step on their shards, with the lr that `excluded_lr_factor` says. Blocks, and so
+    the update, do not depend on the mesh.
     """
 
     def __init__(
@@ -242,6 +243,10 @@ class Shampoo(torch.optim.Optimizer):
 
     def _step_excluded(self, gradients: Sequence[Tensor | None]) -> None:
         for number, group in enumerate(self.param_groups):
+            scaled = dict(group)
+            for name in {"lr", "initial_lr"} & group.keys():
+                # Both, as "independent" weight decay takes their ratio.
+                scaled[name] *= self.config.excluded_lr_factor
             mine = [
                 i
                 for i in self._excluded
@@ -253,7 +258,7 @@ class Shampoo(torch.optim.Optimizer):
                     [g for i in mine if (g := gradients[i]) is not None],
                     [self.state[self._parameters[i]] for i in mine],
                     [self._steps[i] for i in mine],
-                    group,
+                    scaled,
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -220,3 +220,41 @@ def test_independent_weight_decay_is_that_of_adamw_over_the_first_lr():
         train(lambda parameters: Scheduled(ours(parameters))),
         train(lambda parameters: Scheduled(theirs(parameters))),
     )
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "independent"])
+def test_excluded_parameters_can_have_a_smaller_lr(decay):
+    """Independent weight decay does not shrink with it."""
+    ours = train(
+        lambda parameters: Shampoo(
+            parameters.items(),
+            lr=LR,
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            weight_decay_type=decay,
+            exclude=["."],
+            excluded_lr_factor=0.25,
+        )
+    )
+    lr = 0.25 * LR
+    strength = 0.01 if decay == "decoupled" else 0.01 / lr
+    theirs = train(
+        lambda parameters: torch.optim.AdamW(
+            parameters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=strength
+        )
+    )
+    check(ours, theirs)
+
+
+def test_the_lr_of_excluded_parameters_is_theirs_alone():
+    usual, smaller = (
+        train(
+            lambda parameters, factor=factor: Shampoo(
+                parameters.items(), lr=LR, excluded_lr_factor=factor
+            )
+        )
+        for factor in (1.0, 0.5)
+    )
+    for name in SHAPES:
+        excluded = "embeddings" in name or "norm" in name
+        assert torch.equal(usual[name], smaller[name]) != excluded, name
