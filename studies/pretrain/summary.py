@@ -167,5 +167,6 @@ def ablation_losses(
     for value, run in study.ablation(size, ablation, best):
         loss = results.loss(run)
         if loss is not None and (str(value) not in found or loss < found[str(value)][2]):
-            found[str(value)] = (value, run, loss)
+            name = ablation.get("names", {}).get(str(value), value)
+            found[str(value)] = (name, run, loss)
     return list(found.values())
