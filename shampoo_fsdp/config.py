@@ -203,8 +203,6 @@ class ShampooConfig:
         if not (math.isfinite(self.preconditioner_eps) and self.preconditioner_eps > 0.0):
             _refuse("preconditioner_eps", self.preconditioner_eps, "a positive number")
         _check_at_least("ranks_per_node", self.ranks_per_node, 1)
-        if not (math.isfinite(self.excluded_lr_factor) and self.excluded_lr_factor >= 0.0):
-            _refuse("excluded_lr_factor", self.excluded_lr_factor, "a finite number >= 0")
         if self.grafting_eps is not None and not self.grafting_eps >= 0.0:
             _refuse("grafting_eps", self.grafting_eps, "a number >= 0")
         for name in ("momentum", "dampening"):
@@ -229,7 +227,12 @@ class ShampooConfig:
         if self.factor_dtype == "bfloat16" and self.root_method in ("coupled_newton", "newton_db"):
             # Rounding makes eigenvalues negative, down to 2^-7 of the largest: these diverge then.
             _refuse("root_method", self.root_method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
-        positive = ("intra_node_bandwidth", "inter_node_bandwidth", "device_tflops")
+        positive = (
+            "excluded_lr_factor",
+            "intra_node_bandwidth",
+            "inter_node_bandwidth",
+            "device_tflops",
+        )
         for name in (*positive, *(() if self.memory_cap is None else ("memory_cap",))):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
                 _refuse(name, getattr(self, name), "a positive number")

@@ -246,7 +246,7 @@ class Shampoo(torch.optim.Optimizer):
             scaled = dict(group)
             for name in {"lr", "initial_lr"} & group.keys():
                 # Both, as "independent" weight decay takes their ratio.
-                scaled[name] *= self.config.excluded_lr_factor
+                scaled[name] = self.config.excluded_lr_factor * group[name]
             mine = [
                 i
                 for i in self._excluded

@@ -22,7 +22,7 @@ def missing(
     stages: Iterable[str],
     loss: Loss,
 ) -> dict[str, Run]:
-    """The runs that are known by now and have no result, by their id, small sizes first."""
+    """The runs that are known by now and have no result, by their id, size after size."""
     runs = [
         run
         for size in sizes

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
@@ -31,7 +32,7 @@ _SHOWN = 0.7  # nats above the best; ablations beyond are written at the edge
 def draw(
     study: Study, sizes: Iterable[str], contestants: list[str], results: Results, folder: Path
 ) -> None:
-    """Writes loss.png, to_target.png, lr.png and ablations.png, as far as there are results."""
+    """Writes loss.png, to_target.png, lr.png and ablations_SIZE.png, if there are results."""
     folder.mkdir(parents=True, exist_ok=True)
     colors = {name: f"C{i}" for i, name in enumerate(study.contestants)}
     by_size = {size: summaries(study, size, contestants, results) for size in sizes}
@@ -85,16 +86,17 @@ def _to_target(done: dict[str, list[Summary]], colors: dict[str, str], path: Pat
             for x, summary in enumerate(others, first):
                 values = [r[column] / whole for r in summary.to_target(aim) if r is not None]
                 if values:
-                    label = None if group else summary.contestant
                     color = colors[summary.contestant]
-                    axis.bar(x, np.mean(values), color=color, alpha=0.6, label=label)
+                    axis.bar(x, np.mean(values), color=color, alpha=0.6)
                     axis.plot(x + np.linspace(-0.2, 0.2, len(values)), values, "k.", ms=4)
                 if len(values) < len(summary.final):
                     axis.text(x, 1.02, "never" if not values else "not all", ha="center", size=7)
         axis.axhline(1.0, color="0.4", lw=0.8, ls=":")
         axis.set_xticks(middles, list(done))
         axis.set_title(f"{what} to {BASELINE}'s best final loss (dots: seeds)", size=10)
-        axis.legend(fontsize=8)
+        shown = {s.contestant for found in done.values() for s in found} - {BASELINE}
+        bars = {name: Patch(color=colors[name], alpha=0.6) for name in colors if name in shown}
+        axis.legend(bars.values(), bars.keys(), fontsize=8)
     axes[0].set_ylabel(f"1 = {BASELINE}'s full run")
     _save(figure, path)
 
@@ -140,11 +142,12 @@ def _ablations(study: Study, size: str, results: Results, path: Path) -> None:
         axis.remove()
     for axis, (ablation, rows) in zip(axes.flat, found, strict=False):
         labels, losses = [_label(value) for value, _, _ in rows], [loss for _, _, loss in rows]
-        ordered = all(isinstance(value, int | float) for value, _, _ in rows)
+        ordered = all(isinstance(value, int | float) for value in ablation["values"])
         axis.plot(labels, np.minimum(losses, lowest + _SHOWN), "o-" if ordered else "o")
         for x, loss in enumerate(losses):
             if loss > lowest + _SHOWN:
-                axis.text(x, lowest + _SHOWN - 0.05, f"{loss:.2f}", ha="center", size=8)
+                text = "diverged" if np.isinf(loss) else f"{loss:.2f}"
+                axis.text(x, lowest + _SHOWN - 0.05, text, ha="center", size=8)
         axis.set_ylim(lowest - 0.03, lowest + _SHOWN + 0.03)
         axis.axhline(lowest, color="0.4", lw=0.8, ls=":")
         setting = ablation["setting"].rsplit(".", 1)[-1]

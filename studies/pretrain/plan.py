@@ -41,7 +41,7 @@ class Study:
 
     @property
     def sizes(self) -> list[str]:
-        """The names of the models' sizes, small to large."""
+        """The names of the models' sizes, in the order of the file."""
         return list(self.seconds_per_step)
 
     def job(self, size: str, contestant: str) -> dict[str, Any]:

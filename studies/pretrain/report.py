@@ -39,7 +39,7 @@ def markdown(study: Study, sizes: Iterable[str], contestants: list[str], results
 def _unfinished(
     size: str, contestants: list[str], found: list[Summary], results: Results
 ) -> list[str]:
-    """Contestants that have begun."""
+    """Contestants that have begun and lack final runs."""
     begun = {record["contestant"] for record in results if record["size"] == size}
     finished = {summary.contestant for summary in found}
     return [name for name in contestants if name in begun - finished]

@@ -1,6 +1,5 @@
 """What the runs of a contestant amount to: losses, and steps and seconds to a target."""
 
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ def seconds(record: dict[str, Any]) -> list[float]:
     """Training time at each evaluation, without start-up and evaluations.
 
     On the CPU that is the time that the process had a core, which is what it takes on a machine
-    with nothing else to do; on GPUs, where the host does not tell, the time on the clock.
+    with nothing else to do; on GPUs, where the host does not tell, the time on the clock. Records
+    of `summaries` have had their times made comparable.
     """
     found: list[float] = record["cpu_seconds" if record["device"] == "cpu" else "seconds"]
     return found
@@ -46,14 +46,14 @@ def optimizer_ms(record: dict[str, Any]) -> float:
     return float(1e3 * record["optimizer_seconds"] / record["step"][-1])
 
 
-def _with_common_passes(summaries: list["Summary"]) -> None:
+def _with_common_passes(found: list["Summary"]) -> None:
     """Sets the times of all runs to what they are if forward and backward take equally long.
 
     These do the same work for every optimizer; how long it takes differs with what else the
     machine does, by more than some optimizers differ. All runs get the median of all. Not on GPUs,
     where the host cannot tell the optimizer's part.
     """
-    records = [record for summary in summaries for record in summary.final]
+    records = [record for summary in found for record in summary.final]
     if not records or any(record["device"] != "cpu" for record in records):
         return
     common = statistics.median(_pass_seconds(record) for record in records)
@@ -77,7 +77,7 @@ def reached(record: dict[str, Any], target: float) -> tuple[float, float] | None
     points = list(zip(smoothed(record["loss"]), record["step"], seconds(record), strict=True))
     for before, (loss, step, time) in zip([None, *points], points, strict=False):
         if loss <= target:
-            if before is None or math.isinf(before[0]):
+            if before is None:
                 return step, time
             part = (before[0] - target) / (before[0] - loss)
             return before[1] + part * (step - before[1]), before[2] + part * (time - before[2])

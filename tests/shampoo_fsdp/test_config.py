@@ -41,7 +41,7 @@ def build(**settings):
         ({"inter_node_bandwidth": 0.0}, r"inter_node_bandwidth.* 0\.0"),
         ({"intra_node_bandwidth": float("inf")}, "intra_node_bandwidth.* inf"),
         ({"device_tflops": -1.0}, r"device_tflops.* -1\.0"),
-        ({"excluded_lr_factor": -0.5}, r"excluded_lr_factor.* -0\.5; allowed: a finite"),
+        ({"excluded_lr_factor": 0.0}, r"excluded_lr_factor.* 0\.0; allowed: a positive number"),
         ({"precondition_1d": "no"}, "precondition_1d.*'no'.*a bool"),
         ({"lr": -1.0}, r"lr.* -1\.0"),
         ({"lr": torch.tensor(0.1)}, "lr.*tensor"),

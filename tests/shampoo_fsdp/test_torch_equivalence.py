@@ -106,6 +106,18 @@ EQUAL = {
 }
 
 
+class Scheduled:
+    """An optimizer whose lr decays."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+    def step(self):
+        self.optimizer.step()
+        self.scheduler.step()
+
+
 def train(make) -> dict[str, Tensor]:
     """Parameters after the steps, one of them without a gradient at times."""
     generator = torch.Generator().manual_seed(0)
@@ -207,15 +219,6 @@ def test_independent_weight_decay_is_that_of_adamw_over_the_first_lr():
     def theirs(parameters):
         return torch.optim.AdamW(parameters.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.2)
 
-    class Scheduled:
-        def __init__(self, optimizer):
-            self.optimizer = optimizer
-            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-
-        def step(self):
-            self.optimizer.step()
-            self.scheduler.step()
-
     check(
         train(lambda parameters: Scheduled(ours(parameters))),
         train(lambda parameters: Scheduled(theirs(parameters))),
@@ -225,8 +228,9 @@ def test_independent_weight_decay_is_that_of_adamw_over_the_first_lr():
 @pytest.mark.parametrize("decay", ["decoupled", "independent"])
 def test_excluded_parameters_can_have_a_smaller_lr(decay):
     """Independent weight decay does not shrink with it."""
-    ours = train(
-        lambda parameters: Shampoo(
+
+    def ours(parameters):
+        return Shampoo(
             parameters.items(),
             lr=LR,
             betas=(0.9, 0.95),
@@ -235,15 +239,18 @@ def test_excluded_parameters_can_have_a_smaller_lr(decay):
             exclude=["."],
             excluded_lr_factor=0.25,
         )
-    )
-    lr = 0.25 * LR
-    strength = 0.01 if decay == "decoupled" else 0.01 / lr
-    theirs = train(
-        lambda parameters: torch.optim.AdamW(
+
+    def theirs(parameters):
+        lr = 0.25 * LR
+        strength = 0.01 if decay == "decoupled" else 0.01 / lr
+        return torch.optim.AdamW(
             parameters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=strength
         )
+
+    check(
+        train(lambda parameters: Scheduled(ours(parameters))),
+        train(lambda parameters: Scheduled(theirs(parameters))),
     )
-    check(ours, theirs)
 
 
 def test_the_lr_of_excluded_parameters_is_theirs_alone():

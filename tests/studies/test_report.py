@@ -46,6 +46,7 @@ def test_the_table_says_how_many_steps_are_saved(finished):
     assert steps["Muon"] == "188 (-37%)"
     assert rows["KL-Shampoo"][4] == "15 s (-50%)"
     assert "Ablations, 1M" in lines
+    assert any("start_preconditioning_step | never (lr 0.008)" in line for line in lines)
 
 
 def test_the_table_says_whose_runs_are_missing(finished, tmp_path):
