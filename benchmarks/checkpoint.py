@@ -45,7 +45,7 @@ from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import Row, shampoo_row, torch_rows
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.model_shapes import model_specs
-from shampoo_fsdp.state import ShardedBlocks
+from shampoo_fsdp.state import OwnedBlocks
 
 __all__ = ["main"]
 
@@ -187,8 +187,8 @@ def _blocks(number: int) -> tuple[dict[str, Any], Callable[[SavePlan, int], Save
     block, row = torch.empty(1).expand(_SIDE, _SIDE), torch.empty(1).expand(2 * _SIDE**2)
     mine = range(0, _BLOCKS**2, _RANKS_OF_PLANS)
     places = [(b // _BLOCKS * _SIDE, b % _BLOCKS * _SIDE) for b in mine]
-    moment = ShardedBlocks((_BLOCKS * _SIDE, _BLOCKS * _SIDE), [(place, block) for place in places])
-    matrices = ShardedBlocks((_BLOCKS**2 * len(row),), [((b * len(row),), row) for b in mine])
+    moment = OwnedBlocks((_BLOCKS * _SIDE, _BLOCKS * _SIDE), [(place, block) for place in places])
+    matrices = OwnedBlocks((_BLOCKS**2 * len(row),), [((b * len(row),), row) for b in mine])
     entries = {
         "exp_avg": moment,
         "exp_avg_sq": moment,

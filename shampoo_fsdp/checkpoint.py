@@ -16,11 +16,10 @@ from torch.distributed.checkpoint.default_planner import (
 )
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
-from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.load_decision import LoadDecision, LoadReport, OnMismatch, decide
-from shampoo_fsdp.mismatch import CheckpointMismatch, check_others
-from shampoo_fsdp.state import ShardedBlocks
+from shampoo_fsdp.mismatch import CheckpointMismatch, check_coverage, check_others
+from shampoo_fsdp.state import local_parts
 
 __all__ = ["CheckpointMismatch", "LoadReport", "ShampooLoadPlanner", "find_damage"]
 
@@ -69,6 +68,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         plan: LoadPlan = create_default_local_load_plan(
             wanted, replace(self.metadata, state_dict_metadata=saved)
         )
+        check_coverage(wanted, plan.items)
         items = [self._from_its_key(item) for item in plan.items]
         return LoadPlan(items, planner_data=self.report)
 
@@ -88,7 +88,8 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         # Not before: now every rank has accepted the checkpoint.
         for key in self._decision.to_zero:
-            _set_to_zero(self.state_dict[key])
+            for part in local_parts(self.state_dict[key]):
+                part.detach().zero_()
         self._unread = sum(item.type == LoadItemType.TENSOR for item in new_plan.items)
         self._to_convert = []
         return super().finish_plan(new_plan)
@@ -103,14 +104,6 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         for key, tensor in self._to_convert:  # all steps have been read
             steps = self.state_dict[self._decision.step_of[key]].clamp(min=1.0).to(tensor.device)
             tensor.mul_(steps if key.endswith(".sum") else 1.0 / steps)
-
-
-def _set_to_zero(value: Tensor) -> None:
-    if isinstance(value, ShardedBlocks):
-        for _, piece in value.pieces:
-            piece.zero_()
-    else:
-        (value.to_local() if isinstance(value, DTensor) else value).detach().zero_()
 
 
 def find_damage(folder: Path) -> str:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from shampoo_fsdp.checkpoint import find_damage
-from shampoo_fsdp.state import ShardedBlocks
+from shampoo_fsdp.state import OwnedBlocks
 
 __all__ = ["CheckpointReader"]
 
@@ -56,7 +56,7 @@ class CheckpointReader:
         """A rectangle of a tensor."""
         dtype = self.metadata[key].properties.dtype
         result = torch.empty(tuple(sizes), dtype=dtype)
-        self._read({key: ShardedBlocks(self.shape(key), [(tuple(offsets), result)], dtype)})
+        self._read({key: OwnedBlocks(self.shape(key), [(tuple(offsets), result)], dtype)})
         return result
 
     def pieces(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from shampoo_fsdp.mismatch import FACTORS, CheckpointMismatch, explanation, fits, name_some
 from shampoo_fsdp.state import CAP
 
-__all__ = ["LoadDecision", "LoadReport", "OnMismatch", "decide", "state_keys"]
+__all__ = ["LoadDecision", "LoadReport", "OnMismatch", "decide", "is_state_entry", "state_keys"]
 
 OnMismatch = Literal["refuse", "rebuild"]
 
@@ -26,11 +26,14 @@ OnMismatch = Literal["refuse", "rebuild"]
 _SECOND_MOMENTS = {"exp_avg_sq": "sum", "sum": "exp_avg_sq"}
 _MOMENTS = ("step", "exp_avg", *_SECOND_MOMENTS)
 _MOMENTUM = "momentum_buffer"
-_STATE = re.compile(
-    rf"(?P<parameter>(?:.*?\.)?state\..+)\.(?P<entry>{'|'.join(_MOMENTS)}|{_MOMENTUM}"
-    rf"|{FACTORS.pattern})"
-)
+_ENTRY = re.compile(rf"{'|'.join(_MOMENTS)}|{_MOMENTUM}|{FACTORS.pattern}")
+_STATE = re.compile(rf"(?P<parameter>(?:.*?\.)?state\..+)\.(?P<entry>{_ENTRY.pattern})")
 _SETTING_OF_GROUP = re.compile(r"(?:.*?\.)?param_groups\..+")
+
+
+def is_state_entry(name: str) -> bool:
+    """Whether an entry of a parameter's state is Shampoo's or AdamW's."""
+    return _ENTRY.fullmatch(name) is not None
 
 
 def state_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -101,13 +104,13 @@ class LoadDecision:
 def decide(
     here: Mapping[str, Any], saved: Mapping[str, Any], on_mismatch: OnMismatch
 ) -> LoadDecision:
-    """Compare a flat state dict with the metadata of a checkpoint.
+    """Compare a flat state dict with another one, or with the metadata of a checkpoint.
 
     The same on every rank that has the same parameters.
 
     Args:
         here: what shall be loaded, by key.
-        saved: what the metadata says, by key.
+        saved: the other one, or what the metadata says, by key.
         on_mismatch: see :class:`shampoo_fsdp.ShampooConfig`. To go on from AdamW's moments, or
             with AdamW, is no mismatch.
 

@@ -1,18 +1,23 @@
 """Saying why the state of a checkpoint does not fit, in the words of the settings."""
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.tensor import DTensor
 
-from shampoo_fsdp.state import CAP
+from shampoo_fsdp.state import CAP, local_parts
 from shampoo_fsdp.state_layout import preconditioner_of
 
 __all__ = [
     "FACTORS",
     "CheckpointMismatch",
+    "check_coverage",
     "check_others",
     "explanation",
     "fits",
@@ -34,8 +39,8 @@ class CheckpointMismatch(ValueError):
 
 
 def fits(here: Any, saved: Any) -> bool:
-    """Whether a tensor can be read from what the metadata says of it, None for nothing."""
-    return isinstance(saved, TensorStorageMetadata) and saved.size == here.shape
+    """Whether a tensor can be read from another one, or from what the metadata says of it."""
+    return isinstance(saved, TensorStorageMetadata | Tensor) and _shape(saved) == tuple(here.shape)
 
 
 def explanation(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
@@ -110,6 +115,30 @@ def check_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             raise CheckpointMismatch(
                 f"'{key}' has shape {_shape(saved[key])} in the checkpoint, but {_shape(value)} "
                 "here; it is of another model."
+            )
+
+
+def check_coverage(here: Mapping[str, Any], items: Sequence[ReadItem]) -> None:
+    """Raise a CheckpointMismatch if what will be read does not fill a tensor on this rank.
+
+    Args:
+        here: what shall be loaded, by key.
+        items: what will be read. (Pieces that were saved do not overlap.)
+    """
+    found: dict[str, int] = defaultdict(int)
+    for item in items:
+        if item.type == LoadItemType.TENSOR:
+            found[item.dest_index.fqn] += math.prod(item.lengths)
+    for key, value in here.items():
+        if not isinstance(value, Tensor):
+            continue
+        if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
+            continue
+        if (wanted := sum(part.numel() for part in local_parts(value))) > found[key]:
+            raise CheckpointMismatch(
+                f"the checkpoint has only {found[key]:,} of the {wanted:,} numbers of '{key}' that "
+                "belong on this rank; was it saved by one of several ranks alone (no_dist)? Save "
+                "on all ranks, or with StateDictOptions(full_state_dict=True)."
             )
 
 

@@ -1,19 +1,28 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
-import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from logging import getLogger
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.agreement import agree, gather
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.elementwise import ElementwiseMethod
 from shampoo_fsdp.exchange import allocate, release
-from shampoo_fsdp.loading import check_entries, copy_entries
+from shampoo_fsdp.load_decision import decide
+from shampoo_fsdp.loading import (
+    carry_out,
+    find_saved,
+    flat,
+    other_pieces,
+    settings_to_load,
+    strangers,
+)
 from shampoo_fsdp.parameters import (
     Replicas,
     check_parameters,
@@ -23,11 +32,12 @@ from shampoo_fsdp.parameters import (
     refuse_frozen,
 )
 from shampoo_fsdp.precision import full_precision
-from shampoo_fsdp.state import ShardedBlocks
 from shampoo_fsdp.stopwatch import Stopwatch
 from shampoo_fsdp.team import balance, make_teams, refuse_nonfinite
 
 __all__ = ["Shampoo"]
+
+_logger = getLogger(__name__)
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -103,6 +113,10 @@ class Shampoo(torch.optim.Optimizer):
         members = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
         check_parameters(names, [parameter for parameter, _ in members])
         check_replicas(replicas)
+        rest = iter(names)
+        self._names_of_groups = [
+            list(itertools.islice(rest, len(group["params"]))) for group in self.param_groups
+        ]
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
         self._group_of: list[int] = []
@@ -262,56 +276,63 @@ class Shampoo(torch.optim.Optimizer):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's.
+        """As torch.optim.Optimizer's: all tensors are those of the optimizer.
 
-        Where several ranks share blocks, their state is in :class:`ShardedBlocks`, for
-        torch.distributed.checkpoint, and all tensors are those of the optimizer. In one process
-        all tensors are plain, and copies.
+        Where several ranks share blocks, their state is in :class:`ShardedBlocks`, a DTensor, for
+        torch.distributed.checkpoint, also with `full_state_dict`. In one process tensors are plain
+        or, where they consist of several blocks, behave so (see :class:`OwnedBlocks`).
         """
-        state_dict = super().state_dict()
-        if all(len(team.plan.ranks) == 1 for team in self._teams):
-            state_dict["state"] = {
-                key: {
-                    name: value.whole() if isinstance(value, ShardedBlocks) else value.clone()
-                    for name, value in entries.items()
-                }
-                for key, entries in state_dict["state"].items()
-            }
-        return state_dict
+        return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, keeping the types of the state here.
 
+        Also a state dict of AdamW, whose moments are Shampoo's: factors start anew. Parameters are
+        found by their names if both optimizers have been given names; where settings or parameters
+        differ `on_mismatch` decides. All ranks of the parameters' meshes must call it.
+
         A parameter whose `factor_step` is zero starts its factors anew, whatever is loaded for
         them: :class:`shampoo_fsdp.checkpoint.ShampooLoadPlanner` sets it where they do not fit.
 
         Raises:
-            ValueError: names the parameter and the entry or setting that does not fit; nothing has
-                been changed then.
+            ValueError: on every rank, names the parameter and the entry or setting that does not
+                fit; nothing has been changed then.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"the state dict has groups of {saved_sizes} parameters, here they have {sizes}."
-            )
-        keys = itertools.chain.from_iterable(group["params"] for group in saved_groups)
-        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        key_of = dict(zip(own, keys, strict=True))
-        saved = [state_dict["state"].get(key_of[parameter]) for parameter in self._parameters]
-        for name, parameter, entries in zip(self._names, self._parameters, saved, strict=True):
-            check_entries(name, self.state[parameter], entries)
+        named = dict(zip(self._names, self._parameters, strict=True))
+        here = flat({name: self.state[parameter] for name, parameter in named.items()})
+        problem, saved, other = None, {}, []
+        try:
+            keys, saved_groups = find_saved(self._names_of_groups, state_dict["param_groups"])
+            entries = {n: state_dict["state"].get(keys.get(n), {}) for n in named}
+            groups = [
+                settings_to_load(self.config, group, saved_group)
+                for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
+            ]
+            saved = flat(entries)
+            decision = decide(here, saved, self.config.on_mismatch)
+            other = other_pieces(here, saved, decision)
+        except ValueError as error:
+            problem = str(error)
+        for residents in self._residents:
+            agree(residents.group, residents.ranks, problem, {})
+        if problem:
+            raise ValueError(problem)
+        for residents in self._residents:
+            other += itertools.chain(*gather(residents.group, residents.ranks, other))
+        if said := str(decision.report):
+            _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
 
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            fixed = ("params", "param_names")
-            group.update({k: copy.deepcopy(v) for k, v in saved_group.items() if k not in fixed})
-        for i, (parameter, entries) in enumerate(zip(self._parameters, saved, strict=True)):
+        for group, settings in zip(self.param_groups, groups, strict=True):
+            group.update(settings)
+        carry_out(here, saved, decision, set(other))
+        for i, (name, parameter) in enumerate(named.items()):
             state = self.state[parameter]
-            copy_entries(state, entries)
+            for entry in strangers(state):
+                del state[entry]
+            state.update(strangers(entries[name]))
             self._steps[i] = int(state["step"])
             self._factor_steps[i] = int(state.get("factor_step", state["step"]))
             if self._factor_steps[i] == 0 and "refreshed" in state:

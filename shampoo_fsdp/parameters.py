@@ -24,6 +24,7 @@ __all__ = [
     "local_gradient",
     "local_shard",
     "named_param_groups",
+    "plain_name",
     "process_group",
     "refuse_frozen",
 ]
@@ -68,10 +69,15 @@ def named_param_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], lis
                     f"expected a parameter or a pair (name, parameter), found ({type(name)}, "
                     f"{type(tensor)})."
                 )
-            names.append(_WRAPPERS.sub("", name))
+            names.append(plain_name(name))
             tensors.append(tensor)
         groups.append({**entry, "params": tensors})
     return groups, names
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers have put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def _check_group(entry: Any) -> None:

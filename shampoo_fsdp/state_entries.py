@@ -7,18 +7,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_fsdp.bucket import Bucket
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.planner import Plan
-from shampoo_fsdp.state import CAP, Piece, ShardedBlocks
+from shampoo_fsdp.state import CAP, Piece, state_tensor
 from shampoo_fsdp.state_layout import saved_entries, settings_marker
 
 __all__ = ["state_entries"]
 
 
 def state_entries(
-    plan: Plan, buckets: Sequence[Bucket], config: ShampooConfig
+    plan: Plan, buckets: Sequence[Bucket], config: ShampooConfig, mesh: DeviceMesh | None
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """For each parameter of a plan its index there, and its entries: views of the stacks.
 
@@ -30,18 +31,24 @@ def state_entries(
         owned[block.parameter].append(number)
     for bucket in buckets:
         for parameter in bucket.chosen:
-            yield parameter, _entries(plan, bucket, config, parameter, owned[parameter])
+            yield parameter, _entries(plan, bucket, config, mesh, parameter, owned[parameter])
 
 
 def _entries(
-    plan: Plan, bucket: Bucket, config: ShampooConfig, parameter: int, owned: Sequence[int]
+    plan: Plan,
+    bucket: Bucket,
+    config: ShampooConfig,
+    mesh: DeviceMesh | None,
+    parameter: int,
+    owned: Sequence[int],
 ) -> dict[str, Tensor]:
     grid = plan.grids[parameter]
-    alone = len(plan.ranks) == 1
+    device = bucket.parameters[parameter].device
     shape = settings_marker(config, grid.fingerprint)
     holds_first = any(plan.blocks[n].index == 0 for n in owned)
-    marker: list[Piece] = [((0,) * len(shape), torch.empty(shape))] if holds_first else []
-    entries: dict[str, Tensor] = {CAP: ShardedBlocks(shape, marker, torch.float32, alone)}
+    empty = torch.empty(shape, dtype=torch.float32, device=device)
+    marker: list[Piece] = [((0,) * len(shape), empty)] if holds_first else []
+    entries = {CAP: state_tensor(shape, marker, torch.float32, device, mesh)}
 
     shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
     kept = {shape: saved_entries(shape, config) for shape in dict.fromkeys(shapes)}
@@ -66,5 +73,5 @@ def _entries(
                 for n, stack, position in stacked
             ]
             whole = (starts[-1],)
-        entries[name] = ShardedBlocks(whole, pieces, dtype, alone)
+        entries[name] = state_tensor(whole, pieces, dtype, device, mesh)
     return entries

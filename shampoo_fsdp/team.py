@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_fsdp.agreement import agree, gather
 from shampoo_fsdp.blocks import factor_kinds
@@ -177,6 +178,8 @@ class Team:
         self.config = config
         self.group = group
         """Of the ranks that share blocks."""
+        device = parameters[0].device.type
+        self._mesh = None if group is None else DeviceMesh.from_group(group, device)
         self.buckets = [
             Bucket(self.plan, chosen, parameters, param_groups, config)
             for chosen in _bucket_parameters(specs, len(self.plan.ranks), config.buckets)
@@ -184,7 +187,7 @@ class Team:
 
     def state_entries(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """For each parameter its number in the optimizer and the state of its blocks."""
-        for parameter, entries in state_entries(self.plan, self.buckets, self.config):
+        for parameter, entries in state_entries(self.plan, self.buckets, self.config, self._mesh):
             yield self.indices[parameter], entries
 
     def _check_roots(self, specs: Sequence[ParameterSpec], config: ShampooConfig) -> None:

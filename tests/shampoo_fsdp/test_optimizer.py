@@ -412,15 +412,73 @@ class TestAsATorchOptimizer:
         scheduler.step()
         assert resumed.get_last_lr() == scheduler.get_last_lr()
 
-    def test_a_state_dict_is_a_snapshot(self):
+    @pytest.mark.parametrize("dim", [8, 64])  # several blocks, and one, per parameter
+    def test_a_state_dict_refers_to_the_state(self, dim):
+        model = self.model()
+        optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=dim)
+        self.step(model, optimizer, range(1))
+        saved = optimizer.state_dict()["state"]
+        own = list(optimizer.state.values())
+        for i, entries in saved.items():
+            assert all(value is own[i][name] for name, value in entries.items())
+
+    @pytest.mark.parametrize("dim", [8, 64])
+    def test_state_answers_as_tensors_do(self, dim):
+        model = self.model()
+        optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=dim)
+        self.step(model, optimizer, range(1))
+        weight = model.layers["0"].attention.wq.weight
+        momentum = optimizer.state[weight]["exp_avg"]
+        expected = weight.grad * 0.1
+        torch.testing.assert_close(momentum.clone() + 0.0, expected)
+        torch.testing.assert_close(momentum.norm(), expected.norm())
+        torch.testing.assert_close(momentum.to(torch.float64) + 0.0, expected.double())
+        torch.testing.assert_close(torch.tensor(momentum.tolist()), expected)
+        momentum.mul_(2.0)
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"] + 0.0, 2.0 * expected)
+        momentum[0] = 0.0
+        assert not optimizer.state_dict()["state"][1]["exp_avg"][0].any()
+        momentum.zero_()
+        assert not momentum.any()
+
+    def test_a_copy_of_a_state_dict_is_a_snapshot(self):
+        model = self.model()
+        optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=8)
+        self.step(model, optimizer, range(1))
+        snapshot = copy.deepcopy(optimizer.state_dict())
+        before = {n: v + 0.0 for n, v in snapshot["state"][1].items()}
+        self.step(model, optimizer, range(1, 3))
+        assert all(torch.equal(v + 0.0, before[n]) for n, v in snapshot["state"][1].items())
+        optimizer.load_state_dict(snapshot)
+        state = optimizer.state[model.layers["0"].attention.wq.weight]
+        assert all(torch.equal(v + 0.0, before[n]) for n, v in state.items())
+
+    def test_a_state_dict_hook_sees_what_the_caller_gets(self):
+        optimizer = Shampoo(self.model().named_parameters(), max_preconditioner_dim=8)
+        seen = []
+        optimizer.register_state_dict_post_hook(lambda _, state: seen.append(state))
+        result = optimizer.state_dict()
+        assert seen[0] is result
+        assert all(
+            seen[0]["state"][i][name] is value
+            for i, entries in result["state"].items()
+            for name, value in entries.items()
+        )
+
+    def test_what_others_put_into_the_state_is_carried_through(self):
         model = self.model()
         optimizer = Shampoo(model.named_parameters())
-        self.step(model, optimizer, range(1))
-        snapshot = optimizer.state_dict()["state"]
-        before = {i: {n: v.clone() for n, v in e.items()} for i, e in snapshot.items()}
-        self.step(model, optimizer, range(1, 3))
-        for i, entries in snapshot.items():
-            assert all(torch.equal(value, before[i][name]) for name, value in entries.items())
+        weight = model.layers["0"].attention.wq.weight
+        optimizer.state[weight] |= {"ema": torch.ones(3), "seen": 5, "tags": {"a": [1]}}
+        saved = copy.deepcopy(optimizer.state_dict())
+        again = Shampoo(model.named_parameters())
+        again.load_state_dict(saved)
+        state = again.state[weight]
+        assert torch.equal(state["ema"], torch.ones(3)) and state["seen"] == 5
+        assert state["tags"] == {"a": [1]} and state["tags"] is not saved["state"][1]["tags"]
+        again.load_state_dict(Shampoo(model.named_parameters()).state_dict())
+        assert "ema" not in again.state[weight]
+        self.step(model, again, range(1))
 
     def test_loading_hooks_see_the_state(self):
         model, seen = self.model(), []
@@ -450,14 +508,14 @@ class TestAsATorchOptimizer:
         model = self.model()
         state = Shampoo(model.named_parameters(), max_preconditioner_dim=8).state_dict()
         other = Shampoo(model.named_parameters(), max_preconditioner_dim=6)
-        with pytest.raises(ValueError, match=r"max_preconditioner_dim = 8, but it is 6 here"):
+        with pytest.raises(ValueError, match=r"'max_preconditioner_dim' is 8 in .*, but 6 here"):
             other.load_state_dict(state)
 
     def test_another_preconditioner_is_refused_by_name(self):
         model = self.model()
         state = Shampoo(model.named_parameters()).state_dict()
         other = Shampoo(model.named_parameters(), preconditioner="shampoo")
-        with pytest.raises(ValueError, match=r"preconditioner = kl_shampoo, but it is shampoo"):
+        with pytest.raises(ValueError, match=r"'preconditioner' is 'kl_shampoo' in .* 'shampoo'"):
             other.load_state_dict(state)
 
     def test_another_exclude_list_is_refused_by_parameter(self):

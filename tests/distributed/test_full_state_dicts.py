@@ -1,0 +1,198 @@
+"""Whole tensors on rank 0 from state that is spread over ranks, and back onto any mesh."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from shampoo_fsdp import Shampoo
+from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner
+from tests.models import build, deterministic_gradients, full_parameters, set_gradients
+from tests.ranks import ranks, run_ranks
+
+OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 3}
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def optimizer_on(layout, **options):
+    built = build(layout)
+    replicas = dist.group.WORLD if layout == "ddp" else None
+    options = OPTIONS | options
+    return built.model, Shampoo(built.model.named_parameters(), replicas=replicas, **options)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        set_gradients(model, deterministic_gradients(model, step))
+        optimizer.step()
+
+
+def plain(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value + 0
+
+
+def whole_state_after_four_steps(layout, options):
+    model, optimizer = optimizer_on(layout, **options)
+    train(model, optimizer, range(4))
+    # Pieces, put together by hand.
+    expected = {}
+    for name, parameter in model.named_parameters():
+        expected[name] = {e: plain(v) for e, v in optimizer.state[parameter].items()}
+    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if dist.is_initialized() and dist.get_rank():
+        assert not state
+        return None
+    for name, entries in expected.items():
+        found = state["state"][name]
+        assert found.keys() == entries.keys()
+        for entry, value in entries.items():
+            assert not isinstance(found[entry], DTensor), (name, entry)
+            assert torch.equal(found[entry] + 0, value), (name, entry)
+    tensors = {n: {e: v + 0 for e, v in es.items()} for n, es in state["state"].items()}
+    return {"state": tensors, "param_groups": state["param_groups"]}
+
+
+def goes_on_as_the_original(layout, state, options, expected):
+    model, optimizer = optimizer_on(layout, **options)
+    train(model, optimizer, range(4))  # for the weights
+    other = Shampoo(
+        model.named_parameters(),
+        replicas=dist.group.WORLD if layout == "ddp" else None,
+        **OPTIONS | options,
+    )
+    if layout == "single":
+        set_optimizer_state_dict(model, other, state)
+    else:
+        given = state if dist.get_rank() == 0 else {}
+        set_optimizer_state_dict(
+            model,
+            other,
+            given,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
+    for name, parameter in model.named_parameters():
+        for entry, value in other.state[parameter].items():
+            assert torch.equal(plain(value), state["state"][name][entry]), (name, entry)
+    train(model, other, range(4, 7))
+    for name, value in full_parameters(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+LAYOUTS = ("fsdp", "hsdp", "tp_fsdp", "ddp", "single")
+SETTINGS = {
+    "kl_shampoo": {},
+    "small": {
+        "preconditioner": "shampoo",
+        "factor_dtype": "bfloat16",
+        "root_dtype": "bfloat16",
+        "momentum_dtype": "bfloat16",
+        "symmetric_packing": True,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("source", "target"), [*itertools.pairwise(LAYOUTS), ("single", "fsdp")])
+def test_a_full_state_dict_moves_between_meshes(source, target, settings):
+    options = SETTINGS[settings]
+    state = run_ranks(
+        1 if source == "single" else 4, whole_state_after_four_steps, layout=source, options=options
+    )[0]
+    model, optimizer = optimizer_on("single", **options)
+    train(model, optimizer, range(7))
+    run_ranks(
+        1 if target == "single" else 4,
+        goes_on_as_the_original,
+        layout=target,
+        state=state,
+        options=options,
+        expected=full_parameters(model),
+    )
+
+
+@ranks(2)
+def test_rank_0_saves_whole_tensors_that_any_tool_reads(tmp_path):
+    model, optimizer = optimizer_on("fsdp")
+    train(model, optimizer, range(4))
+    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if dist.get_rank() == 0:
+        torch.save(state, tmp_path / "state.pt")
+        dcp.save({"optimizer": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dist.barrier()
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state[parameter].items():
+            assert torch.equal(plain(value), loaded["state"][name][entry])
+    _, other = optimizer_on("fsdp")
+    mine = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    for entries in other.state.values():
+        for value in entries.values():
+            value.zero_()
+    dcp.load(mine, checkpoint_id=tmp_path / "dcp")
+    set_optimizer_state_dict(model, optimizer, mine["optimizer"])
+    assert plain(optimizer.state[model.output.weight]["exp_avg"]).any()
+
+
+@ranks(2)
+def test_a_part_that_one_rank_saved_alone_is_refused(tmp_path):
+    model, optimizer = optimizer_on("fsdp")
+    train(model, optimizer, range(2))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    blocks = {k: v for k, v in state.items() if "attention.wq" in k or "param_groups" in k}
+    if dist.get_rank() == 0:
+        dcp.save(blocks, checkpoint_id=tmp_path, no_dist=True)
+    dist.barrier()
+    with pytest.raises(dcp.api.CheckpointException) as error:
+        dcp.load(blocks, checkpoint_id=tmp_path, planner=ShampooLoadPlanner())
+    failures = [failure for failure, _ in error.value.failures.values()]
+    assert all(isinstance(failure, CheckpointMismatch) for failure in failures)
+    assert "attention.wq.weight" in str(failures[0]) and "no_dist" in str(failures[0])
+    before = plain(optimizer.state[model.layers["0"].attention.wq.weight]["exp_avg"])
+    assert before.isfinite().all()
+
+    # The default planner does not look; then the optimizer does, on all ranks.
+    dcp.load(blocks, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=r"attention\.wq\.weight.*not read completely"):
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+@ranks(2)
+def test_a_snapshot_of_sharded_state_can_be_restored():
+    model, optimizer = optimizer_on("fsdp")
+    train(model, optimizer, range(3))
+    weight = model.layers["0"].attention.wq.weight
+    with torch.no_grad():
+        snapshot = {
+            k: {e: v.detach().clone() for e, v in es.items()}
+            for k, es in optimizer.state_dict()["state"].items()
+        }
+    before: Tensor = plain(optimizer.state[weight]["factors"])
+    groups = optimizer.state_dict()["param_groups"]
+    train(model, optimizer, range(3, 5))
+    assert not torch.equal(plain(optimizer.state[weight]["factors"]), before)
+    optimizer.load_state_dict({"state": snapshot, "param_groups": groups})
+    assert torch.equal(plain(optimizer.state[weight]["factors"]), before)
+
+
+@ranks(2)
+def test_sharded_state_of_other_blocks_keeps_its_moments():
+    model, optimizer = optimizer_on("fsdp")
+    train(model, optimizer, range(3))
+    other = Shampoo(
+        model.named_parameters(), **OPTIONS | {"max_preconditioner_dim": 12}, on_mismatch="rebuild"
+    )
+    other.load_state_dict(optimizer.state_dict())
+    weight = model.layers["0"].attention.wq.weight
+    for entry in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(plain(other.state[weight][entry]), plain(optimizer.state[weight][entry]))
+    train(model, other, range(3, 4))

@@ -1,0 +1,152 @@
+"""State dicts of optimizers with other parameters, and of AdamW, in one process."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from shampoo_fsdp import Shampoo
+from tests.models import TinyLlama, deterministic_gradients, set_gradients
+
+OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 2}
+WQ = "layers.0.attention.wq.weight"
+
+
+def trained(parameters, model, optimizer_class=Shampoo, **options):
+    optimizer = optimizer_class(parameters, **options)
+    for step in range(4):
+        set_gradients(model, deterministic_gradients(model, step))
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None
+        optimizer.step()
+    return optimizer
+
+
+def entries_of(optimizer, parameter):
+    return {name: value + 0.0 for name, value in optimizer.state[parameter].items()}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return TinyLlama(n_layers=1)
+
+
+def assert_same_state(new, old, parameter):
+    theirs = old[parameter] if isinstance(old, dict) else entries_of(old, parameter)
+    mine = entries_of(new, parameter)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+class TestOtherParameters:
+    def test_more_parameters_take_over_by_name(self, model, caplog):
+        old = trained([(n, p) for n, p in model.named_parameters() if "wq" in n], model, **OPTIONS)
+        named = list(model.named_parameters())
+        refusing = Shampoo(named, **OPTIONS)
+        with pytest.raises(ValueError, match=r"no optimizer state for .*on_mismatch = \"rebuild\""):
+            refusing.load_state_dict(old.state_dict())
+        new = Shampoo(named, **OPTIONS, on_mismatch="rebuild")
+        new.load_state_dict(old.state_dict())
+        assert_same_state(new, old, dict(named)[WQ])
+        assert new.state[dict(named)["output.weight"]]["step"] == 0
+        assert "all starts anew for 'tok_embeddings.weight'" in caplog.text
+        set_gradients(model, deterministic_gradients(model, 5))
+        new.step()
+
+    def test_fewer_and_reordered_parameters_take_over_by_name(self, model, caplog):
+        named = list(model.named_parameters())
+        old = trained(named, model, **OPTIONS)
+        kept = [(n, p) for n, p in reversed(named) if "wq" in n or "output" in n]
+        new = Shampoo(kept, **OPTIONS)
+        new.load_state_dict(old.state_dict())
+        for _, parameter in kept:
+            assert_same_state(new, old, parameter)
+        assert "is not used" in caplog.text and "'norm.weight'" in caplog.text
+
+    def test_an_unfrozen_parameter_starts_anew(self, model):
+        model.output.weight.requires_grad_(False)
+        old = trained(model.named_parameters(), model, **OPTIONS)
+        model.output.weight.requires_grad_(True)
+        new = Shampoo(model.named_parameters(), **OPTIONS)
+        with pytest.raises(ValueError, match=r"'output\.weight'.*rebuild"):
+            new.load_state_dict(old.state_dict())
+        new = Shampoo(model.named_parameters(), **OPTIONS, on_mismatch="rebuild")
+        new.load_state_dict(old.state_dict())
+        assert_same_state(new, old, model.layers["0"].attention.wq.weight)
+        assert new.state[model.output.weight]["step"] == 0
+
+    def test_a_renamed_parameter_is_found_where_the_state_dict_is_told_its_name(self, model):
+        named = dict(model.named_parameters())
+        old = trained(named.items(), model, **OPTIONS)
+        renamed = [(n.replace("wq", "query"), p) for n, p in named.items()]
+        new = Shampoo(renamed, **OPTIONS)
+        with pytest.raises(ValueError, match=r"'layers\.0\.attention\.query\.weight'"):
+            new.load_state_dict(old.state_dict())
+        state = copy.deepcopy(old.state_dict())
+        (group,) = state["param_groups"]
+        group["param_names"] = [n.replace("wq", "query") for n in group["param_names"]]
+        new.load_state_dict(state)
+        for parameter in named.values():
+            assert_same_state(new, old, parameter)
+
+    def test_groups_take_the_settings_of_the_group_that_their_parameters_were_in(self, model):
+        def groups(*parts):
+            named = list(model.named_parameters())
+            return [
+                {"params": [(n, p) for n, p in named if (part in n) == inside], "lr": lr}
+                for part, inside, lr in parts
+            ]
+
+        old = Shampoo(groups(("norm", True, 1e-3), ("norm", False, 2e-3)))
+        new = Shampoo(groups(("norm", False, 5e-3), ("norm", True, 5e-3)))
+        new.load_state_dict(old.state_dict())
+        assert [group["lr"] for group in new.param_groups] == [2e-3, 1e-3]
+
+    def test_without_names_other_numbers_are_refused(self, model):
+        old = Shampoo(model.parameters())
+        new = Shampoo(list(model.parameters())[1:])
+        with pytest.raises(ValueError, match=r"no names tell which is which.*named_parameters"):
+            new.load_state_dict(old.state_dict())
+
+
+class TestAdamW:
+    def test_its_moments_are_taken_over(self, model):
+        adamw = trained(model.parameters(), model, torch.optim.AdamW, lr=3e-3, betas=(0.8, 0.9))
+        new = Shampoo(model.named_parameters(), **OPTIONS)
+        new.load_state_dict(adamw.state_dict())
+        assert new.param_groups[0]["lr"] == 3e-3 and new.param_groups[0]["betas"] == (0.8, 0.9)
+        for parameter in model.parameters():
+            mine, theirs = entries_of(new, parameter), adamw.state[parameter]
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(mine[name], theirs[name])
+            assert mine.get("factor_step", 0.0) == 0.0
+        set_gradients(model, deterministic_gradients(model, 5))
+        new.step()
+        assert "amsgrad" not in new.param_groups[0] and "fused" not in new.param_groups[0]
+
+    def test_settings_that_are_not_allowed_here_change_nothing(self, model):
+        adamw = trained(model.parameters(), model, torch.optim.AdamW)
+        state = adamw.state_dict()
+        state["param_groups"][0]["betas"] = (0.9, 1.0)
+        new = Shampoo(model.named_parameters(), lr=5e-3)
+        with pytest.raises(ValueError, match="beta2"):
+            new.load_state_dict(state)
+        assert new.param_groups[0]["lr"] == 5e-3
+        assert not new.state[model.output.weight]["exp_avg"].any()
+
+    def test_sums_of_squares_become_averages(self):
+        weight = nn.Parameter(torch.ones(4, 4))
+        adagrad = torch.optim.Adagrad([weight])
+        for _ in range(3):
+            weight.grad = torch.full((4, 4), 2.0)
+            adagrad.step()
+        state = adagrad.state_dict()
+        state["state"][0]["exp_avg"] = torch.zeros(4, 4)
+        state["param_groups"] = torch.optim.AdamW([weight]).state_dict()["param_groups"]
+        new = Shampoo([("w", weight)])
+        new.load_state_dict(state)
+        assert torch.allclose(new.state[weight]["exp_avg_sq"], torch.tensor(4.0))
