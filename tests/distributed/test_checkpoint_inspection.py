@@ -25,6 +25,7 @@ CHECKPOINTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "diagonals": ("single", True, {"large_dim": "diagonal"}),
     "kl_shampoo": ("fsdp", True, {"preconditioner": "kl_shampoo", "large_dim": "diagonal"}),
     "soap, packed": ("fsdp", True, {"preconditioner": "soap", "symmetric_packing": True}),
+    "fewer factors": ("single", True, {"max_factor_ratio": 0.5}),
     "cut at shards": ("fsdp", True, {"block_alignment": "shard"}),
 }
 """Layout, whether the state dict is flat, and settings."""
@@ -93,6 +94,7 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
         ("diagonals", {WQ: ["diagonal", "diagonal"], WQ.replace("wq", "wk"): ["full", "diagonal"]}),
         ("kl_shampoo", {WQ: ["diagonal"] * 2, WQ.replace("wq", "wk"): ["full", "diagonal"]}),
         ("soap, packed", {WQ: ["packed", "packed"]}),
+        ("fewer factors", {WQ: ["full", "full"], "layers.0.feed_forward.w1.weight": ["full"]}),
         ("cut at shards", {WQ: ["full", "full"]}),
     ],
 )
