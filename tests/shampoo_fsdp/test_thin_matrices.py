@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import Replicate
 
@@ -90,6 +91,10 @@ def test_the_plan_and_the_optimizer_say_which_sides_have_no_factor(capsys):
     specs = [ParameterSpec(n, s, (0,), (1,), (Replicate(),)) for n, s in _ADAPTER.items()]
     report = plan_report("adapter", [specs], ShampooConfig())
     assert report.as_json()["sides_without_factor"] == {"8 x 1024": [1024]}
+    report.print(Console(width=200))
+    assert "Sides without a factor, by the shape of the block (8 x 1024: 1024)" in (
+        capsys.readouterr().out
+    )
     optimizer = Shampoo([(n, nn.Parameter(torch.zeros(s))) for n, s in _ADAPTER.items()])
     assert optimizer.sides_without_factor() == {(8, 1024): [1024]}
 
