@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +22,11 @@ __all__ = [
     "Rectangle",
     "even_cuts",
     "factor_kinds",
+    "is_matrix",
     "make_grid",
+    "proportionate_sides",
     "refresh_phase",
+    "sides_without_factor",
     "view_dims",
 ]
 
@@ -63,6 +67,21 @@ class BlockGrid:
     def coordinates(self) -> Iterator[tuple[int, ...]]:
         """Coordinates of all blocks, in row-major order."""
         return itertools.product(*map(range, self.tiles))
+
+    @property
+    def block_shapes(self) -> Counter[tuple[int, ...]]:
+        """Number of blocks of each shape, without batch dimensions."""
+        sizes = [
+            Counter(stop - start for start, stop in itertools.pairwise(cuts))
+            for cuts in self.cuts[self.batch_dims :]
+        ]
+        batches = math.prod(self.tiles[: self.batch_dims])
+        return Counter(
+            {
+                shape: batches * math.prod(n[side] for n, side in zip(sizes, shape, strict=True))
+                for shape in itertools.product(*sizes)
+            }
+        )
 
     def rectangle(self, coordinate: Sequence[int]) -> Rectangle:
         """Where the block at a coordinate lies in the view."""
@@ -126,9 +145,31 @@ def make_grid(
 
 
 def factor_kinds(shape: Sequence[int], config: ShampooConfig) -> tuple[FactorKind, ...]:
-    """For each dimension of a block what factor it has; see `large_dim`."""
+    """For each dimension of a block what factor it has; see `large_dim` and `max_factor_ratio`."""
     large: FactorKind = "diagonal" if config.large_dim == "diagonal" else "none"
-    return tuple("full" if n <= config.max_preconditioner_dim else large for n in shape)
+    # Vectors have a factor only where precondition_1d asks for it.
+    vector = config.precondition_1d and not is_matrix(shape)
+    kept = set(shape) if vector else proportionate_sides(shape, config.max_factor_ratio)
+    return tuple(
+        large if n > config.max_preconditioner_dim else "full" if n in kept else "none"
+        for n in shape
+    )
+
+
+def sides_without_factor(shape: Sequence[int], config: ShampooConfig) -> list[int]:
+    """Lengths of the dimensions of a block that have no factor at all."""
+    kinds = factor_kinds(shape, config)
+    return [n for n, kind in zip(shape, kinds, strict=True) if kind == "none"]
+
+
+def is_matrix(sizes: Sequence[int]) -> bool:
+    """Whether two or more dimensions are longer than one: otherwise there is one row or column."""
+    return sum(n > 1 for n in sizes) > 1
+
+
+def proportionate_sides(shape: Sequence[int], ratio: float) -> set[int]:
+    """Sides n of a block with n x n <= `ratio` times its elements, and the shortest one."""
+    return {n for n in shape if n == min(shape) or n * n <= ratio * math.prod(shape)}
 
 
 def even_cuts(start: int, stop: int, cap: int) -> tuple[int, ...]:

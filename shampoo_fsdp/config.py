@@ -38,6 +38,11 @@ class ShampooConfig:
     'one_sided': it is left whole and has no factor (unless all dimensions of the parameter are
     longer: then they are cut); 'diagonal': it is left whole and its factor is a diagonal."""
 
+    max_factor_ratio: float = 4.0
+    """Largest ratio of a factor's elements to those of its block: an m x n block has no factor for
+    n where n > max_factor_ratio * m, as in adapters of a low rank and routers of few experts. The
+    shortest side has one in any case."""
+
     merge_dims: Literal["matrix", "small", "none"] = "matrix"
     """Which dimensions are seen as one. 'matrix': a tensor of four or more dimensions (a
     convolution) is the matrix [out, rest]; 'small': neighbours whose product is at most
@@ -144,8 +149,8 @@ class ShampooConfig:
     of lr; below 1 if lr is above what AdamW bears."""
 
     precondition_1d: bool = False
-    """Whether parameters of one dimension (biases, norms) are preconditioned, by one full matrix
-    per block; otherwise the grafted method updates them."""
+    """Whether parameters of one dimension (biases, norms; matrices of one row or column) are
+    preconditioned, by one full matrix per block; otherwise the grafted method updates them."""
 
     batched_3d: bool = True
     """Whether a parameter of three dimensions is a batch of matrices, as the experts of a MoE
@@ -229,6 +234,7 @@ class ShampooConfig:
             _refuse("root_method", self.root_method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
         positive = (
             "excluded_lr_factor",
+            "max_factor_ratio",
             "intra_node_bandwidth",
             "inter_node_bandwidth",
             "device_tflops",

@@ -6,7 +6,7 @@ Everything is read piece by piece, so that a checkpoint of any size fits into on
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.blocks import BlockGrid, make_grid
+from shampoo_fsdp.blocks import BlockGrid, make_grid, proportionate_sides
 from shampoo_fsdp.checkpoint_reader import CheckpointReader
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.load_decision import state_keys
@@ -212,7 +212,7 @@ def _blocks(
         (total,), start = reader.shape(keys[entry]), 0
         kind = "diagonal"
         if entry == "factors":
-            kind = "full" if sum(n * n for block in sides for _, n in block) == total else "packed"
+            sides, kind = _sides_with_factor(shapes, sides, total)
         for place, block in zip(places, sides, strict=True):
             for i, n in block:
                 length = {"full": n * n, "packed": n * (n + 1) // 2, "diagonal": n}[kind]
@@ -220,6 +220,25 @@ def _blocks(
                 start += length
     offsets = [tuple(start for start, _ in grid.rectangle(c)) for c in grid.coordinates()]
     return list(zip(offsets, shapes, places, strict=True))
+
+
+def _sides_with_factor(
+    shapes: Sequence[tuple[int, ...]], sides: list[list[tuple[int, int]]], total: int
+) -> tuple[list[list[tuple[int, int]]], str]:
+    """Those of the sides that have a matrix, and how it is kept: by the total of their elements,
+    as the checkpoint does not say its `max_factor_ratio`."""
+    ratios = {n * n / math.prod(shape) for shape in shapes for n in shape}
+    for ratio in sorted(ratios, reverse=True):
+        kept = []
+        for shape, block in zip(shapes, sides, strict=True):
+            within = proportionate_sides(shape, ratio)
+            kept.append([(i, n) for i, n in block if n in within])
+        lengths = [n for block in kept for _, n in block]
+        if sum(n * n for n in lengths) == total:
+            return kept, "full"
+        if sum(n * (n + 1) // 2 for n in lengths) == total:
+            return kept, "packed"
+    raise ValueError(f"no choice of factors has the {total:,} elements that the checkpoint has.")
 
 
 def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:

@@ -62,7 +62,8 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
         then, now = ("is", "is not") if CAP in saved else ("is not", "is")
         yield (
             f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
-            "settings 'exclude' and 'precondition_1d'."
+            "settings 'exclude' and 'precondition_1d' (which counts a matrix of one row or column "
+            "as one dimension)."
         )
     if CAP in here and len(_shape(saved[CAP])) != len(_shape(here[CAP])):
         yield (
@@ -91,7 +92,9 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
                 f"{', '.join(sorted(saved))}; see the setting '{setting}'."
             )
         elif not fits(value, saved[entry]):
-            setting = "symmetric_packing" if FACTORS.fullmatch(entry) else "merge_dims"
+            setting = "merge_dims"
+            if FACTORS.fullmatch(entry):
+                setting = "max_factor_ratio' or 'symmetric_packing"
             yield (
                 f"'{entry}' of parameter '{name}' has shape {_shape(saved[entry])} in the "
                 f"checkpoint, but {_shape(value)} here; see the setting '{setting}'."

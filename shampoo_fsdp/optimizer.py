@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.agreement import agree, gather
+from shampoo_fsdp.blocks import sides_without_factor
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.elementwise import ElementwiseMethod
@@ -382,6 +383,13 @@ class Shampoo(torch.optim.Optimizer):
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""
         return [self._names[i] for i in self._excluded if self._parameters[i].ndim > 1]
+
+    def sides_without_factor(self) -> dict[tuple[int, ...], list[int]]:
+        """For each shape of block, of all ranks, the sides that have no factor; see
+        `max_factor_ratio` and `large_dim`."""
+        shapes = {s for team in self._teams for grid in team.plan.grids for s in grid.block_shapes}
+        found = {shape: sides_without_factor(shape, self.config) for shape in sorted(shapes)}
+        return {shape: sides for shape, sides in found.items() if sides}
 
     def summary(self) -> dict[str, float]:
         """Figures about the plan, the same on every rank of a mesh."""

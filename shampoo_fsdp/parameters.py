@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from shampoo_fsdp.blocks import is_matrix, view_dims
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.planner import ParameterSpec
 
@@ -125,12 +126,14 @@ def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None
 
 def is_preconditioned(name: str, shape: Sequence[int], config: ShampooConfig) -> bool:
     """Whether Shampoo preconditions a parameter; the grafted method alone updates it otherwise."""
-    least_order = 1 if config.precondition_1d else 2
-    return (
-        len(shape) >= least_order
-        and math.prod(shape) > 0
-        and not any(re.search(pattern, name) for pattern in config.exclude)
-    )
+    if not shape or math.prod(shape) == 0 or any(re.search(p, name) for p in config.exclude):
+        return False
+    if config.precondition_1d:
+        return True
+    dims, batch_dims = view_dims(shape, config)
+    view = [math.prod(shape[d] for d in group) for group in dims[batch_dims:]]
+    # A small matrix that is merged has one factor for all, and is still no vector.
+    return is_matrix(shape if config.merge_dims == "small" and not batch_dims else view)
 
 
 def check_replicas(replicas: Any) -> None:

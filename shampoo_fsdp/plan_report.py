@@ -16,6 +16,7 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 
+from shampoo_fsdp.blocks import sides_without_factor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.cost import block_flops
 from shampoo_fsdp.layout import shard_rectangle
@@ -134,6 +135,7 @@ class PlanReport:
             "elements_preconditioned": self.elements_preconditioned,
             "blocks": sum(self.blocks_by_shape.values()),
             "blocks_by_shape": {_times(s): n for s, n in self.blocks_by_shape.items()},
+            "sides_without_factor": {_times(s): n for s, n in self._without_factor().items()},
             "per_rank": {name: _spread(values) for name, values in self.per_rank.items()},
             "phases": [
                 {"blocks_refreshed": n, "gflop": _spread(loads)}
@@ -168,6 +170,13 @@ class PlanReport:
         console.print(
             Group(self._table_of_ranks(), self._table_of_shapes(), self._table_of_phases())
         )
+        if left_out := self._without_factor():
+            named = "; ".join(f"{_times(s)}: {_listed(sides)}" for s, sides in left_out.items())
+            console.print(
+                f"Sides without a factor, by the shape of the block ({named}); see the settings "
+                "max_factor_ratio and large_dim.",
+                highlight=False,
+            )
         sent, least = _number(self.gib_sent), _number(self.least_gib_sent)
         above = self.gib_sent / self.least_gib_sent - 1.0 if self.least_gib_sent else 0.0
         console.print(
@@ -196,6 +205,10 @@ class PlanReport:
             ]
             table.add_row(_times(shape), f"{number:,}", *numbers)
         return table
+
+    def _without_factor(self) -> dict[tuple[int, ...], list[int]]:
+        shapes = {s: sides_without_factor(s, self.settings) for s in self.blocks_by_shape}
+        return {shape: sides for shape, sides in shapes.items() if sides}
 
     def _table_of_phases(self) -> Table:
         order = list(range(len(self.phases)))
@@ -317,14 +330,8 @@ def _adam_bytes(specs: Sequence[ParameterSpec], ranks: Sequence[int]) -> dict[in
 def _blocks_by_shape(plans: Sequence[Plan]) -> dict[tuple[int, ...], int]:
     shapes: Counter[tuple[int, ...]] = Counter()
     for grid, number in Counter(grid for plan in plans for grid in plan.grids).items():
-        sizes = [
-            Counter(stop - start for start, stop in itertools.pairwise(cuts))
-            for cuts in grid.cuts[grid.batch_dims :]
-        ]
-        batches = math.prod(grid.tiles[: grid.batch_dims])
-        for shape in itertools.product(*sizes):
-            same = math.prod(count[n] for count, n in zip(sizes, shape, strict=True))
-            shapes[shape] += number * batches * same
+        for shape, blocks in grid.block_shapes.items():
+            shapes[shape] += number * blocks
     return dict(shapes.most_common())
 
 
@@ -344,6 +351,10 @@ def _number(value: float) -> str:
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def _listed(sides: Sequence[int]) -> str:
+    return ", ".join(map(str, sides))
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:

@@ -192,8 +192,8 @@ class Team:
 
     def _check_roots(self, specs: Sequence[ParameterSpec], config: ShampooConfig) -> None:
         for spec, grid in zip(specs, self.plan.grids, strict=True):
-            kinds = factor_kinds(grid.block_shape(next(grid.coordinates())), config)
-            if factors := len(kinds) - kinds.count("none"):
+            kinds = {factor_kinds(shape, config) for shape in grid.block_shapes}
+            for factors in sorted({len(k) - k.count("none") for k in kinds} - {0}):
                 try:
                     check_exponent(config.basis_method, -config.root_exponent(factors))
                 except ValueError as error:

@@ -76,7 +76,9 @@ def test_batches_of_matrices_are_not_merged(
 def test_what_dimensions_above_the_cap_get(
     large_dim: str, shape: tuple[int, ...], kinds: tuple[str, ...], count: int
 ) -> None:
-    blocks = blocks_of(shape, 0, cap=4, large_dim=large_dim)
+    blocks = blocks_of(
+        shape, 0, cap=4, large_dim=large_dim, max_factor_ratio=4.0, precondition_1d=False
+    )
     assert len(blocks) == count
     assert {block.kinds for block in blocks} == {kinds}
 

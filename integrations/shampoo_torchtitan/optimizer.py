@@ -80,6 +80,15 @@ class ShampooContainer(OptimizersContainer):
                     f"Shampoo{part} leaves to the method '{method}': {', '.join(matrices)}, and "
                     "vectors"
                 )
+            if sides := optimizer.sides_without_factor():
+                named = "; ".join(
+                    f"{' x '.join(map(str, shape))}: {', '.join(map(str, left_out))}"
+                    for shape, left_out in sides.items()
+                )
+                logger.info(
+                    f"Shampoo{part} has no factor for these sides of blocks ({named}); see the "
+                    "settings max_factor_ratio and large_dim"
+                )
             logger.info(
                 f"Shampoo{part} per rank: largest load {s['load_max_over_mean']:.2f} x the mean; "
                 f"state {s['state_mib_max']:,.1f} MiB at most, {s['state_mib_mean']:,.1f} on "

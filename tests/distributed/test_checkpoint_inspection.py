@@ -25,6 +25,7 @@ CHECKPOINTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "diagonals": ("single", True, {"large_dim": "diagonal"}),
     "kl_shampoo": ("fsdp", True, {"preconditioner": "kl_shampoo", "large_dim": "diagonal"}),
     "soap, packed": ("fsdp", True, {"preconditioner": "soap", "symmetric_packing": True}),
+    "fewer factors": ("single", True, {"max_factor_ratio": 0.5}),
     "cut at shards": ("fsdp", True, {"block_alignment": "shard"}),
 }
 """Layout, whether the state dict is flat, and settings."""
@@ -93,6 +94,7 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
         ("diagonals", {WQ: ["diagonal", "diagonal"], WQ.replace("wq", "wk"): ["full", "diagonal"]}),
         ("kl_shampoo", {WQ: ["diagonal"] * 2, WQ.replace("wq", "wk"): ["full", "diagonal"]}),
         ("soap, packed", {WQ: ["packed", "packed"]}),
+        ("fewer factors", {WQ: ["full", "full"], "layers.0.feed_forward.w1.weight": ["full"]}),
         ("cut at shards", {WQ: ["full", "full"]}),
     ],
 )
@@ -104,9 +106,9 @@ def test_every_kind_of_factor_is_known(folder, capsys, name, kinds):
             assert parameter["preconditioner"] == rule
             for block in parameter["blocks"]:
                 assert sorted(f["kind"] for f in block["factors"]) == sorted(expected)
-                assert [f["n"] for f in sorted(block["factors"], key=lambda f: f["dimension"])] == (
-                    block["shape"]
-                )
+                factors = sorted(block["factors"], key=lambda f: f["dimension"])
+                sides = [block["shape"][f["dimension"]] for f in factors]
+                assert [f["n"] for f in factors] == sides
                 assert all(f["condition_number"] >= 1.0 for f in block["factors"])
 
 

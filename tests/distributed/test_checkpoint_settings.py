@@ -24,6 +24,7 @@ from tests.ranks import run_ranks
 
 SAVED_AT, END = 6, 10
 WQ, NORM, EMBEDDING = "layers.0.attention.wq.weight", "norm.weight", "tok_embeddings.weight"
+W1 = "layers.0.feed_forward.w1.weight"
 
 SOURCES: dict[str, dict[str, Any] | None] = {
     "shampoo": {},
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, str]] = {
     "large blocks": ("shampoo", {"max_preconditioner_dim": 64}, "in the checkpoint, but 64 here"),
     "diagonals": ("shampoo", {"large_dim": "diagonal"}, "'large_dim'"),
     "packed": ("shampoo", {"symmetric_packing": True}, "'symmetric_packing'"),
+    "fewer factors": ("shampoo", {"max_factor_ratio": 0.5}, "'max_factor_ratio'"),
     "qr": ("shampoo", {"root_method": "qr"}, "'root_method'"),
     "more excluded": ("shampoo", {"exclude": ["emb", "output", "wq"]}, f"'{WQ}' is precondit"),
     "fewer excluded": ("shampoo", {"exclude": []}, f"'{EMBEDDING}' is not preconditioned in the c"),
@@ -173,6 +175,14 @@ def test_where_factors_do_not_fit_the_moments_do(results, name):
     assert after[f"{WQ}.factor_step"] == 0.0
     assert not after.get(f"{WQ}.factors", torch.zeros(1)).any()
     assert f"moments are loaded and factors start anew for '{WQ}'" in results.ranks[0][name].report
+
+
+def test_only_matrices_that_lack_a_factor_now_start_their_factors_anew(results):
+    before, after = results.before_and_after("fewer factors")
+    assert same(before, after, "step", "exp_avg", "exp_avg_sq", "factors", "factor_step")
+    assert same(before, after, "step", "exp_avg", "exp_avg_sq", name=W1)
+    assert after[f"{W1}.factor_step"] == 0.0
+    assert f"factors start anew for '{W1}'" in results.ranks[0]["fewer factors"].report
 
 
 def test_the_settings_of_groups_come_from_the_checkpoint_and_others_from_the_job(results):

@@ -18,7 +18,12 @@ TOLERANCE = 1e-5
 TOLERANCE_IN_BF16 = 2e-4
 """Where entries of the state are next to the middle of two bf16 numbers, fp32 rounding decides."""
 SIZES = {"dim": 12, "hidden": 26, "vocab": 20, "n_layers": 1}
-EXTRA = {"layers.0.experts": (4, 10, 6), "layers.0.conv": (8, 3, 2, 2)}
+EXTRA = {
+    "layers.0.experts": (4, 10, 6),
+    "layers.0.conv": (8, 3, 2, 2),
+    "layers.0.adapter": (4, 30),
+    "layers.0.gate": (1, 9),
+}
 COMMON = {
     "lr": 1e-2,
     "max_preconditioner_dim": 8,
@@ -101,6 +106,7 @@ MEMBERS = {
     "kl_shampoo, one replica for each block": {
         "preconditioner": "kl_shampoo",
         "owner_scope": "shard",
+        "max_factor_ratio": 1.5,
     },
     "kl_shampoo, eigh, adam with its own beta2 and eps, nesterov, l2, one-sided": {
         "preconditioner": "kl_shampoo",

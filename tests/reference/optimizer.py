@@ -81,6 +81,9 @@ class ReferenceShampoo:
             the rule's own.
         large_dim: what dimensions above max_preconditioner_dim get: "block" (they are cut),
             "one_sided" (no factor), "diagonal" (a diagonal one).
+        max_factor_ratio: a side of a block has a factor if that has at most so many times the
+            block's elements, or if the side is the shortest one.
+        precondition_1d: blocks of one row or column are vectors, with all of their factors.
         merge_dims: "matrix": shapes of order 4 and more count as [out, rest]; "small": neighbouring
             dimensions are merged up to max_preconditioner_dim; "none".
         factor_dtype, root_dtype, momentum_dtype: "bfloat16" rounds what is kept of blocks from step
@@ -126,6 +129,7 @@ class ReferenceShampoo:
         root_method: str | None = None,
         root_exponents: list[float] | None = None,
         large_dim: str = "block",
+        max_factor_ratio: float = 4.0,
         merge_dims: str = "matrix",
         factor_dtype: str = "float32",
         root_dtype: str = "float32",
@@ -133,6 +137,7 @@ class ReferenceShampoo:
         excluded: set[str] | frozenset[str] = frozenset(),
         phase: Callable[[str, tuple[int, ...]], int] | None = None,
         batched_3d: bool = True,
+        precondition_1d: bool = False,
     ) -> None:
         grafting_beta2 = betas[1] if grafting_beta2 is None else grafting_beta2
         for name, value, allowed in (
@@ -205,7 +210,14 @@ class ReferenceShampoo:
                         whole[block.index].shape, block.kinds, rule_settings
                     ),
                 )
-                for block in blocks_of(view, batches, cap=self.cap, large_dim=large_dim)
+                for block in blocks_of(
+                    view,
+                    batches,
+                    cap=self.cap,
+                    large_dim=large_dim,
+                    max_factor_ratio=max_factor_ratio,
+                    precondition_1d=precondition_1d,
+                )
             ]
 
     def _view(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

@@ -93,8 +93,20 @@ class BlockView:
     """For each dimension of the block the kind of its factor: "full", "diagonal" or "none"."""
 
 
-def blocks_of(view: tuple[int, ...], batches: int, *, cap: int, large_dim: str) -> list[BlockView]:
-    """Cut a view in blocks; how dimensions above the cap are treated is `large_dim`'s choice."""
+def blocks_of(
+    view: tuple[int, ...],
+    batches: int,
+    *,
+    cap: int,
+    large_dim: str,
+    max_factor_ratio: float,
+    precondition_1d: bool,
+) -> list[BlockView]:
+    """Cut a view in blocks; how dimensions above the cap are treated is `large_dim`'s choice.
+
+    A matrix of more than max_factor_ratio times the block's elements is no factor, but for the
+    shortest side's, and for those of vectors, if these are preconditioned.
+    """
     sizes = view[batches:]
     uncut_kind = {"block": "full", "one_sided": "none", "diagonal": "diagonal"}[large_dim]
     if large_dim == "one_sided" and min(sizes) > cap:
@@ -105,7 +117,25 @@ def blocks_of(view: tuple[int, ...], batches: int, *, cap: int, large_dim: str) 
         caps = tuple(max(size, cap) for size in sizes)
         kinds = tuple(uncut_kind if size > cap else "full" for size in sizes)
     return [
-        BlockView((*batch, *coordinates), (*batch, *slices), kinds)
+        BlockView(
+            (*batch, *coordinates),
+            (*batch, *slices),
+            _in_proportion(
+                tuple(s.stop - s.start for s in slices), kinds, max_factor_ratio, precondition_1d
+            ),
+        )
         for batch in itertools.product(*map(range, view[:batches]))
         for coordinates, slices in block_slices(sizes, caps).items()
     ]
+
+
+def _in_proportion(
+    sizes: tuple[int, ...], kinds: tuple[str, ...], ratio: float, precondition_1d: bool
+) -> tuple[str, ...]:
+    if precondition_1d and sum(size > 1 for size in sizes) < 2:
+        return kinds
+    elements, shortest = math.prod(sizes), min(sizes)
+    return tuple(
+        "none" if kind == "full" and size > shortest and size**2 > ratio * elements else kind
+        for size, kind in zip(sizes, kinds, strict=True)
+    )

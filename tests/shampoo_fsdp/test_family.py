@@ -101,7 +101,9 @@ def relative_error(
     parameters = {n: nn.Parameter(p.clone()) for n, p in start.items()}
     exact = {n: p.double() for n, p in start.items()}
     optimizer = Shampoo(parameters.items(), **options)
-    vectors = {n for n, s in shapes.items() if len(s) == 1 and not options.get("precondition_1d")}
+    vectors = {n for n, s in shapes.items() if sum(side > 1 for side in s) < 2}
+    if options.get("precondition_1d"):
+        vectors = set()
     reference = reference_for(optimizer, shapes, vectors | {n for n in shapes if "emb" in n})
     for step in range(STEPS):
         gradients: dict[str, Tensor | None] = {
