@@ -82,6 +82,8 @@ class Exchange:
                 sent.)
         """
         if self._anything_travels:
+            # An interrupted step may have left something in flight, from and into this memory.
+            self._finish()
             allocate(self._shard_buffer)
             allocate(self._block_buffer)
             _fill(self._packed_gradients, self._gather_out, gradients)

@@ -1,5 +1,6 @@
 """Settings of the whole test session."""
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-pairs", action="store_true", help="load every mesh's checkpoint on every"
     )
     group.addoption("--crash-rounds", type=int, default=3, help="kill a training so many times")
+
+    group = parser.getgroup("random search")
+    group.addoption(
+        "--random-search",
+        type=int,
+        nargs="?",
+        const=500,
+        metavar="EXAMPLES",
+        help="draw so many other examples for each test that draws; --hypothesis-seed repeats",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The default run draws the same examples every time; nothing depends on time or on luck."""
+    common = {"database": None, "deadline": None, "print_blob": True}
+    hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=60, **common)
+    examples = config.getoption("--random-search")
+    if examples is None:
+        hypothesis.settings.load_profile("fixed")
+    else:
+        hypothesis.settings.register_profile("search", max_examples=examples, **common)
+        hypothesis.settings.load_profile("search")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,5 +1,8 @@
 """Eigenvalues, inverse roots and products along dimensions, in fp64."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ __all__ = [
     "kept_in",
     "precondition",
     "raised",
+    "rounded",
     "warm_qr_step",
 ]
 
@@ -24,14 +28,33 @@ QR_TOLERANCE = 1e-6
 """A basis is kept if what it leaves off the diagonal is at most this fraction of the matrix."""
 QR_SHIFT = 2.0**-20
 """Of the largest eigenvalue; added to all of them for the QR step."""
+_noise: torch.Generator | None = None
 
 
 def kept_in(dtype: str, tensor: Tensor) -> Tensor:
-    """What remains of a tensor between steps. "float32" leaves it exact: that its rounding does
-    not matter is for the comparison to show. "bfloat16" does matter, and is no error."""
+    """What remains of a tensor between steps. "float32" leaves it exact, except within
+    :func:`rounded`. "bfloat16" does matter, and is no error."""
     if dtype == "bfloat16":
         return tensor.to(torch.bfloat16).double()
-    return tensor
+    if _noise is None:
+        return tensor
+    noise = torch.randn(tensor.shape, generator=_noise, dtype=tensor.dtype)
+    return tensor + 2.0**-24 * tensor.abs().max() * noise
+
+
+@contextmanager
+def rounded(seed: int) -> Iterator[None]:
+    """Let what is kept in "float32" be rounded: noise of 2^-24 of the largest entry.
+
+    How far results move by it is as exact as fp32 can be, whatever computes them: it is the unit of
+    rounding times the condition of the whole computation.
+    """
+    global _noise
+    _noise = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        _noise = None
 
 
 def along(tensor: Tensor, matrix: Tensor, d: int) -> Tensor:

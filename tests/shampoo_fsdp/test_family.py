@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from shampoo_fsdp import Shampoo
 from shampoo_fsdp.blocks import make_grid, refresh_phase
 from tests.models import set_gradients
 from tests.reference import ReferenceShampoo
+from tests.reference.algebra import rounded
 
 STEPS = 20
 START = 9
@@ -121,6 +121,31 @@ def relative_error(
     return max(errors.values())
 
 
+def effect_of_rounding(shapes: Mapping[str, tuple[int, ...]], **options) -> float:
+    """How far the reference's update moves, relatively, if its state is rounded to fp32: the
+    largest of several roundings. It is large where a factor has a large condition number."""
+    options = DEFAULTS | options
+    generator = torch.Generator().manual_seed(0)
+    start = {n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    optimizer = Shampoo([(n, nn.Parameter(p.clone())) for n, p in start.items()], **options)
+
+    def update() -> dict[str, Tensor]:
+        found = {n: p.double() for n, p in start.items()}
+        reference = reference_for(optimizer, shapes, set())
+        for step in range(STEPS):
+            reference.step(found, spread_gradients(shapes, step))
+        return {n: found[n] - p.double() for n, p in start.items()}
+
+    exact, moved = update(), 0.0
+    for seed in range(4):
+        with rounded(seed):
+            for n, other in update().items():
+                moved = max(moved, ((other - exact[n]).norm() / exact[n].norm()).item())
+    return moved
+
+
+ROUNDINGS = 10
+"""So many roundings of a kept number go into it on a step: products, average, root."""
 PRECONDITIONERS = ["shampoo", "soap", "kl_shampoo"]
 MOMENTA = {
     "none": {},
@@ -372,10 +397,7 @@ def test_bf16_state(preconditioner, what, packing):
 def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
     """A shape and settings that are allowed together."""
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
-    # For kl_shampoo with qr any tolerance is too small for some shape: what an inexact basis makes
-    # of rounding where a factor lacks rank is whitened by the other's root, 300 times its size.
-    roots = [pair for pair in ROOTS if pair != ("kl_shampoo", "qr")]
-    preconditioner, root_method = draw(st.sampled_from(roots))
+    preconditioner, root_method = draw(st.sampled_from(ROOTS))
     beta2 = draw(st.sampled_from([0.9, 0.95] + [1.0] * (preconditioner != "kl_shampoo")))
     beta1 = draw(st.sampled_from([0.0, 0.9]))
     fixed_order = preconditioner == "shampoo" and root_method == "newton_db"
@@ -404,9 +426,28 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
     return shape, options
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+ILL_CONDITIONED = {  # error 1.3e-4 to 1.7e-4: a vector's factor of few gradients, no grafting
+    "preconditioner": "shampoo",
+    "root_method": "eigh",
+    "betas": (0.0, 0.9),
+    "beta3": None,
+    "grafting": "none",
+    "use_bias_correction": False,
+    "max_preconditioner_dim": 8,
+    "precondition_frequency": 2,
+    "start_preconditioning_step": 10,
+    "precondition_1d": True,
+    "weight_decay_type": "l2",
+    "momentum": 0.8,
+}
+
+
 @given(members())
+@example(((8,), ILL_CONDITIONED))
 def test_any_member_on_any_shape(member):
     shape, options = member
+    shapes = {"layers.0.w": shape}
     allowed = tolerance(options["preconditioner"], options["root_method"])
-    assert relative_error({"layers.0.w": shape}, **options) <= allowed
+    error = relative_error(shapes, **options)
+    # As a condition costs several runs of the reference, it is asked for where it matters.
+    assert error <= allowed or error <= allowed + ROUNDINGS * effect_of_rounding(shapes, **options)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -107,7 +107,6 @@ def test_the_update_is_that_of_the_reference(schedule, frequency):
 RIDGE = 1e-7
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple),
     cap=st.integers(3, 12),

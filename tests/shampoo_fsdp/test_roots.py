@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,7 +59,6 @@ def test_each_matrix_may_have_its_own_ridge_and_divisor(method):
     torch.testing.assert_close(together, torch.cat(each), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     method=st.sampled_from(ROOT_METHODS),
     exponent=st.sampled_from([-1.0, -0.5, -0.25, -1 / 6, -0.125, -0.75, -1 / 3, -2 / 3]),
