@@ -75,6 +75,7 @@ class Bucket:
     def bind(self, workspace: Tensor, group: dist.ProcessGroup | None) -> None:
         """Compute in this memory, of `elements` fp32 numbers at least, and exchange in this group
         of the plan's ranks."""
+        self._workspace = workspace[: self.elements]
         start = 0
         for stack in self.stacks:
             shape = (len(stack.phases), *stack.shape)
@@ -131,6 +132,7 @@ class Bucket:
             watch: measures the parts.
         """
         self._exchange.receive_gradients(self._gradients)
+        self._round()
         watch.lap("exchange")
         for stack in self.stacks:
             owners = stack.parameters
@@ -141,6 +143,13 @@ class Bucket:
             )
             group = groups[stack.group]
             stack.step(clock, group["betas"], group["eps"], watch)
+        self._round()
+
+    def _round(self) -> None:
+        """Let what stays on this rank be as exact as what travels: no mesh decides about it."""
+        dtype = getattr(torch, self._config.communication_dtype)
+        if dtype != self._workspace.dtype:
+            self._workspace.copy_(self._workspace.to(dtype))
 
     def apply_own(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """W <- (1 - decay) W - lr D on this rank's shards, where it owns the blocks itself; the

@@ -46,7 +46,7 @@ def merged(ranks: Iterable[Diagnostics]) -> dict[str, float]:
 def diagnose(
     stacks: Sequence[tuple[BlockStack, Sequence[str], Sequence[int]]],
     milliseconds: Mapping[str, float],
-    beta2: float,
+    betas: Sequence[float],
 ) -> Diagnostics:
     """Read the figures back; the host waits for the device.
 
@@ -54,7 +54,7 @@ def diagnose(
         stacks: with the name of each block's parameter, and how many gradients its factors have
             seen.
         milliseconds: of the last step's parts.
-        beta2: of the factors, for their bias correction.
+        betas: those of the factors, of each parameter group, for their bias correction.
     """
     result = Diagnostics({f"ms/{part}": value for part, value in milliseconds.items()})
     state = sum(tensor.nbytes for stack, _, _ in stacks for tensor in stack.saved.values())
@@ -62,7 +62,7 @@ def diagnose(
     squares: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     ratios, blocks = 0.0, 0
     for stack, names, factor_steps in stacks:
-        condition, residual = stack.health(factor_steps, beta2)
+        condition, residual = stack.health(factor_steps, betas[stack.group])
         for name, value in (("root_residual", residual), ("condition_number", condition)):
             result.largest[name] = max(value, result.largest.get(name, 0.0))
         if stack.norms is None:

@@ -39,7 +39,7 @@ class Exchange:
             blocks: for each of their blocks that this rank owns, by its index in the plan, the
                 tensor that holds its gradient, then its update, in the shape of its rectangle.
             group: of the plan's ranks; needed if there are several.
-            dtype: in which pieces travel.
+            dtype: in which pieces travel; those that stay are copied as they are.
         """
         self._group = group
         self._ranks = len(plan.ranks)

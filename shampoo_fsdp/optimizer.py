@@ -29,6 +29,7 @@ from shampoo_fsdp.parameters import (
     check_parameters,
     check_replicas,
     local_gradient,
+    local_shard,
     named_param_groups,
     refuse_frozen,
 )
@@ -181,9 +182,11 @@ class Shampoo(torch.optim.Optimizer):
         count as zero.
 
         Raises:
-            ValueError: names a parameter whose gradient is sparse, or that was frozen when the
-                optimizer was built, or, on all ranks and with on_nonfinite = "raise", is not
-                finite; nothing has been changed then.
+            ValueError: names a parameter whose gradient is sparse or complex, or that was frozen
+                when the optimizer was built, or, on all ranks and with on_nonfinite = "raise", is
+                not finite. Nothing has been changed then, except on several ranks where some have a
+                sparse, complex or frozen one, which the others cannot know: the step is taken
+                as if it were NaN, and the ranks that have it raise at its end.
         """
         loss = None
         if closure is not None:
@@ -196,9 +199,16 @@ class Shampoo(torch.optim.Optimizer):
     def _step(self) -> None:
         watch = self._watch
         watch.start()
-        gradients = self._local_gradients()
+        gradients, problem = self._local_gradients()
+        if problem and all(members.group is None for members in self._residents):
+            raise problem
         if self.config.on_nonfinite == "raise":
-            refuse_nonfinite(self._residents, self._names, gradients, self._workspace.device)
+            try:
+                refuse_nonfinite(self._residents, self._names, gradients, self._workspace.device)
+            except ValueError:
+                if problem:
+                    raise problem from None
+                raise
         for i, gradient in enumerate(gradients):
             self._steps[i] += gradient is not None
             self._factor_steps[i] += gradient is not None
@@ -223,6 +233,8 @@ class Shampoo(torch.optim.Optimizer):
         if self._buckets:
             self._buckets[-1][1].apply_arriving(self.param_groups)
             watch.lap("exchange")
+        if problem:
+            raise problem
 
     def _send_gradients(self, number: int, gradients: Sequence[Tensor | None]) -> None:
         if number >= len(self._buckets):
@@ -242,10 +254,24 @@ class Shampoo(torch.optim.Optimizer):
                 state["refreshed"].fill_(1.0)
         bucket.send_gradients([gradients[i] for i in team.indices], self.param_groups)
 
-    def _local_gradients(self) -> list[Tensor | None]:
-        """This rank's shard of each parameter's gradient."""
-        refuse_frozen(self._frozen)
-        gradients = list(map(local_gradient, self._names, self._parameters))
+    def _local_gradients(self) -> tuple[list[Tensor | None], Exception | None]:
+        """This rank's shard of each parameter's gradient, and the first trouble with one.
+
+        Other ranks wait for this one, which therefore goes on with NaN in that gradient's place:
+        so it is skipped everywhere, and replicas and counts of steps stay the same.
+        """
+        gradients: list[Tensor | None] = []
+        problem: Exception | None = None
+        try:
+            refuse_frozen(self._frozen)
+        except ValueError as error:
+            problem = error
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            try:
+                gradients.append(local_gradient(name, parameter))
+            except Exception as error:
+                problem = problem or error
+                gradients.append(torch.full_like(local_shard(parameter), torch.nan))
         if not self._seen_a_gradient:
             self._seen_a_gradient = any(gradient is not None for gradient in gradients)
             if not self._seen_a_gradient:
@@ -254,7 +280,7 @@ class Shampoo(torch.optim.Optimizer):
                     "fully_shard(), which replaces the parameters?",
                     stacklevel=4,
                 )
-        return gradients
+        return gradients, problem
 
     def _step_excluded(self, gradients: Sequence[Tensor | None]) -> None:
         for number, group in enumerate(self.param_groups):
@@ -377,8 +403,8 @@ class Shampoo(torch.optim.Optimizer):
             for team, bucket in self._buckets
             for stack in bucket.stacks
         ]
-        beta2 = self.param_groups[0]["betas"][1]
-        return diagnose(stacks, self._watch.milliseconds(), beta2)
+        betas = [group["betas"][1] for group in self.param_groups]
+        return diagnose(stacks, self._watch.milliseconds(), betas)
 
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""

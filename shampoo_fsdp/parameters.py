@@ -173,7 +173,7 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     """This rank's shard of a parameter's gradient.
 
     Raises:
-        ValueError: if it is sparse.
+        ValueError: if it is sparse or complex.
     """
     gradient = parameter.grad
     if gradient is None:
@@ -182,6 +182,11 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
         raise ValueError(
             f"the gradient of parameter '{name}' is sparse ({gradient.layout}); Shampoo needs "
             "dense gradients: build the embedding with sparse=False."
+        )
+    if not gradient.is_floating_point():
+        raise ValueError(
+            f"the gradient of parameter '{name}' is of type {gradient.dtype}; allowed: real "
+            "floating-point gradients."
         )
     if (
         isinstance(parameter, DTensor)

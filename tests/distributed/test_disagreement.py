@@ -122,3 +122,34 @@ def test_a_rank_can_hand_its_part_to_a_process_that_saves_it():
         pieces = zip(value.to_local().pieces, received[name].pieces, strict=True)
         for (offset, tensor), (other_offset, other) in pieces:
             assert offset == other_offset and torch.equal(tensor, other)
+
+
+@ranks(2)
+def test_a_gradient_that_one_rank_cannot_use_raises_there_and_nobody_waits():
+    for trouble in ("sparse", "complex", "frozen"):
+        matrices = {n: torch.nn.Parameter(torch.ones(8, 8)) for n in ("good", "bad", "frozen")}
+        matrices["frozen"].requires_grad_(False)
+        optimizer = Shampoo(matrices.items(), replicas=dist.group.WORLD, weight_decay=0.0)
+        matrices["good"].grad, matrices["bad"].grad = torch.ones(8, 8), torch.ones(8, 8)
+        if dist.get_rank() == 1:
+            matrices["bad"].grad_dtype = None
+            if trouble == "frozen":
+                matrices["frozen"].grad = torch.ones(8, 8)
+            elif trouble == "sparse":
+                matrices["bad"].grad = torch.ones(8, 8).to_sparse()
+            else:
+                matrices["bad"].grad = torch.ones(8, 8, dtype=torch.complex64)
+            with pytest.raises(ValueError, match="'frozen'" if trouble == "frozen" else "'bad'"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        # The other parameters have taken their step, and all of them are still replicas.
+        assert (matrices["good"] < 1.0).all()
+        for parameter in matrices.values():
+            other = [torch.empty(8, 8), torch.empty(8, 8)]
+            dist.all_gather(other, parameter.detach())
+            assert torch.equal(*other)
+        matrices["frozen"].grad = None
+        matrices["bad"].grad = torch.ones(8, 8)
+        optimizer.step()  # and it can go on
+        assert (matrices["bad"] < 1.0).all()

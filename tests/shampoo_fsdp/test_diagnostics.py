@@ -70,3 +70,26 @@ def test_kinds_do_not_depend_on_the_layer():
     assert kind_of("layers.3.attention.wq.weight") == "attention.wq"
     assert kind_of("layers.11.moe.experts.w1") == "moe.experts"
     assert kind_of("weight") == "weight"
+
+
+def test_each_group_is_judged_by_its_own_betas():
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(8, 8, generator=generator)
+    gradients = [torch.randn(8, 8, generator=generator) for _ in range(4)]
+
+    def residual(*groups_betas: tuple[float, float]) -> float:
+        weights = [nn.Parameter(value.clone()) for _ in groups_betas]
+        groups = [
+            {"params": [(f"{i}", w)], "betas": betas}
+            for i, (w, betas) in enumerate(zip(weights, groups_betas, strict=True))
+        ]
+        optimizer = Shampoo(groups, precondition_frequency=1, start_preconditioning_step=1)
+        for gradient in gradients:
+            for weight in weights:
+                weight.grad = gradient.clone()
+            optimizer.step()
+        return merged([optimizer.diagnostics()])["root_residual"]
+
+    apart = max(residual((0.9, 0.5)), residual((0.9, 0.999)))
+    assert residual((0.9, 0.5), (0.9, 0.999)) == pytest.approx(apart, rel=1e-3)
+    assert residual((0.9, 0.999), (0.9, 0.5)) == pytest.approx(apart, rel=1e-3)
