@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, NoReturn
 
+from torch import Tensor
+
 __all__ = ["ShampooConfig", "settings_from_keywords", "validate_hyperparameters"]
 
 # Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
@@ -289,7 +291,8 @@ def validate_hyperparameters(
     config: ShampooConfig, *, lr: Any, betas: Any, eps: Any, weight_decay: Any
 ) -> None:
     """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+    _check_lr(lr)
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         if not _is_number(value) or value < 0.0:
             _refuse(name, value, "a finite number >= 0")
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_number, betas))):
@@ -303,15 +306,33 @@ def validate_hyperparameters(
         _refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
     if beta2 < 1.0:
         return
-    if config.grafting_beta2 is None and config.elementwise_method in ("adam", "rmsprop"):
-        method = config.elementwise_method
-        _refuse(
-            "grafting_beta2",
-            None,
-            f"a number below 1 if beta2 is 1.0, since {method} averages its second moment",
-        )
     if config.preconditioner == "kl_shampoo":
         _refuse("beta2", beta2, "a number below 1 for kl_shampoo, whose factors are averages")
+    method = config.elementwise_method
+    if config.grafting_beta2 is None and method in ("adam", "rmsprop"):
+        of = "" if config.grafting == method else " of parameters that are not preconditioned"
+        _refuse(
+            "beta2",
+            beta2,
+            f"a number below 1 here, since '{method}' averages the second moment{of} with it; to "
+            "sum the factors all the same, set 'grafting_beta2', which it then takes",
+        )
+
+
+def _check_lr(lr: Any) -> None:
+    if not isinstance(lr, Tensor):
+        if not _is_number(lr) or lr < 0.0:
+            _refuse("lr", lr, "a finite number >= 0")
+        return
+    if lr.device.type != "cpu":
+        # The step would wait for it.
+        raise ValueError(
+            f"setting 'lr' is a tensor on {lr.device}; give a number or a tensor on the CPU."
+        )
+    if lr.numel() != 1:
+        _refuse("lr", lr, "a finite number >= 0 (Tensor lr must be 1-element)")
+    if not (lr.is_floating_point() and 0.0 <= float(lr) < math.inf):
+        _refuse("lr", lr, "a finite number >= 0, as a tensor of floating point")
 
 
 def _is_number(value: Any) -> bool:
