@@ -10,13 +10,20 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
-__all__ = ["ShampooConfig", "settings_from_keywords", "validate_hyperparameters"]
+__all__ = [
+    "TORCH_OPTIONS",
+    "ShampooConfig",
+    "check_torch_options",
+    "settings_from_keywords",
+    "validate_hyperparameters",
+]
 
 # Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
 # their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
@@ -25,6 +32,27 @@ _EMBEDDINGS_AND_OUTPUT = (
     r"(^|\.)(wte|wpe|lm_head)\.",
     r"^(model\.)?(output|head|score)\.",
 )
+
+# Options of torch.optim's optimizers: the values that change nothing here, and what to do instead
+# of the others.
+_TORCH_OPTIONS: dict[str, tuple[tuple[bool | int | None, ...], str]] = {
+    # These two choose between implementations of one update.
+    "foreach": ((None, False, True), ""),
+    "fused": ((None, False, True), ""),
+    "maximize": ((False,), "negate the loss instead"),
+    "amsgrad": ((False,), "no largest second moment is kept"),
+    "capturable": ((False,), "the step cannot be captured in a CUDA graph"),
+    "differentiable": ((False,), "no gradient flows through the step"),
+    "centered": ((False,), "see 'grafting' for the methods that there are"),
+    "decoupled_weight_decay": ((True,), "for another kind set 'weight_decay_type'"),
+    "lr_decay": ((0,), "use a learning-rate scheduler"),
+    "initial_accumulator_value": ((0,), "for a floor of the denominators set 'grafting_eps'"),
+    "beta1": ((), "give both to 'betas'"),
+    "beta2": ((), "give both to 'betas'"),
+}
+
+TORCH_OPTIONS = frozenset(_TORCH_OPTIONS)
+"""Names of the options of torch.optim's optimizers that :func:`check_torch_options` knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +305,12 @@ class ShampooConfig:
 
 
 def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
-    """The configuration for keyword arguments; a TypeError names an unknown one."""
+    """The configuration for keyword arguments; a TypeError names an unknown one.
+
+    Options of torch.optim's optimizers are checked and left out.
+    """
+    check_torch_options(keywords)
+    keywords = {name: value for name, value in keywords.items() if name not in TORCH_OPTIONS}
     known = [f.name for f in dataclasses.fields(ShampooConfig)]
     for name in keywords:
         if name not in known:
@@ -285,6 +318,23 @@ def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise TypeError(f"unknown setting '{name}'.{hint} Allowed: {', '.join(known)}.")
     return ShampooConfig(**keywords)
+
+
+def check_torch_options(options: Mapping[str, Any]) -> None:
+    """Accept options of torch.optim's optimizers where they change nothing.
+
+    Args:
+        options: keyword arguments, or a parameter group; other entries may be anything.
+
+    Raises:
+        ValueError: names the first option with another value, and what to do.
+    """
+    for name, (harmless, instead) in _TORCH_OPTIONS.items():
+        if name in options:
+            value = options[name]
+            if not (isinstance(value, Real | None) and value in harmless):
+                choices = " or ".join(map(repr, harmless)) or "nothing"
+                _refuse(name, value, f"{choices} ({instead})" if instead else choices)
 
 
 def validate_hyperparameters(

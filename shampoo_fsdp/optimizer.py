@@ -70,7 +70,9 @@ class Shampoo(torch.optim.Optimizer):
             replicas: the mesh (of one dimension) or process group on which plain tensors are
                 replicated, as with DDP; its ranks share the work. Without it plain tensors are
                 trained by this process alone.
-            **settings: the fields of :class:`shampoo_fsdp.ShampooConfig`.
+            **settings: the fields of :class:`shampoo_fsdp.ShampooConfig`. Options of other
+                optimizers of torch.optim, such as `fused`, are accepted, here and in groups, where
+                they would change nothing.
 
         Raises:
             ValueError, TypeError: names the setting or the parameter, what was found and what is

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.config import ShampooConfig, check_torch_options
 from shampoo_fsdp.planner import ParameterSpec
 
 __all__ = [
@@ -83,6 +83,7 @@ def _check_group(entry: Any) -> None:
                 f"setting '{field.name}' is the same for all parameters: give it to Shampoo, not "
                 "to a parameter group."
             )
+    check_torch_options(entry)
 
 
 def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
