@@ -21,6 +21,7 @@ from shampoo_fsdp.parameters import (
     local_gradient,
     named_param_groups,
     refuse_frozen,
+    warning_without_names,
 )
 from shampoo_fsdp.precision import full_precision
 from shampoo_fsdp.state import ShardedBlocks
@@ -62,8 +63,8 @@ class Shampoo(torch.optim.Optimizer):
         """
         Args:
             params: `model.named_parameters()`, `model.parameters()` (then named by position, so
-                that `exclude` cannot find embeddings), or groups of either with their own lr,
-                betas, eps and weight_decay.
+                that `exclude` cannot find embeddings: a warning says so), or groups of either with
+                their own lr, betas, eps and weight_decay.
             lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor, on the CPU. betas[1] also
                 averages the factors; 1.0 sums them. For the kind of weight decay see
                 `weight_decay_type`.
@@ -125,6 +126,11 @@ class Shampoo(torch.optim.Optimizer):
         self._teams, self._excluded, self._residents = make_teams(
             self._names, self._parameters, self._group_of, replicas, self.config
         )
+        if self.config.exclude and "param_names" not in self.param_groups[0]:
+            chosen = [self._parameters[i] for team in self._teams for i in team.indices]
+            if matrices := [tuple(p.shape) for p in chosen if p.ndim > 1]:
+                said = warning_without_names(len(self._parameters), matrices)
+                warnings.warn(said, stacklevel=3)
         self._elementwise = ElementwiseMethod(self.config)
         self._watch = Stopwatch(
             self._parameters[0].device if self._parameters else torch.device("cpu")
