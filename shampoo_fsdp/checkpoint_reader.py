@@ -76,7 +76,8 @@ class CheckpointReader:
             prefix, found, rest = key.rpartition("param_groups.")
             if found and (not prefix or prefix.endswith(".")):
                 owner, _, name = rest.rpartition(".")
-                by_owner[owner][name] = self.value(key)
+                if name != "param_names":  # each parameter's has the names of its whole group
+                    by_owner[owner][name] = self.value(key)
         # Where the state dict is not flattened, its groups are numbered and list their parameters.
         result = {}
         for owner, settings in by_owner.items():

@@ -10,11 +10,20 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, NoReturn
 
-__all__ = ["ShampooConfig", "settings_from_keywords", "validate_hyperparameters"]
+from torch import Tensor
+
+__all__ = [
+    "TORCH_OPTIONS",
+    "ShampooConfig",
+    "check_torch_options",
+    "settings_from_keywords",
+    "validate_hyperparameters",
+]
 
 # Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
 # their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
@@ -23,6 +32,27 @@ _EMBEDDINGS_AND_OUTPUT = (
     r"(^|\.)(wte|wpe|lm_head)\.",
     r"^(model\.)?(output|head|score)\.",
 )
+
+# Options of torch.optim's optimizers: the values that change nothing here, and what to do instead
+# of the others.
+_TORCH_OPTIONS: dict[str, tuple[tuple[bool | int | None, ...], str]] = {
+    # These two choose between implementations of one update.
+    "foreach": ((None, False, True), ""),
+    "fused": ((None, False, True), ""),
+    "maximize": ((False,), "negate the loss instead"),
+    "amsgrad": ((False,), "no largest second moment is kept"),
+    "capturable": ((False,), "the step cannot be captured in a CUDA graph"),
+    "differentiable": ((False,), "no gradient flows through the step"),
+    "centered": ((False,), "see 'grafting' for the methods that there are"),
+    "decoupled_weight_decay": ((True,), "for another kind set 'weight_decay_type'"),
+    "lr_decay": ((0,), "use a learning-rate scheduler"),
+    "initial_accumulator_value": ((0,), "for a floor of the denominators set 'grafting_eps'"),
+    "beta1": ((), "give both to 'betas'"),
+    "beta2": ((), "give both to 'betas'"),
+}
+
+TORCH_OPTIONS = frozenset(_TORCH_OPTIONS)
+"""Names of the options of torch.optim's optimizers that :func:`check_torch_options` knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +311,12 @@ class ShampooConfig:
 
 
 def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
-    """The configuration for keyword arguments; a TypeError names an unknown one."""
+    """The configuration for keyword arguments; a TypeError names an unknown one.
+
+    Options of torch.optim's optimizers are checked and left out.
+    """
+    check_torch_options(keywords)
+    keywords = {name: value for name, value in keywords.items() if name not in TORCH_OPTIONS}
     known = [f.name for f in dataclasses.fields(ShampooConfig)]
     for name in keywords:
         if name not in known:
@@ -291,11 +326,29 @@ def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
     return ShampooConfig(**keywords)
 
 
+def check_torch_options(options: Mapping[str, Any]) -> None:
+    """Accept options of torch.optim's optimizers where they change nothing.
+
+    Args:
+        options: keyword arguments, or a parameter group; other entries may be anything.
+
+    Raises:
+        ValueError: names the first option with another value, and what to do.
+    """
+    for name, (harmless, instead) in _TORCH_OPTIONS.items():
+        if name in options:
+            value = options[name]
+            if not (isinstance(value, Real | None) and value in harmless):
+                choices = " or ".join(map(repr, harmless)) or "nothing"
+                _refuse(name, value, f"{choices} ({instead})" if instead else choices)
+
+
 def validate_hyperparameters(
     config: ShampooConfig, *, lr: Any, betas: Any, eps: Any, weight_decay: Any
 ) -> None:
     """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+    _check_lr(lr)
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         if not _is_number(value) or value < 0.0:
             _refuse(name, value, "a finite number >= 0")
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_number, betas))):
@@ -309,15 +362,33 @@ def validate_hyperparameters(
         _refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
     if beta2 < 1.0:
         return
-    if config.grafting_beta2 is None and config.elementwise_method in ("adam", "rmsprop"):
-        method = config.elementwise_method
-        _refuse(
-            "grafting_beta2",
-            None,
-            f"a number below 1 if beta2 is 1.0, since {method} averages its second moment",
-        )
     if config.preconditioner == "kl_shampoo":
         _refuse("beta2", beta2, "a number below 1 for kl_shampoo, whose factors are averages")
+    method = config.elementwise_method
+    if config.grafting_beta2 is None and method in ("adam", "rmsprop"):
+        of = "" if config.grafting == method else " of parameters that are not preconditioned"
+        _refuse(
+            "beta2",
+            beta2,
+            f"a number below 1 here, since '{method}' averages the second moment{of} with it; to "
+            "sum the factors all the same, set 'grafting_beta2', which it then takes",
+        )
+
+
+def _check_lr(lr: Any) -> None:
+    if not isinstance(lr, Tensor):
+        if not _is_number(lr) or lr < 0.0:
+            _refuse("lr", lr, "a finite number >= 0")
+        return
+    if lr.device.type != "cpu":
+        # The step would wait for it.
+        raise ValueError(
+            f"setting 'lr' is a tensor on {lr.device}; give a number or a tensor on the CPU."
+        )
+    if lr.numel() != 1:
+        _refuse("lr", lr, "a finite number >= 0 (Tensor lr must be 1-element)")
+    if not (lr.is_floating_point() and 0.0 <= float(lr) < math.inf):
+        _refuse("lr", lr, "a finite number >= 0, as a tensor of floating point")
 
 
 def _is_number(value: Any) -> bool:

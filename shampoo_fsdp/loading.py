@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shampoo_fsdp.config import ShampooConfig, validate_hyperparameters
+from shampoo_fsdp.config import (
+    TORCH_OPTIONS,
+    ShampooConfig,
+    check_torch_options,
+    validate_hyperparameters,
+)
 from shampoo_fsdp.layout import shard_rectangle
 from shampoo_fsdp.load_decision import LoadDecision, is_state_entry
 from shampoo_fsdp.mismatch import name_some
@@ -81,7 +86,10 @@ def settings_to_load(
     Raises:
         ValueError: names a setting whose saved value is not allowed.
     """
-    settings = {k: copy.deepcopy(v) for k, v in (saved or {}).items() if k != "params"}
+    saved = saved or {}
+    check_torch_options(saved)
+    left_out = {"params", *(TORCH_OPTIONS - group.keys())}  # AdamW's groups have these
+    settings = {k: copy.deepcopy(v) for k, v in saved.items() if k not in left_out}
     if "param_names" in group or len(settings.get("param_names", ())) != len(group["params"]):
         settings.pop("param_names", None)
     loaded = {**group, **settings}

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
 from typing import Any, overload
 
@@ -32,6 +32,7 @@ from shampoo_fsdp.parameters import (
     local_shard,
     named_param_groups,
     refuse_frozen,
+    warning_without_names,
 )
 from shampoo_fsdp.precision import full_precision
 from shampoo_fsdp.stopwatch import Stopwatch
@@ -63,7 +64,7 @@ class Shampoo(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
@@ -74,14 +75,17 @@ class Shampoo(torch.optim.Optimizer):
         """
         Args:
             params: `model.named_parameters()`, `model.parameters()` (then named by position, so
-                that `exclude` cannot find embeddings), or groups of either with their own lr,
-                betas, eps and weight_decay.
-            lr, betas, eps, weight_decay: as in AdamW. betas[1] also averages the factors; 1.0 sums
-                them. For the kind of weight decay see `weight_decay_type`.
+                that `exclude` cannot find embeddings: a warning says so), or groups of either with
+                their own lr, betas, eps and weight_decay.
+            lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor, on the CPU. betas[1] also
+                averages the factors; 1.0 sums them. For the kind of weight decay see
+                `weight_decay_type`.
             replicas: the mesh (of one dimension) or process group on which plain tensors are
                 replicated, as with DDP; its ranks share the work. Without it plain tensors are
                 trained by this process alone.
-            **settings: the fields of :class:`shampoo_fsdp.ShampooConfig`.
+            **settings: the fields of :class:`shampoo_fsdp.ShampooConfig`. Options of other
+                optimizers of torch.optim, such as `fused`, are accepted, here and in groups, where
+                they would change nothing.
 
         Raises:
             ValueError, TypeError: names the setting or the parameter, what was found and what is
@@ -138,6 +142,11 @@ class Shampoo(torch.optim.Optimizer):
         self._teams, self._excluded, self._residents = make_teams(
             self._names, self._parameters, self._group_of, replicas, self.config
         )
+        if self.config.exclude and "param_names" not in self.param_groups[0]:
+            chosen = [self._parameters[i] for team in self._teams for i in team.indices]
+            if matrices := [tuple(p.shape) for p in chosen if p.ndim > 1]:
+                said = warning_without_names(len(self._parameters), matrices)
+                warnings.warn(said, stacklevel=3)
         self._elementwise = ElementwiseMethod(self.config)
         self._watch = Stopwatch(
             self._parameters[0].device if self._parameters else torch.device("cpu")
@@ -199,6 +208,7 @@ class Shampoo(torch.optim.Optimizer):
     def _step(self) -> None:
         watch = self._watch
         watch.start()
+        groups = [_with_plain_lr(group) for group in self.param_groups]
         gradients, problem = self._local_gradients()
         if problem and all(members.group is None for members in self._residents):
             raise problem
@@ -213,30 +223,35 @@ class Shampoo(torch.optim.Optimizer):
             self._steps[i] += gradient is not None
             self._factor_steps[i] += gradient is not None
         # While the gradients of one bucket travel, something else is computed.
-        self._send_gradients(0, gradients)
+        self._send_gradients(0, gradients, groups)
         watch.lap("exchange")
-        self._step_excluded(gradients)
+        self._step_excluded(gradients, groups)
         watch.lap("excluded")
         allocate(self._workspace)
         for number, (team, bucket) in enumerate(self._buckets):
-            self._send_gradients(number + 1, gradients)
+            self._send_gradients(number + 1, gradients, groups)
             watch.lap("exchange")
             steps = [self._steps[i] for i in team.indices]
             factor_steps = [self._factor_steps[i] for i in team.indices]
-            bucket.precondition(self.param_groups, steps, factor_steps, watch)
-            bucket.apply_own(self.param_groups)
+            bucket.precondition(groups, steps, factor_steps, watch)
+            bucket.apply_own(groups)
             watch.lap("apply")
             if number:
-                self._buckets[number - 1][1].apply_arriving(self.param_groups)
+                self._buckets[number - 1][1].apply_arriving(groups)
                 watch.lap("exchange")
         release(self._workspace)
         if self._buckets:
-            self._buckets[-1][1].apply_arriving(self.param_groups)
+            self._buckets[-1][1].apply_arriving(groups)
             watch.lap("exchange")
         if problem:
             raise problem
 
-    def _send_gradients(self, number: int, gradients: Sequence[Tensor | None]) -> None:
+    def _send_gradients(
+        self,
+        number: int,
+        gradients: Sequence[Tensor | None],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
         if number >= len(self._buckets):
             return
         team, bucket = self._buckets[number]
@@ -252,7 +267,7 @@ class Shampoo(torch.optim.Optimizer):
             ):
                 self._refreshed[i] = True
                 state["refreshed"].fill_(1.0)
-        bucket.send_gradients([gradients[i] for i in team.indices], self.param_groups)
+        bucket.send_gradients([gradients[i] for i in team.indices], groups)
 
     def _local_gradients(self) -> tuple[list[Tensor | None], Exception | None]:
         """This rank's shard of each parameter's gradient, and the first trouble with one.
@@ -282,8 +297,10 @@ class Shampoo(torch.optim.Optimizer):
                 )
         return gradients, problem
 
-    def _step_excluded(self, gradients: Sequence[Tensor | None]) -> None:
-        for number, group in enumerate(self.param_groups):
+    def _step_excluded(
+        self, gradients: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]
+    ) -> None:
+        for number, group in enumerate(groups):
             scaled = dict(group)
             for name in {"lr", "initial_lr"} & group.keys():
                 # Both, as "independent" weight decay takes their ratio.
@@ -427,3 +444,8 @@ class Shampoo(torch.optim.Optimizer):
             "elements_total": sum(p.numel() for p in self._parameters),
             **balance(self._teams),
         }
+
+
+def _with_plain_lr(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group whose lr, which may be a tensor on the CPU, is a number."""
+    return {**group, **{k: float(group[k]) for k in ("lr", "initial_lr") if k in group}}

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo_fsdp.blocks import is_matrix, view_dims
-from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.config import ShampooConfig, check_torch_options
 from shampoo_fsdp.planner import ParameterSpec
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "plain_name",
     "process_group",
     "refuse_frozen",
+    "warning_without_names",
 ]
 
 Replicas = DeviceMesh | dist.ProcessGroup | None
@@ -40,45 +43,119 @@ _WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+|_orig_mod\.|_checkpoint_wrappe
 def named_param_groups(params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """Parameter groups as torch.optim wants them, and the name of each parameter in their order.
 
+    Groups of named parameters have the names, as they were given, in `param_names`.
+
     Args:
-        params: parameters, (name, parameter) pairs, or groups of either. Parameters without a name
-            are named by their position.
+        params: parameters, (name, parameter) pairs, or groups of either, which may also bring
+            `param_names`. Parameters without a name are named by their position.
 
     Raises:
-        TypeError, ValueError: what is no parameter, or a setting that groups cannot have.
+        TypeError, ValueError: what is no parameter, a setting that groups cannot have, or that
+            only some parameters have names.
     """
     if isinstance(params, set | Tensor):
         raise TypeError(
-            f"params is a {type(params).__name__}; give an ordered collection, such as "
-            "model.named_parameters()."
+            "params argument given to the optimizer should be an iterable of Tensors or dicts, and "
+            f"ordered, such as model.named_parameters(); found a {type(params).__name__}."
         )
     entries = list(params)
     if not entries:
         raise ValueError("the optimizer got an empty parameter list (a used-up generator?).")
     if not isinstance(entries[0], dict):
         entries = [{"params": entries}]
-    groups: list[dict[str, Any]] = []
-    names: list[str] = []
+    members = []
     for entry in entries:
         _check_group(entry)
-        members = entry["params"]
-        tensors = []
-        for member in [members] if isinstance(members, Tensor) else members:
-            name, tensor = member if isinstance(member, tuple) else (str(len(names)), member)
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"expected a parameter or a pair (name, parameter), found ({type(name)}, "
-                    f"{type(tensor)})."
-                )
-            names.append(plain_name(name))
-            tensors.append(tensor)
-        groups.append({**entry, "params": tensors})
-    return groups, names
+        members.append(_members(entry))
+    _refuse_names_for_some(members)
+    groups: list[dict[str, Any]] = []
+    for entry, own in zip(entries, members, strict=True):
+        group = {**entry, "params": [tensor for _, tensor in own]}
+        group.pop("param_names", None)
+        if any(name is not None for others in members for name, _ in others):
+            group["param_names"] = [name for name, _ in own]
+        groups.append(group)
+    names = [name for own in members for name, _ in own]
+    return groups, [str(i) if name is None else plain_name(name) for i, name in enumerate(names)]
 
 
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers have put into it."""
     return _WRAPPERS.sub("", name)
+
+
+def _members(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
+    """The parameters of a group, with their names if they have some."""
+    params, names = group["params"], group.get("param_names")
+    if isinstance(params, set) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"the params of a parameter group are a {type(params).__name__}; allowed: a list of "
+            "parameters or of pairs (name, parameter)."
+        )
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if names is None:
+        names = [None] * len(params)
+    elif (
+        not isinstance(names, list | tuple)
+        or len(names) != len(params)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(
+            f"the 'param_names' of a parameter group are {reprlib.repr(names)}; allowed: a list "
+            f"with one name for each of its {len(params)} parameters."
+        )
+    found: list[tuple[str | None, Tensor]] = []
+    for name, member in zip(names, params, strict=True):
+        pair = member if isinstance(member, tuple) else (name, member)
+        if (
+            len(pair) != 2
+            or not isinstance(pair[1], Tensor)
+            or not isinstance(pair[0], str if pair is member else str | None)
+        ):
+            kinds = ", ".join(type(part).__name__ for part in pair)
+            raise TypeError(
+                "expected a parameter or a pair (name, parameter), found "
+                + (f"({kinds})." if pair is member else f"{type(member).__name__}.")
+            )
+        found.append(pair)
+    return found
+
+
+def _refuse_names_for_some(groups: Sequence[Sequence[tuple[str | None, Tensor]]]) -> None:
+    """As torch.optim does, in its words."""
+    unnamed = [tensor for group in groups for name, tensor in group if name is None]
+    if len(unnamed) in (0, sum(map(len, groups))):
+        return
+    found = f"the parameter of shape {tuple(unnamed[0].shape)} has no name, but others have."
+    kinds = [{name is not None for name, _ in group} for group in groups if group]
+    if {True, False} in kinds:
+        raise ValueError(
+            "all optimizer params should be with/without names. Some param names are missing: "
+            + found
+        )
+    raise ValueError(
+        "all optimizer param groups should be with/without names. cannot add param group "
+        f"{'without' if kinds[0] == {True} else 'with'} names to the optimizer: {found}"
+    )
+
+
+def warning_without_names(parameters: int, shapes: Sequence[tuple[int, ...]]) -> str:
+    """What to say where all matrices are preconditioned because none has a name.
+
+    Args:
+        parameters: how many there are.
+        shapes: of the matrices that are preconditioned.
+    """
+    # The largest first: embeddings are among them.
+    kinds = sorted(Counter(shapes).items(), key=lambda kind: -math.prod(kind[0]))
+    said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
+    more = len(kinds) - 4
+    rest = f" and {more} more shape{'s' if more > 1 else ''}" if more > 0 else ""
+    return (
+        f"{parameters} parameters have no names, so that Shampoo cannot tell embeddings and the "
+        f"output layer apart and preconditions {len(shapes)} matrices: {said}{rest}. Build it with "
+        "model.named_parameters(), or with exclude=[] if that is meant."
+    )
 
 
 def _check_group(entry: Any) -> None:
@@ -90,6 +167,7 @@ def _check_group(entry: Any) -> None:
                 f"setting '{field.name}' is the same for all parameters: give it to Shampoo, not "
                 "to a parameter group."
             )
+    check_torch_options(entry)
 
 
 def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None:

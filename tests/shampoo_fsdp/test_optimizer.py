@@ -252,7 +252,7 @@ class TestAsATorchOptimizer:
 
     def test_a_closure_is_evaluated_with_gradients(self):
         weight = nn.Parameter(torch.randn(4, 4))
-        optimizer = Shampoo([weight], lr=1e-2)
+        optimizer = Shampoo([("w", weight)], lr=1e-2)
 
         def closure():
             optimizer.zero_grad()
@@ -524,7 +524,7 @@ class TestAsATorchOptimizer:
             Shampoo(model.named_parameters(), exclude=[]).load_state_dict(state)
 
     def test_a_group_cannot_be_added_later(self):
-        optimizer = Shampoo([nn.Parameter(torch.zeros(2, 2))])
+        optimizer = Shampoo([("w", nn.Parameter(torch.zeros(2, 2)))])
         with pytest.raises(RuntimeError, match="pass all parameter groups to the constructor"):
             optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
 
@@ -563,7 +563,7 @@ class TestBadParameters:
 
     def test_no_gradient_at_all(self):
         with pytest.warns(UserWarning, match=r"built before fully_shard\(\)"):
-            Shampoo([nn.Parameter(torch.zeros(2, 2))]).step()
+            Shampoo([("w", nn.Parameter(torch.zeros(2, 2)))]).step()
 
     @pytest.mark.parametrize(
         ("params", "message"),

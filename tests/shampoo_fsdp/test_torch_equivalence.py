@@ -265,3 +265,54 @@ def test_the_lr_of_excluded_parameters_is_theirs_alone():
     for name in SHAPES:
         excluded = "embeddings" in name or "norm" in name
         assert torch.equal(usual[name], smaller[name]) != excluded, name
+
+
+LR_OPTIONS = {
+    "decoupled": {},
+    "l2": {"weight_decay_type": "l2"},
+    "independent": {"weight_decay_type": "independent"},
+    "a smaller lr of excluded parameters": {"excluded_lr_factor": 0.5},
+    "other grafting": {"grafting": "rmsprop", "weight_decay_type": "independent"},
+}
+SCHEDULERS = {
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=2),
+}
+
+
+def train_with_lr(lr: float | Tensor, options: dict, scheduler: str) -> list[Tensor]:
+    parameters = {
+        name: nn.Parameter(torch.ones(shape, dtype=torch.float32)) for name, shape in SHAPES.items()
+    }
+    optimizer = Shampoo(parameters.items(), lr=lr, **options)
+    schedule = SCHEDULERS[scheduler](optimizer)
+    for step in range(6):
+        set_gradients(parameters, deterministic_gradients(SHAPES, step))
+        optimizer.step()
+        schedule.step()
+    return [p.detach() for p in parameters.values()]
+
+
+@pytest.mark.parametrize(
+    ("options", "scheduler"),
+    [(name, "LambdaLR") for name in LR_OPTIONS] + [("decoupled", name) for name in SCHEDULERS],
+)
+def test_lr_may_be_a_tensor(options, scheduler):
+    """Which schedulers then change in place."""
+    lr = torch.tensor(LR, dtype=torch.float64)
+    found = train_with_lr(lr, LR_OPTIONS[options], scheduler)
+    assert lr != LR
+    expected = train_with_lr(LR, LR_OPTIONS[options], scheduler)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_a_state_dict_keeps_lr_as_a_tensor():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    optimizer = Shampoo([("w", weight)], lr=torch.tensor(0.5))
+    again = Shampoo([("w", weight)], lr=torch.tensor(0.1))
+    again.load_state_dict(optimizer.state_dict())
+    found = again.param_groups[0]["lr"]
+    assert torch.equal(found, torch.tensor(0.5)) and found is not optimizer.param_groups[0]["lr"]
