@@ -37,7 +37,7 @@ State = Mapping[str, Mapping[str, Any]]
 
 
 def find_saved(
-    names: Sequence[Sequence[str]], saved_groups: Sequence[Mapping[str, Any]]
+    names: Sequence[Sequence[str]], given: bool, saved_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[Mapping[str, Any] | None]]:
     """The keys of the saved state that belong to the parameters here, by name, and the saved
     settings of each group here, None where there are none.
@@ -47,6 +47,7 @@ def find_saved(
 
     Args:
         names: of the parameters here, by group.
+        given: whether these are more than numbers.
         saved_groups: of the state dict.
 
     Raises:
@@ -57,7 +58,7 @@ def find_saved(
     sizes, saved_sizes = map(len, names), [len(group["params"]) for group in saved_groups]
     # (The keys of torch.distributed.checkpoint.state_dict are names of the parameters here.)
     numbered = all(isinstance(key, int) for group in saved_groups for key in group["params"])
-    named = numbered and list(map(len, theirs)) == saved_sizes and any(theirs)
+    named = given and numbered and list(map(len, theirs)) == saved_sizes and any(theirs)
     if list(sizes) == saved_sizes and not (named and theirs != list(map(list, names))):
         pairs = zip(names, saved_groups, strict=True)
         keys = {n: k for ours, g in pairs for n, k in zip(ours, g["params"], strict=True)}

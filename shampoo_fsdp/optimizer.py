@@ -1,5 +1,6 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -349,7 +350,10 @@ class Shampoo(torch.optim.Optimizer):
         here = flat({name: self.state[parameter] for name, parameter in named.items()})
         problem, saved, other = None, {}, []
         try:
-            keys, saved_groups = find_saved(self._names_of_groups, state_dict["param_groups"])
+            given = "param_names" in self.param_groups[0]
+            keys, saved_groups = find_saved(
+                self._names_of_groups, given, state_dict["param_groups"]
+            )
             entries = {n: state_dict["state"].get(keys.get(n), {}) for n in named}
             groups = [
                 settings_to_load(self.config, group, saved_group)
@@ -372,6 +376,9 @@ class Shampoo(torch.optim.Optimizer):
         for group, settings in zip(self.param_groups, groups, strict=True):
             group.update(settings)
         carry_out(here, saved, decision, set(other))
+        known = {key for group in state_dict["param_groups"] for key in group["params"]}
+        for key in state_dict["state"].keys() - known:  # what others keep beside parameters
+            self.state[key] = copy.deepcopy(state_dict["state"][key])
         for i, (name, parameter) in enumerate(named.items()):
             state = self.state[parameter]
             for entry in strangers(state):

@@ -469,11 +469,13 @@ class TestAsATorchOptimizer:
         optimizer = Shampoo(model.named_parameters())
         weight = model.layers["0"].attention.wq.weight
         optimizer.state[weight] |= {"ema": torch.ones(3), "seen": 5, "tags": {"a": [1]}}
+        optimizer.state["mine"] = 7
         saved = copy.deepcopy(optimizer.state_dict())
         again = Shampoo(model.named_parameters())
         again.load_state_dict(saved)
         state = again.state[weight]
         assert torch.equal(state["ema"], torch.ones(3)) and state["seen"] == 5
+        assert again.state["mine"] == 7
         assert state["tags"] == {"a": [1]} and state["tags"] is not saved["state"][1]["tags"]
         again.load_state_dict(Shampoo(model.named_parameters()).state_dict())
         assert "ema" not in again.state[weight]
