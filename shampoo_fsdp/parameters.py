@@ -282,7 +282,8 @@ def refuse_frozen(frozen: Iterable[tuple[str, Tensor]]) -> None:
         if parameter.grad is not None:
             raise ValueError(
                 f"parameter '{name}' has a gradient but did not require one when Shampoo was "
-                "built, so that it has no state; build the optimizer after unfreezing."
+                "built, so that it has no state; build another optimizer after unfreezing, with "
+                'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
             )
 
 
