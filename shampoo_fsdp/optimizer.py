@@ -21,6 +21,7 @@ from shampoo_fsdp.parameters import (
     local_gradient,
     named_param_groups,
     refuse_frozen,
+    refuse_moved,
     warning_without_names,
 )
 from shampoo_fsdp.precision import full_precision
@@ -175,9 +176,10 @@ class Shampoo(torch.optim.Optimizer):
         count as zero.
 
         Raises:
-            ValueError: names a parameter whose gradient is sparse, or that was frozen when the
-                optimizer was built, or, on all ranks and with on_nonfinite = "raise", is not
-                finite; nothing has been changed then.
+            ValueError: names a parameter that has moved to another device since the optimizer was
+                built (another floating-point type is followed), or whose gradient is sparse, or
+                that was frozen when the optimizer was built, or, on all ranks and with
+                on_nonfinite = "raise", is not finite; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -190,6 +192,7 @@ class Shampoo(torch.optim.Optimizer):
     def _step(self) -> None:
         watch = self._watch
         watch.start()
+        self._follow_the_model()
         groups = [_with_plain_lr(group) for group in self.param_groups]
         gradients = self._local_gradients()
         if self.config.on_nonfinite == "raise":
@@ -218,6 +221,15 @@ class Shampoo(torch.optim.Optimizer):
         if self._buckets:
             self._buckets[-1][1].apply_arriving(groups)
             watch.lap("exchange")
+
+    def _follow_the_model(self) -> None:
+        """Notice that it has been moved, or cast to another type, since the last step."""
+        refuse_moved(self._names, self._parameters, self._workspace.device)
+        for i in self._excluded:
+            parameter, state = self._parameters[i], self.state[self._parameters[i]]
+            if state["exp_avg"].dtype != parameter.dtype:
+                for entry, new in self._elementwise.new_state(parameter).items():
+                    state[entry] = state[entry].to(new.dtype)
 
     def _send_gradients(
         self,
