@@ -17,7 +17,7 @@ __all__ = ["Items", "count_items"]
 
 _ADAMW_SETTINGS = 12
 """Keys that torch.optim.AdamW and a scheduler of lr keep in a parameter group."""
-_OUR_SETTINGS = 5
+_OUR_SETTINGS = 6  # with the names of the group's parameters
 _ADAMW_MOMENTS = 2
 _ADAMW_COUNTERS = 1  # step
 _OUR_COUNTERS = 3  # step, factor_step, refreshed

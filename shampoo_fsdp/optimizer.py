@@ -33,6 +33,7 @@ from shampoo_fsdp.parameters import (
     local_shard,
     named_param_groups,
     refuse_frozen,
+    refuse_moved,
     warning_without_names,
 )
 from shampoo_fsdp.precision import full_precision
@@ -192,11 +193,13 @@ class Shampoo(torch.optim.Optimizer):
         count as zero.
 
         Raises:
-            ValueError: names a parameter whose gradient is sparse or complex, or that was frozen
-                when the optimizer was built, or, on all ranks and with on_nonfinite = "raise", is
-                not finite. Nothing has been changed then, except on several ranks where some have a
-                sparse, complex or frozen one, which the others cannot know: the step is taken
-                as if it were NaN, and the ranks that have it raise at its end.
+            ValueError: names a parameter that has moved to another device since the optimizer was
+                built (another floating-point type is followed), or whose gradient is sparse or
+                complex, or that was frozen when the optimizer was built, or, on all ranks and with
+                on_nonfinite = "raise", is not finite. Nothing has been changed then, except on
+                several ranks where some have a sparse, complex or frozen one, which the others
+                cannot know: the step is taken as if it were NaN, and the ranks that have it raise
+                at its end.
         """
         loss = None
         if closure is not None:
@@ -209,6 +212,7 @@ class Shampoo(torch.optim.Optimizer):
     def _step(self) -> None:
         watch = self._watch
         watch.start()
+        self._follow_the_model()
         groups = [_with_plain_lr(group) for group in self.param_groups]
         gradients, problem = self._local_gradients()
         if problem and all(members.group is None for members in self._residents):
@@ -246,6 +250,15 @@ class Shampoo(torch.optim.Optimizer):
             watch.lap("exchange")
         if problem:
             raise problem
+
+    def _follow_the_model(self) -> None:
+        """Notice that it has been moved, or cast to another type, since the last step."""
+        refuse_moved(self._names, self._parameters, self._workspace.device)
+        for i in self._excluded:
+            parameter, state = self._parameters[i], self.state[self._parameters[i]]
+            if state["exp_avg"].dtype != parameter.dtype:
+                for entry, new in self._elementwise.new_state(parameter).items():
+                    state[entry] = state[entry].to(new.dtype)
 
     def _send_gradients(
         self,

@@ -30,6 +30,7 @@ __all__ = [
     "plain_name",
     "process_group",
     "refuse_frozen",
+    "refuse_moved",
     "warning_without_names",
 ]
 
@@ -199,6 +200,24 @@ def check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> None
             raise ValueError(
                 f"parameter '{name}' is on {parameter.device} but '{names[0]}' is on {first}; all "
                 "parameters must be on one device."
+            )
+
+
+def refuse_moved(names: Sequence[str], parameters: Sequence[Tensor], device: torch.device) -> None:
+    """Raise a ValueError that names the first parameter that has left the device of its state, or
+    is not real any more."""
+    for name, parameter in zip(names, parameters, strict=True):
+        if parameter.device != device:
+            raise ValueError(
+                f"parameter '{name}' is on {parameter.device}, but was on {device} when Shampoo "
+                "was built, and its state still is; build it again and load_state_dict() the old "
+                "one's state_dict()."
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"parameter '{name}' is of type {parameter.dtype} now; only real floating-point "
+                "parameters can be trained: build Shampoo again with such ones, and "
+                "load_state_dict()."
             )
 
 

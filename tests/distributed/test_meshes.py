@@ -58,6 +58,24 @@ def test_every_mesh_equals_one_process(layout, world, sizes):
         assert relative_difference(parameters, alone) <= 1e-5
 
 
+def train_after_casting(layout: str) -> dict[str, Tensor]:
+    built = build(layout)
+    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
+    for step in range(6):
+        if step == 3:
+            built.model.to(torch.float64)
+        set_gradients(built.model, deterministic_gradients(built.model, step))
+        optimizer.step()
+    return full_parameters(built.model)
+
+
+def test_a_model_may_be_cast_to_another_type_on_a_mesh():
+    alone = train_after_casting("single")
+    assert all(parameter.dtype == torch.float64 for parameter in alone.values())
+    for parameters in run_ranks(2, train_after_casting, layout="fsdp"):
+        assert relative_difference(parameters, alone) <= 1e-5
+
+
 def test_blocks_cut_at_shards_are_trained_as_well():
     """Another grid, so another update; but the same one on every replica."""
     replicas = run_ranks(4, train, layout="hsdp", block_alignment="shard")

@@ -177,14 +177,15 @@ class Travels:
 
 @functools.cache
 def contents(folder: Path, step: int) -> dict[str, Any]:
-    """All of a checkpoint by key but the data loader's part, which belongs to the mesh."""
+    """All of a checkpoint by key but what belongs to the mesh: the data loader's part, and which
+    other parameters are in a parameter's group (those of its pipeline stage)."""
     file = folder / "whole.pt"
     dcp_to_torch_save(folder / f"step-{step}", file)
     saved = torch.load(file, weights_only=True)
     flat = {key: value for key, value in saved.items() if not isinstance(value, dict)}
     for part in ("optimizer", "lr_scheduler", "train_state"):
         flat |= {f"{part}.{key}": value for key, value in saved[part].items()}
-    return flat
+    return {key: value for key, value in flat.items() if not key.endswith(".param_names")}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
