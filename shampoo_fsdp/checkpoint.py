@@ -6,6 +6,7 @@ Also, what is wrong with a checkpoint that cannot be read.
 """
 
 from dataclasses import replace
+from io import BytesIO
 from logging import getLogger
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     create_default_local_load_plan,
 )
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from shampoo_fsdp.load_decision import LoadDecision, LoadReport, OnMismatch, decide
 from shampoo_fsdp.mismatch import CheckpointMismatch, check_coverage, check_others
+from shampoo_fsdp.safe_reader import SafeFileSystemReader, load_values
 from shampoo_fsdp.state import local_parts
 
 __all__ = ["CheckpointMismatch", "LoadReport", "ShampooLoadPlanner", "find_damage"]
@@ -94,6 +95,16 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         self._to_convert = []
         return super().finish_plan(new_plan)
 
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """As the default planner does, but only values: no code that a file may contain is run.
+
+        Raises:
+            UnsafeCheckpoint: names what the file asks for.
+        """
+        load_values(value, read_item.dest_index.fqn)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         super().commit_tensor(read_item, tensor)
         if (key := read_item.dest_index.fqn) in self._decision.renamed:
@@ -113,17 +124,17 @@ def find_damage(folder: Path) -> str:
         folder: as `torch.distributed.checkpoint` has written it.
     """
     if not folder.is_dir():
-        return "there is no such folder"
+        return "it is a file; give the folder" if folder.exists() else "there is no such folder"
     if not (folder / ".metadata").exists():
         return "it has no .metadata, which is written last: saving it has not finished"
     try:
-        metadata = FileSystemReader(folder).read_metadata()
+        metadata = SafeFileSystemReader(folder).read_metadata()
         ends: dict[str, int] = {}
         for info in metadata.storage_data.values():
             end = info.offset + info.length
             ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    except Exception as error:  # unpickling may raise anything
-        return f".metadata cannot be read ({type(error).__name__}: {error})"
+    except (ValueError, OSError) as error:
+        return str(error)
     for name, end in sorted(ends.items()):
         path = folder / name
         if not path.exists():

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from shampoo_fsdp.checkpoint import find_damage
+from shampoo_fsdp.safe_reader import SafeFileSystemReader
 from shampoo_fsdp.state import OwnedBlocks
 
 __all__ = ["CheckpointReader"]
@@ -31,7 +31,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         if damage := _what_is_wrong(folder):
             raise ValueError(f"{folder} cannot be read: {damage}.")
-        self._storage = FileSystemReader(folder)
+        self._storage = SafeFileSystemReader(folder)
         self._all = self._storage.read_metadata()
         self._storage.set_up_storage_reader(self._all, is_coordinator=True)
         self.metadata: Mapping[str, Any] = self._all.state_dict_metadata

@@ -17,6 +17,7 @@ from torchtitan.components.checkpoint import LR_SCHEDULER, MODEL, OPTIMIZER, Che
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
+from shampoo_fsdp.safe_reader import SafeFileSystemReader
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 
 __all__ = ["CheckpointError", "complete_checkpoints", "explain", "register"]
@@ -161,7 +162,12 @@ def _dcp_load(
     config = getattr(next(iter(self.states[OPTIMIZER])), "config", None)
     planner = ShampooLoadPlanner(getattr(config, "on_mismatch", "refuse"))
     try:
-        load(state_dict, checkpoint_id=checkpoint_id, planner=planner)
+        load(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_reader=None if "://" in checkpoint_id else SafeFileSystemReader(checkpoint_id),
+            planner=planner,
+        )
     except CheckpointException as error:
         raise CheckpointError(explain(error, checkpoint_id), error.failures) from None
     if MODEL in self.states:

@@ -130,7 +130,13 @@ def main() -> None:
     # TorchTitan's data loader calls it; nothing that a user could do about it.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     torchtitan.train.ConfigManager = JobReader  # type: ignore[misc]
-    torchtitan.train.main(Trainer)
+    try:
+        torchtitan.train.main(Trainer)
+    finally:
+        # A process that ends with gloo's threads running is now and then aborted (SIGABRT,
+        # "terminate called without an active exception"), whatever it has said before.
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
