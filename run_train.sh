@@ -19,6 +19,12 @@ export NGPU
 threads=$(($(nproc) / NGPU))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 
+case " $* " in
+  *" --help "* | *" -h "*)  # one process says it
+    exec .venv/bin/python -m shampoo_torchtitan.train --job.config_file "$CONFIG_FILE" --help
+    ;;
+esac
+
 # Port 0: any free one, so that two trainings fit on a machine.
 exec .venv/bin/python integrations/launch.py \
   --nproc_per_node="$NGPU" --rdzv_backend c10d --rdzv_endpoint="localhost:0" \

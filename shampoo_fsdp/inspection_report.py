@@ -8,11 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from shampoo_fsdp.inspection import Checkpoint, Factor, Parameter
 
 __all__ = ["as_json", "by_dimension", "median", "print_report"]
+
+_HEADS = (
+    "shape", "step", "blocks", "condition number", "effective rank", "vanishing", "state",
+)  # fmt: skip
+_TABLE_WIDTH = 100
+"""Columns of a terminal, below which a parameter has its figures under its name."""
 
 
 def as_json(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -61,7 +69,14 @@ def print_report(checkpoint: Checkpoint, console: Console) -> None:
     if checkpoint.training:
         found = ", ".join(f"{name} = {value}" for name, value in checkpoint.training.items())
         console.print(f"The training's own count: {found}.", highlight=False)
-    console.print(_settings_table(parameters), _parameter_table(parameters))
+    console.print(_settings_table(parameters))
+    if console.width >= _TABLE_WIDTH:
+        console.print(_parameter_table(parameters))
+    else:
+        for p in parameters:
+            pairs = zip(_HEADS, _figures(p), strict=True)
+            figures = ", ".join(f"{head} {figure}" for head, figure in pairs if figure)
+            console.print(f"[bold]{escape(p.name)}[/bold]", Padding(figures, (0, 0, 0, 2)))
     for parameter in parameters:
         for entry, count in parameter.nonfinite.items():
             console.print(f"[red]{parameter.name}: {count:,} NaN or infinite in {entry}[/red]")
@@ -70,7 +85,7 @@ def print_report(checkpoint: Checkpoint, console: Console) -> None:
     if preconditioned:
         console.print(
             "[dim]Condition number: largest eigenvalue by smallest (at least 2^-23 of the largest)."
-            " Effective rank: exp of the entropy\nof the eigenvalues, by n. Vanishing: eigenvalues "
+            " Effective rank: exp of the entropy of the eigenvalues, by n. Vanishing: eigenvalues "
             "below 2^-23 of the largest. Medians over blocks, / between dimensions.[/dim]",
             highlight=False,
         )
@@ -92,31 +107,32 @@ def _settings_table(parameters: Sequence[Parameter]) -> Table:
 
 def _parameter_table(parameters: Sequence[Parameter]) -> Table:
     table = Table(title="Parameters", title_justify="left", title_style="bold")
-    heads = ("shape", "step", "blocks", "condition number", "effective rank", "vanishing", "state")
     table.add_column("parameter", no_wrap=True)
-    for head in heads:
+    for head in _HEADS:
         table.add_column(head, justify="right")
     for p in parameters:
-        factors = by_dimension(p)
-        step = str(p.step)
-        if p.factor_step not in (None, p.step):
-            step += f" (factors {p.factor_step})"
-        blocks = f"{p.number_of_blocks:,}" if p.number_of_blocks else "-"
-        if len(p.blocks) < p.number_of_blocks:
-            blocks = f"{len(p.blocks):,} of {blocks}"
-        table.add_row(
-            p.name,
-            " x ".join(map(str, p.shape)),
-            step,
-            blocks,
-            " / ".join(f"{median(f.condition_number for f in fs):.1e}" for fs in factors.values()),
-            " / ".join(
-                f"{median(f.effective_rank / f.n for f in fs):.1%}" for fs in factors.values()
-            ),
-            " / ".join(f"{median(f.vanishing for f in fs):.0%}" for fs in factors.values()),
-            _size(sum(p.bytes.values())),
-        )
+        table.add_row(p.name, *_figures(p))
     return table
+
+
+def _figures(p: Parameter) -> tuple[str, ...]:
+    """Of a parameter, under `_HEADS`."""
+    factors = by_dimension(p)
+    step = str(p.step)
+    if p.factor_step not in (None, p.step):
+        step += f" (factors {p.factor_step})"
+    blocks = f"{p.number_of_blocks:,}" if p.number_of_blocks else "-"
+    if len(p.blocks) < p.number_of_blocks:
+        blocks = f"{len(p.blocks):,} of {blocks}"
+    return (
+        " x ".join(map(str, p.shape)),
+        step,
+        blocks,
+        " / ".join(f"{median(f.condition_number for f in fs):.1e}" for fs in factors.values()),
+        " / ".join(f"{median(f.effective_rank / f.n for f in fs):.1%}" for fs in factors.values()),
+        " / ".join(f"{median(f.vanishing for f in fs):.0%}" for fs in factors.values()),
+        _size(sum(p.bytes.values())),
+    )
 
 
 def by_dimension(parameter: Parameter) -> dict[int, list[Factor]]:

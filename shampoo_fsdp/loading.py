@@ -93,7 +93,8 @@ def settings_to_load(
     settings = {k: copy.deepcopy(v) for k, v in saved.items() if k not in left_out}
     if "param_names" in group or len(settings.get("param_names", ())) != len(group["params"]):
         settings.pop("param_names", None)
-    loaded = {**group, **settings}
+    # (lr is what a schedule has made of it, negative after its end.)
+    loaded = {**group, **settings, "lr": 0.0}
     names = ("lr", "betas", "eps", "weight_decay")
     validate_hyperparameters(config, **{name: loaded[name] for name in names})
     return settings

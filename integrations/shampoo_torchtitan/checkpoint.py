@@ -7,6 +7,7 @@ in the place of its methods; each calls the one that was there.
 import contextlib
 import functools
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from shampoo_fsdp.safe_reader import SafeFileSystemReader
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 
 __all__ = ["CheckpointError", "complete_checkpoints", "explain", "register"]
+
+
+_LITTLE_SPACE = 2**20  # bytes; what could not be written is still there
 
 
 class CheckpointError(CheckpointException):
@@ -81,10 +85,19 @@ def _first_failure(error: CheckpointException) -> str:
 def _cannot_save(error: CheckpointException, folder: str) -> CheckpointError:
     complete = ", ".join(complete_checkpoints(folder)) or "none"
     return CheckpointError(
-        f"Cannot save a checkpoint in {folder}: {_first_failure(error)}. Complete ones there: "
-        f"{complete}.",
+        f"Cannot save a checkpoint in {folder}: {_disk_is_full(folder)}{_first_failure(error)}. "
+        f"Complete ones there: {complete}.",
         error.failures,
     )
+
+
+def _disk_is_full(folder: str) -> str:
+    """Says so, as what PyTorch says of it may not."""
+    with contextlib.suppress(OSError):  # a remote folder, or one that is gone
+        free = shutil.disk_usage(folder).free
+        if free < _LITTLE_SPACE:
+            return f"the disk is full there ({free / 2**20:.1f} MiB are free); "
+    return ""
 
 
 # ------------------------------------------------------------- in the place of TorchTitan's methods

@@ -7,6 +7,7 @@ the command line.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torchtitan.config import ConfigManager
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.config import validate_hyperparameters
 
-__all__ = ["JobConfig", "Optimizer", "check_job", "check_table"]
+__all__ = ["JobConfig", "Optimizer", "check_degrees", "check_job", "check_table"]
 
 _TITAN_OPTIMIZERS = ("Adam", "AdamW")
 _OWN_IMPORTS = ("", "shampoo_torchtitan")
@@ -99,6 +100,32 @@ def check_job(config: Any) -> None:
         raise ValueError(
             'fault_tolerance.enable = true: must be false with optimizer.name = "shampoo", '
             "which does not support TorchFT"
+        )
+
+
+def check_degrees(config: Any, ranks: int) -> None:
+    """Checks that the parallelism's degrees make as many ranks as there are.
+
+    Raises:
+        ValueError: It names the degrees and the number of ranks.
+    """
+    parallelism = config.parallelism
+    names = (
+        "data_parallel_replicate_degree",
+        "data_parallel_shard_degree",
+        "context_parallel_degree",
+        "tensor_parallel_degree",
+        "pipeline_parallel_degree",
+    )
+    degrees = {name: int(getattr(parallelism, name)) for name in names}
+    rest = degrees["data_parallel_shard_degree"] == -1  # whatever the others leave
+    product = math.prod(degree for degree in degrees.values() if degree != -1)
+    if product < 1 or (ranks % product if rest else ranks != product):
+        shown = ", ".join(f"{name} = {n}" for name, n in degrees.items() if n not in (-1, 1))
+        raise ValueError(
+            f"[parallelism] {shown or 'data_parallel_shard_degree = 1'}: "
+            f"the degrees make {product} ranks, "
+            f"{'of which a multiple' if rest else 'which'} must be there, and there are {ranks}"
         )
 
 

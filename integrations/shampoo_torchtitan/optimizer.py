@@ -14,11 +14,15 @@ from torchtitan.tools.logging import logger
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.diagnostics import Diagnostics
 
-__all__ = ["NAME", "ShampooContainer", "build_optimizers", "register"]
+__all__ = ["NAME", "BadSetting", "ShampooContainer", "build_optimizers", "register"]
 
 NAME = "shampoo"
 
 _titan_build_optimizers = titan.build_optimizers
+
+
+class BadSetting(ValueError):
+    """Why the optimizer cannot be built, in a sentence; raised on every rank."""
 
 
 class ShampooContainer(OptimizersContainer):
@@ -115,6 +119,7 @@ def build_optimizers(
         Shampoo if the name is "shampoo" in any case, else what TorchTitan returns.
 
     Raises:
+        BadSetting: Shampoo's settings do not fit the model.
         ValueError: Shampoo together with early_step_in_backward or TorchFT.
     """
     if optimizer_config.name.lower() != NAME:
@@ -141,9 +146,12 @@ def build_optimizers(
     }
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
-    container = ShampooContainer(
-        model_parts, settings, parallel_dims.get_mesh("dp_replicate") if ddp else None
-    )
+    try:
+        container = ShampooContainer(
+            model_parts, settings, parallel_dims.get_mesh("dp_replicate") if ddp else None
+        )
+    except (TypeError, ValueError) as error:
+        raise BadSetting(f"Cannot build Shampoo: {error}") from error
     container.log_summary()
     return container
 

@@ -20,6 +20,7 @@ from torchtitan.tools.logging import logger
 from shampoo_torchtitan import cpu, job_config
 from shampoo_torchtitan.byte_tokenizer import DEFAULT_FOLDER, write_byte_tokenizer
 from shampoo_torchtitan.checkpoint import CheckpointError
+from shampoo_torchtitan.optimizer import BadSetting
 
 __all__ = ["JobReader", "Trainer", "main"]
 
@@ -54,7 +55,11 @@ class JobReader(ConfigManager):
         """Reads the job, or ends the process with one readable message."""
         try:
             config = super().parse_args(sys.argv[1:] if args is None else args)
+            job_config.check_degrees(config, int(os.environ.get("WORLD_SIZE", "1")))
             changes = cpu.fit_job_config(config) if cpu.needed() else []
+        except BrokenPipeError:  # --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except (TypeError, ValueError, OSError) as error:
             print(f"Bad job settings: {error}", file=sys.stderr, flush=True)
             _leave_after_the_rank_that_is_shown()
@@ -72,7 +77,7 @@ class Trainer(torchtitan.train.Trainer):
 
     def __init__(self, config: Any) -> None:
         init = cpu.mesh_independent_init() if cpu.needed() else contextlib.nullcontext()
-        with init, _readable_checkpoint_errors():
+        with init, _readable_errors():
             super().__init__(config)
         self._trained = False
 
@@ -81,7 +86,7 @@ class Trainer(torchtitan.train.Trainer):
         super().train_step(data_iterator)
 
     def train(self) -> None:
-        with _readable_checkpoint_errors():
+        with _readable_errors():
             super().train()
         if dist.get_rank() == 0:
             self._say_where()
@@ -106,10 +111,10 @@ class Trainer(torchtitan.train.Trainer):
 
 
 @contextlib.contextmanager
-def _readable_checkpoint_errors() -> Iterator[None]:
+def _readable_errors() -> Iterator[None]:
     try:
         yield
-    except CheckpointError as error:  # on every rank, wherever it happened
+    except (BadSetting, CheckpointError) as error:  # on every rank, wherever it happened
         print(error, file=sys.stderr, flush=True)
         _leave_after_the_rank_that_is_shown()
 
