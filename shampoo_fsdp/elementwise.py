@@ -71,7 +71,12 @@ class ElementwiseMethod:
             kept = [
                 {name: local_shard(value) for name, value in states[i].items()} for i in members
             ]
-            if self._plain_adamw:
+            # The fused kernel takes memory as it lies, whatever the strides.
+            if (
+                self._plain_adamw
+                and shards[0].device.type in ("cpu", "cuda", "xpu")
+                and all(shard.is_contiguous() for shard in shards)
+            ):
                 self._adamw(shards, clean, kept, group)
             else:
                 self._step(shards, clean, kept, [steps[i] for i in members], group)
@@ -84,10 +89,6 @@ class ElementwiseMethod:
         group: Mapping[str, Any],
     ) -> None:
         beta1, beta2, eps = self._hyperparameters(group)
-        # The fused kernel takes memory as it lies, whatever the strides.
-        fused = shards[0].device.type in ("cpu", "cuda", "xpu") and all(
-            shard.is_contiguous() for shard in shards
-        )
         adamw(
             shards,
             gradients,
@@ -95,8 +96,7 @@ class ElementwiseMethod:
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=fused,
-            foreach=not fused,
+            fused=True,  # the others read the steps back
             amsgrad=False,
             maximize=False,
             lr=group["lr"],

@@ -57,6 +57,16 @@ def test_no_step_reads_a_value_back(settings):
             optimizer.step()
 
 
+@pytest.mark.parametrize("grafting", ["adam", "rmsprop"])
+def test_a_transposed_parameter_that_is_not_preconditioned_reads_nothing_back(grafting):
+    weight = torch.nn.Parameter(torch.randn(6, 4).t())
+    optimizer = Shampoo([("w", weight)], exclude=["w"], grafting=grafting)
+    for _ in range(2):
+        weight.grad = torch.randn(4, 6)
+        with NoReadBack():
+            optimizer.step()
+
+
 def test_the_check_notices_a_read_back():
     try:
         with NoReadBack():
