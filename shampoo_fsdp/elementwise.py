@@ -31,7 +31,9 @@ class _Piece:
     kept: Mapping[str, Tensor]
     """The state, and the weights as `value`."""
     step: Tensor
+    """Gradients before this one."""
     steps: int
+    """The same with this one, for the host."""
 
 
 class ElementwiseMethod:
@@ -51,14 +53,15 @@ class ElementwiseMethod:
             and not config.momentum
             and config.weight_decay_type == "decoupled"
         )
+        names = ["exp_avg", second_moment_name(self._method)]
+        if config.momentum:
+            names.append("momentum_buffer")
+        self._names = [name for name in names if name]
         self.skipped_entries = torch.zeros((), dtype=torch.int64, device=device)
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """What is kept for a parameter, in its shape and placement, beside `step`."""
-        names = ["exp_avg", second_moment_name(self._method)]
-        if self._config.momentum:
-            names.append("momentum_buffer")
-        return {name: torch.zeros_like(parameter) for name in names if name}
+        return {name: torch.zeros_like(parameter) for name in self._names}
 
     def step(
         self,
@@ -79,41 +82,45 @@ class ElementwiseMethod:
         """
         alike: dict[tuple[torch.dtype, bool], list[_Piece]] = defaultdict(list)
         for i, parameter in enumerate(parameters):
-            pieces = _pieces(local_shard(parameter), gradients[i], states[i], steps[i])
-            alike[parameter.dtype, counted[i]].extend(pieces)
-        for (_, is_counted), pieces in alike.items():
-            for chunk in _chunks(pieces):
+            kept = {name: local_shard(states[i][name]) for name in self._names}
+            kept["value"] = local_shard(parameter)
+            alike[parameter.dtype, counted[i]].extend(
+                _pieces(gradients[i].reshape(-1), kept, states[i]["step"], steps[i])
+            )
+        for (_, is_counted), members in alike.items():
+            for chunk in _chunks(members):
                 self._step_chunk(chunk, is_counted, group)
         torch._foreach_add_([state["step"] for state in states], 1)
 
     def _step_chunk(self, chunk: Sequence[_Piece], counted: bool, group: Mapping[str, Any]) -> None:
         # In one piece, so that the number of kernels does not grow with that of the parameters.
         sizes = [piece.gradient.numel() for piece in chunk]
-        flat = {
+        old = {
             name: torch.cat([piece.kept[name].reshape(-1) for piece in chunk])
             for name in chunk[0].kept
         }
-        gradient = torch.cat([piece.gradient for piece in chunk]).to(flat["value"].dtype)
+        gradient = torch.cat([piece.gradient for piece in chunk]).to(old["value"].dtype)
         if self._config.weight_decay_type == "l2" and group["weight_decay"]:
-            gradient.add_(flat["value"], alpha=group["weight_decay"])
+            gradient.add_(old["value"], alpha=group["weight_decay"])
         usable = gradient.abs() < LARGEST_GRADIENT  # false for NaN
         bad = usable.logical_not()
         if counted:
             self.skipped_entries += bad.sum()
-        # Any number with which the step is finite, for what is not kept: 0 / (0 + eps) may not be.
-        gradient.masked_fill_(bad, 1.0)
-        kept = {name: list(torch.split(values, sizes)) for name, values in flat.items()}
+        gradient.masked_fill_(bad, 0.0)
+        new = {name: values.clone() for name, values in old.items()}
+        kept = {name: list(torch.split(values, sizes)) for name, values in new.items()}
         split = list(torch.split(gradient, sizes))
         # The fused kernel alone takes the steps without reading them back.
         if self._plain_adamw and gradient.device.type in ("cpu", "cuda", "xpu"):
             self._adamw(split, kept, [piece.step for piece in chunk], group)
         else:
             self._step(split, kept, [piece.steps for piece in chunk], group)
-        # By weights of 0 and 1, which are exact.
-        weights = torch.split(usable.to(gradient.dtype), sizes)
-        for name, values in kept.items():
+        for name, values in new.items():
+            torch.where(usable, values, old.pop(name), out=values)
             targets = [piece.kept[name] for piece in chunk]
-            torch._foreach_lerp_(targets, _like(targets, values), _like(targets, weights))
+            torch._foreach_copy_(
+                targets, [v.view_as(t) for v, t in zip(kept[name], targets, strict=True)]
+            )
 
     def _adamw(
         self,
@@ -192,19 +199,16 @@ class ElementwiseMethod:
 
 
 def _pieces(
-    shard: Tensor, gradient: Tensor, state: Mapping[str, Tensor], steps: int
+    gradient: Tensor, kept: Mapping[str, Tensor], step: Tensor, steps: int
 ) -> Iterator[_Piece]:
-    kept = {"value": shard}
-    kept.update((name, local_shard(v)) for name, v in state.items() if name != "step")
-    flat, step = gradient.reshape(-1), local_shard(state["step"])
-    most = _most_elements(shard)
     if not all(values.is_contiguous() for values in kept.values()):
-        yield _Piece(flat, kept, step, steps)
+        yield _Piece(gradient, kept, step, steps)
         return
-    for start in range(0, len(flat), most):
+    most = _most_elements(gradient)
+    for start in range(0, len(gradient), most):
         part = slice(start, start + most)
         views = {name: values.view(-1)[part] for name, values in kept.items()}
-        yield _Piece(flat[part], views, step, steps)
+        yield _Piece(gradient[part], views, step, steps)
 
 
 def _chunks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
@@ -222,7 +226,3 @@ def _chunks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 def _most_elements(tensor: Tensor) -> int:
     return _CHUNK_ELEMENTS_ON_CPU if tensor.device.type == "cpu" else _CHUNK_ELEMENTS
-
-
-def _like(targets: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-    return [v.view_as(target) for target, v in zip(targets, values, strict=True)]

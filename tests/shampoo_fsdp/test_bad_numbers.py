@@ -360,6 +360,17 @@ def test_a_bad_entry_stays_and_the_others_take_their_step(method, dtype, chunks)
     assert job.optimizer.counters().tolist() == [0, 0, 0, 3]
 
 
+def test_an_infinite_weight_stays_what_it_is_and_so_do_entries_of_others():
+    weight = nn.Parameter(torch.tensor([-math.inf, 1.0]))
+    optimizer = Shampoo([("bias", weight)])
+    optimizer.state[weight]["note"] = "of somebody else"
+    for last in (0.0, math.nan):
+        weight.grad = torch.tensor([last, 1.0])
+        optimizer.step()
+        assert weight[0] == -math.inf and weight[1] < 1.0
+    assert optimizer.state[weight]["note"] == "of somebody else"
+
+
 @ranks(4)
 def test_no_mesh_decides_which_entries_stay_and_how_many_are_counted():
     after = {}
