@@ -62,11 +62,11 @@ class MatrixStack:
 @functools.cache
 def _triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the entries of the upper triangle are in a flat matrix, and of a matrix in it."""
-    rows, columns = torch.triu_indices(n, n)
+    rows, columns = torch.triu_indices(n, n, device=device)
     pack = rows * n + columns
-    unpack = torch.empty(n, n, dtype=torch.int64)
-    unpack[rows, columns] = unpack[columns, rows] = torch.arange(len(pack))
-    return pack.int().to(device), unpack.flatten().int().to(device)
+    unpack = torch.empty(n, n, dtype=torch.int64, device=device)
+    unpack[rows, columns] = unpack[columns, rows] = torch.arange(len(pack), device=device)
+    return pack.int(), unpack.flatten().int()
 
 
 T = TypeVar("T", Tensor, float | Tensor)

@@ -29,6 +29,7 @@ from shampoo_fsdp.parameters import (
     Replicas,
     check_parameters,
     check_replicas,
+    is_first_replica,
     local_gradient,
     local_shard,
     named_param_groups,
@@ -149,12 +150,13 @@ class Shampoo(torch.optim.Optimizer):
             if matrices := [tuple(p.shape) for p in chosen if p.ndim > 1]:
                 said = warning_without_names(len(self._parameters), matrices)
                 warnings.warn(said, stacklevel=3)
-        self._elementwise = ElementwiseMethod(self.config)
         self._watch = Stopwatch(
             self._parameters[0].device if self._parameters else torch.device("cpu")
         )
         self._buckets = [(team, bucket) for team in self._teams for bucket in team.buckets]
         device = self._parameters[0].device if self._parameters else None
+        self._elementwise = ElementwiseMethod(self.config, device)
+        self._counted = [is_first_replica(p, replicas) for p in self._parameters]
         elements = max((bucket.elements for _, bucket in self._buckets), default=0)
         self._workspace = torch.empty(elements, dtype=torch.float32, device=device)
         for team, bucket in self._buckets:
@@ -188,9 +190,9 @@ class Shampoo(torch.optim.Optimizer):
         """Update the parameters that have a gradient.
 
         Every rank of a mesh must call it. A block whose gradient has a non-finite entry keeps its
-        state and gets no update on this step but weight decay, and is counted (see
-        :meth:`counters`); in the gradients of parameters that are not preconditioned, such entries
-        count as zero.
+        state and gets no update on this step but weight decay. In parameters that are not
+        preconditioned it is such an entry alone that keeps its state, and its weight as well.
+        Both are counted (see :meth:`counters`).
 
         Raises:
             ValueError: names a parameter that has moved to another device since the optimizer was
@@ -330,6 +332,7 @@ class Shampoo(torch.optim.Optimizer):
                     [g for i in mine if (g := gradients[i]) is not None],
                     [self.state[self._parameters[i]] for i in mine],
                     [self._steps[i] for i in mine],
+                    [self._counted[i] for i in mine],
                     scaled,
                 )
 
@@ -417,15 +420,17 @@ class Shampoo(torch.optim.Optimizer):
         )
 
     def counters(self) -> Tensor:
-        """[inverse roots taken, roots that failed, blocks skipped for a bad gradient] so far, for
-        this rank's blocks; int64, on the parameters' device."""
+        """[inverse roots taken, roots that failed, blocks skipped for a bad gradient, entries of
+        other parameters skipped for one] so far, for this rank's blocks and shards; int64, on the
+        parameters' device. Of replicas one counts, so that ranks may add theirs."""
         stacks = [stack for _, bucket in self._buckets for stack in bucket.stacks]
         device = self._parameters[0].device if self._parameters else None
-        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        counts = torch.zeros(4, dtype=torch.int64, device=device)
         for stack in stacks:
             counts[0] += stack.refreshes
             counts[1] += stack.failed_roots
             counts[2] += stack.skipped_blocks
+        counts[3] += self._elementwise.skipped_entries
         return counts
 
     @torch.no_grad()

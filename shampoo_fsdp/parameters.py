@@ -23,6 +23,7 @@ __all__ = [
     "check_parameters",
     "check_replicas",
     "describe",
+    "is_first_replica",
     "is_preconditioned",
     "local_gradient",
     "local_shard",
@@ -259,6 +260,17 @@ def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:
     else:
         ranks = (dist.get_rank() if dist.is_initialized() else 0,)
     return ParameterSpec(name, shape, ranks, (len(ranks),), (Replicate(),))
+
+
+def is_first_replica(parameter: Tensor, replicas: Replicas) -> bool:
+    """Whether this rank's shard is the first of those that are alike on its mesh."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        placed = zip(mesh.get_coordinate() or (), parameter.placements, strict=False)
+        return all(at == 0 for at, placement in placed if isinstance(placement, Replicate))
+    if isinstance(replicas, DeviceMesh):
+        return replicas.get_local_rank() == 0
+    return replicas is None or dist.get_rank(replicas) == 0
 
 
 def local_shard(tensor: Tensor) -> Tensor:

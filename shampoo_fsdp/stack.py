@@ -19,6 +19,7 @@ from shampoo_fsdp.planner import OwnedBlock
 from shampoo_fsdp.preconditioners import PRECONDITIONERS
 from shampoo_fsdp.state_layout import saved_entries, split_rows
 from shampoo_fsdp.stopwatch import Stopwatch
+from shampoo_fsdp.transfer import to_device
 
 __all__ = ["BlockStack", "Clock"]
 
@@ -223,7 +224,7 @@ class BlockStack:
 
     def restart_factors(self, positions: Sequence[int]) -> None:
         """Forget what the preconditioner knows of these blocks."""
-        where = torch.tensor(positions, dtype=torch.int64, device=self.device)
+        where = to_device(torch.tensor(positions, dtype=torch.int64), self.device)
         self.preconditioner.restart(where)
 
     def set_rooted(self, rooted: Sequence[bool]) -> None:
@@ -263,7 +264,7 @@ class BlockStack:
                 continue
             where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
             if len(chosen) != chosen[-1] + 1 - chosen[0]:
-                where = torch.tensor(chosen).to(self.device, non_blocking=True)
+                where = to_device(torch.tensor(chosen), self.device)
             correction = self._correction(beta2, [clock.factor_steps[b] for b in chosen])
             failed = self.preconditioner.refresh(where, cold, correction)
             self.failed_roots += failed.sum()
@@ -311,7 +312,7 @@ class BlockStack:
     def _uniform(self, values: Sequence[float]) -> float | Tensor:
         if min(values) == max(values):
             return values[0]
-        return torch.tensor(values, dtype=torch.float32).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(values, dtype=torch.float32), self.device)
 
     def _count_skipped(self, usable: Tensor, active: Sequence[bool]) -> None:
         skipped = usable == 0.0
@@ -320,7 +321,7 @@ class BlockStack:
         self.skipped_blocks += skipped.sum()
 
     def _host_mask(self, values: Sequence[bool]) -> Tensor:
-        return torch.tensor(values).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(values), self.device)
 
 
 def _compile(function: Callable[P, T]) -> Callable[P, T]:

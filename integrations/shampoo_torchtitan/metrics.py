@@ -11,7 +11,7 @@ from shampoo_torchtitan.optimizer import ShampooContainer
 
 __all__ = ["ShampooMetricsProcessor", "register"]
 
-_NAMES = ("root_refreshes", "failed_roots", "skipped_blocks")
+_NAMES = ("root_refreshes", "failed_roots", "skipped_blocks", "skipped_entries")
 
 
 class ShampooMetricsProcessor(titan.MetricsProcessor):
@@ -34,10 +34,11 @@ class ShampooMetricsProcessor(titan.MetricsProcessor):
             extra_metrics |= {f"shampoo/{name}": value for name, value in figures.items()}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         if counts:
-            refreshes, failed, skipped = counts
+            refreshes, failed, blocks, entries = counts
             logger.info(
                 f"shampoo so far: {refreshes:,} root refreshes, {failed:,} failed, "
-                f"{skipped:,} blocks skipped for a non-finite gradient"
+                f"{blocks:,} blocks and {entries:,} entries of other parameters skipped for a "
+                "non-finite gradient"
             )
             parts = [f"{n[3:]} {ms:.1f}" for n, ms in figures.items() if n.startswith("ms/")]
             logger.info(f"shampoo's last step, ms on the slowest rank: {', '.join(parts)}")

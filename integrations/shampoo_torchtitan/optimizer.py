@@ -53,7 +53,8 @@ class ShampooContainer(OptimizersContainer):
         self._post_init(parameters, {})
 
     def counters(self) -> torch.Tensor:
-        """Root refreshes, failed roots and skipped blocks so far, of this rank's blocks: int64 [3].
+        """Root refreshes, failed roots, skipped blocks and skipped entries of other parameters so
+        far, of this rank: int64 [4].
 
         The caller sums them over ranks.
         """

@@ -55,8 +55,8 @@ class JobReader(ConfigManager):
         """Reads the job, or ends the process with one readable message."""
         try:
             config = super().parse_args(sys.argv[1:] if args is None else args)
-            job_config.check_degrees(config, int(os.environ.get("WORLD_SIZE", "1")))
             changes = cpu.fit_job_config(config) if cpu.needed() else []
+            job_config.check_degrees(config, int(os.environ.get("WORLD_SIZE", "1")))
         except BrokenPipeError:  # --help | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)

@@ -194,6 +194,6 @@ def test_what_cannot_be_inspected_is_said_in_a_line(folder, capsys, tmp_path):
     torn.write_bytes(torn.read_bytes()[:999])
     assert f"{torn.name} has 999 bytes, of which there should be" in refusal(tmp_path / "step-1")
     (tmp_path / "step-1" / ".metadata").write_bytes(b"")
-    assert ".metadata cannot be read (EOFError" in refusal(tmp_path / "step-1")
+    assert ".metadata cannot be read (ValueError" in refusal(tmp_path / "step-1")
     (tmp_path / "step-1" / ".metadata").unlink()
     assert "saving it has not finished" in refusal(tmp_path / "step-1")

@@ -97,8 +97,8 @@ class ReferenceShampoo:
 
     Gradients that are no use, by an entry that is not finite or above LARGEST_GRADIENT: such a
     block keeps its state on this step, but for the roots, which are refreshed when due, and its D
-    is 0. For an excluded parameter, which has no blocks, such an entry counts as 0. t advances all
-    the same, and the weights decay.
+    is 0, and the weights decay. In an excluded parameter, which has no blocks, such an entry keeps
+    its weight and its state. t advances all the same.
     """
 
     def __init__(
@@ -238,17 +238,19 @@ class ReferenceShampoo:
             self.t[name] += 1
             if self.weight_decay_type == "l2":
                 grad = grad + self.weight_decay * param
+            before = param.clone()
             direction = self._direction(name, grad)
             if self.weight_decay_type == "decoupled":
                 param *= 1 - self.lr * self.weight_decay
             elif self.weight_decay_type == "independent":
                 param *= 1 - self.weight_decay * self.lr / self.initial_lr
             param -= self.lr * direction
+            if name in self.excluded:
+                param.copy_(torch.where(_usable(grad), param, before))
 
     def _direction(self, name: str, grad: Tensor) -> Tensor:
         """D of a whole parameter."""
         if name in self.excluded:
-            grad = torch.where(_usable(grad), grad, 0.0)
             return self._excluded_direction(self.excluded[name], grad, self.t[name])
         view, _ = self._view(tuple(grad.shape))
         direction = torch.zeros(view, dtype=torch.float64)
@@ -258,9 +260,12 @@ class ReferenceShampoo:
         return direction.reshape(grad.shape)
 
     def _excluded_direction(self, moments: Moments, grad: Tensor, t: int) -> Tensor:
-        method = self.excluded_method
-        method.average(moments, grad)
-        return method.accelerate(moments, method.direction(moments, t), t)
+        method, before, usable = self.excluded_method, dataclasses.replace(moments), _usable(grad)
+        method.average(moments, torch.where(usable, grad, 0.0))
+        direction = method.accelerate(moments, method.direction(moments, t), t)
+        for name, old in vars(before).items():
+            setattr(moments, name, torch.where(usable, getattr(moments, name), old))
+        return direction
 
     def _block_direction(self, name: str, block: _Block, grad: Tensor) -> Tensor:
         """D of one block (Shi et al. 2023, Algorithm 2)."""

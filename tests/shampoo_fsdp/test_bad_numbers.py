@@ -270,6 +270,133 @@ def test_a_saved_state_continues_bit_for_bit_whatever_the_gradients_were(member)
         assert torch.equal(resumed.parameters[name], p), name
 
 
+# --------------------------------------------------- parameters that are not preconditioned
+
+ELEMENTWISE = {
+    "adam": {},
+    "adam, l2": {"weight_decay_type": "l2"},
+    "adam, momentum": {"momentum": 0.9, "nesterov": True},
+    "adam, without bias correction": {"use_bias_correction": False},
+    "rmsprop, independent decay": {"grafting": "rmsprop", "weight_decay_type": "independent"},
+    "adagrad": {"grafting": "adagrad"},
+    "sgd": {"grafting": "sgd"},
+    "sgd, momentum": {"grafting": "sgd", "momentum": 0.9, "dampening": 0.1},
+}
+LEFT_ALONE = {"embedding": (7, 5), "norm": (5,), "scale": (), "transposed": (4, 6), "empty": (0, 3)}
+
+
+class LeftAlone:
+    """Parameters of some shapes, of which none is preconditioned, after some steps."""
+
+    def __init__(self, dtype: torch.dtype, **options: object) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.parameters = {name: nn.Parameter(g) for name, g in self.gradients(dtype).items()}
+        self.dtype = dtype
+        self.optimizer = Shampoo(
+            self.parameters.items(), lr=0.1, weight_decay=0.3, exclude=["."], **options
+        )
+        for _ in range(3):
+            self.step(self.gradients(dtype))
+
+    def gradients(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        new = {n: torch.randn(s, generator=self.generator) for n, s in LEFT_ALONE.items()}
+        new["transposed"] = new["transposed"].t().contiguous().t()
+        return {name: gradient.to(dtype) for name, gradient in new.items()}
+
+    def step(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.grad = gradients[name].clone()
+        self.optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = local_tensors(self.parameters, self.optimizer)
+        return {name: tensor.clone() for name, (tensor,) in found.items()}
+
+
+@pytest.fixture(params=[None, 4], ids=["whole", "in chunks"])
+def chunks(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr("shampoo_fsdp.elementwise._CHUNK_ELEMENTS_ON_CPU", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_gradients_that_are_all_bad_leave_what_is_not_preconditioned(method, dtype, chunks):
+    options = {"eps": 0.0, "grafting_eps": 0.0, **ELEMENTWISE[method]}
+    if "sgd" in method:
+        options.pop("grafting_eps")
+    job = LeftAlone(dtype, **options)
+    before = job.tensors()
+    for number, value in enumerate([math.nan, math.inf, -math.inf, -1e15], start=1):
+        job.step({n: torch.full_like(g, value) for n, g in job.gradients(dtype).items()})
+        for name, value in job.tensors().items():
+            if name.startswith("step "):
+                assert value == 3 + number
+            else:
+                assert torch.equal(value, before[name]), name
+        assert job.optimizer.counters().tolist() == [0, 0, 0, number * (35 + 5 + 1 + 24)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_a_bad_entry_stays_and_the_others_take_their_step(method, dtype, chunks):
+    job, untouched = (LeftAlone(dtype, **ELEMENTWISE[method]) for _ in range(2))
+    before, good = job.tensors(), job.gradients(dtype)
+    bad = {name: gradient.clone() for name, gradient in good.items()}
+    places = {"embedding": (3, 2), "norm": (4,), "transposed": (1, 5)}
+    for name, place in places.items():
+        bad[name][place] = math.nan
+    job.step(bad)
+    untouched.step(good)
+    expected = untouched.tensors()
+    for name in expected:
+        entry, parameter = name.split(" of ")
+        if entry != "step" and parameter in places:
+            place = places[parameter]
+            assert not torch.equal(expected[name][place], before[name][place])
+            expected[name][place] = before[name][place]
+    for name, value in job.tensors().items():
+        assert torch.equal(value, expected[name]), name
+    assert job.optimizer.counters().tolist() == [0, 0, 0, 3]
+
+
+def test_an_infinite_weight_stays_what_it_is_and_so_do_entries_of_others():
+    weight = nn.Parameter(torch.tensor([-math.inf, 1.0]))
+    optimizer = Shampoo([("bias", weight)])
+    optimizer.state[weight]["note"] = "of somebody else"
+    for last in (0.0, math.nan):
+        weight.grad = torch.tensor([last, 1.0])
+        optimizer.step()
+        assert weight[0] == -math.inf and weight[1] < 1.0
+    assert optimizer.state[weight]["note"] == "of somebody else"
+
+
+@ranks(4)
+def test_no_mesh_decides_which_entries_stay_and_how_many_are_counted():
+    after = {}
+    for layout in ("single", "fsdp", "hsdp", "tp_fsdp", "ddp"):
+        built = build(layout, n_layers=1)
+        optimizer = Shampoo(
+            built.model.named_parameters(),
+            exclude=["."],
+            replicas=built.mesh if layout == "ddp" else None,
+        )
+        for step in range(3):
+            gradients = deterministic_gradients(built.model, step)
+            for row in range(step):
+                gradients["tok_embeddings.weight"][17 * row, 3:5] = math.nan
+                gradients["norm.weight"][20 * row] = math.inf
+            set_gradients(built.model, gradients)
+            optimizer.step()
+        counted = optimizer.counters()
+        if layout != "single":  # which each rank is by itself
+            dist.all_reduce(counted)
+        assert counted.tolist() == [0, 0, 0, 9], layout
+        after[layout] = full_parameters(built.model)
+        for name, value in after[layout].items():
+            torch.testing.assert_close(value, after["single"][name], rtol=1e-6, atol=1e-8)
+
+
 # ------------------------------------------------------------------------- one rank of several
 
 

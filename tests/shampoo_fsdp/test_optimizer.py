@@ -191,7 +191,7 @@ def test_no_bad_number_enters_parameters_or_state():
         assert all(p.isfinite().all() for p in parameters.values())
     for entries in optimizer.state_dict()["state"].values():
         assert all(value.isfinite().all() for value in entries.values())
-    refreshes, failed, skipped = optimizer.counters().tolist()
+    refreshes, failed, skipped, entries = optimizer.counters().tolist()
     assert refreshes > 0 and failed == 0
     assert skipped == 4 * 3  # 4 bad steps; the first rows' values touch one block of each matrix
 
@@ -364,7 +364,7 @@ class TestAsATorchOptimizer:
         sooner.load_state_dict(late.state_dict())
         self.step(model, sooner, range(5, 6))
         blocks = 7  # of one layer, with two factors each
-        assert sooner.counters().tolist() == [2 * blocks, 0, 0]
+        assert sooner.counters().tolist() == [2 * blocks, 0, 0, 0]
 
     def test_a_later_start_at_resume_keeps_the_roots_there_are(self):
         rare = {"precondition_frequency": 100}
@@ -394,7 +394,7 @@ class TestAsATorchOptimizer:
         )
         weight.grad = torch.arange(16.0).view(4, 4) + 1
         optimizer.step()
-        assert optimizer.counters().tolist() == [2, 2, 0]
+        assert optimizer.counters().tolist() == [2, 2, 0, 0]
         # Adam's first step has entries of size 1.
         expected = -4.0 * weight.grad / weight.grad.norm()
         torch.testing.assert_close(weight.detach(), expected)

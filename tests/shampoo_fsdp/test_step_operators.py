@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp import Shampoo
+from shampoo_fsdp.transfer import to_device
 from tests.models import TinyLlama, deterministic_gradients, set_gradients
 
 # Operators that hand a value of a tensor, or a shape that depends on values, to Python.
@@ -56,6 +57,16 @@ def test_no_step_reads_a_value_back(settings):
             optimizer.step()
 
 
+@pytest.mark.parametrize("grafting", ["adam", "rmsprop"])
+def test_a_transposed_parameter_that_is_not_preconditioned_reads_nothing_back(grafting):
+    weight = torch.nn.Parameter(torch.randn(6, 4).t())
+    optimizer = Shampoo([("w", weight)], exclude=["w"], grafting=grafting)
+    for _ in range(2):
+        weight.grad = torch.randn(4, 6)
+        with NoReadBack():
+            optimizer.step()
+
+
 def test_the_check_notices_a_read_back():
     try:
         with NoReadBack():
@@ -63,6 +74,48 @@ def test_the_check_notices_a_read_back():
     except AssertionError:
         return
     raise RuntimeError("reading a value back went unnoticed")
+
+
+def test_what_goes_to_an_accelerator_is_pinned_first(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    values = torch.tensor([3, 1])
+    assert to_device(values, torch.device("meta")).is_meta
+    assert len(pinned) == 1 and pinned[0] is values
+    assert to_device(values, torch.device("cpu")) is values
+    assert len(pinned) == 1
+
+
+def test_all_that_a_step_makes_on_the_host_goes_that_way(monkeypatch):
+    made, moved = [], []
+    make = torch.tensor
+
+    def recorded(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(
+        "shampoo_fsdp.stack.to_device", lambda values, device: moved.append(values) or values
+    )
+    model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=3)
+    optimizer = Shampoo(
+        model.named_parameters(),
+        max_preconditioner_dim=8,
+        precondition_frequency=2,
+        momentum=0.9,
+        symmetric_packing=True,
+    )
+    monkeypatch.setattr(torch, "tensor", recorded)
+    for step in range(8):
+        gradients = dict(deterministic_gradients(model, step))
+        if step in (0, 5):  # then steps and roots differ within a stack
+            gradients["layers.1.attention.wq.weight"] = None
+        set_gradients(model, gradients)
+        optimizer.step()
+    optimizer.state[model.layers["1"].attention.wq.weight]["factor_step"].zero_()
+    optimizer.load_state_dict(optimizer.state_dict())  # starts those factors anew
+    assert {values.dtype for values in made} == {torch.bool, torch.int64, torch.float32}
+    assert {id(values) for values in made} == {id(values) for values in moved}
 
 
 class Launches(TorchDispatchMode):

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from torchtitan.config import ConfigManager
+from torchtitan.config import ConfigManager, JobConfig
 
+from shampoo_torchtitan.job_config import check_degrees
 from shampoo_torchtitan.train import JobReader
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -124,3 +125,20 @@ def test_adamw_accepts_what_only_shampoo_refuses(tmp_path):
 def test_the_configurations_can_be_read(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)  # it may write the tokenizer
     assert JobReader().parse_args(["--job.config_file", str(path)]).optimizer.name == "shampoo"
+
+
+@pytest.mark.parametrize(
+    ("degrees", "ranks", "said"),
+    [
+        ({"tensor_parallel_degree": 3}, 2, "tensor_parallel_degree = 3: the degrees make 3 ranks"),
+        ({"data_parallel_shard_degree": 4}, 2, "the degrees make 4 ranks, which must be there"),
+        ({"data_parallel_shard_degree": 1}, 2, "the degrees make 1 ranks"),
+    ],
+)
+def test_degrees_that_do_not_make_the_ranks_are_refused(degrees, ranks, said):
+    config = JobConfig()
+    for name, degree in degrees.items():
+        setattr(config.parallelism, name, degree)
+    with pytest.raises(ValueError, match=f"{said}.*there are {ranks}"):
+        check_degrees(config, ranks)
+    check_degrees(JobConfig(), ranks)

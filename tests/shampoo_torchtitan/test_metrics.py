@@ -35,6 +35,7 @@ def test_figures_of_the_step_reach_the_metrics_and_its_times_the_log(caplog):
     assert figures["theirs"] == 2.0
     assert figures["shampoo/root_refreshes"] >= 4  # two factors of each matrix
     assert figures["shampoo/failed_roots"] == figures["shampoo/skipped_blocks"] == 0
+    assert figures["shampoo/skipped_entries"] == 0
     assert figures["shampoo/condition_number"] > 1.0
     assert figures["shampoo/update_rms/weight"] > 0.0
     assert figures["shampoo/mib_sent_per_step"] == 0.0  # one rank

@@ -62,7 +62,7 @@ def test_shampoo_learns_and_its_counters_are_summed_over_ranks(tmp_path):
     first, second = run(2, job, "--training.steps=12")
     assert first.optimizer == "Shampoo"
     assert losses(first)[-1] < losses(first)[0] - 1
-    for name in ("root_refreshes", "failed_roots", "skipped_blocks"):
+    for name in ("root_refreshes", "failed_roots", "skipped_blocks", "skipped_entries"):
         counts = [m[f"shampoo/{name}"] for m in first.logged]
         assert counts == [m[f"shampoo/{name}"] for m in second.logged]
         assert counts == sorted(counts)
