@@ -1,5 +1,6 @@
 """`python -m shampoo_fsdp inspect` tells of a checkpoint what its optimizer would have told."""
 
+import io
 import json
 import math
 import sys
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from rich.console import Console
 
 from shampoo_fsdp.__main__ import main
 from shampoo_fsdp.checkpoint_reader import CheckpointReader
+from shampoo_fsdp.inspection import inspect_checkpoint
+from shampoo_fsdp.inspection_report import print_report
 from tests.distributed.test_checkpoints import Built, make, states, train
 from tests.ranks import run_ranks
 
@@ -197,3 +201,12 @@ def test_what_cannot_be_inspected_is_said_in_a_line(folder, capsys, tmp_path):
     assert ".metadata cannot be read (ValueError" in refusal(tmp_path / "step-1")
     (tmp_path / "step-1" / ".metadata").unlink()
     assert "saving it has not finished" in refusal(tmp_path / "step-1")
+
+
+def test_the_report_fits_a_narrow_terminal(folder):
+    text = io.StringIO()
+    found, _, parameters = inspect_checkpoint(folder / "two ranks")
+    found.parameters += parameters
+    print_report(found, Console(file=text, width=60))
+    assert max(map(len, text.getvalue().splitlines())) <= 60
+    assert "condition number" in text.getvalue() and WQ in text.getvalue()

@@ -15,7 +15,7 @@ from torchtitan.components.optimizer import OptimizersContainer
 
 import shampoo_torchtitan
 from shampoo_torchtitan import cpu, metrics, optimizer
-from tests.ranks import preload, run_ranks
+from tests.ranks import RanksError, preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 
 preload("shampoo_torchtitan.train", "torchtitan.models.llama3", "torchtitan.models.deepseek_v3")
@@ -226,3 +226,11 @@ def test_metrics_of_other_optimizers_are_left_alone():
     processor = object.__new__(metrics.ShampooMetricsProcessor)
     processor.optimizers = None
     assert processor._counters() is None
+
+
+def test_a_setting_that_does_not_fit_the_model_is_said_and_ends_the_job(tmp_path):
+    job = jobs.write_job(tmp_path)
+    with pytest.raises(RanksError) as error:
+        run(1, job, "--optimizer.shampoo.memory_cap=0.0001")
+    assert "Cannot build Shampoo: setting 'memory_cap' is 0.0001 GiB, but" in str(error.value)
+    assert "SystemExit: 2" in str(error.value)  # as for all bad settings: without a traceback
