@@ -11,8 +11,10 @@ __all__ = ["TOLERANCE", "complete_basis", "eigenbasis", "warm_eigenbasis"]
 TOLERANCE = 1e-6
 """`warm_eigenbasis` keeps a basis whose ||offdiag(Q^T A Q)||_F is at most this times ||A||_F."""
 
-# Added to A for the QR step, relative to its largest eigenvalue.
-_SHIFT = 2.0**-20
+# Added to A for the QR step, relative to its largest eigenvalue. What is below is followed slowly;
+# with less, rounding turns what A lacks (bases of two meshes, 3 to 12 rows of a batch, 48 runs of
+# SOAP: the parameters differed by at most 0.3% with this, by 3% with 2^-20).
+_SHIFT = 2.0**-16
 
 
 def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def complete_basis(
     unseen = eigenvalues <= least  # not where they are NaN
     order = eigenvalues.argsort(dim=-1, descending=True, stable=True)
     filled = torch.arange(n, device=vectors.device) - unseen.logical_not().sum(-1, keepdim=True)
-    fixed = _fixed_vectors(n, vectors)[filled.clamp_min_(0)].mT
+    fixed = _fixed_vectors(n, vectors)[filled.clamp_min(0)].mT
     columns = order.unsqueeze(-2).expand_as(vectors)
     step = (_scaled(matrices)[0] @ vectors).gather(-1, columns)
     turned = _orthogonal_factor(torch.where(filled.unsqueeze(-2) >= 0, fixed, step))

@@ -27,7 +27,7 @@ FLOORS = {"float32": 2.0**-23, "bfloat16": 2.0**-12}
 """Of eigenvalues, relative to the largest, by the type in which the optimizer keeps the factor."""
 QR_TOLERANCE = 1e-6
 """A basis is kept if what it leaves off the diagonal is at most this fraction of the matrix."""
-QR_SHIFT = 2.0**-20
+QR_SHIFT = 2.0**-16
 """Of the largest eigenvalue; added to all of them for the QR step."""
 _noise: torch.Generator | None = None
 
