@@ -36,6 +36,9 @@ class Preconditioner(ABC):
 
     products: ClassVar[int]
     """Matrix products with a d_i x d_i matrix per step and dimension, for the planner."""
+    refresh_cost: ClassVar[float] = 1.0
+    """Time of a factor's refresh over that of a root or eigenbasis by the same method, for the
+    planner."""
     works_cold: ClassVar[bool]
     """Whether `direction` means something before the first refresh."""
 
