@@ -26,11 +26,11 @@ def block_flops(shape: tuple[int, ...], config: ShampooConfig) -> tuple[float, f
     """FLOPs of a block on every step (factors and preconditioning), and of its refresh: as many as
     a matrix product makes in the time."""
     full = [n for n, kind in zip(shape, factor_kinds(shape, config), strict=True) if kind == "full"]
-    products = PRECONDITIONERS[config.preconditioner].products
+    rule = PRECONDITIONERS[config.preconditioner]
     cubed, squared = _REFRESH_FLOPS[config.basis_method]
-    refresh = sum(cubed * n**3 + squared * n**2 for n in full)
+    refresh = rule.refresh_cost * sum(cubed * n**3 + squared * n**2 for n in full)
     # Elementwise work counts as one more row of a product.
-    return 2.0 * products * math.prod(shape) * (sum(full) + 1), refresh
+    return 2.0 * rule.products * math.prod(shape) * (sum(full) + 1), refresh
 
 
 def modelled_seconds(

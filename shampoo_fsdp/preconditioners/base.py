@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.blocks import factor_kinds
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
+from shampoo_fsdp.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 from shampoo_fsdp.matrices import MatrixStack, StateEntry, matrix_entry, per_block
 
 __all__ = ["Health", "Positions", "Preconditioner"]
@@ -36,6 +36,9 @@ class Preconditioner(ABC):
 
     products: ClassVar[int]
     """Matrix products with a d_i x d_i matrix per step and dimension, for the planner."""
+    refresh_cost: ClassVar[float] = 1.0
+    """Time of a factor's refresh over that of a root or eigenbasis by the same method, for the
+    planner."""
     works_cold: ClassVar[bool]
     """Whether `direction` means something before the first refresh."""
 
@@ -149,16 +152,29 @@ class Preconditioner(ABC):
         self.state[name].mul_(decay.view(-1, 1)).add_(total, alpha=weight)
 
     def _updated_basis(
-        self, i: int, where: Positions, matrices: Tensor, cold: bool
+        self,
+        i: int,
+        where: Positions,
+        matrices: Tensor,
+        cold: bool,
+        iterations: int = 1,
+        resolution: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvalues [n, d_i] and eigenvectors [n, d_i, d_i] of these matrices, kept in
-        `eigenvectors_i` where that did not fail, and where it failed [n]."""
+        `eigenvectors_i` where that did not fail, and where it failed [n].
+
+        Args:
+            iterations: of "qr".
+            resolution: of `complete_basis`, if it is wanted.
+        """
         kept = self.state[f"eigenvectors_{i}"]
         before = kept[where].float()
         if cold or self.config.basis_method == "eigh":
             eigenvalues, vectors = eigenbasis(matrices)
         else:
-            eigenvalues, vectors = warm_eigenbasis(matrices, before)
+            eigenvalues, vectors = warm_eigenbasis(matrices, before, iterations)
+        if resolution is not None:
+            eigenvalues, vectors = complete_basis(matrices, eigenvalues, vectors, resolution)
         failed = (eigenvalues.sum(1) + vectors.sum((1, 2))).isfinite().logical_not_()
         # No second moment: its definiteness is lost.
         failed |= (eigenvalues.amax(1) <= 0.0) & (matrices != 0.0).any(2).any(1)

@@ -13,6 +13,23 @@ from shampoo_fsdp.preconditioners.base import Health, Positions, Preconditioner
 __all__ = ["SoapPreconditioner"]
 
 
+# Where gradients lack rank, the same training on two meshes must not drift apart by rounding. Two
+# 64 x 64 layers, 1 to 4 rows of a batch on each of 3 ranks, 10 steps: parameters differed by 89%
+# ("qr") and 73% ("eigh") of the way they went. Now it is 3e-6, of 48 runs at most 3e-3 ("qr") and
+# 4e-4 ("eigh"). Without one part, in median, "qr" and "eigh": 30% and 17% if V stays in the old
+# basis, 13% and 0.05% if bases are not completed, 35% and 35% without the floor, 6% ("qr") with one
+# iteration. The loss of a model of 1 M parameters after 120 steps, two seeds, fell from 1.702 and
+# 1.699 to 1.674 and 1.661 ("qr"). (A hard floor of 1e-5 under V would cost 0.1.)
+#
+# Eigenvalues up to this, relative to the largest, tell no direction: these come from the others.
+_RESOLUTION = 1e-5
+# Steps of "qr" at a refresh: after one, rounding is still in directions that have just appeared.
+_ITERATIONS = 2
+# Entries of V below this, relative to the block's largest, are no measure of themselves: both they
+# and the momentum are rounding there, and directions fade in proportion to V.
+_FLOOR = 1e-8
+
+
 class SoapPreconditioner(Preconditioner):
     """Vyas et al. 2024 (arXiv 2409.11321), algorithm 3: the factors are Shampoo's; the second
     moment V is averaged in their eigenbasis Q, and the direction is Adam's there.
@@ -20,10 +37,12 @@ class SoapPreconditioner(Preconditioner):
     Q is the identity until the first refresh: until then this is Adam. At the first refresh V
     starts from the product of the factors' eigenvalues over their trace (Morwani et al. 2024, arXiv
     2406.17748: the closest Kronecker product), as its entries in the old basis say nothing about
-    the new one. A dimension without a matrix keeps its own basis.
+    the new one. Later V moves with its basis, as the diagonal of a covariance does, so that each
+    entry belongs to what the momentum has there. A dimension without a matrix keeps its own basis.
     """
 
     products = 4
+    refresh_cost = 3.0
     works_cold = True
 
     @classmethod
@@ -48,13 +67,22 @@ class SoapPreconditioner(Preconditioner):
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         eigenvalues, failures = [], []
+        resolution = max(self.resolution, _RESOLUTION)
+        moved = self.state["second_moment"][where]
         for i in self.full:
-            factor = self.factors[i].read(where)
-            values, _, failed = self._updated_basis(i, where, factor, cold)
+            kept = self.state[f"eigenvectors_{i}"]
+            before = kept[where].to(torch.float32, copy=True)
+            values, _, failed = self._updated_basis(
+                i, where, self.factors[i].read(where), cold, _ITERATIONS, resolution
+            )
             eigenvalues.append(values)
             failures.append(failed)
+            if not cold:
+                moved = along(moved, (kept[where].float().mT @ before).square_(), i)
         if cold:
             self._start_second_moment(where, eigenvalues, torch.stack(failures).any(0))
+        else:
+            self.state["second_moment"][where] = moved
         return torch.stack(failures)
 
     def health(self, correction: float | Tensor) -> Health:
@@ -94,8 +122,11 @@ class SoapPreconditioner(Preconditioner):
         root = correction**0.5
         if isinstance(root, Tensor):
             root = per_block(root, momentum.ndim)
-        denominator = self.state["second_moment"].sqrt().add_(eps * root)
+        moment = self.state["second_moment"]
+        denominator = moment.sqrt().add_(eps * root)
         result = torch.div(self._to_basis(momentum), denominator, out=denominator)
+        floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
+        result.mul_(moment.div(floor.clamp_min_(torch.finfo(torch.float32).tiny)).clamp_max_(1.0))
         if self.warm:
             for i in reversed(self.full):
                 result = along(result, self._vectors(i), i, out if i == self.full[0] else None)

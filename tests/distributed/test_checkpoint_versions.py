@@ -4,6 +4,9 @@
 
 writes one with this version, on two ranks: the state of the whole family after some steps, and in
 expected.pt where each of its members was at the end.
+
+SOAP's rule has changed since 0.1 (its second moments move with their basis): where it is at the end
+was computed anew, from the state that 0.1 has saved.
 """
 
 import sys

@@ -10,6 +10,7 @@ __all__ = [
     "LARGEST_GRADIENT",
     "QR_TOLERANCE",
     "along",
+    "complete_basis",
     "eigenbasis",
     "gram",
     "inverse_root",
@@ -26,7 +27,7 @@ FLOORS = {"float32": 2.0**-23, "bfloat16": 2.0**-12}
 """Of eigenvalues, relative to the largest, by the type in which the optimizer keeps the factor."""
 QR_TOLERANCE = 1e-6
 """A basis is kept if what it leaves off the diagonal is at most this fraction of the matrix."""
-QR_SHIFT = 2.0**-20
+QR_SHIFT = 2.0**-16
 """Of the largest eigenvalue; added to all of them for the QR step."""
 _noise: torch.Generator | None = None
 
@@ -129,6 +130,31 @@ def eigenbasis(matrix: Tensor) -> Tensor:
     """Orthonormal eigenvectors, as columns, by ascending eigenvalue."""
     eigenvectors: Tensor = torch.linalg.eigh(matrix)[1]
     return eigenvectors
+
+
+def complete_basis(matrix: Tensor, basis: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, those up to `least` of the largest as zeros, and eigenvectors. Those of the
+    zeros are axes, each with a little of all the others, orthogonal to the rest one by one."""
+    values = (basis.T @ matrix @ basis).diag()
+    unseen = values <= least * values.max().clamp(min=0)
+    values = torch.where(unseen, 0.0, values)
+    if unseen.all() or not unseen.any():
+        return values, basis
+    n = len(matrix)
+    half = torch.arange(n, dtype=torch.float64) + 0.5
+    fixed = torch.eye(n).double() + 0.1 * (2 / n) ** 0.5 * torch.cos(
+        torch.outer(half, half) * torch.pi / n
+    )
+    completed = basis.clone()
+    seen = values.argsort(descending=True)[: int((~unseen).sum())]
+    span, r = torch.linalg.qr(matrix @ basis[:, seen])
+    completed[:, seen] = span = span * torch.where(r.diag() < 0, -1.0, 1.0)
+    for place, vector in zip(unseen.nonzero().flatten(), fixed, strict=False):
+        for _ in range(2):  # twice is enough
+            vector = vector - span @ (span.T @ vector)
+        completed[:, place] = vector / vector.norm()
+        span = torch.cat([span, completed[:, place, None]], dim=1)
+    return values, completed
 
 
 def warm_qr_step(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -10,10 +10,17 @@ Sources:
 import torch
 from torch import Tensor
 
-from tests.reference.algebra import along, kept_in
+from tests.reference.algebra import FLOORS, along, complete_basis, kept_in
 from tests.reference.rule import GramFactors, RuleSettings, new_basis
 
 __all__ = ["SoapRule"]
+
+RESOLUTION = 1e-5
+"""Eigenvalues up to this, relative to the largest, count as zero."""
+ITERATIONS = 2
+"""Steps of "qr" at a refresh."""
+FLOOR = 1e-8
+"""Of second moments, relative to the largest: below it directions fade in proportion to them."""
 
 
 class SoapRule(GramFactors):
@@ -34,11 +41,17 @@ class SoapRule(GramFactors):
 
     def refresh(self, correction: float) -> None:
         eigenvalues: list[Tensor | None] = [None for _ in self.factors]
+        least = max(FLOORS[self.settings.factor_dtype], RESOLUTION)
         for d, factor in enumerate(self.factors):
             if factor is not None:
-                basis = new_basis(factor, self.bases[d], self.has_roots, self.settings)
-                eigenvalues[d] = (basis.T @ factor @ basis).diag().clamp(min=0)
+                old = basis = self.bases[d]
+                for _ in range(ITERATIONS):
+                    basis = new_basis(factor, basis, self.has_roots, self.settings)
+                values, basis = complete_basis(factor, basis, least)
+                eigenvalues[d] = values
                 self.bases[d] = kept_in(self.settings.root_dtype, basis)
+                # The diagonal of a covariance, if it was diagonal in the old basis.
+                self.second_moment = along(self.second_moment, (self.bases[d].T @ old) ** 2, d)
         if not self.has_roots and self.full_sides:
             self.second_moment = self._estimate(eigenvalues, correction)
         self.has_roots = True
@@ -69,7 +82,9 @@ class SoapRule(GramFactors):
 
     def precondition(self, momentum: Tensor, correction: float) -> Tensor:
         root = (self.second_moment / correction).sqrt() + self.settings.eps
-        direction = self._project(momentum) / root
+        largest = self.second_moment.max()
+        seen = (self.second_moment / (FLOOR * largest)).clamp(max=1) if largest > 0 else 0.0
+        direction = self._project(momentum) / root * seen
         for d, basis in enumerate(self.bases):
             direction = along(direction, basis, d)
         return direction

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
+from shampoo_fsdp.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 
 
 def random_basis(n: int, blocks: int = 3, seed: int = 0) -> torch.Tensor:
@@ -200,3 +200,47 @@ def test_a_basis_that_was_kept_in_16_bits_becomes_orthonormal():
     matrices = from_basis(torch.logspace(0, -4, 30), vectors)
     _, after = warm_eigenbasis(matrices, vectors.bfloat16().float())
     assert_orthonormal(after)
+
+
+# ----------------------------------------------------------------- what a matrix lacks
+
+
+@pytest.mark.parametrize("axes", [False, True])
+def test_what_a_matrix_lacks_follows_from_what_it_has(axes):
+    """Two bases that share the seen columns alone, in different places; also where these span axes,
+    as where most rows of a gradient are zero."""
+    eigenvalues = torch.tensor([0.0, 4.0, 0.0, 1e-7, 0.5, 0.0, 2.0, 0.0])
+    q = torch.eye(8).double().expand(3, -1, -1) if axes else random_basis(8)
+    matrices = from_basis(eigenvalues, q)
+    null = eigenvalues < 1e-5
+    other = q.clone()
+    other[..., null] = q[..., null] @ random_basis(int(null.sum()), seed=1)
+    places = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    repeated = eigenvalues.expand(3, -1)
+    values, one = complete_basis(matrices, repeated, q.float(), 1e-5)
+    _, two = complete_basis(matrices, repeated[:, places], other[..., places].float(), 1e-5)
+    torch.testing.assert_close(values, repeated.masked_fill(null, 0.0))
+    assert_orthonormal(one)
+    torch.testing.assert_close(one[..., ~null], q[..., ~null].float(), rtol=0.0, atol=1e-5)
+    projected = [x.mT[:, nulls] for x, nulls in ((one, null), (two, null[places]))]
+    torch.testing.assert_close(
+        two[..., places.argsort()][..., ~null], one[..., ~null], rtol=0.0, atol=1e-5
+    )
+    torch.testing.assert_close(*projected, rtol=0.0, atol=1e-5)
+
+
+def test_a_basis_is_complete_where_a_matrix_has_all_or_nothing():
+    q = random_basis(5).float()
+    matrices = from_basis(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), random_basis(5))
+    matrices[1] = 0.0
+    values, _ = warm_eigenbasis(matrices, q)
+    found, after = complete_basis(matrices, values, q, 1e-5)
+    assert torch.equal(after, q) and torch.equal(found, values)
+
+
+def test_failed_eigenvalues_stay_nan():
+    values = torch.tensor([[torch.nan] * 4, [2.0, 1.0, 0.0, 0.0]])
+    found, after = complete_basis(
+        torch.eye(4).repeat(2, 1, 1), values, torch.eye(4).repeat(2, 1, 1), 1e-5
+    )
+    assert found[0].isnan().all() and found[1].isfinite().all() and after[1].isfinite().all()

@@ -200,6 +200,27 @@ def test_root_method(preconditioner, root_method, schedule):
     assert error <= tolerance(preconditioner, root_method)
 
 
+@pytest.mark.parametrize("root_method", ["eigh", "qr"])
+@pytest.mark.parametrize("grafting", ["adam", "none"])
+def test_soap_of_gradients_that_lack_rank(root_method, grafting):
+    """Its bases are determined by what gradients have, also where that is little."""
+
+    def lower_rank(step, gradients):
+        for gradient in gradients.values():
+            for i in range(1, gradient.shape[-1]):  # the same multiples of the first column
+                gradient[..., i] = gradient[..., 0] * (i - 2.5)
+
+    error = relative_error(
+        {"layers.0.w": (8, 6), "layers.1.w": (7, 8)},
+        lower_rank,
+        preconditioner="soap",
+        root_method=root_method,
+        grafting=grafting,
+        start_preconditioning_step=2,
+    )
+    assert error <= 1e-3
+
+
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("frequency", [1, 7])
 def test_frequency(preconditioner, frequency):
