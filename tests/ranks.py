@@ -47,7 +47,7 @@ __all__ = ["RanksError", "preload", "ranks", "run_ranks"]
 _ROOT = Path(__file__).resolve().parent.parent
 _PROCESS_GROUP_TIMEOUT_S = 60.0
 # After the first failure, how long the other ranks may take to report theirs.
-_GRACE_S = 1.0
+_GRACE_S = 3.0
 _EXIT_S = 10.0
 
 _preloaded = [

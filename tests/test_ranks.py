@@ -108,7 +108,7 @@ def test_death_of_a_rank_is_a_failure() -> None:
         run_ranks(2, die_on_rank_1)
 
 
-@ranks(2, timeout=4)
+@ranks(2, timeout=8)
 def hang_on_rank_1() -> None:
     if dist.get_rank() == 1:
         time.sleep(1000)
@@ -118,9 +118,9 @@ def test_hang_ends_and_names_the_rank_and_its_place() -> None:
     start = time.monotonic()
     with pytest.raises(pytest.fail.Exception) as failure:
         hang_on_rank_1()
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     message = str(failure.value)
-    assert message.startswith("rank 1 of 2 did not finish within 4 s")
+    assert message.startswith("rank 1 of 2 did not finish within 8 s")
     assert re.search(r"test_ranks.py.*in hang_on_rank_1", message)
 
 
@@ -131,7 +131,7 @@ def ranks_process_id() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_process_is_left() -> None:
     process_ids = run_ranks(2, ranks_process_id)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in process_ids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
