@@ -12,18 +12,18 @@ make_venv
 
 CONFIG_FILE="${CONFIG_FILE:-configs/llama3_small_cpu.toml}"
 export LOG_RANK="${LOG_RANK:-0}"
+case " $* " in
+  *" --help "* | *" -h "*)  # one process says it
+    exec .venv/bin/python -m shampoo_torchtitan.train --job.config_file "$CONFIG_FILE" --help
+    ;;
+esac
+
 if [ -z "${NGPU:-}" ]; then
   NGPU="$(.venv/bin/python -c 'import torch; print(torch.accelerator.device_count() or 2)')"
 fi
 export NGPU
 threads=$(($(nproc) / NGPU))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-
-case " $* " in
-  *" --help "* | *" -h "*)  # one process says it
-    exec .venv/bin/python -m shampoo_torchtitan.train --job.config_file "$CONFIG_FILE" --help
-    ;;
-esac
 
 # Port 0: any free one, so that two trainings fit on a machine.
 exec .venv/bin/python integrations/launch.py \
