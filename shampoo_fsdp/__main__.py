@@ -7,6 +7,7 @@ python -m shampoo_fsdp inspect outputs/checkpoint/step-500
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -69,7 +70,8 @@ def _inspect(
         _print_json(as_json(found))
     else:
         # Names and figures need room; a file or a pipe has it.
-        print_report(found, Console(width=None if sys.stdout.isatty() else 130))
+        known = sys.stdout.isatty() or "COLUMNS" in os.environ
+        print_report(found, Console(width=None if known else 130))
 
 
 def _print_json(report: dict[str, Any]) -> None:
