@@ -50,6 +50,8 @@ def reference_for(
         excluded=excluded,
         phase=phase,
         batched_3d=config.batched_3d,
+        precondition_1d=config.precondition_1d,
+        max_factor_ratio=config.max_factor_ratio,
     )
 
 
