@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.agreement import agree, gather
+from shampoo_fsdp.agreement import gather
 from shampoo_fsdp.blocks import sides_without_factor
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.diagnostics import Diagnostics, diagnose
@@ -122,6 +122,7 @@ class Shampoo(torch.optim.Optimizer):
         members = [(p, g) for g, group in enumerate(self.param_groups) for p in group["params"]]
         check_parameters(names, [parameter for parameter, _ in members])
         check_replicas(replicas)
+        self._named = "param_names" in self.param_groups[0]
         rest = iter(names)
         self._names_of_groups = [
             list(itertools.islice(rest, len(group["params"]))) for group in self.param_groups
@@ -366,9 +367,8 @@ class Shampoo(torch.optim.Optimizer):
         here = flat({name: self.state[parameter] for name, parameter in named.items()})
         problem, saved, other = None, {}, []
         try:
-            given = "param_names" in self.param_groups[0]
             keys, saved_groups = find_saved(
-                self._names_of_groups, given, state_dict["param_groups"]
+                self._names_of_groups, self._named, state_dict["param_groups"]
             )
             entries = {n: state_dict["state"].get(keys.get(n), {}) for n in named}
             groups = [
@@ -378,10 +378,12 @@ class Shampoo(torch.optim.Optimizer):
             saved = flat(entries)
             decision = decide(here, saved, self.config.on_mismatch)
             other = other_pieces(here, saved, decision)
-        except ValueError as error:
-            problem = str(error)
-        for residents in self._residents:
-            agree(residents.group, residents.ranks, problem, {})
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = str(error) if isinstance(error, ValueError) else repr(error)
+        # Twice, since a set may hear of the trouble in another one through a third.
+        for residents in (*self._residents, *self._residents):
+            problems = gather(residents.group, residents.ranks, problem)
+            problem = problem or next(filter(None, problems), None)
         if problem:
             raise ValueError(problem)
         for residents in self._residents:

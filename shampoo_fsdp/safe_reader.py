@@ -99,6 +99,8 @@ def load_values(stream: io.BytesIO, key: str) -> Any:
             f"{key!r} asks for {', '.join(map(repr, sorted(names)))}, which is not a value; "
             f"nothing was run. {_OWN_RISK}"
         ) from None
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{key!r} cannot be read ({_first_line(error)})") from None
 
 
 class _NotKnown(Exception):

@@ -156,7 +156,20 @@ class OwnedBlocks(torch.Tensor):
             )
 
     def load(self, saved: Tensor) -> None:
-        """Copy the pieces of `saved`, or the parts of a whole tensor, to the pieces here."""
+        """Copy the pieces of `saved`, or the parts of a whole tensor, to the pieces here.
+
+        Raises:
+            ValueError: for another shape, on each rank that is given it.
+        """
+        if saved.shape != self.shape:
+            raise ValueError(
+                f"state of shape {tuple(saved.shape)} does not fit {tuple(self.shape)}: it was "
+                "saved with other settings (preconditioner, max_preconditioner_dim, ...), or of "
+                "another model. The state here may be overwritten in part: build the optimizer "
+                "again with the settings of then."
+            )
+        if isinstance(saved, OwnedBlocks) and not saved.has_pieces_of(self):
+            saved = saved.whole()
         if isinstance(saved, OwnedBlocks):
             theirs = dict(saved.pieces)
             for offsets, mine in self.pieces:

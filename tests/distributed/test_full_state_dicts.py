@@ -196,3 +196,15 @@ def test_sharded_state_of_other_blocks_keeps_its_moments():
     for entry in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(plain(other.state[weight][entry]), plain(optimizer.state[weight][entry]))
     train(model, other, range(3, 4))
+
+
+@ranks(2)
+def test_a_full_state_dict_of_other_settings_is_refused_on_all_ranks():
+    model, optimizer = optimizer_on("fsdp")
+    train(model, optimizer, range(2))
+    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for other in ({"preconditioner": "shampoo"}, {"max_preconditioner_dim": 16}):
+        target = Shampoo(model.named_parameters(), **OPTIONS | other)
+        with pytest.raises(ValueError, match="saved with other settings"):
+            set_optimizer_state_dict(model, target, dict(state), options=options)

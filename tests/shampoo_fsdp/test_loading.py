@@ -113,6 +113,23 @@ class TestOtherParameters:
             new.load_state_dict(old.state_dict())
 
 
+class TestOtherSettings:
+    def test_other_blocks_keep_their_moments(self, model):
+        old = trained(model.named_parameters(), model, **OPTIONS)
+        other = OPTIONS | {"max_preconditioner_dim": 12, "on_mismatch": "rebuild"}
+        new = Shampoo(model.named_parameters(), **other)
+        new.load_state_dict(old.state_dict())
+        weight = dict(model.named_parameters())[WQ]
+        assert torch.equal(entries_of(new, weight)["exp_avg"], entries_of(old, weight)["exp_avg"])
+
+    def test_a_named_state_dict_loads_twice_into_an_optimizer_without_names(self, model):
+        old = trained(model.named_parameters(), model, **OPTIONS, exclude=[])
+        new = Shampoo(model.parameters(), **OPTIONS, exclude=[])
+        for _ in range(2):
+            new.load_state_dict(old.state_dict())
+        assert_same_state(new, old, model.output.weight)
+
+
 class TestAdamW:
     def test_its_moments_are_taken_over(self, model):
         adamw = trained(model.parameters(), model, torch.optim.AdamW, lr=3e-3, betas=(0.8, 0.9))
