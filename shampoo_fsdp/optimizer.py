@@ -25,6 +25,7 @@ from shampoo_fsdp.loading import (
     settings_to_load,
     strangers,
 )
+from shampoo_fsdp.mismatch import name_some
 from shampoo_fsdp.parameters import (
     Replicas,
     check_parameters,
@@ -388,6 +389,9 @@ class Shampoo(torch.optim.Optimizer):
             raise ValueError(problem)
         for residents in self._residents:
             other += itertools.chain(*gather(residents.group, residents.ranks, other))
+        frozen = [name for name, _ in self._frozen if state_dict["state"].get(keys.get(name))]
+        if frozen:
+            _logger.warning(f"The saved state of {name_some(frozen)}, frozen here, is not used.")
         if said := str(decision.report):
             _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
 

@@ -125,9 +125,10 @@ class SoapPreconditioner(Preconditioner):
         moment = self.state["second_moment"]
         denominator = moment.sqrt().add_(eps * root)
         result = torch.div(self._to_basis(momentum), denominator, out=denominator)
-        floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
-        result.mul_(moment.div(floor.clamp_min_(torch.finfo(torch.float32).tiny)).clamp_max_(1.0))
-        if self.warm:
+        if self.warm:  # before, the basis is that of the axes, where small entries are no rounding
+            floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
+            floor.clamp_min_(torch.finfo(torch.float32).tiny)
+            result.mul_(moment.div(floor).clamp_max_(1.0))
             for i in reversed(self.full):
                 result = along(result, self._vectors(i), i, out if i == self.full[0] else None)
         return result.mul_(root)

@@ -79,6 +79,13 @@ class TestOtherParameters:
         assert_same_state(new, old, model.layers["0"].attention.wq.weight)
         assert new.state[model.output.weight]["step"] == 0
 
+    def test_the_state_of_what_is_frozen_now_is_not_dropped_in_silence(self, model, caplog):
+        old = trained(model.named_parameters(), model, **OPTIONS)
+        model.output.weight.requires_grad_(False)
+        new = Shampoo(model.named_parameters(), **OPTIONS)
+        new.load_state_dict(old.state_dict())
+        assert "'output.weight', frozen here, is not used" in caplog.text
+
     def test_a_renamed_parameter_is_found_where_the_state_dict_is_told_its_name(self, model):
         named = dict(model.named_parameters())
         old = trained(named.items(), model, **OPTIONS)
