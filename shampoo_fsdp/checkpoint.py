@@ -9,8 +9,10 @@ from dataclasses import replace
 from io import BytesIO
 from logging import getLogger
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     create_default_local_load_plan,
@@ -101,9 +103,16 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         Raises:
             UnsafeCheckpoint: names what the file asks for.
         """
-        load_values(value, read_item.dest_index.fqn)
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        key = read_item.dest_index.fqn
+        loaded = self.value_of(key, value)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[key], loaded)
+        else:
+            self.state_dict[key] = loaded
+
+    def value_of(self, key: str, stream: BytesIO) -> Any:
+        """What an entry that is no tensor becomes in the state dict."""
+        return load_values(stream, key)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         super().commit_tensor(read_item, tensor)
@@ -125,7 +134,7 @@ def find_damage(folder: Path) -> str:
     """
     if not folder.is_dir():
         return "it is a file; give the folder" if folder.exists() else "there is no such folder"
-    if not (folder / ".metadata").exists():
+    if not (folder / ".metadata").is_file():
         return "it has no .metadata, which is written last: saving it has not finished"
     try:
         metadata = SafeFileSystemReader(folder).read_metadata()
@@ -139,6 +148,8 @@ def find_damage(folder: Path) -> str:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
+        if not path.is_file():
+            return f"{name} is no file"
         if (size := path.stat().st_size) < end:
             return f"{name} has {size:,} bytes, of which there should be {end:,}"
     return ""

@@ -1,7 +1,6 @@
 """Reading parts of a checkpoint in one process, without the state dict that was saved."""
 
 import math
-import pickle
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -11,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from shampoo_fsdp.checkpoint import find_damage
-from shampoo_fsdp.safe_reader import SafeFileSystemReader
+from shampoo_fsdp.safe_reader import SafeFileSystemReader, load_values
 from shampoo_fsdp.state import OwnedBlocks
 
 __all__ = ["CheckpointReader"]
 
+_NO_VALUE = "(no plain value)"
+_LONGEST = 100_000  # numbers, or letters
+
 
 class CheckpointReader:
-    """A checkpoint that `torch.distributed.checkpoint` has written.
+    """A checkpoint that `torch.distributed.checkpoint` has written, or that claims to be one.
+
+    Nothing of it is run, and no tensor takes more memory than its files have bytes.
 
     Raises:
         ValueError: says what is wrong with the folder.
@@ -33,6 +37,8 @@ class CheckpointReader:
             raise ValueError(f"{folder} cannot be read: {damage}.")
         self._storage = SafeFileSystemReader(folder)
         self._all = self._storage.read_metadata()
+        if damage := _impossible_sizes(self._all, folder):
+            raise ValueError(f"{folder} cannot be read: {damage}.")
         self._storage.set_up_storage_reader(self._all, is_coordinator=True)
         self.metadata: Mapping[str, Any] = self._all.state_dict_metadata
         """What is known of each key without reading it."""
@@ -47,6 +53,8 @@ class CheckpointReader:
     def value(self, key: str) -> Any:
         """Numbers, texts and lists of them; a tensor becomes such a list."""
         if isinstance(self.metadata[key], TensorStorageMetadata):
+            if math.prod(self.shape(key)) > _LONGEST:
+                return _NO_VALUE
             return self.part(key, (0,) * len(self.shape(key)), self.shape(key)).tolist()
         wanted: dict[str, Any] = {key: None}
         self._read(wanted)
@@ -86,20 +94,61 @@ class CheckpointReader:
         return result
 
     def _read(self, wanted: dict[str, Any]) -> None:
-        planner = _SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = _ValuesPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(wanted, self._all, is_coordinator=True)
-        self._storage.read_data(planner.create_local_plan(), planner).wait()
+        try:
+            self._storage.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # whatever a damaged file makes of it
+            (line, *_) = str(error).splitlines() or [""]
+            raise ValueError(
+                f"{', '.join(map(repr, wanted))} cannot be read ({type(error).__name__}: {line})."
+            ) from None
 
 
-class _SafePlanner(DefaultLoadPlanner):
+class _ValuesPlanner(DefaultLoadPlanner):
     """Does not run code that a file may contain."""
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        key = read_item.dest_index.fqn
         try:
-            loaded = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError:
-            loaded = "(no plain value)"
-        self.state_dict[read_item.dest_index.fqn] = loaded
+            self.state_dict[key] = _for_people(load_values(value, key))
+        except ValueError:
+            self.state_dict[key] = _NO_VALUE
+
+
+def _for_people(value: Any) -> Any:
+    """Only what can be shown: a few bytes can say lists of any size, or steer a terminal."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    if not all(part is None or type(part) in (bool, int, float, str) for part in parts):
+        return _NO_VALUE
+    if sum(len(repr(part)) for part in parts[:_LONGEST]) > _LONGEST or len(parts) > _LONGEST:
+        return _NO_VALUE
+    return value if all(part.isprintable() for part in parts if type(part) is str) else repr(value)
+
+
+def _impossible_sizes(metadata: Metadata, folder: Path) -> str:
+    """Tensors for which the files have too few bytes; "" if there are none."""
+    claimed: dict[str, int] = defaultdict(int)
+    stored: dict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
+    for index, info in metadata.storage_data.items():
+        claimed[info.relative_path] += info.length
+        # How much a compressed piece holds is not known before it is read.
+        room = math.inf if info.transform_descriptors else info.length
+        place = (index.fqn, tuple(index.offset or ()))
+        stored[place] = max(room, stored[place])
+    for name, length in claimed.items():
+        if (size := (folder / name).stat().st_size) < length:
+            return f"its entries take {length:,} bytes of {name}, which has {size:,}"
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        for chunk in entry.chunks:
+            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            if needed > stored[key, tuple(chunk.offsets)]:
+                return f"a piece of '{key}' takes {needed:,} bytes, more than are stored for it"
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            return f"the pieces of '{key}' are not the whole of {list(entry.size)}"
+    return ""
 
 
 def _what_is_wrong(folder: Path) -> str:

@@ -146,7 +146,7 @@ def inspect_checkpoint(
     return (
         checkpoint,
         len(chosen),
-        (_parameter(reader, n, found[n], settings.get(n, {}), most_blocks) for n in chosen),
+        (_one(reader, n, found[n], settings.get(n, {}), most_blocks) for n in chosen),
     )
 
 
@@ -154,6 +154,17 @@ def _natural(name: str) -> list[tuple[int, str]]:
     """For sorting: layer 2 comes before layer 10."""
     parts = name.split(".")
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _one(reader: CheckpointReader, name: str, *others: Any) -> Parameter:
+    try:
+        return _parameter(reader, name, *others)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        (line, *_) = str(error).splitlines() or [""]
+        raise ValueError(
+            f"the state of '{name}' is not of the form that Shampoo gives it "
+            f"({type(error).__name__}: {line})."
+        ) from None
 
 
 def _parameter(
@@ -245,6 +256,8 @@ def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
     """The grid that has the fingerprint in the checkpoint: that of the pieces in which it was
     saved, or, if one process has saved it whole, one of those that the settings give."""
     view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[CAP])
+    if not math.prod(view):
+        raise ValueError(f"'{keys['exp_avg']}' is empty.")
     pieces = reader.pieces(keys["exp_avg"])
     cuts = tuple(
         tuple(sorted({0} | {offsets[d] + sizes[d] for offsets, sizes in pieces}))

@@ -49,7 +49,7 @@ def print_report(checkpoint: Checkpoint, console: Console) -> None:
     steps = sorted({p.step for p in parameters})
     preconditioned = [p for p in parameters if p.max_preconditioner_dim is not None]
     rules = ", ".join(sorted({p.preconditioner for p in preconditioned}))
-    line = f"[bold]{checkpoint.folder}[/bold]: step {_range(steps)}"
+    line = f"[bold]{escape(checkpoint.folder)}[/bold]: step {_range(steps)}"
     line += f", {checkpoint.files:,} files of {_size(checkpoint.bytes_on_disk)}"
     console.print(line, highlight=False)
     if not preconditioned:
@@ -68,7 +68,7 @@ def print_report(checkpoint: Checkpoint, console: Console) -> None:
         )
     if checkpoint.training:
         found = ", ".join(f"{name} = {value}" for name, value in checkpoint.training.items())
-        console.print(f"The training's own count: {found}.", highlight=False)
+        console.print(f"The training's own count: {escape(found)}.", highlight=False)
     console.print(_settings_table(parameters))
     if console.width >= _TABLE_WIDTH:
         console.print(_parameter_table(parameters))
@@ -79,7 +79,9 @@ def print_report(checkpoint: Checkpoint, console: Console) -> None:
             console.print(f"[bold]{escape(p.name)}[/bold]", Padding(figures, (0, 0, 0, 2)))
     for parameter in parameters:
         for entry, count in parameter.nonfinite.items():
-            console.print(f"[red]{parameter.name}: {count:,} NaN or infinite in {entry}[/red]")
+            console.print(
+                f"[red]{escape(parameter.name)}: {count:,} NaN or infinite in {entry}[/red]"
+            )
     if not any(parameter.nonfinite for parameter in parameters):
         console.print("[green]All numbers are finite.[/green]")
     if preconditioned:
@@ -101,7 +103,7 @@ def _settings_table(parameters: Sequence[Parameter]) -> Table:
     table.add_column("parameters", justify="right")
     table.add_column("settings")
     for settings, members in groups.items():
-        table.add_row(f"{len(members):,}", settings or "(none are saved)")
+        table.add_row(f"{len(members):,}", escape(settings) or "(none are saved)")
     return table
 
 
@@ -111,7 +113,7 @@ def _parameter_table(parameters: Sequence[Parameter]) -> Table:
     for head in _HEADS:
         table.add_column(head, justify="right")
     for p in parameters:
-        table.add_row(p.name, *_figures(p))
+        table.add_row(escape(p.name), *_figures(p))
     return table
 
 

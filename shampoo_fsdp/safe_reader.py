@@ -8,6 +8,7 @@ for a record that holds values and does nothing; the metadata is then put togeth
 each of which must be of its own type.
 """
 
+import collections
 import dataclasses
 import io
 import pickle
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-__all__ = ["SafeFileSystemReader", "UnsafeCheckpoint", "load_values"]
+__all__ = ["SafeFileSystemReader", "UnsafeCheckpoint", "load_values", "without_code"]
 
 _METADATA = metadata.__name__
 _OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata"  # up to torch 2.3
@@ -49,6 +50,14 @@ _NOT_USED = {
 _MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 _PATHLIB = ("pathlib", "pathlib._local")
 _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+_CONTAINERS = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "deque"): collections.deque,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "bytearray"): bytearray,
+    ("builtins", "complex"): complex,
+}
 _OWN_RISK = (
     "If you know who has written it, torch.serialization.add_safe_globals([...]) before loading "
     "allows it"
@@ -69,10 +78,26 @@ class SafeFileSystemReader(FileSystemReader):
             ValueError: it is damaged.
         """
         path = Path(self._get_metadata_path(kwargs.get("rank")))
-        result = _metadata(_unpickle(path.read_bytes(), path.name))
+        result = _metadata(_unpickle(path.read_bytes(), _MetadataUnpickler, path.name))
         result.storage_meta = result.storage_meta or StorageMeta()
         result.storage_meta.load_id = self.load_id
         return result
+
+
+def without_code(data: bytes, key: str) -> bytes:
+    """A pickle of the same values that calls nothing, for those who unpickle what they are given.
+
+    Args:
+        key: of the entry, for the error.
+
+    Raises:
+        UnsafeCheckpoint: it holds more than values, tensors and what
+            `torch.serialization.add_safe_globals` allows.
+    """
+    try:
+        return pickle.dumps(_unpickle(data, _ValueUnpickler, repr(key)))
+    except UnsafeCheckpoint as error:
+        raise UnsafeCheckpoint(f"{error}. {_OWN_RISK}") from None
 
 
 def load_values(stream: io.BytesIO, key: str) -> Any:
@@ -84,6 +109,7 @@ def load_values(stream: io.BytesIO, key: str) -> Any:
     Raises:
         UnsafeCheckpoint: it holds something else, unless `torch.serialization.add_safe_globals`
             allows it.
+        ValueError: it is damaged.
     """
     try:
         return torch.load(stream, weights_only=True)
@@ -129,23 +155,38 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) in _NOT_USED or (module in _PATHLIB and name in _PATHS):
             return lambda *arguments: None
         if (module, name) == ("builtins", "getattr"):
-            return _member
+            return lambda owner, attribute: _member(attribute)
         raise _NotKnown(f"{module}.{name}")
 
 
-def _member(owner: Any, name: str) -> None:
+def _member(name: str) -> None:
     """As Python 3.11 once pickled the members of an enum."""
     if name not in _MEMORY_FORMATS:
         raise _NotKnown("builtins.getattr")
 
 
-def _unpickle(data: bytes, what: str) -> Any:
+class _ValueUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CONTAINERS:
+            return _CONTAINERS[module, name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments)  # type: ignore[no-untyped-call]
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda data: torch.load(io.BytesIO(data), weights_only=True)
+        for allowed in torch.serialization.get_safe_globals():
+            found, full_name = allowed if isinstance(allowed, tuple) else (allowed, "")
+            if f"{module}.{name}" == (full_name or f"{found.__module__}.{found.__qualname__}"):
+                return found
+        raise _NotKnown(f"{module}.{name}")
+
+
+def _unpickle(data: bytes, unpickler: type[_MetadataUnpickler | _ValueUnpickler], what: str) -> Any:
     try:
         # A few bytes can ask for a table of any size.
         for opcode, argument, _ in pickletools.genops(data):
             if "PUT" in opcode.name and int(argument or 0) > len(data):
                 raise ValueError("it numbers more objects than it has bytes")
-        return _MetadataUnpickler(io.BytesIO(data)).load()
+        return unpickler(io.BytesIO(data)).load()
     except _NotKnown as name:
         raise UnsafeCheckpoint(
             f"{what} asks for {str(name)!r}, which is no part of a checkpoint; nothing was run"

@@ -8,17 +8,24 @@ import contextlib
 import functools
 import re
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
-from torchtitan.components.checkpoint import LR_SCHEDULER, MODEL, OPTIMIZER, CheckpointManager
+from torchtitan.components.checkpoint import (
+    DATALOADER,
+    LR_SCHEDULER,
+    MODEL,
+    OPTIMIZER,
+    CheckpointManager,
+)
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
-from shampoo_fsdp.safe_reader import SafeFileSystemReader
+from shampoo_fsdp.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 
 __all__ = ["CheckpointError", "complete_checkpoints", "explain", "register"]
@@ -55,6 +62,8 @@ def explain(error: CheckpointException, folder: str) -> str:
                 f"{folder} does not fit this job: {failure} (Settings are those of the table "
                 "[optimizer.shampoo]. Another --job.dump_folder starts anew.)"
             )
+        if isinstance(failure, UnsafeCheckpoint):
+            return f"{folder} is refused: {failure}."
     damage = find_damage(Path(folder)) or _first_failure(error)
     others = [n for n in complete_checkpoints(Path(folder).parent) if n != Path(folder).name]
     return (
@@ -173,7 +182,7 @@ def _dcp_load(
         raise CheckpointError(explain(CheckpointException("", {}), checkpoint_id), {})
     before = _hyperparameters(self)
     config = getattr(next(iter(self.states[OPTIMIZER])), "config", None)
-    planner = ShampooLoadPlanner(getattr(config, "on_mismatch", "refuse"))
+    planner = _JobPlanner(getattr(config, "on_mismatch", "refuse"))
     try:
         load(
             state_dict,
@@ -188,6 +197,16 @@ def _dcp_load(
     for name, now in _hyperparameters(self).items():
         if now != before[name]:
             logger.info(f"The checkpoint's {name} = {now} wins over the job's {before[name]}")
+
+
+class _JobPlanner(ShampooLoadPlanner):
+    """TorchTitan's data loader unpickles its state, which is a pickle inside of the checkpoint."""
+
+    def value_of(self, key: str, stream: BytesIO) -> Any:
+        value = super().value_of(key, stream)
+        if key.startswith(f"{DATALOADER}.") and isinstance(value, bytes):
+            return without_code(value, key)
+        return value
 
 
 def _hyperparameters(manager: CheckpointManager) -> dict[str, str]:

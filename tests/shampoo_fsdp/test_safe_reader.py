@@ -1,7 +1,12 @@
 """Checkpoints from strangers: what their files ask for is refused by name, and never run."""
 
+import enum
+import io
 import os
 import pickle
+import struct
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +17,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.__main__ import main
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner, find_damage
-from shampoo_fsdp.safe_reader import SafeFileSystemReader, UnsafeCheckpoint
+from shampoo_fsdp.safe_reader import (
+    SafeFileSystemReader,
+    UnsafeCheckpoint,
+    load_values,
+    without_code,
+)
 
 
 class Calls:
@@ -120,3 +130,68 @@ def test_an_entry_that_is_code_is_not_loaded(tmp_path):
 def test_a_file_is_no_folder(folder, capsys):
     assert main(["inspect", str(folder / ".metadata")]) != 0
     assert "it is a file; give the folder" in capsys.readouterr().err
+
+
+def test_a_pickle_in_an_entry_becomes_one_that_calls_nothing(tmp_path):
+    plain = {"a": [1, 2.0, None, {3}], "b": torch.ones(2), "c": b"x", "d": (True, "y")}
+    assert str(pickle.loads(without_code(pickle.dumps(plain), "it"))) == str(plain)
+    hostile = pickle.dumps({"a": Calls(os.mkdir, str(tmp_path / "ran"))})
+    with pytest.raises(UnsafeCheckpoint, match=r"'it' asks for 'posix\.mkdir'.*nothing was run"):
+        without_code(hostile, "it")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_user_allows_is_read():
+    saved = io.BytesIO()
+    torch.save(Path("x"), saved)
+    for read in (
+        lambda: load_values(io.BytesIO(saved.getvalue()), "it"),
+        lambda: pickle.loads(without_code(pickle.dumps(Path("x")), "it")),
+    ):
+        with pytest.raises(UnsafeCheckpoint, match=r"PosixPath.*add_safe_globals"):
+            read()
+        with torch.serialization.safe_globals([type(Path("x"))]):
+            assert read() == Path("x")
+
+
+def test_a_pickle_cannot_change_the_classes_that_it_names(folder):
+    name = f"c{Metadata.__module__}\nMetadata\n".encode()
+    set_version = b"N}\x8c\x07versionK\x07s\x86b"
+    (folder / ".metadata").write_bytes(b"\x80\x04" + name + set_version + b".")
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read"):
+        SafeFileSystemReader(folder).read_metadata()
+    assert Metadata.version is None
+
+
+class OldPickler(pickle.Pickler):
+    """Pickles enums by their names, as early Python 3.11 did."""
+
+    def reducer_override(self, obj):
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_metadata_of_older_pytorch_and_python_is_known(folder):
+    """The properties of its tensors came from another module."""
+    expected = dcp.FileSystemReader(folder).read_metadata()
+    text = io.BytesIO()
+    OldPickler(text, protocol=3).dump(expected)  # with names as text
+    data = text.getvalue()
+    for name in ("TensorProperties", "_MEM_FORMAT_ENCODING"):
+        now = f"c{Metadata.__module__}\n{name}\n".encode()
+        assert now in data
+        old = f"ctorch.distributed._shard.sharded_tensor.metadata\n{name.lstrip('_')}\n"
+        data = data.replace(now, old.encode())
+    (folder / ".metadata").write_bytes(data)
+    found = SafeFileSystemReader(folder).read_metadata()
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    assert found.storage_data == expected.storage_data
+
+
+def test_a_few_bytes_take_no_memory(folder):
+    """An entry of the pickle's table of objects, far behind its end."""
+    (folder / ".metadata").write_bytes(b"\x80\x02Nr" + struct.pack("<I", 2**31 - 1) + b".")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="it numbers more objects than it has bytes"):
+        SafeFileSystemReader(folder).read_metadata()
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

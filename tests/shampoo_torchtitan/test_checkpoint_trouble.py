@@ -2,7 +2,9 @@
 stay as they are."""
 
 import contextlib
+import io
 import os
+import pickle
 import queue
 import resource
 import shutil
@@ -14,8 +16,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 
 from shampoo_torchtitan import cpu
@@ -95,7 +98,13 @@ def everything_that_goes_wrong(job: Path, small: Path) -> dict[str, str]:
     said["unfinished"] = load(2)
     assert newest() == 1
     said["not there"] = load(7)
-    on_rank_0(shutil.copy, whole / ".metadata", folder / "step-2" / ".metadata")
+    marker = folder / "ran"
+    for trouble, change in (("hostile", hostile_metadata), ("hostile data", hostile_data_loader)):
+        on_rank_0(change, whole, folder / "step-2", f"touch {marker}")
+        said[trouble] = load(2)
+        assert not marker.exists()
+    for file in whole.iterdir():
+        on_rank_0(shutil.copy, file, folder / "step-2" / file.name)
     assert newest() == 2
 
     # Saving the same step once more fails half-way.
@@ -135,6 +144,36 @@ def everything_that_goes_wrong(job: Path, small: Path) -> dict[str, str]:
     assert newest() == 2
     trainer.close()
     return said
+
+
+class Command:
+    """Its pickle runs a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def hostile_metadata(whole: Path, folder: Path, command: str) -> None:
+    metadata = FileSystemReader(whole).read_metadata()
+    metadata.planner_data = Command(command)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def hostile_data_loader(whole: Path, folder: Path, command: str) -> None:
+    """Its state is a pickle in an entry of bytes."""
+    metadata = FileSystemReader(whole).read_metadata()
+    for index, info in metadata.storage_data.items():
+        if index.fqn.startswith("dataloader.dp_rank_"):
+            file = folder / info.relative_path
+            entry = io.BytesIO()
+            torch.save(pickle.dumps(Command(command)), entry)
+            info.offset, info.length = file.stat().st_size, len(entry.getvalue())
+            with file.open("ab") as stream:
+                stream.write(entry.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 @contextlib.contextmanager
@@ -204,6 +243,11 @@ def said(tmp_path_factory: pytest.TempPathFactory, small_disk: Path) -> dict[str
             "Cannot save a checkpoint in F/checkpoint: rank 0 found OSError: it b",
         ),
         ("passed over", "F/checkpoint/step-2 is passed over: saving it has not finished"),
+        ("hostile", ".metadata asks for 'posix.system', which is no part of a checkpoint; nothing"),
+        (
+            "hostile data",
+            "F/checkpoint/step-2 is refused: 'dataloader.dp_rank_0' asks for 'posix.system'",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_named_with_what_is_wrong(said, trouble, what):
