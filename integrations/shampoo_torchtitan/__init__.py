@@ -13,12 +13,20 @@ unasked:
     name = "shampoo"
 """
 
+import gc
+
+if _collects := gc.isenabled():
+    gc.disable()  # there is nothing to collect while modules are read; looking takes a second
+
 from shampoo_torchtitan import cpu
 
 if cpu.needed():
     cpu.enable()  # first: TorchTitan reads the device when it is imported
 
 from shampoo_torchtitan import checkpoint, data, metrics, models, optimizer
+
+if _collects:
+    gc.enable()
 
 __all__ = ["register"]
 

@@ -8,6 +8,7 @@ machine will do and nothing is read but the job file.
 """
 
 import argparse
+import gc
 import json
 import sys
 import warnings
@@ -198,4 +199,5 @@ def _specs(part: nn.Module, dims: ParallelDims) -> list[ParameterSpec]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # modules live to the end: no collection, the last one least, need look at them
     sys.exit(main())

@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 -m shampoo_torchtitan.train --job.config_file my.tom
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -145,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # modules live to the end: no collection, the last one least, need look at them
     main()
