@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[..., None] = _plan if command == "plan" else _inspect
     try:
         run(**options)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError) as error:
         print(f"{parser.prog} {command}: {error}", file=sys.stderr)
         return 2
@@ -75,7 +77,7 @@ def _inspect(
 
 
 def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

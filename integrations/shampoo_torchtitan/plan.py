@@ -10,6 +10,7 @@ machine will do and nothing is read but the job file.
 import argparse
 import gc
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -68,10 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     finally:
         logger.disabled = False
-    if options.json:
-        print(json.dumps(report.as_json(), indent=2))
-    else:
-        report.print(Console())
+    try:
+        if options.json:
+            print(json.dumps(report.as_json(), indent=2), flush=True)
+        else:
+            report.print(Console())
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

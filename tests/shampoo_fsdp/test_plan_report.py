@@ -142,3 +142,12 @@ def test_it_runs_as_a_module_without_torchtitan():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout)["blocks"] == 6656
+
+
+def test_who_stops_reading_is_told_of_no_error():
+    command = "-m shampoo_fsdp plan --model llama3-8b --mesh dp_shard=8 --json"
+    command = [sys.executable, *command.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
