@@ -39,6 +39,7 @@ from shampoo_fsdp.parameters import (
     warning_without_names,
 )
 from shampoo_fsdp.precision import full_precision
+from shampoo_fsdp.state import OwnedBlocks, ShardedBlocks
 from shampoo_fsdp.stopwatch import Stopwatch
 from shampoo_fsdp.team import balance, make_teams, refuse_nonfinite
 
@@ -345,6 +346,11 @@ class Shampoo(torch.optim.Optimizer):
         torch.distributed.checkpoint, also with `full_state_dict`. In one process tensors are plain
         or, where they consist of several blocks, behave so (see :class:`OwnedBlocks`).
         """
+        for entries in self.state.values():
+            for value in entries.values() if isinstance(entries, dict) else ():
+                local = value.to_local() if isinstance(value, ShardedBlocks) else value
+                if isinstance(local, OwnedBlocks):
+                    local.forget_reading()
         return super().state_dict()
 
     @torch.no_grad()

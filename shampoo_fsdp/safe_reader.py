@@ -186,6 +186,8 @@ def _unpickle(data: bytes, unpickler: type[_MetadataUnpickler | _ValueUnpickler]
         for opcode, argument, _ in pickletools.genops(data):
             if "PUT" in opcode.name and int(argument or 0) > len(data):
                 raise ValueError("it numbers more objects than it has bytes")
+            if opcode.name == "DUP":  # no pickler writes it; few make a key that takes days to hash
+                raise ValueError("it has an opcode that no checkpoint has, DUP")
         return unpickler(io.BytesIO(data)).load()
     except _NotKnown as name:
         raise UnsafeCheckpoint(

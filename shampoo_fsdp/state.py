@@ -155,6 +155,11 @@ class OwnedBlocks(torch.Tensor):
                 "another checkpoint."
             )
 
+    def forget_reading(self) -> None:
+        """A checkpoint of which nothing has come was not read, but refused or unreadable."""
+        if len(self._to_read) == sum(values.numel() > 0 for _, values in self.pieces):
+            self._reading, self._to_read = False, set()
+
     def load(self, saved: Tensor) -> None:
         """Copy the pieces of `saved`, or the parts of a whole tensor, to the pieces here.
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from shampoo_fsdp import Shampoo
@@ -135,6 +136,18 @@ class TestOtherSettings:
         for _ in range(2):
             new.load_state_dict(old.state_dict())
         assert_same_state(new, old, model.output.weight)
+
+
+def test_a_load_that_failed_leaves_good_state_good(model, tmp_path):
+    old = trained(model.named_parameters(), model, **OPTIONS)
+    dcp.save({"optimizer": old.state_dict()}, checkpoint_id=tmp_path)
+    for file in tmp_path.glob("*.distcp"):
+        file.write_bytes(b"")
+    with pytest.raises(dcp.api.CheckpointException):
+        dcp.load({"optimizer": old.state_dict()}, checkpoint_id=tmp_path)
+    new = Shampoo(model.named_parameters(), **OPTIONS)
+    new.load_state_dict(old.state_dict())
+    assert_same_state(new, old, dict(model.named_parameters())[WQ])
 
 
 class TestAdamW:

@@ -97,6 +97,12 @@ def test_damaged_metadata_is_said(data, folder):
     assert "cannot be read" in find_damage(folder)
 
 
+def test_a_key_that_would_take_days_is_not_hashed(folder):
+    (folder / ".metadata").write_bytes(b"\x80\x04}K\x01" + b"2\x86" * 60 + b"K\x01s.")
+    with pytest.raises(ValueError, match="DUP"):
+        SafeFileSystemReader(folder).read_metadata()
+
+
 def test_what_was_saved_is_read_as_pytorch_reads_it(folder):
     ours = SafeFileSystemReader(folder).read_metadata()
     theirs = dcp.FileSystemReader(folder).read_metadata()
