@@ -55,11 +55,12 @@ def find_saved(
     """
     saved_names = [group.get("param_names", ()) for group in saved_groups]
     theirs = [[plain_name(name) for name in group] for group in saved_names]
-    sizes, saved_sizes = map(len, names), [len(group["params"]) for group in saved_groups]
+    sizes = [len(group) for group in names]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
     # (The keys of torch.distributed.checkpoint.state_dict are names of the parameters here.)
     numbered = all(isinstance(key, int) for group in saved_groups for key in group["params"])
     named = given and numbered and list(map(len, theirs)) == saved_sizes and any(theirs)
-    if list(sizes) == saved_sizes and not (named and theirs != list(map(list, names))):
+    if sizes == saved_sizes and not (named and theirs != list(map(list, names))):
         pairs = zip(names, saved_groups, strict=True)
         keys = {n: k for ours, g in pairs for n, k in zip(ours, g["params"], strict=True)}
         return keys, list(saved_groups)
@@ -68,7 +69,7 @@ def find_saved(
     if not named or not found:
         raise ValueError(
             f"the state dict has groups of {saved_sizes} parameters, here they have "
-            f"{[len(group) for group in names]}, and no names tell which is which: build both "
+            f"{sizes}, and no names tell which is which: build both "
             "optimizers with named parameters, as model.named_parameters() gives them, of one "
             "model."
         )

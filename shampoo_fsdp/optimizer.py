@@ -148,7 +148,7 @@ class Shampoo(torch.optim.Optimizer):
         self._teams, self._excluded, self._residents = make_teams(
             self._names, self._parameters, self._group_of, replicas, self.config
         )
-        if self.config.exclude and "param_names" not in self.param_groups[0]:
+        if self.config.exclude and not self._named:
             chosen = [self._parameters[i] for team in self._teams for i in team.indices]
             if matrices := [tuple(p.shape) for p in chosen if p.ndim > 1]:
                 said = warning_without_names(len(self._parameters), matrices)
@@ -368,12 +368,12 @@ class Shampoo(torch.optim.Optimizer):
             ValueError: on every rank, names the parameter and the entry or setting that does not
                 fit; nothing has been changed then.
         """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
         named = dict(zip(self._names, self._parameters, strict=True))
         here = flat({name: self.state[parameter] for name, parameter in named.items()})
         problem, saved, other = None, {}, []
         try:
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = hook(self, state_dict) or state_dict
             keys, saved_groups = find_saved(
                 self._names_of_groups, self._named, state_dict["param_groups"]
             )

@@ -164,7 +164,7 @@ class OwnedBlocks(torch.Tensor):
         """Copy the pieces of `saved`, or the parts of a whole tensor, to the pieces here.
 
         Raises:
-            ValueError: for another shape, on each rank that is given it.
+            ValueError: for another shape, on each rank that is given it, or if pieces are missing.
         """
         if saved.shape != self.shape:
             raise ValueError(
@@ -174,6 +174,8 @@ class OwnedBlocks(torch.Tensor):
                 "again with the settings of then."
             )
         if isinstance(saved, OwnedBlocks) and not saved.has_pieces_of(self):
+            if not saved.complete:
+                raise ValueError("what is copied lacks blocks that belong here; use full_tensor().")
             saved = saved.whole()
         if isinstance(saved, OwnedBlocks):
             theirs = dict(saved.pieces)

@@ -15,18 +15,18 @@ unasked:
 
 import gc
 
-if _collects := gc.isenabled():
-    gc.disable()  # there is nothing to collect while modules are read; looking takes a second
+_collects = gc.isenabled()
+gc.disable()  # there is nothing to collect while modules are read; looking takes a second
+try:
+    from shampoo_torchtitan import cpu
 
-from shampoo_torchtitan import cpu
+    if cpu.needed():
+        cpu.enable()  # first: TorchTitan reads the device when it is imported
 
-if cpu.needed():
-    cpu.enable()  # first: TorchTitan reads the device when it is imported
-
-from shampoo_torchtitan import checkpoint, data, metrics, models, optimizer
-
-if _collects:
-    gc.enable()
+    from shampoo_torchtitan import checkpoint, data, metrics, models, optimizer
+finally:
+    if _collects:
+        gc.enable()
 
 __all__ = ["register"]
 

@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -25,6 +26,7 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
+from shampoo_fsdp.load_decision import OnMismatch
 from shampoo_fsdp.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 
@@ -182,12 +184,13 @@ def _dcp_load(
         raise CheckpointError(explain(CheckpointException("", {}), checkpoint_id), {})
     before = _hyperparameters(self)
     config = getattr(next(iter(self.states[OPTIMIZER])), "config", None)
-    planner = _JobPlanner(getattr(config, "on_mismatch", "refuse"))
+    planner = _JobPlanner(getattr(config, "on_mismatch", "refuse"), trusting=config is None)
+    safely = config is not None and "://" not in checkpoint_id
     try:
         load(
             state_dict,
             checkpoint_id=checkpoint_id,
-            storage_reader=None if "://" in checkpoint_id else SafeFileSystemReader(checkpoint_id),
+            storage_reader=SafeFileSystemReader(checkpoint_id) if safely else None,
             planner=planner,
         )
     except CheckpointException as error:
@@ -200,9 +203,19 @@ def _dcp_load(
 
 
 class _JobPlanner(ShampooLoadPlanner):
-    """TorchTitan's data loader unpickles its state, which is a pickle inside of the checkpoint."""
+    """TorchTitan's data loader unpickles its state, which is a pickle inside of the checkpoint.
+
+    Args:
+        trusting: Whether values may be of any class, as in TorchTitan: for other optimizers' jobs.
+    """
+
+    def __init__(self, on_mismatch: OnMismatch, *, trusting: bool) -> None:
+        super().__init__(on_mismatch)
+        self._trusting = trusting
 
     def value_of(self, key: str, stream: BytesIO) -> Any:
+        if self._trusting:
+            return torch.load(stream, weights_only=False)
         value = super().value_of(key, stream)
         if key.startswith(f"{DATALOADER}.") and isinstance(value, bytes):
             return without_code(value, key)

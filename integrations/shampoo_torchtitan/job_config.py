@@ -123,9 +123,8 @@ def check_degrees(config: Any, ranks: int) -> None:
     if product < 1 or (ranks % product if rest else ranks != product):
         shown = ", ".join(f"{name} = {n}" for name, n in degrees.items() if n not in (-1, 1))
         raise ValueError(
-            f"[parallelism] {shown or 'data_parallel_shard_degree = 1'}: "
-            f"the degrees make {product} ranks, "
-            f"{'of which a multiple' if rest else 'which'} must be there, and there are {ranks}"
+            f"[parallelism] {shown or 'data_parallel_shard_degree = 1'}: the degrees multiply to "
+            f"{product}, which must {'divide' if rest else 'be'} the number of ranks, {ranks}"
         )
 
 

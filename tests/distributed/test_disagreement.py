@@ -101,6 +101,27 @@ def test_a_parameter_that_one_rank_froze_is_an_error_on_every_rank():
         Shampoo(built.model.named_parameters())
 
 
+def forget_the_groups(_, state_dict):
+    if dist.get_rank() == 0:
+        del state_dict["param_groups"]
+
+
+def refuse_on_rank_0(_, state_dict):
+    if dist.get_rank() == 0:
+        raise RuntimeError("not today")
+
+
+@ranks(2)
+def test_a_state_dict_that_one_rank_cannot_load_is_an_error_on_every_rank():
+    """Also where a set of ranks that knows of it comes before one that does not."""
+    alone = [("alone", torch.nn.Parameter(torch.ones(4, 4)))]
+    for hook, said in ((forget_the_groups, "param_groups"), (refuse_on_rank_0, "not today")):
+        optimizer = Shampoo([*build("fsdp").model.named_parameters(), *alone])
+        optimizer.register_load_state_dict_pre_hook(hook)
+        with pytest.raises(ValueError, match=said):
+            optimizer.load_state_dict(optimizer.state_dict())
+
+
 @ranks(2)
 def test_state_that_is_spread_over_ranks_is_not_pickled_in_part(tmp_path):
     built = build("fsdp")

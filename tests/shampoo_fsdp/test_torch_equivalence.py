@@ -267,6 +267,28 @@ def test_the_lr_of_excluded_parameters_is_theirs_alone():
         assert torch.equal(usual[name], smaller[name]) != excluded, name
 
 
+def test_soap_is_adam_before_its_first_refresh():
+    """In the axes' basis small entries are no rounding."""
+    scales = 10.0 ** -torch.arange(8.0).unsqueeze(1)
+    weights = [nn.Parameter(torch.zeros(8, 8)) for _ in range(2)]
+    settings = {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.0}
+    soap = Shampoo(
+        [("w", weights[0])],
+        **settings,
+        preconditioner="soap",
+        grafting="none",
+        beta3=0.9,
+        start_preconditioning_step=1000,
+    )
+    adam = torch.optim.AdamW([weights[1]], **settings)
+    for step in range(5):
+        gradient = torch.randn(8, 8, generator=torch.Generator().manual_seed(step)) * scales
+        for weight, optimizer in zip(weights, (soap, adam), strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-7)
+
+
 LR_OPTIONS = {
     "decoupled": {},
     "l2": {"weight_decay_type": "l2"},

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import queue
+import random
 import resource
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 
-from shampoo_torchtitan import cpu
+from shampoo_fsdp.safe_reader import UnsafeCheckpoint
+from shampoo_torchtitan import checkpoint, cpu
 from shampoo_torchtitan.checkpoint import CheckpointError
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 from tests.ranks import preload, run_ranks
@@ -254,6 +256,17 @@ def test_a_damaged_checkpoint_is_named_with_what_is_wrong(said, trouble, what):
     assert what in said[trouble]
     if trouble in ("torn", "lost", "torn metadata", "unfinished"):
         assert "--checkpoint.load_step; there are: step-1." in said[trouble]
+
+
+def test_jobs_of_other_optimizers_read_what_titan_reads():
+    state = io.BytesIO()
+    torch.save(random.Random(0), state)
+    state.seek(0)
+    trusting = checkpoint._JobPlanner("refuse", trusting=True)
+    assert isinstance(trusting.value_of("dataloader.dp_rank_0", state), random.Random)
+    state.seek(0)
+    with pytest.raises(UnsafeCheckpoint, match=r"random\.Random"):
+        checkpoint._JobPlanner("refuse", trusting=False).value_of("dataloader.dp_rank_0", state)
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

@@ -130,15 +130,23 @@ def test_the_configurations_can_be_read(tmp_path, monkeypatch, path):
 @pytest.mark.parametrize(
     ("degrees", "ranks", "said"),
     [
-        ({"tensor_parallel_degree": 3}, 2, "tensor_parallel_degree = 3: the degrees make 3 ranks"),
-        ({"data_parallel_shard_degree": 4}, 2, "the degrees make 4 ranks, which must be there"),
-        ({"data_parallel_shard_degree": 1}, 2, "the degrees make 1 ranks"),
+        (
+            {"tensor_parallel_degree": 3},
+            2,
+            "tensor_parallel_degree = 3: the degrees multiply to 3, ",
+        ),
+        (
+            {"data_parallel_shard_degree": 4},
+            2,
+            "the degrees multiply to 4, which must be",
+        ),
+        ({"data_parallel_shard_degree": 1}, 2, "the degrees multiply to 1, which must be"),
     ],
 )
 def test_degrees_that_do_not_make_the_ranks_are_refused(degrees, ranks, said):
     config = JobConfig()
     for name, degree in degrees.items():
         setattr(config.parallelism, name, degree)
-    with pytest.raises(ValueError, match=f"{said}.*there are {ranks}"):
+    with pytest.raises(ValueError, match=f"{said}.* ranks, {ranks}$"):
         check_degrees(config, ranks)
     check_degrees(JobConfig(), ranks)
