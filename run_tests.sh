@@ -11,4 +11,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check -q .
 ruff format -q --check .
 mypy --strict shampoo_fsdp
+imports="$(lint-imports --no-cache)" || { echo "$imports"; exit 1; }
 pytest -q "$@"

@@ -1,1 +1,1 @@
-"""Measurements behind the README's numbers; run from the repository's root."""
+"""Measurements behind the numbers of docs/; run from the repository's root."""

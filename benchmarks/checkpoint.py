@@ -44,8 +44,8 @@ from benchmarks.checkpoint_items import count_items
 from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import Row, shampoo_row, torch_rows
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.model_shapes import model_specs
-from shampoo_fsdp.state import OwnedBlocks
+from shampoo_fsdp.checkpoint.owned import OwnedBlocks
+from shampoo_fsdp.tools.models import model_specs
 
 __all__ = ["main"]
 

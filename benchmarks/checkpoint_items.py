@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.blocks import make_grid
-from shampoo_fsdp.layout import shard_rectangle
-from shampoo_fsdp.parameters import is_preconditioned
-from shampoo_fsdp.shard_map import ParameterSpec
-from shampoo_fsdp.state_layout import saved_entries
+from shampoo_fsdp.plan.grid import make_grid
+from shampoo_fsdp.plan.shards import ParameterSpec, shard_rectangle
+from shampoo_fsdp.rules.kept import saved_entries
+from shampoo_fsdp.runtime.parameters import is_preconditioned
 
 __all__ = ["Items", "count_items"]
 

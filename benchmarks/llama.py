@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from shampoo_fsdp.preconditioners import PRECONDITIONERS
+from shampoo_fsdp.config import RULES
 from tests.models import deterministic_gradients, set_gradients
 
 __all__ = ["Sizes", "block_flops", "build", "gradient_sets", "least_bytes", "matrix_shapes"]
@@ -85,7 +85,7 @@ def matrix_shapes(sizes: Sizes, exclude: Sequence[str] = ()) -> list[tuple[int, 
 def block_flops(shapes: Sequence[tuple[int, int]], cap: int, preconditioner: str) -> float:
     """What a step multiplies, without roots: for a block of m x n a product of 2 m n m and one of
     2 m n n FLOPs for the factors, for the direction, and for what else the preconditioner does."""
-    products = PRECONDITIONERS[preconditioner].products
+    products = RULES[preconditioner].products
     total = 0.0
     for rows, columns in shapes:
         tall, wide = math.ceil(rows / cap), math.ceil(columns / cap)

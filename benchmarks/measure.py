@@ -58,10 +58,14 @@ class Counts(_Dispatched):
     bytes_sent: to other ranks, by the least that each collective has to send.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: Iterable[Tensor] = ()) -> None:
+        """
+        Args:
+            on_host: tensors that are on the CPU on every machine, which nobody waits for.
+        """
         super().__init__()
         self.operators = self.read_backs = self.bytes_sent = 0
-        self._conversions = _Conversions()
+        self._conversions = _Conversions(on_host)
 
     def __enter__(self) -> "Counts":
         self._conversions.__enter__()
@@ -88,14 +92,16 @@ class Counts(_Dispatched):
 class _Conversions(TorchFunctionMode):
     """Counts tensors that become lists or arrays, which is not dispatched on CPUs."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: Iterable[Tensor]) -> None:
         super().__init__()
         self.number = 0
+        self._on_host = {id(tensor) for tensor in on_host}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.number += func in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+        converts = func in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+        self.number += converts and id(args[0]) not in self._on_host
         return func(*args, **(kwargs or {}))
 
 

@@ -12,6 +12,7 @@ from multiprocessing import connection, get_context
 from typing import Any
 
 import torch
+import torch._dynamo  # the first use of an optimizer imports it: here, not in every rank
 import torch.distributed as dist
 
 __all__ = ["run_on_ranks"]

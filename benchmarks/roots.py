@@ -37,8 +37,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Counts
-from shampoo_fsdp.eigenbasis import eigenbasis, warm_eigenbasis
-from shampoo_fsdp.roots import ROOT_METHODS, inverse_root, inverse_root_from_basis
+from shampoo_fsdp.rules.eigenbasis import eigenbasis, warm_eigenbasis
+from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, inverse_root_from_basis
 
 EPS = 1e-12
 RESOLUTION = torch.finfo(torch.float32).eps
@@ -265,7 +265,7 @@ def measure_warm_start() -> Rows:
 def trained_factors() -> dict[tuple[float, str], list[tuple[Tensor, Tensor]]]:
     """Factors [1, n, n] and unfolded gradients at the refreshes, after 30, 40, 50 and 60 steps of
     AdamW on Python source, of both sides of some weights of a small Llama; by beta2 and name."""
-    from shampoo_torchtitan.data import python_source  # first: it makes torchtitan importable
+    from shampoo_torchtitan.demo.data import python_source  # first: it makes torchtitan importable
     from torchtitan.models.llama3 import Transformer, llama3_args  # isort: skip
 
     model = Transformer(llama3_args["small"])

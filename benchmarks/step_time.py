@@ -31,6 +31,7 @@ from benchmarks.peers import peer_rows
 from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import Row, our_rows, torch_rows
 from benchmarks.step_tables import tables
+from shampoo_fsdp import Shampoo
 
 __all__ = ["add_size_arguments", "main", "measure_rows", "sizes_of"]
 
@@ -112,6 +113,12 @@ class _Runner:
 
     def state_bytes(self) -> int:
         return state_bytes(self._optimizers)
+
+    def counters_on_host(self) -> list[Tensor]:
+        """Counts of steps, which Shampoo keeps on the CPU on every machine."""
+        states = [s for o in self._optimizers if isinstance(o, Shampoo) for s in o.state.values()]
+        names = ("step", "factor_step", "refreshed")
+        return [state[name] for state in states for name in names if name in state]
 
     def parameter_bytes(self) -> tuple[int, int]:
         """Of this rank's part of all parameters, and of the matrices."""
@@ -203,7 +210,7 @@ def _time_figures(
 
 def _count_figures(runner: _Runner, sizes: llama.Sizes, mean_ms: float) -> dict[str, Any]:
     operators, period, ranks = [], runner.row.period, dist.get_world_size()
-    counts, products = Counts(), Products()
+    counts, products = Counts(runner.counters_on_host()), Products()
     for _ in range(period):
         runner.give_gradients()
         before = counts.operators

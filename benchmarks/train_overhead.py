@@ -262,7 +262,7 @@ def _trainer(options: argparse.Namespace, folder: str) -> Any:
         "training.seq_len": SEQUENCE,
         "metrics.log_freq": 10**9,
     }
-    from shampoo_torchtitan.byte_tokenizer import write_byte_tokenizer
+    from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
 
     write_byte_tokenizer(f"{folder}/tokenizer")
     arguments = [text for key, value in job.items() for text in (f"--{key}", str(value))]

@@ -324,7 +324,13 @@ def _dump(workers: list[_Worker]) -> list[tuple[_Worker, str]]:
         if worker.stacks.exists() and worker.process.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(worker.process.pid, signal.SIGUSR1)
-    time.sleep(_GRACE_S)
+    deadline = time.monotonic() + _GRACE_S
+    sizes: list[int] | None = None
+    while time.monotonic() < deadline:  # until nothing more is written
+        time.sleep(0.3)
+        before, sizes = sizes, [w.stacks.stat().st_size for w in workers if w.stacks.exists()]
+        if sizes == before and all(sizes):
+            break
     return [(w, w.stacks.read_text() if w.stacks.exists() else "not started") for w in workers]
 
 

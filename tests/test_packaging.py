@@ -3,14 +3,29 @@
 import importlib
 from pathlib import Path
 
+import setuptools
 import tomli
 
-PROJECT = tomli.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[1]
+SETTINGS = tomli.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 
 
 def test_an_index_can_show_what_it_is():
-    assert (Path(__file__).parents[1] / PROJECT["readme"]).read_text().startswith("# shampoo_fsdp")
+    assert (ROOT / PROJECT["readme"]).read_text().startswith("# shampoo_fsdp")
     assert PROJECT["urls"] and PROJECT["classifiers"]
+
+
+def test_every_module_is_installed():
+    find = SETTINGS["tool"]["setuptools"]["packages"]["find"]
+    folders = {
+        Path(where, *package.split("."))
+        for where in find["where"]
+        for package in setuptools.find_packages(str(ROOT / where), include=find["include"])
+    }
+    of_users = [ROOT / "shampoo_fsdp", ROOT / "integrations" / "shampoo_torchtitan"]
+    modules = [path for root in of_users for path in root.rglob("*.py")]
+    assert folders == {path.parent.relative_to(ROOT) for path in modules}
 
 
 def test_the_console_script_runs(capsys):

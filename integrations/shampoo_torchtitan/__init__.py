@@ -11,6 +11,8 @@ unasked:
 
     [optimizer]
     name = "shampoo"
+
+What helps the demo job alone is in `demo`.
 """
 
 import gc
@@ -18,12 +20,12 @@ import gc
 _collects = gc.isenabled()
 gc.disable()  # there is nothing to collect while modules are read; looking takes a second
 try:
-    from shampoo_torchtitan import cpu
+    from shampoo_torchtitan.demo import cpu
 
     if cpu.needed():
         cpu.enable()  # first: TorchTitan reads the device when it is imported
 
-    from shampoo_torchtitan import checkpoint, data, metrics, models, optimizer
+    from shampoo_torchtitan import checkpoint, demo, metrics, optimizer
 finally:
     if _collects:
         gc.enable()
@@ -32,15 +34,14 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Makes Shampoo, its metrics, checkpoints, our data sets and models known to TorchTitan.
+    """Makes Shampoo, its metrics and checkpoints known to TorchTitan, and what the demo trains.
 
     Calling it again changes nothing.
     """
     optimizer.register()
     metrics.register()
     checkpoint.register()
-    data.register()
-    models.register()
+    demo.register()
 
 
 register()

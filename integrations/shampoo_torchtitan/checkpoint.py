@@ -26,8 +26,8 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
-from shampoo_fsdp.load_decision import OnMismatch
-from shampoo_fsdp.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
+from shampoo_fsdp.checkpoint.fits import OnMismatch
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 
 __all__ = ["CheckpointError", "complete_checkpoints", "explain", "register"]

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 from torchtitan.config import ConfigManager
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.config import validate_hyperparameters
+from shampoo_fsdp.hyperparameters import validate_hyperparameters
 
 __all__ = ["JobConfig", "Optimizer", "check_degrees", "check_job", "check_table"]
 

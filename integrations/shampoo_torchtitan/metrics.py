@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torchtitan.components.metrics as titan
 from torchtitan.tools.logging import logger
 
-from shampoo_fsdp.diagnostics import merged
+from shampoo_fsdp.runtime.diagnostics import merged
 from shampoo_torchtitan.optimizer import ShampooContainer
 
 __all__ = ["ShampooMetricsProcessor", "register"]

@@ -12,7 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
-from shampoo_fsdp.diagnostics import Diagnostics
+from shampoo_fsdp.runtime.diagnostics import Diagnostics
 
 __all__ = ["NAME", "BadSetting", "ShampooContainer", "build_optimizers", "register"]
 

@@ -29,9 +29,11 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.parameters import describe, named_param_groups
-from shampoo_fsdp.plan_report import PlanReport, plan_report
-from shampoo_fsdp.planner import ParameterSpec
+from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.runtime.groups import plain_name
+from shampoo_fsdp.runtime.parameters import describe
+from shampoo_fsdp.tools.plan_figures import PlanReport, plan_report
+from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan import job_config
 from shampoo_torchtitan.train import JobReader
 
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps(report.as_json(), indent=2), flush=True)
         else:
-            report.print(Console())
+            print_plan(report, Console())
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -197,9 +199,7 @@ def _specs(part: nn.Module, dims: ParallelDims) -> list[ParameterSpec]:
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = dims.dp_replicate_enabled and not dims.fsdp_enabled
     replicas = dims.get_mesh("dp_replicate") if ddp else None
-    groups, names = named_param_groups(part.named_parameters())
-    parameters = groups[0]["params"]
-    return [describe(n, p, replicas) for n, p in zip(names, parameters, strict=True)]
+    return [describe(plain_name(n), p, replicas) for n, p in part.named_parameters()]
 
 
 if __name__ == "__main__":

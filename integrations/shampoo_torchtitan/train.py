@@ -1,6 +1,8 @@
 """TorchTitan's training, with Shampoo known, on GPUs or on the CPU.
 
 torchrun --nproc_per_node 2 -m shampoo_torchtitan.train --job.config_file my.toml
+
+Of `demo` it uses the tokenizer where the job names that one, and `cpu` where there is no GPU.
 """
 
 import contextlib
@@ -18,9 +20,9 @@ import torchtitan.train
 from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
 
-from shampoo_torchtitan import cpu, job_config
-from shampoo_torchtitan.byte_tokenizer import DEFAULT_FOLDER, write_byte_tokenizer
+from shampoo_torchtitan import job_config
 from shampoo_torchtitan.checkpoint import CheckpointError
+from shampoo_torchtitan.demo import byte_tokenizer, cpu
 from shampoo_torchtitan.optimizer import BadSetting
 
 __all__ = ["JobReader", "Trainer", "main"]
@@ -47,9 +49,7 @@ class JobReader(ConfigManager):
         return self._merge_configs(cls, job_config.JobConfig)
 
     def _validate_config(self) -> None:
-        folder = self.config.model.hf_assets_path
-        if Path(folder) == Path(DEFAULT_FOLDER) and not Path(folder).exists():
-            write_byte_tokenizer(folder)
+        byte_tokenizer.write_default(self.config.model.hf_assets_path)
         super()._validate_config()
 
     def parse_args(self, args: list[str] | None = None) -> Any:

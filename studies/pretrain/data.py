@@ -21,7 +21,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from shampoo_torchtitan.data import python_source
+from shampoo_torchtitan.demo.data import python_source
 
 __all__ = ["batches", "held_out", "register", "tokens"]
 

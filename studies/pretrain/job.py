@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # or the first step of a process would import it, and be slow
+import torch.distributed as dist
 
 from shampoo_torchtitan.train import JobReader, Trainer
 from studies.pretrain import data
@@ -117,8 +118,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         versions of the code.
     """
     started = time.perf_counter()
-    _one_process_environment()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _one_process(), _quiet():
         job = Path(folder, "job.toml")
         job.write_text(toml_text(settings))
         trainer = StudyTrainer(JobReader().parse_args(["--job.config_file", str(job)]))
@@ -135,7 +135,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _one_process_environment() -> None:
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """This process is the only rank; afterwards it is none, as before."""
+    before = dict(os.environ)
     os.environ.update(
         {
             "RANK": "0",
@@ -146,6 +149,13 @@ def _one_process_environment() -> None:
         }
     )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

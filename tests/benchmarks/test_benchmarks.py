@@ -1,6 +1,6 @@
 """The benchmarks on tiny models: that they run and what they count, not how fast anything is.
 
-Their ranks are forked, so each runs in a process of its own.
+Their ranks are forked, so each that has some runs in a process of its own.
 """
 
 import json
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import step_time
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TINY = ("--dim", "16", "--ffn", "40", "--vocab", "24", "--layers", "1")
@@ -75,8 +77,8 @@ def test_growth_measures_each_axis(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_row_that_does_not_exist_is_refused():
-    command = [sys.executable, "-m", "benchmarks.step_time", "--rows", "no such optimizer"]
-    run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2
-    assert "'no such optimizer' is in the name of no row" in run.stderr
+def test_a_row_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        step_time.main(["--rows", "no such optimizer"])
+    assert end.value.code == 2
+    assert "'no such optimizer' is in the name of no row" in capsys.readouterr().err

@@ -12,10 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 
-from shampoo_fsdp.__main__ import main
-from shampoo_fsdp.checkpoint_reader import CheckpointReader
-from shampoo_fsdp.inspection import inspect_checkpoint
-from shampoo_fsdp.inspection_report import print_report
+from shampoo_fsdp.tools.command import main
+from shampoo_fsdp.tools.inspection import inspect_checkpoint
+from shampoo_fsdp.tools.inspection_report import print_report
+from shampoo_fsdp.tools.reader import CheckpointReader
 from tests.distributed.test_checkpoints import Built, make, states, train
 from tests.ranks import run_ranks
 

@@ -9,8 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.checkpoint_items import Items, count_items
 from shampoo_fsdp import Shampoo, ShampooConfig
-from shampoo_fsdp.model_shapes import model_specs
-from shampoo_fsdp.parameters import describe
+from shampoo_fsdp.runtime.parameters import describe
+from shampoo_fsdp.tools.models import model_specs
 from tests.distributed.test_checkpoints import states
 from tests.models import build
 from tests.ranks import run_ranks

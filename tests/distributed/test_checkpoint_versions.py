@@ -28,8 +28,8 @@ from torch.distributed.fsdp import fully_shard
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
-from shampoo_fsdp.mismatch import explanation
-from shampoo_fsdp.state import CAP
+from shampoo_fsdp.checkpoint.reasons import explanation
+from shampoo_fsdp.rules.kept import CAP
 from tests.models import deterministic_gradients, full_parameters, set_gradients
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from shampoo_fsdp import Shampoo
-from shampoo_fsdp.state import ShardedBlocks
+from shampoo_fsdp.checkpoint.sharded import ShardedBlocks
 from tests.models import build, deterministic_gradients, set_gradients
 from tests.ranks import ranks
 

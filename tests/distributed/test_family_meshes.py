@@ -13,7 +13,7 @@ from shampoo_fsdp import Shampoo
 from tests.models import build, deterministic_gradients, full_parameters, set_gradients
 from tests.ranks import run_ranks
 
-STEPS = 20
+STEPS = 16  # the last three of them are preconditioned for the member that starts latest
 TOLERANCE = 1e-5
 TOLERANCE_IN_BF16 = 2e-4
 """Where entries of the state are next to the middle of two bf16 numbers, fp32 rounding decides."""
@@ -55,8 +55,7 @@ MEMBERS = {
         "grafting": "sgd",
         "momentum": 0.8,
         "dampening": 0.3,
-        "merge_dims": "none",
-        "batched_3d": False,
+        "merge_dims": "small",
     },
     "shampoo, pseudo-inverse, no grafting, one-sided, vectors": {
         "root_method": "eigh_pseudo_inverse",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import shampoo_fsdp.exchange
+import shampoo_fsdp.runtime.exchange
 from shampoo_fsdp import Shampoo
 from tests.ranks import ranks
 
@@ -21,19 +21,19 @@ def test_the_next_step_touches_no_memory_that_is_still_in_flight():
     optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=16)
     model(torch.ones(1, 12)).sum().backward()
     with (
-        mock.patch.object(optimizer, "_step_excluded", side_effect=KeyboardInterrupt),
+        mock.patch.object(optimizer._excluded, "step", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         optimizer.step()
-    ((_, bucket),) = optimizer._buckets
+    (bucket,) = optimizer._crew.buckets
     exchange = bucket._exchange
     assert exchange._work is not None
-    allocate, in_flight = shampoo_fsdp.exchange.allocate, []
+    allocate, in_flight = shampoo_fsdp.runtime.exchange.allocate, []
 
     def watched(buffer: torch.Tensor) -> None:
         in_flight.append(exchange._work is not None)
         allocate(buffer)
 
-    with mock.patch("shampoo_fsdp.exchange.allocate", watched):
+    with mock.patch("shampoo_fsdp.runtime.exchange.allocate", watched):
         optimizer.step()
     assert in_flight == [False] * 4

@@ -316,7 +316,7 @@ class LeftAlone:
 @pytest.fixture(params=[None, 4], ids=["whole", "in chunks"])
 def chunks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr("shampoo_fsdp.elementwise._CHUNK_ELEMENTS_ON_CPU", request.param)
+        monkeypatch.setattr("shampoo_fsdp.runtime.excluded._CHUNK_ELEMENTS_ON_CPU", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -481,7 +481,7 @@ def test_a_bad_gradient_is_an_error_in_one_process_as_well():
 
 CASES = 10_000
 STEPS = 13
-SHAPES = [(4, 4), (3, 5), (1, 4), (7, 2), (2, 3, 3), (5,)]
+SHAPES = [(4, 4), (3, 5), (1, 4), (7, 2), (2, 3, 3), (3, 4, 1, 2), (5,)]
 PER_SHAPE = 12
 
 
@@ -491,7 +491,7 @@ def random_configurations() -> list[dict[str, object]]:
             "preconditioner": "shampoo",
             **options,
             "precondition_1d": True,
-            "batched_3d": i % 2 == 0,
+            "merge_dims": ("matrix", "small")[i % 2],
             "precondition_frequency": f,
         }
         for i, options in enumerate(MEMBERS.values())

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shampoo_fsdp import Shampoo
-from shampoo_fsdp.blocks import make_grid, refresh_phase
+from shampoo_fsdp.plan.grid import make_grid, refresh_phase
 from tests.models import set_gradients
 from tests.reference import ReferenceShampoo
 from tests.reference.algebra import rounded
@@ -35,7 +35,7 @@ SHAPES = {
     "layers.0.norm.weight": (7,),
     "tok_embeddings.weight": (10, 6),
 }
-ORDER_3 = {"layers.0.tensor": (5, 9, 3)}
+ORDER_3 = {"layers.0.tensor": (5, 9, 1, 3)}  # with merge_dims = "small"
 DEFAULTS = {
     "lr": 1e-2,
     "betas": (0.9, 0.9),
@@ -146,7 +146,7 @@ def effect_of_rounding(shapes: Mapping[str, tuple[int, ...]], **options) -> floa
 
 ROUNDINGS = 10
 """So many roundings of a kept number go into it on a step: products, average, root."""
-PRECONDITIONERS = ["shampoo", "soap", "kl_shampoo"]
+RULES = ["shampoo", "soap", "kl_shampoo"]
 MOMENTA = {
     "none": {},
     "heavy ball": {"momentum": 0.8},
@@ -177,13 +177,13 @@ def tolerance(preconditioner: str, root_method: str) -> float:
 
 
 @pytest.mark.parametrize("grafting", ["adam", "rmsprop", "adagrad", "sgd", "none"])
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 def test_grafting(preconditioner, grafting):
     error = relative_error(preconditioner=preconditioner, grafting=grafting)
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 def test_grafting_with_its_own_beta2_and_eps(preconditioner):
     error = relative_error(
         preconditioner=preconditioner, grafting="adam", grafting_beta2=0.7, grafting_eps=1e-3
@@ -221,7 +221,7 @@ def test_soap_of_gradients_that_lack_rank(root_method, grafting):
     assert error <= 1e-3
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("frequency", [1, 7])
 def test_frequency(preconditioner, frequency):
     error = relative_error(preconditioner=preconditioner, precondition_frequency=frequency)
@@ -241,7 +241,7 @@ def test_long_tiles_are_multiples_of_8():
     assert relative_error({"layers.0.w": (200, 72)}, max_preconditioner_dim=72) <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
 def test_first_refresh_on_the_first_step(preconditioner, large_dim):
     error = relative_error(
@@ -254,13 +254,13 @@ def test_first_refresh_on_the_first_step(preconditioner, large_dim):
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("momentum", MOMENTA)
 def test_momentum(preconditioner, momentum):
     assert relative_error(preconditioner=preconditioner, **MOMENTA[momentum]) <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("grafting", ["adam", "sgd", "none"])
 @pytest.mark.parametrize("beta3", [0.0, 0.81, 0.95])
 def test_beta3(preconditioner, grafting, beta3):
@@ -274,7 +274,7 @@ def test_beta3(preconditioner, grafting, beta3):
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_weight_decay(preconditioner, decay):
     strength = 0.01 if decay == "independent" else 0.5
@@ -284,7 +284,7 @@ def test_weight_decay(preconditioner, decay):
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("grafting", ["adam", "none"])
 def test_without_bias_correction(preconditioner, grafting):
     error = relative_error(
@@ -319,43 +319,41 @@ def test_root_exponents(preconditioner, root_method, exponents):
         root_method=root_method,
         root_exponents=exponents,
         precondition_1d=True,
-        batched_3d=False,
+        merge_dims="small",
         grafting="none",
     )
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("batched_3d", [True, False])
+@pytest.mark.parametrize("preconditioner", RULES)
+@pytest.mark.parametrize("merge_dims", ["matrix", "small"])
 @pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
-def test_large_dimensions(preconditioner, large_dim, batched_3d):
+def test_large_dimensions(preconditioner, large_dim, merge_dims):
     error = relative_error(
         SHAPES | ORDER_3,
         preconditioner=preconditioner,
         large_dim=large_dim,
         precondition_1d=True,
-        batched_3d=batched_3d,
+        merge_dims=merge_dims,
         max_preconditioner_dim=6,
     )
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("batched_3d", [True, False])
-@pytest.mark.parametrize("merge_dims", ["matrix", "small", "none"])
-def test_merged_dimensions(preconditioner, merge_dims, batched_3d):
+@pytest.mark.parametrize("preconditioner", RULES)
+@pytest.mark.parametrize("merge_dims", ["matrix", "small"])
+def test_merged_dimensions(preconditioner, merge_dims):
     shapes = SHAPES | ORDER_3 | {"layers.1.conv": (3, 1, 4, 2), "layers.2.w": (5, 1)}
     error = relative_error(
         shapes,
         preconditioner=preconditioner,
         merge_dims=merge_dims,
-        batched_3d=batched_3d,
         max_preconditioner_dim=12,
     )
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("momentum", ["none", "dampened"])
 def test_steps_without_a_gradient_and_with_bad_ones(preconditioner, decay, momentum):
@@ -399,12 +397,12 @@ def test_gradients_that_are_zero_until_after_the_first_refresh(
     assert error <= tolerance(preconditioner, root_method)
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 def test_packed_matrices_change_nothing(preconditioner):
     assert relative_error(preconditioner=preconditioner, symmetric_packing=True) <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("what", ["factor_dtype", "root_dtype", "momentum_dtype"])
 def test_bf16_state(preconditioner, what, packing):
@@ -432,13 +430,12 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
         "use_bias_correction": draw(st.booleans()),
         "weight_decay_type": draw(st.sampled_from(DECAYS)),
         "large_dim": draw(st.sampled_from(["block", "one_sided", "diagonal"])),
-        "merge_dims": draw(st.sampled_from(["matrix", "small", "none"])),
+        "merge_dims": draw(st.sampled_from(["matrix", "small"])),
         "max_preconditioner_dim": draw(st.integers(3, 9)),
         "precondition_frequency": draw(st.integers(1, 5)),
         "start_preconditioning_step": draw(st.integers(10, 15)),
         "refresh_schedule": draw(st.sampled_from(["together", "staggered"])),
         "symmetric_packing": draw(st.booleans()),
-        "batched_3d": draw(st.booleans()),
         "precondition_1d": True,
         # newton_db takes roots whose order is a power of two.
         "root_exponents": [0.0, 0.0, 0.125] if fixed_order else [],

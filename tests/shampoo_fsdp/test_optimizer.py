@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shampoo_fsdp import Shampoo
-from shampoo_fsdp.blocks import make_grid, refresh_phase
+from shampoo_fsdp.plan.grid import make_grid, refresh_phase
 from tests.models import TinyLlama, deterministic_gradients, set_gradients
 from tests.reference import ReferenceShampoo
 
@@ -49,7 +49,7 @@ def reference_for(
         preconditioner_eps=config.preconditioner_eps,
         excluded=excluded,
         phase=phase,
-        batched_3d=config.batched_3d,
+        merge_dims=config.merge_dims,
         precondition_1d=config.precondition_1d,
         max_factor_ratio=config.max_factor_ratio,
     )
@@ -110,18 +110,18 @@ RIDGE = 1e-7
 
 
 @given(
-    shape=st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple),
+    shape=st.lists(st.integers(1, 12), min_size=1, max_size=4).map(tuple),
     cap=st.integers(3, 12),
-    batched_3d=st.booleans(),
+    merge_dims=st.sampled_from(["matrix", "small"]),
     beta2=st.sampled_from([0.9, 0.99, 1.0]),
     start=st.integers(1, 5),
     frequency=st.integers(1, 4),
 )
-def test_tensors_of_order_1_to_3_with_uneven_tiles(shape, cap, batched_3d, beta2, start, frequency):
+def test_tensors_of_order_1_to_4_with_uneven_tiles(shape, cap, merge_dims, beta2, start, frequency):
     error = largest_error(
         {"layers.0.w": shape},
         max_preconditioner_dim=cap,
-        batched_3d=batched_3d,
+        merge_dims=merge_dims,
         precondition_1d=True,
         betas=(0.9, beta2),
         grafting_beta2=0.95,
@@ -385,7 +385,7 @@ class TestAsATorchOptimizer:
         def fail(matrices: Tensor, *_: object) -> Tensor:
             return torch.full_like(matrices, torch.nan)
 
-        monkeypatch.setattr("shampoo_fsdp.preconditioners.shampoo.inverse_root", fail)
+        monkeypatch.setattr("shampoo_fsdp.rules.shampoo.inverse_root", fail)
         weight = nn.Parameter(torch.zeros(4, 4))
         optimizer = Shampoo(
             [("w", weight)],
@@ -573,9 +573,9 @@ class TestBadParameters:
         ("params", "message"),
         [
             ([], "empty parameter list"),
-            ({nn.Parameter(torch.zeros(2))}, "a set"),
+            ({nn.Parameter(torch.zeros(2))}, "ordered collections"),
             ([{"lr": 1.0}], "the key 'params'"),
-            ([(nn.Parameter(torch.zeros(2)), "w")], "a pair"),
+            ([(nn.Parameter(torch.zeros(2)), "w")], "can only optimize Tensors"),
             ([{"params": [], "max_preconditioner_dim": 2}], "give it to Shampoo"),
         ],
     )

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp import Shampoo
-from shampoo_fsdp.transfer import to_device
+from shampoo_fsdp.rules.matrices import to_device
 from tests.models import TinyLlama, deterministic_gradients, set_gradients
 
 # Operators that hand a value of a tensor, or a shape that depends on values, to Python.
@@ -95,7 +95,7 @@ def test_all_that_a_step_makes_on_the_host_goes_that_way(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(
-        "shampoo_fsdp.stack.to_device", lambda values, device: moved.append(values) or values
+        "shampoo_fsdp.rules.stack.to_device", lambda values, device: moved.append(values) or values
     )
     model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=3)
     optimizer = Shampoo(

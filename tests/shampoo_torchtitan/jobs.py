@@ -1,7 +1,9 @@
 """Small TorchTitan jobs for tests, run on the CPU inside the calling process."""
 
+import argparse
+import inspect
 import os
-import sysconfig
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -11,8 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.moe import MoEArgs
 
-from shampoo_torchtitan.byte_tokenizer import write_byte_tokenizer
-from shampoo_torchtitan.data import python_source
+from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
 from shampoo_torchtitan.train import JobReader, Trainer
 
 TINY_JOB = """
@@ -123,7 +124,7 @@ def give_batches(trainer: Trainer, sequences: int = 8) -> None:
     TorchTitan's data loader hands a rank text that depends on the data parallel degree. Here step s
     always trains on the same sequences of real text, which the data parallel ranks share.
     """
-    text = "".join(python_source(sysconfig.get_paths()["stdlib"])["text"][:20])
+    text = "".join(map(inspect.getsource, (argparse, inspect, typing)))
     tokens = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8).long()
     length = trainer.job_config.training.seq_len + 1
     batch = trainer.parallel_dims.get_optional_mesh("batch")

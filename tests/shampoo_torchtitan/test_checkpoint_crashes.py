@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torchtitan.components.metrics
 
-from shampoo_torchtitan import cpu
 from shampoo_torchtitan.checkpoint import complete_checkpoints
+from shampoo_torchtitan.demo import cpu
 from tests.ranks import RanksError, preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 

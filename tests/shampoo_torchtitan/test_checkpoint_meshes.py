@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import AsyncMode
 
-from shampoo_torchtitan import cpu
+from shampoo_torchtitan.demo import cpu
 from tests.models import deterministic_gradients, local_part, set_gradients
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shampoo_torchtitan import cpu
+from shampoo_torchtitan.demo import cpu
 from tests.ranks import preload
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import run

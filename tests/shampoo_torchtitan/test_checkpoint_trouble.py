@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 
-from shampoo_fsdp.safe_reader import UnsafeCheckpoint
-from shampoo_torchtitan import checkpoint, cpu
+from shampoo_fsdp.checkpoint.safe_reader import UnsafeCheckpoint
+from shampoo_torchtitan import checkpoint
 from shampoo_torchtitan.checkpoint import CheckpointError
 from shampoo_torchtitan.checkpoint_lock import FolderLock
+from shampoo_torchtitan.demo import cpu
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import logged_lines, run

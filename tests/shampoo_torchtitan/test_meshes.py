@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shampoo_torchtitan import cpu
+from shampoo_torchtitan.demo import cpu
 from tests.models import deterministic_gradients, local_part, set_gradients
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs

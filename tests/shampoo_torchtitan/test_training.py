@@ -14,7 +14,8 @@ import torchtitan.models.llama3
 from torchtitan.components.optimizer import OptimizersContainer
 
 import shampoo_torchtitan
-from shampoo_torchtitan import cpu, metrics, optimizer
+from shampoo_torchtitan import metrics, optimizer
+from shampoo_torchtitan.demo import cpu
 from tests.ranks import RanksError, preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 
@@ -136,9 +137,9 @@ def test_a_run_saved_on_two_ranks_goes_on_alike_on_any_mesh(tmp_path):
     """With Shampoo's own defaults."""
     job = jobs.write_job(tmp_path, jobs.TINY_JOB_WITH_DEFAULTS)
     saving = ["--checkpoint.enable", "--checkpoint.async_mode=async"]
-    saving += ["--checkpoint.interval=10", "--checkpoint.keep_latest_k=0"]
-    at_once = run(2, job, *saving, "--training.steps=20", same_batches=True)[0]
-    saved = tmp_path / "checkpoint" / "step-10"
+    saving += ["--checkpoint.interval=6", "--checkpoint.keep_latest_k=0"]
+    at_once = run(2, job, *saving, "--training.steps=12", same_batches=True)[0]
+    saved = tmp_path / "checkpoint" / "step-6"
     meshes = {
         "2": (2, []),
         "4": (4, []),
@@ -148,10 +149,10 @@ def test_a_run_saved_on_two_ranks_goes_on_alike_on_any_mesh(tmp_path):
     for name, (ranks, mesh) in meshes.items():
         resuming = [f"--checkpoint.folder=on-{name}", f"--checkpoint.initial_load_path={saved}"]
         resuming += ["--checkpoint.enable", "--checkpoint.no-initial_load_model_only"]
-        resuming += ["--checkpoint.exclude_from_loading=dataloader", "--training.steps=20"]
+        resuming += ["--checkpoint.exclude_from_loading=dataloader", "--training.steps=12"]
         resumed = run(ranks, job, *resuming, *mesh, same_batches=True)[0]
-        assert len(losses(resumed)) == 10
-        assert losses(resumed) == pytest.approx(losses(at_once)[10:], rel=5e-5), name
+        assert len(losses(resumed)) == 6
+        assert losses(resumed) == pytest.approx(losses(at_once)[6:], rel=5e-5), name
 
 
 def _config(**changes):
@@ -231,6 +232,14 @@ def test_metrics_of_other_optimizers_are_left_alone():
 def test_a_setting_that_does_not_fit_the_model_is_said_and_ends_the_job(tmp_path):
     job = jobs.write_job(tmp_path)
     with pytest.raises(RanksError) as error:
-        run(1, job, "--optimizer.shampoo.memory_cap=0.0001")
-    assert "Cannot build Shampoo: setting 'memory_cap' is 0.0001 GiB, but" in str(error.value)
+        run(
+            1,
+            job,
+            "--optimizer.shampoo.preconditioner=shampoo",
+            "--optimizer.shampoo.root_method=newton_db",
+            *("--optimizer.shampoo.root_exponents", "0", "0.3"),
+        )
+    assert "Cannot build Shampoo: parameter 'layers.0.attention.wq.weight': root_method = " in str(
+        error.value
+    )
     assert "SystemExit: 2" in str(error.value)  # as for all bad settings: without a traceback

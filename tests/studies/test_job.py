@@ -1,16 +1,18 @@
 """The study's jobs, shrunk, in this process."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
 
 # isort: split
 import torchtitan.models.llama3 as llama3
 
-from shampoo_torchtitan.byte_tokenizer import write_byte_tokenizer
+from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
 from studies.pretrain import data, job
 from studies.pretrain.plan import Study
 
@@ -93,6 +95,13 @@ def test_simulated_shards_cut_blocks_where_shards_end(small):
 def test_a_run_that_diverges_is_ended_and_counts_as_lost(small):
     curve = job.run({**Study(_STUDY).job("1M", "AdamW"), **small, "optimizer.lr": 1e6})
     assert curve["loss"][-1] == float("inf")
+
+
+def test_a_run_leaves_the_process_as_it_was(small):
+    environment = dict(os.environ)
+    job.run({**Study(_STUDY).job("1M", "AdamW"), **small, "training.steps": 1})
+    assert not dist.is_initialized()
+    assert dict(os.environ) == environment
 
 
 def test_batches_are_an_epoch_in_an_order_that_the_seed_decides():

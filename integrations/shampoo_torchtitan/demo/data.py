@@ -1,0 +1,67 @@
+"""Real text that is on every machine: the source of Python's own standard library.
+
+Registers the data sets `python_source` and `python_source_validation` (every 20th file) with
+TorchTitan. `training.dataset_path` names another folder of Python files.
+"""
+
+import hashlib
+import os
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+__all__ = ["python_source", "register"]
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_VALIDATION_EVERY = 20
+
+
+def python_source(folder: str, validation: bool = False) -> Dataset:
+    """The Python files under a folder, one document each, the same order on every rank.
+
+    Args:
+        folder: Where to look, with all folders below but tests and installed packages.
+        validation: Every 20th file, rather than all others.
+
+    Returns:
+        A data set in memory with the column `text`.
+
+    Raises:
+        FileNotFoundError: The folder has no Python files.
+    """
+    root = Path(folder)
+    names = _names(root)
+    # Mixed, so that a file's neighbours, and so a rank's batches, come from all over the library.
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    if not names:
+        raise FileNotFoundError(f"no Python files under {folder}: set training.dataset_path")
+    chosen = [n for i, n in enumerate(names) if (i % _VALIDATION_EVERY == 0) == validation]
+    texts = [(root / name).read_text("utf-8", errors="replace") for name in chosen]
+    return Dataset.from_dict({"text": [text for text in texts if text]})
+
+
+def _names(root: Path) -> list[Path]:
+    names: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]  # not even looked into
+        below = Path(folder).relative_to(root)
+        names += [below / name for name in files if name.endswith(".py")]
+    return names
+
+
+def register() -> None:
+    """Adds the two data sets to those of TorchTitan."""
+    library = sysconfig.get_paths()["stdlib"]
+    for name, validation in (("python_source", False), ("python_source_validation", True)):
+        load = partial(python_source, validation=validation)
+        DATASETS.setdefault(name, DatasetConfig(library, load, _text))
+
+
+def _text(document: dict[str, Any]) -> str:
+    text: str = document["text"]
+    return text

@@ -1,0 +1,161 @@
+"""What of a checkpoint's optimizer state is loaded: a pure function of shapes and metadata.
+
+For each parameter
+
+    moments and factors fit       all of its state is loaded
+    only the moments fit          they are loaded, and its factors start anew
+    the moments do not fit        all of its state starts anew
+
+Factors of other settings cannot be used; moments of another optimizer can: AdamW's are Shampoo's.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shampoo_fsdp.checkpoint.reasons import CheckpointMismatch, explanation, fits
+from shampoo_fsdp.rules.kept import CAP, factor_entries
+from shampoo_fsdp.validation import name_some
+
+__all__ = ["LoadDecision", "LoadReport", "OnMismatch", "decide", "is_state_entry", "state_keys"]
+
+OnMismatch = Literal["refuse", "rebuild"]
+
+# The average of squares and their sum follow from each other by the number of steps.
+_SECOND_MOMENTS = {"exp_avg_sq": "sum", "sum": "exp_avg_sq"}
+_MOMENTS = ("step", "exp_avg", *_SECOND_MOMENTS)
+_MOMENTUM = "momentum_buffer"
+_STATE = re.compile(r"(?P<parameter>(?:.*?\.)?state\..+)\.(?P<entry>\w+)")
+_SETTING_OF_GROUP = re.compile(r"(?:.*?\.)?param_groups\..+")
+
+
+def is_state_entry(name: str) -> bool:
+    """Whether an entry of a parameter's state is Shampoo's or AdamW's."""
+    return name in (*_MOMENTS, _MOMENTUM) or name in factor_entries()
+
+
+def state_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The keys of an optimizer's state: for each parameter ("...state.NAME") those of its entries.
+
+    Any prefix is understood, as are state dicts that were flattened by
+    `torch.distributed.checkpoint.state_dict` and those that were not.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    known = {*_MOMENTS, _MOMENTUM, *factor_entries()}
+    for key in keys:
+        if (match := _STATE.fullmatch(key)) and match["entry"] in known:
+            found[match["parameter"]][match["entry"]] = key
+    return dict(found)
+
+
+@dataclass
+class LoadReport:
+    """Names of the parameters whose state is not all loaded."""
+
+    restarted: list[str] = field(default_factory=list)
+    """All of their state starts anew."""
+    factors_restarted: list[str] = field(default_factory=list)
+    """Their moments are loaded, their factors start anew."""
+    factors_dropped: list[str] = field(default_factory=list)
+    """They are not preconditioned any more."""
+    momentum_started: list[str] = field(default_factory=list)
+    """The checkpoint has no momentum of their updates, which starts at zero."""
+
+    def merge(self, other: "LoadReport") -> None:
+        """Add the names that another rank has."""
+        for name, names in vars(other).items():
+            setattr(self, name, list(dict.fromkeys([*getattr(self, name), *names])))
+
+    def __str__(self) -> str:
+        parts = [
+            (self.restarted, "all starts anew for"),
+            (self.factors_restarted, "moments are loaded and factors start anew for"),
+            (self.factors_dropped, "factors are dropped for"),
+            (self.momentum_started, "the momentum of updates starts at zero for"),
+        ]
+        return "; ".join(f"{what} {name_some(names)}" for names, what in parts if names)
+
+
+@dataclass
+class LoadDecision:
+    """What to do about each key of a state dict that is not just read."""
+
+    report: LoadReport = field(default_factory=LoadReport)
+    left_out: set[str] = field(default_factory=set)
+    """Keys that are not read."""
+    to_zero: set[str] = field(default_factory=set)
+    """Of these the ones of tensors that become zero; of factors only their number of steps, from
+    which the optimizer knows to give them their initial values."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Second moments that are read from the key of another kind, and are multiplied or divided by
+    the number of steps."""
+    step_of: dict[str, str] = field(default_factory=dict)
+    """For each of these the key of that number."""
+
+    def leave_out(self, entries: Iterable[str], keys: Mapping[str, str]) -> None:
+        """Start these entries of a parameter anew."""
+        for entry in entries:
+            self.left_out.add(keys[entry])
+            if entry == "factor_step" or entry not in factor_entries():
+                self.to_zero.add(keys[entry])
+
+
+def decide(
+    here: Mapping[str, Any], saved: Mapping[str, Any], on_mismatch: OnMismatch
+) -> LoadDecision:
+    """Compare a flat state dict with another one, or with the metadata of a checkpoint.
+
+    The same on every rank that has the same parameters.
+
+    Args:
+        here: what shall be loaded, by key.
+        saved: the other one, or what the metadata says, by key.
+        on_mismatch: see :class:`shampoo_fsdp.ShampooConfig`. To go on from AdamW's moments, or
+            with AdamW, is no mismatch.
+
+    Raises:
+        CheckpointMismatch: state does not fit, and `on_mismatch` is "refuse".
+    """
+    keys_here, keys_saved = state_keys(here), state_keys(saved)
+    if keys_here and not keys_saved and on_mismatch == "refuse":
+        raise CheckpointMismatch(
+            "the checkpoint has no optimizer state: was only the model saved? Load the model "
+            'alone, or set on_mismatch = "rebuild" to start the optimizer anew.'
+        )
+    decision = LoadDecision()
+    decision.left_out |= {k for k in here if k not in saved and _SETTING_OF_GROUP.fullmatch(k)}
+    shampoo_here = any(CAP in entries for entries in keys_here.values())
+    shampoo_saved = any(CAP in entries for entries in keys_saved.values())
+    switched_on = shampoo_here and not shampoo_saved
+    switched_off = shampoo_saved and not shampoo_here
+    for parameter, keys in keys_here.items():
+        name = parameter.partition("state.")[2]
+        mine = {entry: here[key] for entry, key in keys.items()}
+        their_keys = keys_saved.get(parameter, {})
+        theirs = {entry: saved[key] for entry, key in their_keys.items()}
+        for entry, other in _SECOND_MOMENTS.items():
+            if entry in mine and entry not in theirs and other in theirs:
+                theirs[entry] = theirs[other]
+                decision.renamed[keys[entry]] = their_keys[other]
+                decision.step_of[keys[entry]] = keys["step"]
+        if _MOMENTUM in mine and not fits(mine[_MOMENTUM], theirs.get(_MOMENTUM)):
+            decision.report.momentum_started.append(name)
+            decision.leave_out([_MOMENTUM], keys)
+
+        factors = [entry for entry in mine if entry in factor_entries()]
+        if not all(fits(mine[e], theirs.get(e)) for e in _MOMENTS if e in mine):
+            affected, anew = decision.report.restarted, list(mine)
+        elif not all(fits(mine[e], theirs.get(e)) for e in factors):
+            affected, anew = decision.report.factors_restarted, factors
+        elif shampoo_here and CAP in theirs and CAP not in mine:
+            affected, anew = decision.report.factors_dropped, []
+        else:
+            continue
+        if on_mismatch == "refuse" and not (switched_off or (switched_on and anew == factors)):
+            raise CheckpointMismatch(explanation(name, mine, theirs))
+        affected.append(name)
+        decision.leave_out(anew, keys)
+    decision.renamed = {k: v for k, v in decision.renamed.items() if k not in decision.left_out}
+    return decision

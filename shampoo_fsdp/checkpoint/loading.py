@@ -1,0 +1,114 @@
+"""Loading a state dict: copying what fits of its entries."""
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shampoo_fsdp.checkpoint.fits import LoadDecision, is_state_entry
+from shampoo_fsdp.checkpoint.owned import OwnedBlocks
+from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts
+from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
+
+__all__ = ["carry_out", "flat", "other_pieces", "strangers"]
+
+State = Mapping[str, Mapping[str, Any]]
+"""The entries of each parameter, by the names of both."""
+
+
+def flat(state: State) -> dict[str, Any]:
+    """The entries that this package knows, by the keys that checkpoints have for them."""
+    return {
+        f"state.{name}.{entry}": torch.as_tensor(value)
+        for name, entries in state.items()
+        for entry, value in entries.items()
+        if is_state_entry(entry)
+    }
+
+
+def strangers(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the entries of a parameter that others have put into its state."""
+    return {e: copy.deepcopy(v) for e, v in entries.items() if not is_state_entry(e)}
+
+
+def other_pieces(
+    here: Mapping[str, Any], saved: Mapping[str, Any], decision: LoadDecision
+) -> list[str]:
+    """Keys of the entries whose saved pieces on this rank are not those that it needs.
+
+    Raises:
+        ValueError: if they are on no other rank either, or were not read completely.
+    """
+    keys = []
+    for key, value in here.items():
+        if key in decision.left_out:
+            continue
+        source = saved[decision.renamed.get(key, key)]
+        if isinstance(source, ShardedBlocks | OwnedBlocks):
+            mine, theirs = _local(value), _local(source)
+            assert isinstance(theirs, OwnedBlocks)
+            theirs.check_read(f"'{key}'")
+            if isinstance(mine, OwnedBlocks) and theirs.has_pieces_of(mine):
+                continue
+            if isinstance(source, ShardedBlocks):
+                keys.append(key)
+            elif not theirs.complete:
+                raise ValueError(
+                    f"'{key}' is the part of another rank; to change the mesh, use a full state "
+                    "dict (StateDictOptions(full_state_dict=True)), or save and load with "
+                    "torch.distributed.checkpoint."
+                )
+    return keys
+
+
+def carry_out(
+    here: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    decision: LoadDecision,
+    gathered: Collection[str],
+) -> None:
+    """Copy saved entries, keeping types and devices, as was decided.
+
+    Args:
+        here, saved: see :func:`flat`.
+        gathered: keys of entries whose pieces all ranks put together first.
+    """
+    for key in decision.to_zero:
+        for part in local_parts(here[key]):
+            part.detach().zero_()
+    for key, value in here.items():
+        if key not in decision.left_out:
+            source = saved[decision.renamed.get(key, key)]
+            _copy(value, source.full_tensor() if key in gathered else source)
+    for key in decision.renamed:
+        steps = here[decision.step_of[key]].clamp(min=1.0)
+        for part in local_parts(here[key]):
+            part.mul_(steps if key.endswith(".sum") else 1.0 / steps)
+
+
+def _copy(value: Tensor, source: Tensor) -> None:
+    if source is value:  # it was read in place
+        return
+    mine = _local(value)
+    if isinstance(mine, OwnedBlocks):
+        theirs = _local(source)
+        whole = isinstance(source, DTensor) and not isinstance(theirs, OwnedBlocks)
+        mine.load(source.full_tensor() if whole else theirs)  # type: ignore[attr-defined]
+    elif isinstance(value, DTensor) and not isinstance(source, DTensor):
+        coordinate = value.device_mesh.get_coordinate()
+        if coordinate is not None:
+            placements = tuple(map(placement_of, value.placements))
+            mesh_shape = value.device_mesh.shape
+            rectangle = shard_rectangle(value.shape, mesh_shape, placements, coordinate)
+            value.to_local().copy_(source[tuple(slice(*interval) for interval in rectangle)])
+    elif isinstance(source, DTensor) and not isinstance(value, DTensor):
+        value.copy_(source.full_tensor())
+    else:
+        value.copy_(source)
+
+
+def _local(entry: Tensor) -> Tensor:
+    return entry.to_local() if isinstance(entry, DTensor) else entry

@@ -1,0 +1,254 @@
+"""A tensor of which a rank holds some rectangles."""
+
+import math
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.utils._pytree import tree_map
+
+__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Piece"]
+
+Piece = tuple[tuple[int, ...], Tensor]
+"""Offsets in the whole tensor, and the values there."""
+
+OF_EACH_PIECE = (
+    torch.ops.aten.detach.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.zero_.default,
+)
+"""Operators that are applied to each piece by itself."""
+
+
+class OwnedBlocks(torch.Tensor):
+    """A tensor of which this rank holds some rectangles, as views of its stacks.
+
+    It carries no data of its own. It takes part in computations as a plain copy, which has zeros
+    where another rank holds the values; operations in place write back what is here, but views are
+    copies. It implements what distributed checkpointing asks of a sharded tensor; loading writes
+    through to the stacks.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    pieces: list[Piece]
+    _at: dict[tuple[int, ...], Tensor]
+    """The values by their offsets, made when first needed."""
+    _to_read: set[tuple[int, ...]]
+    """Offsets of the pieces for which a checkpoint is being read, and of which nothing has come."""
+    _reading: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "OwnedBlocks":
+        self: OwnedBlocks = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=dtype, device=torch.device(device)
+        )
+        self.pieces = list(pieces)
+        self._at = {}
+        self._to_read = set()
+        self._reading = False
+        return self
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        pass
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is here."""
+        return sum(values.numel() for _, values in self.pieces) == self.numel()
+
+    def whole(self) -> Tensor:
+        """A plain tensor of all pieces, zero where there is none."""
+        make = torch.empty if self.complete else torch.zeros
+        result = make(self.shape, dtype=self.dtype, device=self.device)
+        for offsets, values in self.pieces:
+            result[_slices(offsets, values)].copy_(values)
+        return result
+
+    def has_pieces_of(self, other: "OwnedBlocks") -> bool:
+        """Whether each piece of the other, which has the same shape, is here."""
+        shapes = {offsets: values.shape for offsets, values in self.pieces}
+        return all(shapes.get(offsets) == values.shape for offsets, values in other.pieces)
+
+    def check_read(self, name: str) -> None:
+        """Raise a ValueError if a checkpoint was read into the pieces and did not fill them."""
+        missing = set(self._to_read)
+        if self._reading:
+            missing |= {at for at, values in self.pieces if bool(values.isnan().any())}
+        self._reading, self._to_read = False, set()
+        if missing:
+            raise ValueError(
+                f"{name} was not read completely: the checkpoint lacks all or a part of the block "
+                f"at {min(missing)}"
+                + (f" and of {len(missing) - 1} more" if len(missing) > 1 else "")
+                + ". Was it saved by one of several ranks alone (no_dist)? Save on all ranks, or "
+                "with StateDictOptions(full_state_dict=True). The state here is unusable now: load "
+                "another checkpoint."
+            )
+
+    def forget_reading(self) -> None:
+        """A checkpoint of which nothing has come was not read, but refused or unreadable."""
+        if len(self._to_read) == sum(values.numel() > 0 for _, values in self.pieces):
+            self._reading, self._to_read = False, set()
+
+    def load(self, saved: Tensor) -> None:
+        """Copy the pieces of `saved`, or the parts of a whole tensor, to the pieces here.
+
+        Raises:
+            ValueError: for another shape, on each rank that is given it, or if pieces are missing.
+        """
+        if saved.shape != self.shape:
+            raise ValueError(
+                f"state of shape {tuple(saved.shape)} does not fit {tuple(self.shape)}: it was "
+                "saved with other settings (preconditioner, max_preconditioner_dim, ...), or of "
+                "another model. The state here may be overwritten in part: build the optimizer "
+                "again with the settings of then."
+            )
+        if isinstance(saved, OwnedBlocks) and not saved.has_pieces_of(self):
+            if not saved.complete:
+                raise ValueError("what is copied lacks blocks that belong here; use full_tensor().")
+            saved = saved.whole()
+        if isinstance(saved, OwnedBlocks):
+            theirs = dict(saved.pieces)
+            for offsets, mine in self.pieces:
+                mine.copy_(theirs[offsets])
+        else:
+            for offsets, mine in self.pieces:
+                mine.copy_(saved[_slices(offsets, mine)])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "OwnedBlocks":
+        pieces = [(offsets, function(values)) for offsets, values in self.pieces]
+        like = function(torch.empty(0, dtype=self.dtype, device=self.device))
+        return OwnedBlocks(self.shape, pieces, like.dtype, like.device)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in OF_EACH_PIECE:
+            mapped = args[0]._map(lambda values: func(values, *args[1:], **kwargs))
+            return args[0] if func._schema.is_mutable else mapped
+        if func is torch.ops.aten.new_empty.default:
+            # Asynchronous saving makes an empty twin, then copies the attributes.
+            return cls(args[1], [], args[0].dtype, kwargs.get("device") or args[0].device)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], OwnedBlocks):
+            args[0].load(args[1])
+            return args[0]
+        copies: dict[int, tuple[OwnedBlocks, Tensor]] = {}
+
+        def whole(value: Any) -> Any:
+            if not isinstance(value, OwnedBlocks):
+                return value
+            return copies.setdefault(id(value), (value, value.whole()))[1]
+
+        result = func(*tree_map(whole, args), **tree_map(whole, kwargs))
+        if func._schema.is_mutable:
+            for blocks, copied in copies.values():
+                blocks.load(copied)
+                if result is copied:
+                    return blocks
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnedBlocks":
+        return self.clone()  # type: ignore[return-value]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        whole = self.whole()
+        whole[index] = value
+        self.load(whole)
+
+    def tolist(self) -> list[Any]:
+        """As Tensor.tolist()."""
+        return self.whole().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As Tensor.numpy(), but a copy."""
+        return self.whole().numpy(force=force)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.complete:
+            return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        raise TypeError(
+            "the state of Shampoo is spread over ranks by block; a rank that pickles its part "
+            "would lose the others': save it with torch.distributed.checkpoint, or take whole "
+            "tensors: get_optimizer_state_dict(model, optimizer, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+        )
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        self._reading, self._to_read = False, set()
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk in self._chunks()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        # Only for reading. The default planner does not ask whether a checkpoint has all of it.
+        self._reading = True
+        self._to_read = {offsets for offsets, values in self.pieces if values.numel()}
+        return self._chunks()
+
+    def _chunks(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=values.shape)
+            for offsets, values in self.pieces
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        if len(self._at) != len(self.pieces):  # searching a list would take the square of it
+            self._at = dict(self.pieces)
+        offsets = tuple(index.offset or ())
+        if offsets not in self._at:
+            raise ValueError(f"no block of '{index.fqn}' at {index.offset} on this rank")
+        if offsets in self._to_read:
+            # What is not read stays NaN, which no state is: see `check_read`.
+            self._to_read.discard(offsets)
+            self._at[offsets].fill_(torch.nan)
+        return self._at[offsets]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self.complete:
+            return repr(self.whole())
+        held = sum(math.prod(values.shape) for _, values in self.pieces)
+        return f"OwnedBlocks(shape={tuple(self.shape)}, pieces={len(self.pieces)}, held={held})"
+
+
+def _slices(offsets: tuple[int, ...], values: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))
+
+
+def _reduce(blocks: OwnedBlocks) -> Any:
+    return OwnedBlocks, (tuple(blocks.shape), blocks.pieces, blocks.dtype, str(blocks.device))
+
+
+# Asynchronous saving may hand a rank's own part to a process of its own, which loses nothing.
+ForkingPickler.register(OwnedBlocks, _reduce)

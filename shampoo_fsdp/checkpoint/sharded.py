@@ -1,0 +1,133 @@
+"""State entries whose pieces are spread over ranks by block, for distributed checkpoints.
+
+The state of a parameter's blocks is saved under the parameter's name as a few tensors, of which
+each rank holds the pieces of the blocks that it owns:
+
+    exp_avg, exp_avg_sq, ...     in the shape of the parameter (its view, if dimensions are merged)
+    factors, inverse_roots, ...  flat: block after block, in each dimension after dimension
+
+`torch.distributed.checkpoint` knows the pieces by their offsets, never by rank, so that it saves
+on any mesh and loads on any other, and `exp_avg` and `exp_avg_sq` are those of AdamW.
+"""
+
+import math
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils._pytree import tree_map
+
+from shampoo_fsdp.checkpoint.owned import OF_EACH_PIECE, OwnedBlocks, Piece
+
+__all__ = ["ShardedBlocks", "local_parts", "state_tensor"]
+
+
+def state_tensor(
+    shape: Sequence[int],
+    pieces: Sequence[Piece],
+    dtype: torch.dtype,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+) -> Tensor:
+    """An entry of the state: the values themselves where this rank has them in one piece, else a
+    tensor that stands for its pieces.
+
+    Args:
+        shape: of the whole.
+        pieces: the ones of this rank.
+        mesh: of the ranks that share the pieces; None for one rank.
+    """
+    if mesh is not None:
+        return ShardedBlocks(OwnedBlocks(shape, pieces, dtype, device), mesh)
+    if len(pieces) == 1 and pieces[0][1].shape == torch.Size(shape):
+        return pieces[0][1]
+    return OwnedBlocks(shape, pieces, dtype, device)
+
+
+def local_parts(entry: Tensor) -> list[Tensor]:
+    """The memory that this rank has of an entry of the state."""
+    if isinstance(entry, DTensor):
+        entry = entry.to_local()
+    return [part for _, part in entry.pieces] if isinstance(entry, OwnedBlocks) else [entry]
+
+
+class ShardedBlocks(DTensor):
+    """A tensor whose rectangles are spread over the ranks of a mesh, in any way.
+
+    Its local part is :class:`OwnedBlocks`. A DTensor, as that is what PyTorch gathers for full
+    state dicts and spreads again; its placement says Replicate, for want of a better one, since the
+    local part has the shape of the whole.
+    """
+
+    _local_tensor: OwnedBlocks
+
+    @staticmethod
+    def __new__(cls, local: OwnedBlocks, mesh: DeviceMesh) -> "ShardedBlocks":
+        meta = TensorMeta(local.shape, tuple(local.stride()), local.dtype)
+        spec = DTensorSpec(mesh, (Replicate(),), meta)
+        self: ShardedBlocks = torch.Tensor._dtensor__new__(cls, local, spec, requires_grad=False)
+        return self
+
+    def __init__(self, local: OwnedBlocks, mesh: DeviceMesh) -> None:
+        pass
+
+    def to_local(self, **_: Any) -> OwnedBlocks:
+        """The pieces of this rank."""
+        return self._local_tensor
+
+    @torch.no_grad()
+    def redistribute(
+        self,
+        device_mesh: DeviceMesh | None = None,
+        placements: Sequence[Placement] | None = None,
+        **_: Any,
+    ) -> DTensor:
+        """The whole, from the pieces of all ranks of the mesh, each of which must call it."""
+        whole = self._local_tensor.whole()
+        if whole.numel():
+            # As bytes: each is zero on all ranks but one, so that the sum is exact, -0.0 included.
+            dist.all_reduce(whole.view(-1).view(torch.uint8), group=self.device_mesh.get_group())
+        result = DTensor.from_local(whole, self.device_mesh, [Replicate()], run_check=False)
+        if placements is None or all(isinstance(p, Replicate) for p in placements):
+            return result
+        return result.redistribute(device_mesh, placements)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        local = tree_map(lambda x: x.to_local() if isinstance(x, ShardedBlocks) else x, args)
+        if func in (*OF_EACH_PIECE, torch.ops.aten.new_empty.default):
+            result = func(*local, **(kwargs or {}))
+            return args[0] if result is local[0] else cls(result, args[0].device_mesh)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], ShardedBlocks):
+            local[0].copy_(local[1])
+            return args[0]
+        raise NotImplementedError(
+            f"{func} on the state of Shampoo, whose blocks are spread over the ranks: call "
+            "full_tensor() on all of them for a plain tensor of the whole"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedBlocks":
+        return self.clone()  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._local_tensor.__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        held = sum(math.prod(values.shape) for _, values in self._local_tensor.pieces)
+        return f"ShardedBlocks(shape={tuple(self.shape)}, held={held}, mesh={self.device_mesh})"
+
+
+def _reduce(blocks: ShardedBlocks) -> Any:
+    local = blocks.to_local()
+    return OwnedBlocks, (tuple(local.shape), local.pieces, local.dtype, str(local.device))
+
+
+ForkingPickler.register(ShardedBlocks, _reduce)

@@ -1,0 +1,85 @@
+"""What parameter groups say: lr, betas, eps and weight_decay."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.validation import check_range, is_number, refuse
+
+__all__ = ["GroupSettings", "validate_hyperparameters"]
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """What a parameter group says, on this step, defaults resolved."""
+
+    lr: float
+    betas: tuple[float, float]
+    """Of the momentum and of the factors."""
+    beta3: float
+    eps: float
+    graft_beta2: float
+    graft_eps: float
+    weight_decay: float
+    lost: float
+    """The share of its weights that the group loses on this step."""
+
+    @classmethod
+    def of(
+        cls, group: Mapping[str, Any], config: ShampooConfig, lr_factor: float = 1.0
+    ) -> "GroupSettings":
+        """
+        Args:
+            group: of the optimizer; its lr may be a tensor on the CPU.
+            lr_factor: a multiple of its lr, which leaves "independent" weight decay as it is.
+        """
+        lr = lr_factor * float(group["lr"])
+        initial = lr_factor * float(group.get("initial_lr", group["lr"]))
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        lost = {
+            "decoupled": lr * decay,
+            "independent": decay * (lr / initial if initial else 1.0),
+            "l2": 0.0,
+        }
+        return cls(
+            lr=lr,
+            betas=(beta1, beta2),
+            beta3=beta1 * beta1 if config.beta3 is None else config.beta3,
+            eps=group["eps"],
+            graft_beta2=beta2 if config.grafting_beta2 is None else config.grafting_beta2,
+            graft_eps=group["eps"] if config.grafting_eps is None else config.grafting_eps,
+            weight_decay=decay,
+            lost=lost[config.weight_decay_type],
+        )
+
+
+def validate_hyperparameters(
+    config: ShampooConfig, *, lr: Any, betas: Any, eps: Any, weight_decay: Any
+) -> None:
+    """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not is_number(value) or value < 0.0:
+            refuse(name, value, "a finite number >= 0")
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))):
+        refuse("betas", betas, "two numbers (beta1, beta2)")
+    beta1, beta2 = betas
+    check_range("beta1", beta1, 0.0, 1.0)
+    if config.beta3 and not beta1:
+        refuse("beta3", config.beta3, "nothing but 0 if beta1 is 0, where there is no momentum")
+    if not 0.0 <= beta2 <= 1.0:
+        refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
+    if beta2 < 1.0:
+        return
+    if config.rule.averages:
+        rule = config.preconditioner
+        refuse("beta2", beta2, f"a number below 1 for {rule}, whose factors are averages")
+    method = config.elementwise_method
+    if config.grafting_beta2 is None and method in ("adam", "rmsprop"):
+        of = "" if config.grafting == method else " of parameters that are not preconditioned"
+        refuse(
+            "beta2",
+            beta2,
+            f"a number below 1 here, since '{method}' averages the second moment{of} with it; to "
+            "sum the factors all the same, set 'grafting_beta2', which it then takes",
+        )

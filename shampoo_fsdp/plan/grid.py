@@ -1,0 +1,181 @@
+"""The grid of blocks of one parameter: pure geometry on its logical shape.
+
+A parameter is seen through a *view* of its shape in which small dimensions may be merged. Each
+dimension of the view is cut into tiles of nearly equal size; a block is one tile per dimension.
+The grid depends on the shape and on the settings alone, never on a mesh.
+"""
+
+import itertools
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shampoo_fsdp.config import ShampooConfig
+
+__all__ = [
+    "BlockGrid",
+    "Rectangle",
+    "cut_view",
+    "even_cuts",
+    "make_grid",
+    "refresh_phase",
+    "view_dims",
+]
+
+_UNIT = 8
+
+Rectangle = tuple[tuple[int, int], ...]
+"""A half-open interval (start, stop) for each dimension."""
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """How a parameter is cut into blocks.
+
+    The view's leading `batch_dims` dimensions index independent tensors (experts); their tiles
+    have size one and they get no factor.
+    """
+
+    view_shape: tuple[int, ...]
+    batch_dims: int
+    cuts: tuple[tuple[int, ...], ...]
+    """For each dimension of the view the borders 0 = c[0] < c[1] < ... < c[-1] = size."""
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Number of tiles along each dimension of the view."""
+        return tuple(len(borders) - 1 for borders in self.cuts)
+
+    @property
+    def fingerprint(self) -> int:
+        """A number of 31 bits that differs between grids."""
+        return zlib.crc32(repr((self.view_shape, self.batch_dims, self.cuts)).encode()) >> 1
+
+    def __len__(self) -> int:
+        return math.prod(self.tiles)
+
+    def coordinates(self) -> Iterator[tuple[int, ...]]:
+        """Coordinates of all blocks, in row-major order."""
+        return itertools.product(*map(range, self.tiles))
+
+    @property
+    def block_shapes(self) -> Counter[tuple[int, ...]]:
+        """Number of blocks of each shape, without batch dimensions."""
+        sizes = [
+            Counter(stop - start for start, stop in itertools.pairwise(cuts))
+            for cuts in self.cuts[self.batch_dims :]
+        ]
+        batches = math.prod(self.tiles[: self.batch_dims])
+        return Counter(
+            {
+                shape: batches * math.prod(n[side] for n, side in zip(sizes, shape, strict=True))
+                for shape in itertools.product(*sizes)
+            }
+        )
+
+    def rectangle(self, coordinate: Sequence[int]) -> Rectangle:
+        """Where the block at a coordinate lies in the view."""
+        return tuple(
+            (borders[i], borders[i + 1]) for borders, i in zip(self.cuts, coordinate, strict=True)
+        )
+
+    def block_shape(self, coordinate: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a block without its batch dimensions: one entry for each of its factors."""
+        return tuple(stop - start for start, stop in self.rectangle(coordinate)[self.batch_dims :])
+
+
+def view_dims(
+    shape: Sequence[int], config: ShampooConfig
+) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Which dimensions of a parameter make each dimension of its view, and how many are batches.
+
+    Experts [E, m, n] are E matrices; for the rest see `merge_dims`.
+    """
+    order = len(shape)
+    if order == 3:
+        return ((0,), (1,), (2,)), 1
+    if config.merge_dims == "matrix" and order > 3:
+        return ((0,), tuple(range(1, order))), 0
+    if config.merge_dims == "matrix":
+        return tuple((d,) for d in range(order)), 0
+    # Shi et al. 2023 (arXiv 2309.06497), section 3.3.
+    groups: list[list[int]] = []
+    sizes: list[int] = []
+    for d, size in enumerate(shape):
+        if groups and (1 in (size, sizes[-1]) or sizes[-1] * size <= config.max_preconditioner_dim):
+            groups[-1].append(d)
+            sizes[-1] *= size
+        else:
+            groups.append([d])
+            sizes.append(size)
+    return tuple(map(tuple, groups)), 0
+
+
+def make_grid(
+    shape: Sequence[int], config: ShampooConfig, borders: Sequence[Sequence[int]] = ()
+) -> BlockGrid:
+    """The grid of a parameter of at least one dimension and one element.
+
+    `borders` are further borders along each dimension of the view that no block may cross (those
+    of the shards, with `block_alignment = "shard"`).
+    """
+    dims, batch_dims = view_dims(shape, config)
+    view_shape = tuple(math.prod(shape[d] for d in group) for group in dims)
+    return cut_view(view_shape, batch_dims, config, borders)
+
+
+def cut_view(
+    view_shape: tuple[int, ...],
+    batch_dims: int,
+    config: ShampooConfig,
+    borders: Sequence[Sequence[int]] = (),
+) -> BlockGrid:
+    """The grid of a view, of which the first dimensions count batches."""
+    whole = config.large_dim == "diagonal" or (
+        config.large_dim == "one_sided"
+        and any(size <= config.max_preconditioner_dim for size in view_shape[batch_dims:])
+    )
+    cuts = []
+    for d, size in enumerate(view_shape):
+        cap = 1 if d < batch_dims else size if whole else config.max_preconditioner_dim
+        fixed = sorted({0, size, *(borders[d] if borders else ())})
+        pieces = [even_cuts(start, stop, cap) for start, stop in itertools.pairwise(fixed)]
+        cuts.append((0, *itertools.chain.from_iterable(piece[1:] for piece in pieces)))
+    return BlockGrid(view_shape, batch_dims, tuple(cuts))
+
+
+def even_cuts(start: int, stop: int, cap: int) -> tuple[int, ...]:
+    """Borders that cut [start, stop) into the fewest tiles <= cap; sizes differ by one unit
+    at most, the larger ones first, so that few different block shapes arise.
+
+    A unit is 8, which matrix products like, where length and cap are multiples of it and tiles are
+    of 64 and more; else it is 1.
+    """
+    length = stop - start
+    tiles = -(-length // cap)
+    unit = _UNIT if length % _UNIT == cap % _UNIT == 0 and length // tiles >= _UNIT**2 else 1
+    size, longer = divmod(length // unit, tiles)
+    return tuple(start + unit * (i * size + min(i, longer)) for i in range(tiles + 1))
+
+
+def refresh_phase(name: str, index: int, blocks: int, frequency: int) -> int:
+    """The phase of a block: its roots are refreshed when (step + phase) % period == 0,
+    the period being `frequency` once `refresh_warmup_steps` are over.
+
+    It follows from the block's identity alone, so that it is the same on every mesh and with any
+    set of other parameters. Blocks of like parameters (those whose names differ in numbers only:
+    layers.0.w, layers.1.w, ...) take consecutive phases, so that a period's steps share them
+    evenly; different kinds of parameters start at different phases.
+
+    Args:
+        name: the parameter's full name.
+        index: the block's row-major position in the parameter's grid.
+        blocks: number of blocks in that grid.
+        frequency: steps of a period.
+    """
+    kind = re.sub(r"\d+", "#", name)
+    number = sum(map(int, re.findall(r"\d+", name)))
+    return (zlib.crc32(kind.encode()) + number * blocks + index) % frequency

@@ -1,0 +1,273 @@
+"""Which ranks hold which piece of each block of a parameter: pure geometry of its placements."""
+
+import bisect
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.grid import BlockGrid, Rectangle, make_grid, view_dims
+
+__all__ = [
+    "ParameterSpec",
+    "Placement",
+    "ShardMap",
+    "Sharded",
+    "Site",
+    "UnsupportedPlacement",
+    "placement_of",
+    "shape_of",
+    "shard_maps",
+    "shard_rectangle",
+    "view_rectangle",
+    "volume",
+]
+
+
+class UnsupportedPlacement(ValueError):
+    """A placement for which a rank does not hold one rectangle of the parameter."""
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """The ranks of a mesh dimension share a dimension of the tensor."""
+
+    dim: int
+    split: int = 1
+    """In how many pieces later mesh dimensions have cut it before: more than one where FSDP cuts
+    what tensor parallelism has cut (the split_factor of DTensor's _StridedShard). Else mesh
+    dimensions cut in their order."""
+
+
+Placement = Sharded | str | None
+"""What a mesh dimension does to a tensor; None: it replicates it. A text is the name of a placement
+that cannot be planned."""
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What the planner knows of a parameter.
+
+    `ranks` are the global ranks of its mesh in row-major order, `placements` one per dimension of
+    `mesh_shape`. A plain tensor has one rank, or is replicated on a mesh of one dimension.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    mesh_shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What blocks at one position of parameters of one shape and layout have in common.
+
+    Ranks are positions among the ascending ranks of the mesh here.
+    """
+
+    rectangle: Rectangle
+    """In the parameter's view."""
+    shape: tuple[int, ...]
+    """Without batch dimensions."""
+    pieces: tuple[tuple[Rectangle, tuple[int, ...]], ...]
+    """The parts of the block that lie in one shard each, and the ranks that hold the shard: one
+    of each replica, by number of the replica."""
+    held: dict[int, int]
+    """How many elements each rank holds."""
+
+
+class ShardMap:
+    """The grid of a parameter and who holds which piece of its blocks.
+
+    Parameters of one shape and layout share one map, so that planning costs little more for a
+    hundred layers than for one. Ranks are positions among the ascending ranks of the mesh.
+    """
+
+    grid: BlockGrid
+    sites: list[Site]
+    """By row-major index of the block in the grid."""
+    shard_of: list[Rectangle]
+    """For each rank its shard, in the parameter's view; it may be empty."""
+    replica_of: list[int]
+    """For each rank the number of its replica: ranks of one number hold the parameter once."""
+    replicas: int
+
+    def __init__(self, parameter: ParameterSpec, config: ShampooConfig) -> None:
+        shape, mesh_shape, placements = parameter.shape, parameter.mesh_shape, parameter.placements
+        dims, _ = view_dims(shape, config)
+        position = {rank: i for i, rank in enumerate(sorted(parameter.ranks))}
+        replicated = [d for d, p in enumerate(placements) if p is None]
+        self.replicas = math.prod(mesh_shape[d] for d in replicated)
+        self.shard_of = [()] * len(position)
+        self.replica_of = [0] * len(position)
+        holders: dict[Rectangle, list[int]] = defaultdict(list)
+        coordinates = itertools.product(*map(range, mesh_shape))
+        for rank, coordinate in zip(parameter.ranks, coordinates, strict=True):
+            shard = shard_rectangle(shape, mesh_shape, placements, coordinate)
+            rectangle = view_rectangle(shard, shape, dims)
+            replica = 0
+            for d in replicated:
+                replica = replica * mesh_shape[d] + coordinate[d]
+            self.shard_of[position[rank]] = rectangle
+            self.replica_of[position[rank]] = replica
+            if volume(rectangle):
+                holders[rectangle].append(position[rank])  # in the order of the replicas
+        self._holders = {rectangle: tuple(ranks) for rectangle, ranks in holders.items()}
+        self._intervals = [sorted({r[d] for r in holders}) for d in range(len(dims))]
+        borders = [sorted(set(itertools.chain(*pairs))) for pairs in self._intervals]
+        self.grid = make_grid(shape, config, borders if config.block_alignment == "shard" else ())
+        self.sites = [self._site(coordinate) for coordinate in self.grid.coordinates()]
+
+    def blocks_of_shard(self, rank: int) -> list[int]:
+        """Indices of the blocks that a rank's shard has a part of, ascending."""
+        shard = self.shard_of[rank]
+        if not volume(shard):
+            return []
+        indices = [0]
+        for (start, stop), cuts in zip(shard, self.grid.cuts, strict=True):
+            tiles = range(bisect.bisect_right(cuts, start) - 1, bisect.bisect_left(cuts, stop))
+            indices = [index * (len(cuts) - 1) + tile for index in indices for tile in tiles]
+        return indices
+
+    def _site(self, coordinate: tuple[int, ...]) -> Site:
+        rectangle = self.grid.rectangle(coordinate)
+        pieces = tuple(self._pieces(rectangle))
+        held = {rank: volume(piece) for piece, ranks in pieces for rank in ranks}
+        return Site(rectangle, self.grid.block_shape(coordinate), pieces, held)
+
+    def _pieces(self, block: Rectangle) -> Iterator[tuple[Rectangle, tuple[int, ...]]]:
+        overlapping = []
+        for (start, stop), intervals in zip(block, self._intervals, strict=True):
+            # Intervals of one dimension are disjoint and sorted.
+            first = bisect.bisect_right(intervals, start, key=lambda interval: interval[1])
+            last = bisect.bisect_left(intervals, stop, key=lambda interval: interval[0])
+            overlapping.append(intervals[first:last])
+        for shard in itertools.product(*overlapping):
+            ranks = self._holders.get(shard)
+            if ranks is not None:
+                yield _intersection(block, shard), ranks
+
+
+def shard_maps(parameters: Sequence[ParameterSpec], config: ShampooConfig) -> list[ShardMap]:
+    """The map of each parameter.
+
+    Raises:
+        ValueError: names the parameter whose placement is not supported.
+    """
+    known: dict[tuple[object, ...], ShardMap] = {}
+    maps = []
+    for parameter in parameters:
+        layout = (parameter.shape, parameter.ranks, parameter.mesh_shape, parameter.placements)
+        if layout not in known:
+            try:
+                known[layout] = ShardMap(parameter, config)
+            except UnsupportedPlacement as error:
+                raise ValueError(
+                    f"parameter '{parameter.name}' cannot be planned: {error}."
+                ) from None
+        maps.append(known[layout])
+    return maps
+
+
+def placement_of(placement: Any) -> Placement:
+    """What a placement of a DTensor is here; it is asked, as this room knows nothing of tensors."""
+    if placement.is_replicate():
+        return None
+    if (dim := getattr(placement, "dim", None)) is None:
+        return repr(placement)
+    return Sharded(dim, int(getattr(placement, "split_factor", 1)))
+
+
+def shard_rectangle(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    placements: Sequence[Placement],
+    coordinate: Sequence[int],
+) -> Rectangle:
+    """The rectangle of a tensor that the rank at a mesh coordinate holds; it may be empty.
+
+    As `torch.chunk` does, each sharding cuts pieces of ceil(size / ranks), so that the last ranks
+    may hold less or nothing.
+
+    Raises:
+        UnsupportedPlacement: for a placement that is a text, or a `split` that cannot be.
+    """
+    rectangle = [(0, size) for size in shape]
+    for dim in range(len(shape)):
+        for mesh_dim in _sharding_order(dim, mesh_shape, placements):
+            start, stop = rectangle[dim]
+            piece = -(-(stop - start) // mesh_shape[mesh_dim])
+            first = min(start + coordinate[mesh_dim] * piece, stop)
+            rectangle[dim] = (first, min(first + piece, stop))
+    return tuple(rectangle)
+
+
+def _sharding_order(
+    dim: int, mesh_shape: Sequence[int], placements: Sequence[Placement]
+) -> list[int]:
+    """The mesh dimensions that shard a tensor dimension, in the order in which they cut it."""
+    order: list[int] = []
+    for mesh_dim in reversed(range(len(placements))):
+        placement = placements[mesh_dim]
+        if placement is None or (isinstance(placement, Sharded) and placement.dim != dim):
+            continue
+        position = None
+        if isinstance(placement, Sharded):
+            position = _position_after(placement.split, order, mesh_shape)
+        if position is None:
+            raise UnsupportedPlacement(
+                f"placement {placement}; supported: Replicate, Shard, and "
+                "_StridedShard whose split_factor is the size of the mesh dimensions after it"
+            )
+        order.insert(position, mesh_dim)
+    return order
+
+
+def _position_after(split: int, order: Sequence[int], mesh_shape: Sequence[int]) -> int | None:
+    for position in range(len(order) + 1):
+        if math.prod(mesh_shape[d] for d in order[:position]) == split:
+            return position
+    return None
+
+
+def view_rectangle(
+    rectangle: Rectangle, shape: Sequence[int], dims: Sequence[Sequence[int]]
+) -> Rectangle:
+    """A rectangle of a tensor seen through a view that merges neighbouring dimensions.
+
+    Args:
+        rectangle: intervals along the dimensions of the tensor.
+        shape: the tensor's shape.
+        dims: for each dimension of the view the tensor dimensions that it merges.
+
+    Raises:
+        UnsupportedPlacement: if the rectangle is not one in the view, because a dimension is
+            sharded that follows another one in its group.
+    """
+    result = []
+    for group in dims:
+        inner = math.prod(shape[d] for d in group[1:])
+        if any(rectangle[d] != (0, shape[d]) for d in group[1:]):
+            raise UnsupportedPlacement(
+                f"dimension {group[0]} of {tuple(shape)} is merged with those after it, one of "
+                "which is sharded; shard the first dimension or exclude the parameter"
+            )
+        start, stop = rectangle[group[0]]
+        result.append((start * inner, stop * inner))
+    return tuple(result)
+
+
+def shape_of(rectangle: Rectangle) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in rectangle)
+
+
+def volume(rectangle: Rectangle) -> int:
+    return math.prod(shape_of(rectangle))
+
+
+def _intersection(a: Rectangle, b: Rectangle) -> Rectangle:
+    return tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))

@@ -1,0 +1,151 @@
+"""One rank's part of a plan: the blocks it owns, and the pieces it sends or receives."""
+
+import bisect
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.assignment import Assignment
+from shampoo_fsdp.plan.grid import BlockGrid, Rectangle
+from shampoo_fsdp.plan.owners import Costs
+from shampoo_fsdp.plan.shards import ParameterSpec, ShardMap, Site, shape_of, volume
+
+__all__ = ["OwnedBlock", "Part", "Plan", "Slices", "Transfer", "make_plan"]
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedBlock:
+    """A block that this rank preconditions."""
+
+    index: int
+    """Row-major position in the parameter's grid."""
+    rectangle: Rectangle
+    """Where it lies in the parameter's view."""
+    shape: tuple[int, ...]
+    """Its sizes, without batch dimensions."""
+    phase: int
+    """See :func:`shampoo_fsdp.plan.grid.refresh_phase`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """One piece of a block: where it lies in this rank's shard of a parameter, in a block that this
+    rank owns, or in both (then it does not travel)."""
+
+    peer: int
+    """Position of the other rank in the plan's ranks; this rank's own if nothing travels."""
+    shape: tuple[int, ...]
+    in_shard: Slices = ()
+    """In the view of the shard."""
+    block: OwnedBlock | None = None
+    in_block: Slices = ()
+    """In the block, with its batch dimensions."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What concerns this rank of one parameter."""
+
+    grid: BlockGrid
+    shard_shape: tuple[int, ...]
+    """Of this rank's shard, in the parameter's view."""
+    blocks: list[OwnedBlock] = field(default_factory=list)
+    """The ones that it owns, in the order of the grid."""
+    local: list[Transfer] = field(default_factory=list)
+    """Pieces of owned blocks that lie in its own shard."""
+    gather_out: list[Transfer] = field(default_factory=list)
+    """Pieces of its shard that go to the owners of their blocks."""
+    gather_in: list[Transfer] = field(default_factory=list)
+    """Pieces of owned blocks that come from other ranks."""
+    scatter_out: list[Transfer] = field(default_factory=list)
+    """Pieces of owned blocks that other ranks hold."""
+    scatter_in: list[Transfer] = field(default_factory=list)
+    """Pieces of its shard that other ranks own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank needs to know."""
+
+    ranks: tuple[int, ...]
+    """The ranks that share the blocks, ascending."""
+    parts: tuple[Part, ...]
+    """Of each parameter."""
+    travels: bool
+    """Whether any rank sends anything."""
+    fingerprint: str
+    """Equal on two ranks if and only if they planned the same."""
+
+
+def make_plan(
+    parameters: Sequence[ParameterSpec], config: ShampooConfig, costs: Costs, rank: int
+) -> Plan:
+    """Plan the blocks of parameters that live on the same ranks, as seen by one of them.
+
+    Raises:
+        ValueError: names the parameter whose placement is not supported.
+    """
+    assignment = Assignment(parameters, config, costs, rank)
+    me = bisect.bisect_left(assignment.ranks, rank)
+    maps, sites, first = assignment.maps, assignment.sites, assignment.first
+    replicated = any(shard_map.replicas > 1 for shard_map in maps)
+    placed = zip(assignment.site_of, assignment.owners, strict=True)
+    return Plan(
+        ranks=assignment.ranks,
+        parts=tuple(_part(assignment, *of, me) for of in zip(maps, first, strict=True)),
+        travels=replicated
+        or any(sites[s].held.get(owner, 0) < volume(sites[s].rectangle) for s, owner in placed),
+        fingerprint=assignment.fingerprint,
+    )
+
+
+def _part(assignment: Assignment, shard_map: ShardMap, first: int, me: int) -> Part:
+    part = Part(shard_map.grid, shape_of(shard_map.shard_of[me]))
+    owners = assignment.owners[first : first + len(shard_map.grid)]
+    for index, owner in enumerate(owners):
+        if owner == me:
+            site = shard_map.sites[index]
+            phase = assignment.phase_of[first + index]
+            block = OwnedBlock(index, site.rectangle, site.shape, phase)
+            part.blocks.append(block)
+            _add_owned(part, block, site, shard_map, me)
+    for index in shard_map.blocks_of_shard(me):
+        if owners[index] != me:
+            _add_held(part, shard_map.sites[index], shard_map, owners[index], me)
+    return part
+
+
+def _add_owned(part: Part, block: OwnedBlock, site: Site, shard_map: ShardMap, me: int) -> None:
+    for piece, holders in site.pieces:
+        shape, in_block = shape_of(piece), _slices(piece, site.rectangle)
+        if me in holders:
+            in_shard = _slices(piece, shard_map.shard_of[me])
+            part.local.append(Transfer(me, shape, in_shard, block, in_block))
+        else:
+            # Replicas hold the same gradient: the owner takes it from its own replica.
+            source = holders[shard_map.replica_of[me]]
+            part.gather_in.append(Transfer(source, shape, block=block, in_block=in_block))
+        part.scatter_out.extend(
+            Transfer(holder, shape, block=block, in_block=in_block)
+            for holder in holders
+            if holder != me
+        )
+
+
+def _add_held(part: Part, site: Site, shard_map: ShardMap, owner: int, me: int) -> None:
+    piece, holders = next((piece, holders) for piece, holders in site.pieces if me in holders)
+    transfer = Transfer(owner, shape_of(piece), _slices(piece, shard_map.shard_of[me]))
+    if owner not in holders and shard_map.replica_of[owner] == shard_map.replica_of[me]:
+        part.gather_out.append(transfer)
+    part.scatter_in.append(transfer)
+
+
+def _slices(inner: Iterable[tuple[int, int]], outer: Rectangle) -> Slices:
+    return tuple(slice(p[0] - q[0], p[1] - q[0]) for p, q in zip(inner, outer, strict=True))

@@ -1,0 +1,24 @@
+"""The mathematics, on stacks of blocks [B, m, n]; nothing here knows of other ranks.
+
+One file per rule: it turns the momentum of a block into a direction, and says itself what it keeps,
+costs and allows (`rule.py`). `stack.py` runs a rule on all blocks of one shape, `roots.py` takes
+inverse roots (the ridge is there), `grafting.py` is the first-order method whose step size is
+taken, and that the excluded parameters get.
+"""
+
+from shampoo_fsdp.rules.kl_shampoo import KLShampoo
+from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register, rule_of
+from shampoo_fsdp.rules.shampoo import Shampoo
+from shampoo_fsdp.rules.soap import Soap
+
+__all__ = [
+    "Health",
+    "KLShampoo",
+    "Now",
+    "Positions",
+    "Rule",
+    "Shampoo",
+    "Soap",
+    "register",
+    "rule_of",
+]

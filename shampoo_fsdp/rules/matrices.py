@@ -1,0 +1,126 @@
+"""Stacks of square matrices: how they are kept, and how they multiply stacks of blocks."""
+
+import functools
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MatrixStack",
+    "StateEntry",
+    "along",
+    "matrix_entry",
+    "per_block",
+    "scale_along",
+    "to_device",
+    "unfold",
+    "unpacked",
+]
+
+StateEntry = tuple[tuple[int, ...], torch.dtype]
+"""Shape for one block and type of an entry of the state."""
+
+
+def matrix_entry(n: int, dtype: torch.dtype, *, packed: bool) -> StateEntry:
+    """How an n x n matrix is kept; `packed` keeps the upper triangle of a symmetric one."""
+    return ((n * (n + 1) // 2,) if packed else (n, n)), dtype
+
+
+class MatrixStack:
+    """Matrices [B, n, n] that are kept in `storage`, see :func:`matrix_entry`."""
+
+    def __init__(self, storage: Tensor) -> None:
+        self.storage = storage
+        self._packed = storage.ndim == 2
+        self.size = (
+            (math.isqrt(8 * storage.shape[1] + 1) - 1) // 2 if self._packed else storage.shape[1]
+        )
+
+    def read(self, where: slice | Tensor = slice(None)) -> Tensor:
+        """The matrices at these positions in fp32; of a slice their own memory, if they are kept
+        as they are."""
+        kept = self.storage[where].float()
+        return unpacked(kept, self.size) if self._packed else kept
+
+    def keep(self, matrices: Tensor) -> None:
+        """Keep the change of what :meth:`read` gave of all positions."""
+        if self._packed or self.storage.dtype != torch.float32:
+            self.write(matrices)
+
+    def write(self, matrices: Tensor, where: slice | Tensor = slice(None)) -> None:
+        """Keep these matrices."""
+        if self._packed:
+            pack, _ = _triangle(self.size, matrices.device)
+            self.storage[where] = matrices.flatten(1).index_select(1, pack).to(self.storage.dtype)
+        else:
+            self.storage[where] = matrices.to(self.storage.dtype)
+
+
+def unpacked(triangles: Tensor, n: int) -> Tensor:
+    """Upper triangles [B, n (n + 1) / 2] as symmetric matrices [B, n, n]."""
+    _, unpack = _triangle(n, triangles.device)
+    return triangles.index_select(1, unpack).view(-1, n, n)
+
+
+@functools.cache
+def _triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the entries of the upper triangle are in a flat matrix, and of a matrix in it."""
+    rows, columns = torch.triu_indices(n, n, device=device)
+    pack = rows * n + columns
+    unpack = torch.empty(n, n, dtype=torch.int64, device=device)
+    unpack[rows, columns] = unpack[columns, rows] = torch.arange(len(pack), device=device)
+    return pack.int(), unpack.flatten().int()
+
+
+T = TypeVar("T", Tensor, float | Tensor)
+
+
+def per_block(values: T, ndim: int) -> T:
+    """[B] -> [B, 1, ..., 1] of this many dimensions; numbers, which hold for all blocks, as they
+    are."""
+    if not isinstance(values, Tensor):
+        return values
+    return values.view(-1, *(1 for _ in range(ndim - 1)))
+
+
+def scale_along(blocks: Tensor, factors: Tensor, i: int) -> Tensor:
+    """Multiply blocks [B, d_1, ..., d_k] by factors [B, d_i] along dimension i."""
+    ones = [1] * (blocks.ndim - 1)
+    ones[i] = factors.shape[1]
+    return blocks * factors.view(len(factors), *ones)
+
+
+def unfold(blocks: Tensor, i: int) -> Tensor:
+    """[B, d_1, ..., d_k] -> [B, d_i, rest]; for matrices a view."""
+    return blocks.movedim(i + 1, 1).reshape(len(blocks), blocks.shape[i + 1], -1)
+
+
+def along(blocks: Tensor, matrices: Tensor, i: int, out: Tensor | None = None) -> Tensor:
+    """Multiply blocks [B, d_1, ..., d_k] by matrices [B, e, d_i] along dimension i.
+
+    Args:
+        out: contiguous memory for the result, other than that of `blocks`; used if i is the first
+            or the last dimension.
+    """
+    shape = (*blocks.shape[: i + 1], matrices.shape[1], *blocks.shape[i + 2 :])
+    flat_out = None
+    if i == blocks.ndim - 2:
+        flat = blocks.reshape(len(blocks), -1, blocks.shape[-1])
+        if out is not None:
+            flat_out = out.view(len(blocks), -1, shape[-1])
+        return torch.bmm(flat, matrices.mT, out=flat_out).view(shape)
+    if i == 0 and out is not None:
+        flat_out = out.view(len(blocks), shape[1], -1)
+    rest = [n for d, n in enumerate(shape[1:]) if d != i]
+    unfolded = torch.bmm(matrices, unfold(blocks, i), out=flat_out)
+    return unfolded.view(shape[0], shape[i + 1], *rest).movedim(1, i + 1)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on this device. From memory that is not pinned an accelerator would
+    copy at once, and the host wait for all that it still has to do."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,205 @@
+"""Inverse roots of stacks of symmetric positive semi-definite matrices."""
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.rules.eigenbasis import eigenbasis
+from shampoo_fsdp.rules.matrices import per_block
+from shampoo_fsdp.rules.newton import coupled_newton, newton_db, normalised
+
+__all__ = [
+    "ROOT_METHODS",
+    "check_exponent",
+    "inverse_root",
+    "inverse_root_from_basis",
+    "ridged_powers",
+    "root_residual",
+]
+
+ROOT_METHODS = ("eigh", "eigh_pseudo_inverse", "coupled_newton", "newton_db")
+
+_LARGEST_ORDER = 16
+
+# The last multiplier of a matrix iteration is the identity, to rounding (1e-2 at worst, for
+# matrices that lack rank), or the iteration has diverged.
+_CONVERGED = 0.1
+
+
+def inverse_root(
+    matrices: Tensor,
+    exponent: float,
+    eps: float | Tensor,
+    method: str,
+    resolution: float = 0.0,
+    divisor: float | Tensor = 1.0,
+) -> Tensor:
+    """(A / divisor + eps I)^exponent of each matrix A, computed in the dtype of A.
+
+    What lies below the resolution r of the dtype (2^-23 in fp32), or `resolution` if that is more,
+    is rounding, negative or not, and differs from mesh to mesh; no method lets its inverse root
+    count:
+
+    - "eigh", by eigenvalues and eigenvectors (Shi et al. 2023, arXiv 2309.06497, section 3.2.1):
+      before the ridge eps is added, eigenvalues are raised to r times the largest.
+    - "eigh_pseudo_inverse": the same, but eigenvalues of at most n r times the largest, the usual
+      bound below which a matrix has no rank (torch.linalg.matrix_rank), contribute nothing.
+    - "coupled_newton" (Guo & Higham 2006, equation 1.5; Anil et al. 2020, arXiv 2002.09018) and
+      "newton_db" (coupled Newton-Schulz, Higham 2008, equation 6.35): by matrix products alone. The
+      ridge is max(eps, 8 r ||A||_F), as these need a definite matrix. The number of products
+      depends on the dtype and the exponent alone, and nothing is read back to the host.
+
+    Args:
+        matrices: fp32 or fp64, shape [B, n, n], symmetric.
+        exponent: negative; see `check_exponent`.
+        eps: the ridge; a number or [B].
+        method: one of `ROOT_METHODS`.
+        resolution: of A's entries, relative to the largest eigenvalue.
+        divisor: of A; a number or [B]. Eigenvalues are divided where there are any, which is less
+            work than dividing the matrices.
+
+    Returns:
+        shape [B, n, n]; all NaN where the method failed or the matrix was not finite.
+
+    Raises:
+        ValueError: if there is no such method, or it cannot take this root.
+    """
+    if method not in ROOT_METHODS:
+        raise ValueError(f"no root method '{method}'; there are {', '.join(ROOT_METHODS)}")
+    check_exponent(method, exponent)
+    if method in ("eigh", "eigh_pseudo_inverse"):
+        eigenvalues, vectors = eigenbasis(matrices)
+        eigenvalues = eigenvalues / per_block(divisor, 2)
+        pseudo = method == "eigh_pseudo_inverse"
+        return inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
+    if isinstance(divisor, Tensor) or divisor != 1.0:
+        matrices = matrices / per_block(divisor, 3)
+    iteration = coupled_newton if method == "coupled_newton" else newton_db
+    power, order = _power_and_order(exponent)
+    if method == "newton_db" and order == 1:
+        power, order = 2 * power, 2
+    scaled, scale = normalised(matrices, eps, resolution)
+    root, last = iteration(scaled, order)
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    converged = (last - identity).abs().amax((-2, -1), keepdim=True) < _CONVERGED  # not for NaN
+    # Rounding turns the iterates away from symmetry as much as from the root.
+    root = (root + root.mT) * (0.5 * scale ** (-1.0 / order))
+    return torch.where(converged, torch.linalg.matrix_power(root, power), torch.nan)
+
+
+def inverse_root_from_basis(
+    eigenvalues: Tensor,
+    vectors: Tensor,
+    exponent: float,
+    eps: float | Tensor,
+    resolution: float = 0.0,
+    pseudo: bool = False,
+) -> Tensor:
+    """(A + eps I)^exponent from eigenvalues and eigenvectors of A, floored as in `inverse_root`.
+
+    Args:
+        eigenvalues: shape [B, n], in any order.
+        vectors: shape [B, n, n], in the columns.
+        exponent: negative.
+        eps: the ridge; a number or [B].
+        resolution: as in `inverse_root`.
+        pseudo: whether directions that A lacks contribute nothing.
+
+    Returns:
+        shape [B, n, n].
+    """
+    powers = ridged_powers(eigenvalues, exponent, eps, resolution)
+    if pseudo:
+        resolution = max(resolution, torch.finfo(eigenvalues.dtype).eps)
+        largest = eigenvalues.amax(-1, keepdim=True).clamp_min(0.0)
+        missing = eigenvalues <= largest * (resolution * eigenvalues.shape[-1])
+        powers = powers.masked_fill(missing, 0.0)
+    return (vectors * powers.unsqueeze(-2)) @ vectors.mT
+
+
+def ridged_powers(
+    eigenvalues: Tensor, exponent: float, eps: float | Tensor, resolution: float = 0.0
+) -> Tensor:
+    """Eigenvalues [B, n] to a power, after raising them to the resolution of the largest and adding
+    the ridge; arguments as those of `inverse_root`."""
+    resolution = max(resolution, torch.finfo(eigenvalues.dtype).eps)
+    floor = eigenvalues.amax(-1, keepdim=True).clamp_min(0.0) * resolution
+    return torch.maximum(eigenvalues, floor).add_(per_block(eps, 2)).pow_(exponent)
+
+
+def check_exponent(method: str, exponent: float) -> None:
+    """Raise ValueError if the method cannot take this root.
+
+    "coupled_newton" takes exponents -m/p, p up to 16; "newton_db" these with p = 1, 2, 4, 8, 16;
+    eigenvectors give any.
+    """
+    if not exponent < 0.0:
+        raise ValueError(f"an inverse root has a negative exponent, not {exponent}")
+    if method not in ("coupled_newton", "newton_db"):
+        return
+    ratio = _ratio(exponent)
+    orders = "1, 2, 4, 8 or 16" if method == "newton_db" else f"1 to {_LARGEST_ORDER}"
+    halving = ratio is not None and ratio[1] & (ratio[1] - 1) == 0
+    if ratio is None or (method == "newton_db" and not halving):
+        raise ValueError(
+            f'root_method = "{method}" takes roots with exponents -m/p, p = {orders}, and a factor '
+            f'needs the exponent {exponent:g}: set root_method = "eigh", or other root_exponents'
+        )
+
+
+def root_residual(
+    matrices: Tensor,
+    roots: Tensor,
+    exponent: float,
+    eps: float | Tensor,
+    divisor: float | Tensor = 1.0,
+) -> Tensor:
+    """||((A + eps I)^m X^p - I) v|| / ||v|| of X, which should be (A + eps I)^(-m/p).
+
+    v = A^m u for two fixed vectors u: what A lacks, where X is what a method makes of rounding,
+    does not count. It costs p + 2 m products of a matrix with two vectors, no random numbers and no
+    host read.
+
+    Args:
+        matrices, roots: A * divisor and X, symmetric, shape [B, n, n].
+        exponent, eps, divisor: as for `inverse_root`.
+
+    Returns:
+        shape [B]; 0 where A = 0, NaN where X is not finite, and all 0 for an exponent that is not
+        -m/p with p up to 16.
+    """
+    ratio = _ratio(exponent)
+    if ratio is None:
+        return matrices.new_zeros(len(matrices))
+    power, order = ratio
+    k = torch.arange(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
+    phases = torch.stack((k * (0.618 * k + 1.0), k * (0.414 * k + 1.0)))
+    # Rows: on CPUs a batch of row times matrix is several times as fast as of matrix times column.
+    probes = phases.cos().to(matrices.dtype)
+    for _ in range(power):
+        probes = probes @ matrices  # [B, 2, n]
+        largest = probes.abs().amax((-2, -1), keepdim=True)
+        probes = probes / torch.where(largest > 0.0, largest, 1.0)  # squares must not overflow
+    result = probes
+    for _ in range(order):
+        result = result @ roots
+    for _ in range(power):
+        result = result @ matrices / per_block(divisor, 3) + per_block(eps, 3) * result
+    error: Tensor = torch.linalg.matrix_norm(result - probes)
+    norm = torch.linalg.matrix_norm(probes)
+    return error / torch.where(norm > 0.0, norm, 1.0)
+
+
+def _ratio(exponent: float) -> tuple[int, int] | None:
+    """m and p of an exponent -m/p, if there are any."""
+    ratio = Fraction(-exponent).limit_denominator(_LARGEST_ORDER)
+    if abs(float(ratio) + exponent) > 1e-6 * abs(exponent):
+        return None
+    return ratio.numerator, ratio.denominator
+
+
+def _power_and_order(exponent: float) -> tuple[int, int]:
+    ratio = _ratio(exponent)
+    assert ratio is not None  # check_exponent
+    return ratio

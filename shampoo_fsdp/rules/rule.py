@@ -1,0 +1,245 @@
+"""What a rule is: it turns a stack of momenta into directions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.config import RULES, ShampooConfig
+from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
+from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
+from shampoo_fsdp.rules.precision import torch_dtype
+from shampoo_fsdp.rules.roots import check_exponent
+
+__all__ = ["Health", "Now", "Positions", "Rule", "register", "rule_of"]
+
+Positions = slice | Tensor
+"""Some blocks of a stack."""
+
+
+class Health(NamedTuple):
+    """Figures about the factors that are matrices, for reports; both [dimensions, B]."""
+
+    condition: Tensor
+    """Largest over smallest eigenvalue, with the ridge, as far as cheap products tell."""
+    residual: Tensor
+    """How far the roots or eigenbases in use are from those of the factors of today, relative."""
+
+
+class Now(NamedTuple):
+    """What a rule is told of a step."""
+
+    decay: Tensor
+    """Of what was before, [B]: beta2, and 1 where the gradient is not usable."""
+    weight: float
+    """Of the gradient: 1 - beta2, or 1 for sums."""
+    correction: float | Tensor
+    """Bias correction of the factors, this step's gradient included; a number or [B]."""
+    eps: float
+    """The optimizer's."""
+    warm: bool
+    """Whether any block has had its first refresh, this step's included."""
+
+
+class Rule(ABC):
+    """A rule for a stack of blocks of one shape (d_1, ..., d_k).
+
+    On a step the stack calls `accumulate`, `refresh` for the blocks that are due, `observe` and
+    `direction`, in this order. All that the package knows of a rule it asks the class. To add one,
+    write one file with a subclass, decorated with :func:`register`, and import it before the
+    optimizer is built.
+    """
+
+    name: ClassVar[str]
+    """What the setting `preconditioner` calls it."""
+    number: ClassVar[int]
+    """What checkpoints call it: below 2^16, and another one for each rule."""
+    entries: ClassVar[tuple[str, ...]]
+    """Names of the entries of its state in checkpoints: those of :meth:`layout` without _i."""
+    root_methods: ClassVar[tuple[str, ...]]
+    """Allowed values of `root_method`; the first is the default."""
+    averages: ClassVar[bool] = False
+    """Whether its factors must be averages (beta2 below 1)."""
+    products: ClassVar[int]
+    """Matrix products with a d_i x d_i matrix per step and dimension, for the planner."""
+    refresh_cost: ClassVar[float] = 1.0
+    """Time of a factor's refresh over that of a root or eigenbasis by the same method, for the
+    planner."""
+    works_cold: ClassVar[bool]
+    """Whether `direction` means something before the first refresh."""
+
+    @classmethod  # noqa: B027
+    def check(cls, config: ShampooConfig) -> None:
+        """Raise a ValueError if a setting has a value that the rule does not allow."""
+
+    @classmethod
+    def root_exponent(cls, config: ShampooConfig, factors: int) -> float:
+        """The p of factor^(-p) for a block with this number of factors, at least one."""
+        given = config.root_exponents[factors - 1] if factors <= len(config.root_exponents) else 0.0
+        return given or 0.5 / factors
+
+    @classmethod
+    def check_block(cls, shape: Sequence[int], config: ShampooConfig) -> None:
+        """Raise a ValueError if the root method cannot take the roots that a block needs."""
+        kinds = factor_kinds(shape, config)
+        if factors := len(kinds) - kinds.count("none"):
+            check_exponent(config.basis_method, -cls.root_exponent(config, factors))
+
+    @classmethod
+    @abstractmethod
+    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        """The state of one block: names, shapes and types. Entries of a name that ends in _i belong
+        to dimension i, and those that differ in i alone are of one type; others have the shape of
+        the block."""
+
+    @staticmethod
+    def _matrix_entries(
+        i: int, n: int, config: ShampooConfig, *kinds: str
+    ) -> dict[str, StateEntry]:
+        """Entries of an n x n matrix of each kind for dimension i. Eigenvectors are no symmetric
+        matrices; packing keeps the others as triangles."""
+        dtypes = {"factors": config.factor_dtype}
+        return {
+            f"{kind}_{i}": matrix_entry(
+                n,
+                torch_dtype(dtypes.get(kind, config.root_dtype)),
+                packed=config.symmetric_packing and kind != "eigenvectors",
+            )
+            for kind in kinds
+        }
+
+    def __init__(
+        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
+    ) -> None:
+        """
+        Args:
+            shape: of a block.
+            state: stacked tensors [B, ...] as :meth:`layout` says; :meth:`restart` fills them.
+        """
+        kinds = factor_kinds(shape, config)
+        self.config = config
+        self.state = state
+        self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
+        """Dimensions that have a matrix as their factor."""
+        self.diagonal = [i for i, kind in enumerate(kinds) if kind == "diagonal"]
+        """Dimensions whose factor is a diagonal."""
+        kept = {i: state.get(f"factors_{i}") for i in self.full}
+        self.factors = {i: MatrixStack(factor) for i, factor in kept.items() if factor is not None}
+        # Rounding of bf16 entries, 2^-9 of each, adds up to less in the eigenvalues of a matrix:
+        # measured, spectra are right down to about 2^-12 of the largest.
+        self.resolution = 0.0 if config.factor_dtype == "float32" else 2.0**-12
+        count = len(self.full) + len(self.diagonal)
+        self.exponent = -self.root_exponent(config, count) if count else 0.0
+
+    @abstractmethod
+    def restart(self, where: Positions) -> None:
+        """Set the state of these blocks to what it is before the first step."""
+
+    @abstractmethod
+    def accumulate(self, gradient: Tensor, now: Now) -> None:
+        """Add a gradient to the factors.
+
+        Args:
+            gradient: [B, d_1, ..., d_k]; zero where it is not usable.
+        """
+
+    @abstractmethod
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        """Take the roots or eigenbases of some blocks anew; one whose decomposition fails keeps
+        its last.
+
+        Args:
+            where: n positions.
+            cold: whether it is the first time for them.
+            correction: of the factors, a number or [n].
+
+        Returns:
+            where a decomposition failed, [dimensions, n].
+        """
+
+    def observe(self, gradient: Tensor, now: Now) -> None:  # noqa: B027
+        """Look at the gradient once more, after the refresh."""
+
+    @abstractmethod
+    def direction(self, momentum: Tensor, now: Now, out: Tensor) -> Tensor:
+        """The preconditioned momentum; linear in it.
+
+        Args:
+            momentum: [B, d_1, ..., d_k], fp32; stays as it is.
+            out: memory that the result may use.
+        """
+
+    @abstractmethod
+    def health(self, correction: float | Tensor) -> Health:
+        """How the factors and their roots are; too costly for every step."""
+
+    def _accumulate_gram(self, i: int, unfolded: Tensor, now: Now) -> None:
+        """factors_i <- decay factors_i + weight U U^T; U is [B, d_i, rest]."""
+        factor = self.factors[i].read().mul_(per_block(now.decay, 3))
+        self.factors[i].keep(factor.baddbmm_(unfolded, unfolded.mT, alpha=now.weight))
+
+    def _accumulate_diagonal(self, i: int, squares: Tensor, now: Now) -> None:
+        """diagonals_i [B, d_i] <- decay diagonals_i + weight * squares summed along the others."""
+        others = [d for d in range(1, squares.ndim) if d != i + 1]
+        total = squares.sum(others) if others else squares
+        diagonal = self.state[f"diagonals_{i}"].mul_(now.decay.view(-1, 1))
+        diagonal.add_(total, alpha=now.weight)
+
+    def _updated_basis(
+        self,
+        i: int,
+        where: Positions,
+        matrices: Tensor,
+        cold: bool,
+        iterations: int = 1,
+        resolution: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues [n, d_i] and eigenvectors [n, d_i, d_i] of these matrices, kept in
+        `eigenvectors_i` where that did not fail, and where it failed [n].
+
+        Args:
+            iterations: of "qr".
+            resolution: of `complete_basis`, if it is wanted.
+        """
+        kept = self.state[f"eigenvectors_{i}"]
+        before = kept[where].float()
+        if cold or self.config.basis_method == "eigh":
+            eigenvalues, vectors = eigenbasis(matrices)
+        else:
+            eigenvalues, vectors = warm_eigenbasis(matrices, before, iterations)
+        if resolution is not None:
+            eigenvalues, vectors = complete_basis(matrices, eigenvalues, vectors, resolution)
+        failed = (eigenvalues.sum(1) + vectors.sum((1, 2))).isfinite().logical_not_()
+        # No second moment: its definiteness is lost.
+        failed |= (eigenvalues.amax(1) <= 0.0) & (matrices != 0.0).any(2).any(1)
+        vectors = torch.where(per_block(failed, 3), before, vectors)
+        kept[where] = vectors.to(kept.dtype)
+        return eigenvalues, vectors, failed
+
+    def _identity(self, n: int) -> Tensor:
+        device = next(iter(self.state.values())).device
+        return torch.eye(n, dtype=torch.float32, device=device)
+
+
+def register(rule: type[Rule]) -> type[Rule]:
+    """Make a rule known by its name.
+
+    Raises:
+        ValueError: another rule has its name or number.
+    """
+    for name, other in RULES.items():
+        same = rule.name == name or rule.number == getattr(other, "number", None)
+        if same and other.__qualname__ != rule.__qualname__:
+            raise ValueError(
+                f"rule '{rule.name}', number {rule.number}, has the name or the number of '{name}'."
+            )
+    RULES[rule.name] = rule
+    return rule
+
+
+def rule_of(config: ShampooConfig) -> type[Rule]:
+    """The rule that the setting `preconditioner` names."""
+    return config.rule  # type: ignore[return-value]

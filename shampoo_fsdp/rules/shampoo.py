@@ -1,0 +1,161 @@
+"""Shampoo: Kronecker factors of the gradient's second moment and their inverse roots."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.rules.matrices import (
+    MatrixStack,
+    StateEntry,
+    along,
+    per_block,
+    scale_along,
+    unfold,
+)
+from shampoo_fsdp.rules.roots import (
+    inverse_root,
+    inverse_root_from_basis,
+    ridged_powers,
+    root_residual,
+)
+from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
+from shampoo_fsdp.validation import refuse
+
+__all__ = ["Shampoo"]
+
+_POWER_ITERATIONS = 8
+
+
+@register
+class Shampoo(Rule):
+    """Gupta et al. 2018 (arXiv 1802.09568), algorithms 1 and 2: one factor L_i, [B, d_i, d_i], for
+    each dimension, the direction being the momentum multiplied by L_i^(-1/(2k)) along each.
+
+    Dimensions with a diagonal factor keep the diagonal of L_i, whose root is taken on every step.
+    """
+
+    name = "shampoo"
+    number = 0
+    entries = ("factors", "diagonals", "inverse_roots", "eigenvectors")
+    root_methods: ClassVar[tuple[str, ...]] = (
+        "eigh",
+        "eigh_pseudo_inverse",
+        "coupled_newton",
+        "newton_db",
+        "qr",
+    )
+    products = 2
+    works_cold = False
+
+    @classmethod
+    def check(cls, config: ShampooConfig) -> None:
+        method = config.root_method
+        if config.factor_dtype == "bfloat16" and method in ("coupled_newton", "newton_db"):
+            # Rounding makes eigenvalues negative, down to 2^-7 of the largest: these diverge then.
+            refuse("root_method", method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
+
+    @classmethod
+    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        entries: dict[str, StateEntry] = {}
+        for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
+            if kind == "full":
+                entries |= cls._matrix_entries(i, n, config, "factors", "inverse_roots")
+                if config.basis_method == "qr":
+                    entries |= cls._matrix_entries(i, n, config, "eigenvectors")
+            elif kind == "diagonal":
+                entries[f"diagonals_{i}"] = (n,), torch.float32
+        return entries
+
+    def __init__(
+        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(shape, config, state)
+        self.roots = {i: MatrixStack(state[f"inverse_roots_{i}"]) for i in self.full}
+
+    def restart(self, where: Positions) -> None:
+        for i in self.full:
+            self.state[f"factors_{i}"][where] = 0.0
+        for i in self.diagonal:
+            self.state[f"diagonals_{i}"][where] = 0.0
+        for i, root in self.roots.items():
+            root.write(self._identity(root.size).expand_as(root.read(where)).clone(), where)
+            if f"eigenvectors_{i}" in self.state:
+                self.state[f"eigenvectors_{i}"][where] = self._identity(root.size)
+
+    def accumulate(self, gradient: Tensor, now: Now) -> None:
+        """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""
+        for i in self.full:
+            self._accumulate_gram(i, unfold(gradient, i), now)
+        for i in self.diagonal:
+            self._accumulate_diagonal(i, gradient.square(), now)
+
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        failures = []
+        for i, kept in self.roots.items():
+            factor = self.factors[i].read(where)
+            own = self._correction_of(i, correction)
+            ridge, method = self._ridge(factor, own), self.config.basis_method
+            if method == "qr":
+                eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
+                roots = inverse_root_from_basis(
+                    eigenvalues / per_block(own, 2), vectors, self.exponent, ridge, self.resolution
+                )
+            else:
+                roots = inverse_root(factor, self.exponent, ridge, method, self.resolution, own)
+            failed = roots.sum((1, 2)).isfinite().logical_not_()
+            # A block that has seen no gradient has no scale: its roots would blow up the first.
+            unseen = factor.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
+            unusable = per_block(failed | unseen, 3)
+            kept.write(torch.where(unusable, kept.read(where), roots), where)
+            failures.append(failed)
+        return torch.stack(failures)
+
+    def health(self, correction: float | Tensor) -> Health:
+        conditions, residuals = [], []
+        for i, kept in self.roots.items():
+            own = self._correction_of(i, correction)
+            factor, root = self.factors[i].read(), kept.read()
+            ridge = self._ridge(factor, own)
+            # The largest eigenvalue of the root is that of the smallest of the factor.
+            smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
+            conditions.append(_largest_eigenvalue(factor) / own / smallest)
+            residuals.append(root_residual(factor, root, self.exponent, ridge, own))
+        return Health(torch.stack(conditions), torch.stack(residuals))
+
+    def direction(self, momentum: Tensor, now: Now, out: Tensor) -> Tensor:
+        result = momentum
+        for i in self.diagonal:
+            result = scale_along(result, self._diagonal_root(i, now.correction), i)
+        for i in reversed(self.roots):
+            last = i == self.full[0] and result is not out
+            result = along(result, self.roots[i].read(), i, out if last else None)
+        return result
+
+    def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
+        """The root of a diagonal factor, [B, d_i]."""
+        own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
+        ridge = self._ridge(diagonal, own)
+        return ridged_powers(diagonal / per_block(own, 2), self.exponent, ridge, self.resolution)
+
+    def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
+        """The bias correction of the factors of dimension i."""
+        return correction
+
+    def _ridge(self, factors: Tensor, correction: float | Tensor) -> float | Tensor:
+        """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are over their
+        correction; a number or [B]."""
+        return self.config.preconditioner_eps
+
+
+def _largest_eigenvalue(matrices: Tensor) -> Tensor:
+    """An estimate from below, [B], of positive semi-definite matrices [B, n, n]."""
+    vectors = torch.ones_like(matrices[:, :1])  # rows, see `root_residual`
+    norm = torch.ones_like(vectors[..., :1])
+    for _ in range(_POWER_ITERATIONS):
+        vectors = (vectors / torch.where(norm > 0.0, norm, 1.0)) @ matrices
+        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return norm.view(-1)

@@ -1,0 +1,269 @@
+"""All blocks of one shape that a rank owns, handled together."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.hyperparameters import GroupSettings
+from shampoo_fsdp.rules.clock import Clock, StepFacts
+from shampoo_fsdp.rules.grafting import (
+    LARGEST_GRADIENT,
+    accelerate,
+    graft_step,
+    second_moment_name,
+    update_second_moment,
+)
+from shampoo_fsdp.rules.kept import saved_entries, split_rows
+from shampoo_fsdp.rules.matrices import per_block, to_device
+from shampoo_fsdp.rules.rule import rule_of
+
+__all__ = ["BlockStack"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BlockStack:
+    """State and update of blocks of one shape (d_1, ..., d_k), stacked as [B, d_1, ..., d_k].
+
+    Blocks are in the order of their refresh phase, so that those due on a step are neighbours.
+    `gradient`, in fp32, is filled with the gradient blocks; :meth:`step` overwrites it with the
+    update blocks.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], phases: Sequence[int], config: ShampooConfig, gradient: Tensor
+    ) -> None:
+        """
+        Args:
+            shape: of a block.
+            phases: of each block, ascending.
+            gradient: [B, d_1, ..., d_k], the memory to work in.
+        """
+        self.shape = tuple(shape)
+        self.phases = list(phases)
+        self.config = config
+        self.gradient = gradient
+        self.device = device = gradient.device
+        self.saved = {
+            name: torch.zeros(len(phases), *kept, dtype=dtype, device=device)
+            for name, (kept, dtype) in saved_entries(shape, config).items()
+        }
+        """The state as checkpoints have it, stacked."""
+        self.state = split_rows(self.saved, shape, config)
+        """The same, with a tensor for each matrix of a block."""
+        self.rule = rule_of(config)(shape, config, self.state)
+        self.rule.restart(slice(None))
+        self._second_moment = self.state.get(second_moment_name(config.grafting) or "")
+        self.norms: tuple[Tensor, Tensor] | None = None
+        """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
+        self._compiled = self._accumulate, self._direct
+        if config.compile:
+            self._compiled = (_compile(self._accumulate), _compile(self._direct))
+        self.refreshes = 0
+        self.failed_roots = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_blocks = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(self, clock: Clock, group: GroupSettings) -> Iterator[str]:
+        """Replace the gradients in `gradient` by the updates D, to be subtracted times lr.
+
+        A block with a non-finite or excessive gradient is skipped: its state stays, its update is
+        zero.
+
+        Args:
+            group: a second beta of 1 sums the factors.
+
+        Yields:
+            the name of each part when it is done.
+        """
+        (beta1, beta2), beta3 = group.betas, group.beta3
+        before = [r and not c for r, c in zip(clock.refreshed, clock.cold, strict=True)]
+        # What is compiled is one case: the step that is taken nearly always.
+        compiled = self.config.compile and all(before) and all(clock.active)
+        step = StepFacts(
+            group,
+            any(clock.refreshed),
+            clock.refreshed,
+            self._correction(beta2, clock.factor_steps, as_tensor=compiled),
+            self._correction(beta1, clock.steps, beta3, as_tensor=compiled),
+            self._correction(group.graft_beta2, clock.steps, as_tensor=compiled),
+        )
+        accumulate, direct = self._compiled if compiled else (self._accumulate, self._direct)
+        usable, exp_avg = accumulate(step)
+        self._count_skipped(usable, clock.active)
+        yield "factors"
+        self._refresh(clock, beta2)
+        yield "roots"
+        direct(step, exp_avg, usable)
+        if self.config.momentum:
+            self._accelerate(usable, clock)
+        yield "direction"
+
+    def health(self, clock: Clock, beta2: float) -> tuple[float, float]:
+        """The largest condition number of a factor, and the largest residual of a root; the host
+        waits for the device."""
+        if not (self.rule.full and all(clock.refreshed)):
+            return 0.0, 0.0
+        health = self.rule.health(self._correction(beta2, clock.factor_steps))
+        condition, residual = (float(figures.nan_to_num(0.0).amax()) for figures in health)
+        return condition, residual
+
+    def restart_factors(self, positions: Sequence[int]) -> None:
+        """Forget what the rule knows of these blocks."""
+        self.rule.restart(self._on_device(positions, torch.int64))
+
+    def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor]:
+        """Let the gradients into the factors, momentum and graft statistics.
+
+        Returns:
+            which gradients are usable, [B], and the momentum.
+        """
+        gradient, beta1 = self.gradient, step.group.betas[0]
+        inner = tuple(range(1, gradient.ndim))
+        # Comparisons with NaN are false. (The infinity norm is far slower on CPUs.)
+        largest, least = gradient.amax(inner), gradient.amin(inner)
+        usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
+        each = per_block(usable, gradient.ndim)  # 1 for usable gradients, else 0
+        gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(each)
+
+        self.rule.accumulate(gradient, step.now(usable))
+        exp_avg = self.state["exp_avg"].float().lerp_(gradient, (1.0 - beta1) * each)
+        self._keep("exp_avg", exp_avg)
+        if self._second_moment is not None:
+            graft_beta2 = step.group.graft_beta2
+            decay = 1.0 - (1.0 - graft_beta2) * each
+            method = self.config.grafting
+            update_second_moment(method, self._second_moment, gradient, decay, graft_beta2)
+        return usable, exp_avg
+
+    def _direct(self, step: StepFacts, exp_avg: Tensor, usable: Tensor) -> None:
+        """Put the preconditioned and grafted momentum, beta3 M' + (1 - beta3) G, into `gradient`.
+
+        M' is the last momentum; with M = beta1 M' + (1 - beta1) G it is a mix of M and G.
+        """
+        config, gradient, rule, now = self.config, self.gradient, self.rule, step.now(usable)
+        beta1, beta3 = step.group.betas[0], step.group.beta3
+        rule.observe(gradient, now)
+        share = beta3 / beta1 if beta1 else 1.0
+        # In the gradient's memory, which nothing needs from here.
+        momentum = exp_avg if share == 1.0 else gradient.lerp_(exp_avg, share)
+        inner = tuple(range(1, gradient.ndim))
+        each = per_block(usable, gradient.ndim)
+        correction1 = per_block(step.momentum, gradient.ndim)
+        correction2 = per_block(step.graft, gradient.ndim)
+        # Without roots a block takes the grafted method's direction, if there is no better one.
+        grafted = config.grafting != "none"
+        known = step.rooted if grafted or not rule.works_cold else [True]
+        graft_norm = cold_update = None
+        if grafted or not all(known):
+            eps, second = step.group.graft_eps, self._second_moment
+            graft, factor = graft_step(
+                config.grafting, momentum, second, correction1, correction2, eps
+            )
+            if not any(known):
+                torch.mul(graft, each * factor, out=gradient)
+                return
+            if grafted:
+                graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True) * factor
+            if not all(known):
+                cold_update = graft * (each * factor)
+            del graft  # as large as all gradients of the stack
+        direction = rule.direction(momentum, now, gradient)
+        norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
+        scale = 1.0 / correction1
+        if graft_norm is not None:
+            scale = (graft_norm / norm).masked_fill_(norm == 0.0, 0.0)
+        self.norms = norm, scale * norm
+        torch.mul(direction, scale * each, out=gradient)
+        if cold_update is not None:
+            cold = per_block(self._on_device(known).logical_not_(), gradient.ndim)
+            torch.where(cold, cold_update, gradient, out=gradient)
+
+    def _accelerate(self, usable: Tensor, clock: Clock) -> None:
+        weights = [1.0 if step <= 1 else 1.0 - self.config.dampening for step in clock.steps]
+        weight = per_block(self._uniform(weights), self.gradient.ndim)
+        each = per_block(usable, self.gradient.ndim)
+        buffer = self.state["momentum_buffer"].float()
+        accelerate(self.config, self.gradient, buffer, weight, each)
+        self._keep("momentum_buffer", buffer)
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        if self.state[name].dtype != torch.float32:  # else they are the state itself
+            self.state[name].copy_(values)
+
+    def _refresh(self, clock: Clock, beta2: float) -> None:
+        if not self.rule.full:
+            return
+        due = self._due(clock)
+        for cold in (True, False):
+            chosen = [b for b in due if clock.cold[b] == cold]
+            if not chosen:
+                continue
+            where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
+            if len(chosen) != chosen[-1] + 1 - chosen[0]:
+                where = self._on_device(chosen)
+            correction = self._correction(beta2, [clock.factor_steps[b] for b in chosen])
+            failed = self.rule.refresh(where, cold, correction)
+            self.failed_roots += failed.sum()
+            self.refreshes += failed.numel()
+
+    def _due(self, clock: Clock) -> list[int]:
+        """Positions of the blocks whose roots are refreshed on this step, ascending."""
+        period = self.config.refresh_period
+        return [
+            b
+            for b, phase in enumerate(self.phases)
+            if clock.cold[b]
+            or (
+                clock.active[b]
+                and clock.refreshed[b]
+                and (clock.steps[b] + phase) % period(clock.factor_steps[b]) == 0
+            )
+        ]
+
+    def _correction(
+        self,
+        beta: float,
+        steps: Sequence[int],
+        last: float | None = None,
+        *,
+        as_tensor: bool = False,
+    ) -> float | Tensor:
+        """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ, or [1] if a
+        number, which is another one on each step, must not be compiled into the step.
+
+        Args:
+            last: the weight of the past in the newest average, if that is not beta.
+        """
+        if beta == 1.0 or not self.config.use_bias_correction:
+            return 1.0
+        last = beta if last is None else last
+        correction = self._uniform([1.0 - last * beta ** (max(step, 1) - 1) for step in steps])
+        if as_tensor and not isinstance(correction, Tensor):
+            return torch.full((1,), correction, device=self.device)
+        return correction
+
+    def _uniform(self, values: Sequence[float]) -> float | Tensor:
+        if min(values) == max(values):
+            return values[0]
+        return self._on_device(values, torch.float32)
+
+    def _count_skipped(self, usable: Tensor, active: Sequence[bool]) -> None:
+        skipped = usable == 0.0
+        if not all(active):
+            skipped &= self._on_device(active)
+        self.skipped_blocks += skipped.sum()
+
+    def _on_device(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+        return to_device(torch.tensor(values, dtype=dtype), self.device)
+
+
+def _compile(function: Callable[P, T]) -> Callable[P, T]:
+    # Stacks run the same code on other shapes: none may count as the recompilation of another.
+    compiled: Callable[P, T] = torch.compile(  # type: ignore[call-overload]
+        function, fullgraph=True, dynamic=False, isolate_recompiles=True
+    )
+    return compiled

@@ -1,0 +1,199 @@
+"""Parameter groups: their parameters and names as they are given, and as checkpoints have them."""
+
+import copy
+import dataclasses
+import itertools
+import math
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any
+
+from torch import Tensor
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.hyperparameters import validate_hyperparameters
+from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, name_some, refuse
+
+__all__ = [
+    "Given",
+    "check_entries",
+    "check_group",
+    "copied",
+    "find_saved",
+    "given_in",
+    "plain_name",
+    "settings_to_load",
+]
+
+_logger = getLogger(__name__)
+
+# Wrappers (torch.compile, activation checkpointing, DDP) put these into names; a parameter is the
+# same one with and without them.
+_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+|_orig_mod\.|_checkpoint_wrapped_module\.")
+
+
+def copied(params: Any) -> Any:
+    """What the optimizer is given, for torch.optim, which changes groups."""
+    if isinstance(params, set):
+        return [{"params": params}]  # where torch.optim refuses a set
+    if isinstance(params, Tensor):
+        return params
+    return [dict(entry) if isinstance(entry, dict) else entry for entry in params]
+
+
+def check_entries(group: Any) -> None:
+    """Raise a TypeError or ValueError if a parameter group has what groups cannot have."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"expected a parameter group with the key 'params', found {group!r}.")
+    for field in dataclasses.fields(ShampooConfig):
+        if field.name in group:
+            raise ValueError(
+                f"setting '{field.name}' is the same for all parameters: give it to Shampoo, not "
+                "to a parameter group."
+            )
+    check_torch_options(group)
+
+
+def check_group(config: ShampooConfig, group: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
+    names = ("betas", "eps", "weight_decay")
+    lr = _plain_lr(group["lr"])
+    validate_hyperparameters(config, lr=lr, **{name: group[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Given:
+    """The parameters that an optimizer was given."""
+
+    names: list[list[str]]
+    """Of each group, without what wrappers have put into them; positions where there are none."""
+    named: bool
+    """Whether they are more than positions."""
+    parameters: list[tuple[str, Tensor]]
+    trained: list[tuple[str, Tensor, int]]
+    """Those that require a gradient, with the number of their group."""
+    frozen: list[tuple[str, Tensor]]
+    """The others."""
+
+
+def given_in(groups: Sequence[Mapping[str, Any]]) -> Given:
+    """
+    Raises:
+        ValueError: a group brings names that do not fit it.
+    """
+    names = _names(groups)
+    everything = [
+        (name, parameter, g)
+        for g, group in enumerate(groups)
+        for name, parameter in zip(names[g], group["params"], strict=True)
+    ]
+    return Given(
+        names,
+        "param_names" in groups[0],
+        [(name, p) for name, p, _ in everything],
+        [(name, p, g) for name, p, g in everything if p.requires_grad],
+        [(name, p) for name, p, _ in everything if not p.requires_grad],
+    )
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    positions = itertools.count()
+    result = []
+    for group in groups:
+        unnamed = [str(next(positions)) for _ in group["params"]]
+        names = group.get("param_names", unnamed)
+        fitting = isinstance(names, list | tuple) and len(names) == len(unnamed)
+        if not (fitting and all(isinstance(name, str) for name in names)):
+            raise ValueError(
+                f"the 'param_names' of a parameter group are {reprlib.repr(names)}; allowed: a "
+                f"list with one name for each of its {len(unnamed)} parameters."
+            )
+        result.append([plain_name(name) for name in names])
+    return result
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers have put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def _plain_lr(lr: Any) -> Any:
+    """A tensor of one number as a number; the rest as it is."""
+    if not isinstance(lr, Tensor):
+        return lr
+    if lr.device.type != "cpu":
+        # The step would wait for it.
+        raise ValueError(
+            f"setting 'lr' is a tensor on {lr.device}; give a number or a tensor on the CPU."
+        )
+    if lr.numel() != 1:
+        refuse("lr", lr, "a finite number >= 0 (Tensor lr must be 1-element)")
+    if not (lr.is_floating_point() and 0.0 <= float(lr) < math.inf):
+        refuse("lr", lr, "a finite number >= 0, as a tensor of floating point")
+    return float(lr)
+
+
+def find_saved(
+    given: Given, saved_groups: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[Mapping[str, Any] | None]]:
+    """The keys of the saved state that belong to the parameters here, by name, and the saved
+    settings of each group here, None where there are none.
+
+    Parameters are told by their names where both optimizers know them and differ, else by their
+    order.
+
+    Args:
+        given: the parameters here.
+        saved_groups: of the state dict.
+
+    Raises:
+        ValueError: if neither names nor numbers of parameters tell which is which.
+    """
+    names = given.names
+    saved_names = [group.get("param_names", ()) for group in saved_groups]
+    theirs = [[plain_name(name) for name in group] for group in saved_names]
+    sizes = [len(group) for group in names]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    # (The keys of torch.distributed.checkpoint.state_dict are names of the parameters here.)
+    numbered = all(isinstance(key, int) for group in saved_groups for key in group["params"])
+    named = given.named and numbered and list(map(len, theirs)) == saved_sizes and any(theirs)
+    if sizes == saved_sizes and not (named and theirs != list(map(list, names))):
+        pairs = zip(names, saved_groups, strict=True)
+        keys = {n: k for ours, g in pairs for n, k in zip(ours, g["params"], strict=True)}
+        return keys, list(saved_groups)
+    home = {name: (g, k) for g, group in enumerate(theirs) for k, name in enumerate(group)}
+    found = {name: home[name] for group in names for name in group if name in home}
+    if not named or not found:
+        raise ValueError(
+            f"the state dict has groups of {saved_sizes} parameters, here they have "
+            f"{sizes}, and no names tell which is which: build both "
+            "optimizers with named parameters, as model.named_parameters() gives them, of one "
+            "model."
+        )
+    if unused := [name for name in home if name not in found]:
+        _logger.warning(f"The saved state of {name_some(unused)} is not used.")
+    keys = {name: saved_groups[g]["params"][k] for name, (g, k) in found.items()}
+    sources = [next((found[name][0] for name in group if name in found), None) for group in names]
+    return keys, [None if source is None else saved_groups[source] for source in sources]
+
+
+def settings_to_load(
+    config: ShampooConfig, group: Mapping[str, Any], saved: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Copies of the saved settings that a parameter group takes over.
+
+    Raises:
+        ValueError: names a setting whose saved value is not allowed.
+    """
+    saved = saved or {}
+    check_torch_options(saved)
+    left_out = {"params", *(TORCH_OPTIONS - group.keys())}  # AdamW's groups have these
+    settings = {k: copy.deepcopy(v) for k, v in saved.items() if k not in left_out}
+    if "param_names" in group or len(settings.get("param_names", ())) != len(group["params"]):
+        settings.pop("param_names", None)
+    # (lr is what a schedule has made of it, negative after its end.)
+    check_group(config, {**group, **settings, "lr": 0.0})
+    return settings

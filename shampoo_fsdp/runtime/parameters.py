@@ -1,0 +1,244 @@
+"""One object per parameter, and what the optimizer refuses to train."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.grid import view_dims
+from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
+from shampoo_fsdp.plan.transfers import Part
+from shampoo_fsdp.rules.factors import is_matrix
+from shampoo_fsdp.runtime.ranks import Replicas
+
+__all__ = [
+    "Member",
+    "check_parameters",
+    "count",
+    "describe",
+    "is_preconditioned",
+    "local_shard",
+    "refuse_frozen",
+    "refuse_moved",
+    "warning_without_names",
+]
+
+
+@dataclass(eq=False)
+class Member:
+    """A parameter that is trained, and all that belongs to it; handed on by reference."""
+
+    name: str
+    parameter: Tensor
+    group: int
+    """Number of its parameter group."""
+    spec: ParameterSpec
+    part: Part | None
+    """What this rank does for it; None if it is not preconditioned."""
+    counts: bool
+    """Whether this rank counts what it does to its shard, not another replica."""
+    state: dict[str, Any]
+    """The optimizer's. Its counters, tensors on the CPU, are the only ones."""
+    gradient: Tensor | None = None
+    """This rank's shard of the gradient, while a step is taken."""
+    cold: bool = False
+    """Whether the step that is taken has the first refresh of its blocks."""
+
+    def create_counters(self) -> None:
+        """Zero, as tensors: checkpoints are read into them."""
+        names = ("step", *(("factor_step", "refreshed") if self.part else ()))
+        self.state.update({name: torch.zeros((), dtype=torch.float32) for name in names})
+
+    @property
+    def step(self) -> int:
+        """Gradients so far."""
+        return int(self.state["step"].tolist())
+
+    @property
+    def factor_step(self) -> int:
+        """Of these the ones since its factors were started."""
+        return int(self.state["factor_step"].tolist())
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether its blocks have had their first refresh."""
+        return bool(self.state["refreshed"].tolist())
+
+    def shard(self) -> Tensor:
+        """This rank's part of the parameter; shares its memory."""
+        return local_shard(self.parameter)
+
+    def find_gradient(self) -> None:
+        """Set `gradient` to this rank's shard of the parameter's gradient.
+
+        Raises:
+            ValueError: if it is sparse or complex.
+        """
+        gradient = self.parameter.grad
+        self.gradient = None
+        if gradient is None:
+            return
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"the gradient of parameter '{self.name}' is sparse ({gradient.layout}); Shampoo "
+                "needs dense gradients: build the embedding with sparse=False."
+            )
+        if not gradient.is_floating_point():
+            raise ValueError(
+                f"the gradient of parameter '{self.name}' is of type {gradient.dtype}; allowed: "
+                "real floating-point gradients."
+            )
+        if (
+            isinstance(self.parameter, DTensor)
+            and isinstance(gradient, DTensor)
+            and gradient.placements != self.parameter.placements
+        ):
+            # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
+            gradient = gradient.redistribute(placements=self.parameter.placements)
+        self.gradient = local_shard(gradient)
+
+
+def count(members: Sequence[Member], first_refresh: int) -> None:
+    """Count a step of the members that have a gradient.
+
+    Args:
+        first_refresh: after how many gradients blocks get their first refresh.
+    """
+    for member in members:
+        member.cold = False
+    active = [member for member in members if member.gradient is not None]
+    counters = [
+        m.state[name] for m in active for name in ("step", "factor_step") if name in m.state
+    ]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    for member in active:
+        if member.part and not member.refreshed and member.factor_step >= first_refresh:
+            member.cold = True
+            member.state["refreshed"].fill_(1.0)
+
+
+def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError that names the first parameter that Shampoo cannot train."""
+    seen: set[str] = set()
+    name_of: dict[Tensor, str] = {}
+    for name, parameter in named:
+        if name in seen:
+            raise ValueError(f"two parameters are named '{name}'; names must be unique.")
+        seen.add(name)
+        if parameter in name_of:
+            raise ValueError(
+                f"'{name_of[parameter]}' and '{name}' are the same (tied) parameter; give it once, "
+                "as model.named_parameters() does."
+            )
+        name_of[parameter] = name
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"parameter '{name}' is of type {parameter.dtype}; only real floating-point "
+                "parameters can be trained."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter '{name}' is on the meta device; materialise the model (to_empty, "
+                "then initialise) before building the optimizer."
+            )
+        if parameter.device != named[0][1].device:
+            raise ValueError(
+                f"parameter '{name}' is on {parameter.device} but '{named[0][0]}' is on "
+                f"{named[0][1].device}; all parameters must be on one device."
+            )
+
+
+def refuse_moved(members: Iterable[Member], device: torch.device) -> None:
+    """Raise a ValueError that names the first parameter that has left the device of its state, or
+    is not real any more."""
+    for member in members:
+        if member.parameter.device != device:
+            raise ValueError(
+                f"parameter '{member.name}' is on {member.parameter.device}, but was on {device} "
+                "when Shampoo was built, and its state still is; build it again and "
+                "load_state_dict() the old one's state_dict()."
+            )
+        if not member.parameter.is_floating_point():
+            raise ValueError(
+                f"parameter '{member.name}' is of type {member.parameter.dtype} now; only real "
+                "floating-point parameters can be trained: build Shampoo again with such ones, and "
+                "load_state_dict()."
+            )
+
+
+def refuse_frozen(frozen: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError if a parameter that had no gradient when the optimizer was built has."""
+    for name, parameter in frozen:
+        if parameter.grad is not None:
+            raise ValueError(
+                f"parameter '{name}' has a gradient but did not require one when Shampoo was "
+                "built, so that it has no state; build another optimizer after unfreezing, with "
+                'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
+            )
+
+
+def warning_without_names(parameters: int, shapes: Sequence[tuple[int, ...]]) -> str:
+    """What to say where all matrices are preconditioned because none has a name.
+
+    Args:
+        parameters: how many there are.
+        shapes: of the matrices that are preconditioned.
+    """
+    # The largest first: embeddings are among them.
+    kinds = sorted(Counter(shapes).items(), key=lambda kind: -math.prod(kind[0]))
+    said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
+    more = len(kinds) - 4
+    rest = f" and {more} more shape{'s' if more > 1 else ''}" if more > 0 else ""
+    return (
+        f"{parameters} parameters have no names, so that Shampoo cannot tell embeddings and the "
+        f"output layer apart and preconditions {len(shapes)} matrices: {said}{rest}. Build it with "
+        "model.named_parameters(), or with exclude=[] if that is meant."
+    )
+
+
+def is_preconditioned(name: str, shape: Sequence[int], config: ShampooConfig) -> bool:
+    """Whether Shampoo preconditions a parameter; the grafted method alone updates it otherwise."""
+    if not shape or math.prod(shape) == 0 or any(re.search(p, name) for p in config.exclude):
+        return False
+    if config.precondition_1d:
+        return True
+    dims, batch_dims = view_dims(shape, config)
+    view = [math.prod(shape[d] for d in group) for group in dims[batch_dims:]]
+    # A small matrix that is merged has one factor for all, and is still no vector.
+    return is_matrix(shape if config.merge_dims == "small" and not batch_dims else view)
+
+
+def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:
+    """What the planner needs to know of a parameter.
+
+    Args:
+        replicas: where plain tensors are replicated; without it this rank trains them alone.
+    """
+    shape = tuple(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        ranks = tuple(mesh.mesh.flatten().tolist())
+        placements = tuple(map(placement_of, parameter.placements))
+        return ParameterSpec(name, shape, ranks, tuple(mesh.shape), placements)
+    if isinstance(replicas, DeviceMesh):
+        ranks = tuple(replicas.mesh.flatten().tolist())
+    elif replicas is not None:
+        ranks = tuple(dist.get_process_group_ranks(replicas))
+    else:
+        ranks = (dist.get_rank() if dist.is_initialized() else 0,)
+    return ParameterSpec(name, shape, ranks, (len(ranks),), (None,))
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, or the plain tensor itself; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,120 @@
+"""Sets of ranks: their process groups, and what they tell each other, so that what differs is an
+error on each of them, never a hang."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+__all__ = ["RankSet", "Replicas", "check_replicas", "is_first_replica", "make_rank_set", "tell_all"]
+
+Replicas = DeviceMesh | dist.ProcessGroup | None
+"""Where plain tensors are replicated."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RankSet:
+    """Ranks that hold the same parameters."""
+
+    ranks: tuple[int, ...]
+    """Global, ascending."""
+    group: dist.ProcessGroup | None
+    """None for one rank."""
+
+    def gather(self, mine: _T) -> list[_T]:
+        """What each rank has, in the order of the ranks."""
+        if self.group is None:
+            return [mine]
+        everyone = [mine] * len(self.ranks)
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+    def agree(self, problem: str | None, facts: Mapping[str, Sequence[object]]) -> None:
+        """Raise the same on every rank if one of them has a problem or other facts.
+
+        Args:
+            problem: what is wrong on this rank, if anything.
+            facts: lists that must be equal; the key names them in the error.
+
+        Raises:
+            ValueError: says which rank has the problem, or which fact differs and how.
+        """
+        texts = {fact: [str(item) for item in items] for fact, items in facts.items()}
+        mine = {fact: sha256(repr(items).encode()).hexdigest() for fact, items in texts.items()}
+        everyone = self.gather((problem, mine))
+        for rank, (theirs, _) in zip(self.ranks, everyone, strict=True):
+            if theirs is not None:
+                raise ValueError(theirs if theirs == problem else f"on rank {rank}: {theirs}")
+        hashes = [theirs for _, theirs in everyone]
+        for fact, items in texts.items():
+            odd = next((i for i, of in enumerate(hashes) if of[fact] != hashes[0][fact]), 0)
+            if odd:
+                lists = self.gather(items)
+                pairs = itertools.zip_longest(lists[0], lists[odd], fillvalue="nothing more")
+                here, there = next(pair for pair in pairs if pair[0] != pair[1])
+                raise ValueError(
+                    f"ranks disagree about {fact}: rank {self.ranks[0]} has {here}, rank "
+                    f"{self.ranks[odd]} has {there}."
+                )
+
+
+def tell_all(rank_sets: Sequence[RankSet], problem: str | None) -> str | None:
+    """The first problem of any rank of these sets, and of sets that are linked by them."""
+    # Twice, since a set may hear of the trouble in another one through a third.
+    for ranks in (*rank_sets, *rank_sets):
+        problems = ranks.gather(problem)
+        problem = problem or next(filter(None, problems), None)
+    return problem
+
+
+def make_rank_set(
+    ranks: tuple[int, ...], parameters: Iterable[Tensor], replicas: Replicas
+) -> RankSet:
+    """These ranks with their process group, an existing one where there is one.
+
+    Args:
+        parameters: their meshes have groups.
+        replicas: has one, too.
+    """
+    if len(ranks) == 1:
+        return RankSet(ranks, None)
+    if len(ranks) == dist.get_world_size():
+        return RankSet(ranks, dist.group.WORLD)
+    # Not a set: every rank must find the same one first.
+    meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
+    if isinstance(replicas, DeviceMesh):
+        meshes[replicas] = None
+    groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+    if isinstance(replicas, dist.ProcessGroup):
+        groups.append(replicas)
+    for existing in groups:
+        if tuple(dist.get_process_group_ranks(existing)) == ranks:
+            return RankSet(ranks, existing)
+    return RankSet(ranks, dist.new_group(list(ranks), use_local_synchronization=True))
+
+
+def check_replicas(replicas: Any) -> None:
+    """Raise a TypeError or ValueError if it does not say where plain tensors are replicated."""
+    if not isinstance(replicas, DeviceMesh | dist.ProcessGroup | None):
+        raise TypeError(f"replicas is {replicas!r}; allowed: a process group, a DeviceMesh, None.")
+    if isinstance(replicas, DeviceMesh) and replicas.ndim != 1:
+        raise ValueError(f"replicas is a mesh of {replicas.ndim} dimensions; allowed: one.")
+
+
+def is_first_replica(parameter: Tensor, replicas: Replicas) -> bool:
+    """Whether this rank's shard is the first of those that are alike on its mesh."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        placed = zip(mesh.get_coordinate() or (), parameter.placements, strict=False)
+        return all(at == 0 for at, placement in placed if isinstance(placement, Replicate))
+    if isinstance(replicas, DeviceMesh):
+        return replicas.get_local_rank() == 0
+    return replicas is None or dist.get_rank(replicas) == 0

@@ -1,0 +1,267 @@
+"""The parameters that live on the same ranks, and how they are planned, agreed on and exchanged."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.assignment import Assignment
+from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.plan.totals import Totals
+from shampoo_fsdp.plan.transfers import Part, Plan, make_plan
+from shampoo_fsdp.rules.costs import BlockCosts
+from shampoo_fsdp.rules.precision import torch_dtype
+from shampoo_fsdp.rules.rule import rule_of
+from shampoo_fsdp.runtime.bucket import Bucket, elements
+from shampoo_fsdp.runtime.exchange import release
+from shampoo_fsdp.runtime.parameters import Member, describe, is_preconditioned, local_shard
+from shampoo_fsdp.runtime.ranks import RankSet, Replicas, is_first_replica, make_rank_set
+from shampoo_fsdp.validation import name_some
+
+__all__ = ["Crew", "Team", "make_crew", "refuse_nonfinite", "summary"]
+
+_BUCKET_ELEMENTS = 32 * 2**20
+"""A rank's share of the gradients of one bucket, where `buckets` is not set: 128 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """Preconditioned parameters whose meshes consist of the same ranks."""
+
+    parts: dict[Member, Part]
+    plan: Plan
+    ranks: RankSet
+    """That share blocks."""
+    mesh: DeviceMesh | None
+    """Of these; None for one rank."""
+    buckets: list[Bucket]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """All parameters of an optimizer, on this rank."""
+
+    members: list[Member]
+    teams: list[Team]
+    """Of those that are preconditioned."""
+    rank_sets: list[RankSet]
+    """Where parameters live."""
+    device: torch.device
+    workspace: Tensor
+    """Of all buckets; it has memory only while a step needs it."""
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return [bucket for team in self.teams for bucket in team.buckets]
+
+
+def make_crew(
+    named: Sequence[tuple[str, Tensor, int]],
+    states: Mapping[Tensor, dict[str, Any]],
+    replicas: Replicas,
+    config: ShampooConfig,
+) -> Crew:
+    """Plan all parameters.
+
+    All ranks that parameters live on compare what they were given first.
+
+    Args:
+        named: name, parameter and number of the parameter group of each.
+        states: the optimizer's.
+        replicas: where plain tensors are replicated.
+
+    Raises:
+        ValueError: on every rank, if ranks disagree or a parameter cannot be planned.
+    """
+    specs = {name: describe(name, parameter, replicas) for name, parameter, _ in named}
+    tensors = {name: parameter for name, parameter, _ in named}
+    rank_sets, plans = _agreed_plans(specs, tensors, replicas, config)
+    part_of = {
+        name: part
+        for chosen, plan, _ in plans
+        for name, part in zip(chosen, plan.parts, strict=True)
+    }
+    members = [
+        Member(name, p, g, specs[name], part_of.get(name), is_first_replica(p, replicas), states[p])
+        for name, p, g in named
+    ]
+    parts = {member.name: (member, member.part) for member in members if member.part}
+    filled = [
+        _fill_buckets([parts[name] for name in chosen], ranks, config) for chosen, _, ranks in plans
+    ]
+    device = members[0].parameter.device if members else torch.device("cpu")
+    size = max((elements(bucket) for buckets in filled for bucket in buckets), default=0)
+    workspace = torch.empty(size, dtype=torch.float32, device=device)
+    teams = [
+        Team(
+            dict(parts[name] for name in chosen),
+            plan,
+            ranks,
+            None if ranks.group is None else DeviceMesh.from_group(ranks.group, device.type),
+            [Bucket(bucket, ranks, config, workspace, travels=plan.travels) for bucket in buckets],
+        )
+        for (chosen, plan, ranks), buckets in zip(plans, filled, strict=True)
+    ]
+    release(workspace)
+    return Crew(members, teams, rank_sets, device, workspace)
+
+
+def _agreed_plans(
+    specs: Mapping[str, ParameterSpec],
+    tensors: Mapping[str, Tensor],
+    replicas: Replicas,
+    config: ShampooConfig,
+) -> tuple[list[RankSet], list[tuple[list[str], Plan, RankSet]]]:
+    """The sets of ranks that parameters live on; the plan for each, with the names of its
+    parameters and the ranks that share blocks."""
+    living_on: dict[tuple[int, ...], list[ParameterSpec]] = defaultdict(list)
+    for spec in specs.values():
+        living_on[tuple(sorted(spec.ranks))].append(spec)
+    rank_sets, plans = [], []
+    # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
+    for all_ranks, living in sorted(living_on.items(), key=lambda entry: entry[0]):
+        parameters = [tensors[spec.name] for spec in living]
+        ranks = make_rank_set(all_ranks, parameters, replicas)
+        ranks.agree(None, _facts(living, config))
+        rank_sets.append(ranks)
+        chosen = [spec for spec in living if is_preconditioned(spec.name, spec.shape, config)]
+        if chosen:
+            shards = [local_shard(tensors[spec.name]).detach() for spec in chosen]
+            plan = _agreed_plan(chosen, shards, ranks, config)
+            # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
+            if plan.ranks != all_ranks:
+                ranks = make_rank_set(plan.ranks, parameters, replicas)
+            ranks.agree(None, {"the plan of blocks": [plan.fingerprint]})
+            plans.append(([spec.name for spec in chosen], plan, ranks))
+    return rank_sets, plans
+
+
+def _facts(specs: Sequence[ParameterSpec], config: ShampooConfig) -> dict[str, Sequence[object]]:
+    """What ranks must agree about."""
+    settings = dataclasses.asdict(config).items()
+    return {
+        "the parameters that are trained": [spec.name for spec in specs],
+        "their shapes": [(spec.name, spec.shape) for spec in specs],
+        "their placements": [(spec.name, spec.mesh_shape, spec.placements) for spec in specs],
+        "the settings": [f"{name} = {value}" for name, value in settings],
+    }
+
+
+def _agreed_plan(
+    specs: Sequence[ParameterSpec], shards: Sequence[Tensor], ranks: RankSet, config: ShampooConfig
+) -> Plan:
+    """Raise a ValueError on every rank if one of them cannot take part."""
+    plan, problem = None, None
+    try:
+        rank = dist.get_rank() if len(ranks.ranks) > 1 else ranks.ranks[0]
+        plan = make_plan(specs, config, BlockCosts(config), rank)
+        for spec, shard, part in zip(specs, shards, plan.parts, strict=True):
+            _check_shard(spec, shard, part.shard_shape)
+            _check_roots(spec, part, config)
+    except Exception as error:
+        problem = str(error) or repr(error)
+    ranks.agree(problem, {})
+    assert plan is not None
+    return plan
+
+
+def _check_roots(spec: ParameterSpec, part: Part, config: ShampooConfig) -> None:
+    for shape in part.grid.block_shapes:
+        try:
+            rule_of(config).check_block(shape, config)
+        except ValueError as error:
+            raise ValueError(f"parameter '{spec.name}': {error}.") from None
+
+
+def _check_shard(spec: ParameterSpec, shard: Tensor, shape: tuple[int, ...]) -> None:
+    if shard.numel() != math.prod(shape):
+        raise ValueError(
+            f"parameter '{spec.name}' has a shard of {tuple(shard.shape)} here, but its "
+            f"placements {spec.placements} on a mesh of {spec.mesh_shape} say {shape}."
+        )
+    try:
+        shard.view(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"parameter '{spec.name}' of {tuple(shard.shape)} has strides {shard.stride()}, so "
+            f"that it cannot be updated as {shape}; use the default memory format or exclude it."
+        ) from None
+
+
+def _fill_buckets(
+    parts: Sequence[tuple[Member, Part]], ranks: RankSet, config: ShampooConfig
+) -> list[dict[Member, Part]]:
+    """Which parameters travel together: neighbours, of about equal numbers of elements."""
+    sizes = [math.prod(member.spec.shape) for member, _ in parts]
+    total = sum(sizes)
+    number = config.buckets or math.ceil(total / len(ranks.ranks) / _BUCKET_ELEMENTS)
+    chosen: dict[int, dict[Member, Part]] = defaultdict(dict)
+    passed = 0
+    for (member, part), size in zip(parts, sizes, strict=True):
+        chosen[min(passed * number // total, number - 1)][member] = part
+        passed += size
+    return [chosen[k] for k in sorted(chosen)]
+
+
+def refuse_nonfinite(crew: Crew) -> None:
+    """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity."""
+    mine = [(member.name, g) for member in crew.members if (g := member.gradient) is not None]
+    bad = torch.zeros(len(mine), dtype=torch.bool, device=crew.device)
+    for k, (_, gradient) in enumerate(mine):
+        bad[k] = gradient.isfinite().all().logical_not_()
+    anywhere = bad.any().int()
+    # Twice, since a set may hear of the trouble in another one through a third.
+    for ranks in (*crew.rank_sets, *crew.rank_sets):
+        if ranks.group is not None:
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=ranks.group)
+    if not anywhere:
+        return
+    found = {name for (name, _), is_bad in zip(mine, bad.tolist(), strict=True) if is_bad}
+    for ranks in crew.rank_sets:
+        found.update(*ranks.gather(sorted(found)))
+    where = name_some(sorted(found)) if found else "another rank's parameters"
+    raise ValueError(
+        f"the gradient of {where} is not finite, and setting 'on_nonfinite' is 'raise'; nothing "
+        "has been changed."
+    )
+
+
+def summary(crew: Crew, config: ShampooConfig) -> dict[str, float]:
+    """Figures about the plan, and load, state and traffic of the ranks that share blocks with this
+    one; the same on all of these."""
+    load: dict[int, float] = defaultdict(float)
+    state: dict[int, int] = defaultdict(int)
+    sent: dict[int, int] = defaultdict(int)
+    width = torch_dtype(config.communication_dtype).itemsize
+    costs, blocks = BlockCosts(config), 0
+    for team in crew.teams:
+        specs = [member.spec for member in team.parts]
+        totals = Totals(Assignment(specs, config, costs, team.ranks.ranks[0]))
+        blocks += sum(totals.owned)
+        for i, rank in enumerate(totals.ranks):
+            load[rank] += totals.load[i]
+            state[rank] += totals.state[i]
+            sent[rank] += totals.sent[i] * width
+    ranks = max(len(load), 1)
+    mean_load = sum(load.values()) / ranks
+    chosen = [member.parameter.numel() for team in crew.teams for member in team.parts]
+    return {
+        "parameters_preconditioned": len(chosen),
+        "parameters_total": len(crew.members),
+        "elements_preconditioned": sum(chosen),
+        "elements_total": sum(member.parameter.numel() for member in crew.members),
+        "blocks": blocks,
+        "load_max_over_mean": max(load.values()) / mean_load if mean_load else 1.0,
+        "state_mib_max": max(state.values(), default=0) / 2**20,
+        "state_mib_mean": sum(state.values()) / ranks / 2**20,
+        "mib_sent_per_step_max": max(sent.values(), default=0) / 2**20,
+        "mib_sent_per_step_mean": sum(sent.values()) / ranks / 2**20,
+    }

@@ -1,0 +1,152 @@
+"""Before a run and after it: the plan of a model on a mesh, and what is in a checkpoint.
+
+python -m shampoo_fsdp plan --model llama3-8b --mesh dp_shard=64,tp=8
+python -m shampoo_fsdp inspect outputs/checkpoint/step-500
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from shampoo_fsdp.config import ShampooConfig, settings_from_keywords
+from shampoo_fsdp.tools.inspection import inspect_checkpoint
+from shampoo_fsdp.tools.inspection_plot import plot as draw
+from shampoo_fsdp.tools.inspection_report import as_json, print_report
+from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
+from shampoo_fsdp.tools.plan_figures import plan_report
+from shampoo_fsdp.tools.plan_tables import print_plan
+from shampoo_fsdp.validation import REMOVED, refuse_unknown
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line about what is wrong with the arguments."""
+    parser = _parser()
+    namespace, unknown = parser.parse_known_args(arguments)
+    options = vars(namespace)
+    command = options.pop("command")
+    run: Callable[..., None] = _plan if command == "plan" else _inspect
+    try:
+        refuse_unknown([name for name in _names(unknown) if name in REMOVED], [])
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        run(**options)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, TypeError) as error:
+        print(f"{parser.prog} {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    return [a.lstrip("-").partition("=")[0] for a in arguments if a.startswith("--")]
+
+
+def _plan(*, model: str, mesh: str, json: bool, **settings: Any) -> None:
+    config = settings_from_keywords(settings)
+    specs = model_specs(model, _mesh(mesh))
+    report = plan_report(f"{model} on {mesh}", [specs], config)
+    if json:
+        _print_json(report.as_json())
+    else:
+        print_plan(report, Console())
+
+
+def _inspect(
+    *, checkpoint: str, json: bool, plot: str | None, parameter: str, blocks: int | None
+) -> None:
+    found, number, parameters = inspect_checkpoint(Path(checkpoint), parameter, blocks)
+    console = Console(stderr=True)
+    found.parameters += track(
+        parameters,
+        "Reading",
+        number,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    if plot is not None:
+        draw(found, Path(plot))
+    if json:
+        _print_json(as_json(found))
+    else:
+        # Names and figures need room; a file or a pipe has it.
+        known = sys.stdout.isatty() or "COLUMNS" in os.environ
+        print_report(found, Console(width=None if known else 130))
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report, indent=2), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m shampoo_fsdp",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", argument_default=argparse.SUPPRESS, help="show a plan")
+    plan.add_argument("--model", required=True, help=", ".join(MODELS))
+    plan.add_argument(
+        "--mesh", required=True, help=f"sizes of {', '.join(MESH_DIMS)}, as in dp_shard=64,tp=8"
+    )
+    plan.add_argument("--json", action="store_true", default=False, help="figures as JSON")
+    settings = plan.add_argument_group("settings of Shampoo")
+    hints = typing.get_type_hints(ShampooConfig)
+    for field in dataclasses.fields(ShampooConfig):
+        reads = {"type": _value} | (
+            {"nargs": "+", "type": str} if hints[field.name] == list[str] else {}
+        )
+        settings.add_argument(f"--{field.name}", **reads)  # type: ignore[arg-type]
+    inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
+    inspect.add_argument("checkpoint", help="its folder, such as outputs/checkpoint/step-500")
+    inspect.add_argument("--json", action="store_true", help="figures as JSON")
+    inspect.add_argument(
+        "--plot", metavar="FILE", help="draw the spectra of the factors (PNG, PDF)"
+    )
+    inspect.add_argument(
+        "--parameter", default="", metavar="REGEX", help="only those whose name contains a match"
+    )
+    inspect.add_argument(
+        "--blocks", type=_count, metavar="N", help="eigenvalues of N blocks of each parameter (all)"
+    )
+    return parser
+
+
+def _value(text: str) -> Any:
+    """Numbers and truth values as in TOML; the settings themselves check what they are given."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return int(text)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not (name and size.isdecimal()) or name in mesh:
+            raise ValueError(
+                f"mesh '{text}' is not understood at '{part}'; write each dimension once, with "
+                "its size, as in dp_shard=64,tp=8."
+            )
+        mesh[name] = int(size)
+    return mesh

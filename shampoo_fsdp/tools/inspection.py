@@ -1,0 +1,249 @@
+"""Looking into a checkpoint without the model: its blocks, and how their factors look.
+
+Everything is read piece by piece, so that a checkpoint of any size fits into one process.
+"""
+
+import math
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shampoo_fsdp.checkpoint.fits import state_keys
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.grid import BlockGrid, cut_view
+from shampoo_fsdp.rules.factors import proportionate_sides
+from shampoo_fsdp.rules.kept import CAP, factor_entries, preconditioner_of
+from shampoo_fsdp.tools.reader import CheckpointReader
+from shampoo_fsdp.tools.spectra import Factor, factor_in
+from shampoo_fsdp.validation import name_some
+
+__all__ = ["Block", "Checkpoint", "Parameter", "inspect_checkpoint"]
+
+_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
+_TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")
+
+
+@dataclass
+class Block:
+    """One block of a parameter, in the parameter's view."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    factors: list[Factor]
+
+
+@dataclass
+class Parameter:
+    """The state of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of its view."""
+    step: int
+    factor_step: int | None
+    """Steps that its factors have seen; None if it has none."""
+    settings: dict[str, Any]
+    """Of its parameter group."""
+    preconditioner: str
+    """"" if it has none."""
+    max_preconditioner_dim: int | None
+    bytes: dict[str, int]
+    """Sizes of "moments" and "factors" (with roots and eigenbases)."""
+    nonfinite: dict[str, int]
+    """How many numbers are NaN or infinite, by entry; of "weight", if it is in the checkpoint."""
+    number_of_blocks: int
+    blocks: list[Block]
+    """Those that were looked at."""
+
+    @property
+    def kind(self) -> str:
+        """The name without the number of its layer."""
+        return _LAYER.sub("#", self.name)
+
+    @property
+    def layer(self) -> int | None:
+        """The first number between dots in its name."""
+        match = _LAYER.search(self.name)
+        return int(match[0]) if match else None
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    folder: str
+    optimizer: str
+    """"Shampoo", or "another" if no parameter is preconditioned."""
+    training: dict[str, Any]
+    """How far the training is, as TorchTitan counts."""
+    files: int
+    bytes_on_disk: int
+    parameters: list[Parameter] = field(default_factory=list)
+
+
+def inspect_checkpoint(
+    folder: Path, pattern: str = "", most_blocks: int | None = None
+) -> tuple[Checkpoint, int, Iterator[Parameter]]:
+    """The checkpoint without its parameters, how many of them there are, and one after the other.
+
+    Args:
+        folder: the checkpoint.
+        pattern: regular expression; only parameters whose name contains a match.
+        most_blocks: factors of so many blocks of each parameter are looked at, evenly spread.
+
+    Raises:
+        ValueError: says what is wrong with the folder or the pattern.
+    """
+    reader = CheckpointReader(folder)
+    found = {key.partition("state.")[2]: keys for key, keys in state_keys(reader.metadata).items()}
+    if not found:
+        raise ValueError(f"{folder} has no optimizer state; was only the model saved?")
+    try:
+        chosen = sorted((name for name in found if re.search(pattern, name)), key=_natural)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression: {error}.") from None
+    if not chosen:
+        raise ValueError(f"no name matches '{pattern}'; there are {name_some(list(found))}.")
+    files = [path for path in folder.iterdir() if path.is_file()]
+    training = {
+        m[1]: reader.value(key) for key in reader.metadata if (m := _TRAINING.fullmatch(key))
+    }
+    checkpoint = Checkpoint(
+        folder=str(folder),
+        optimizer="Shampoo" if any(CAP in keys for keys in found.values()) else "another",
+        training=training,
+        files=len(files),
+        bytes_on_disk=sum(path.stat().st_size for path in files),
+    )
+    settings = reader.settings()
+    return (
+        checkpoint,
+        len(chosen),
+        (_one(reader, n, found[n], settings.get(n, {}), most_blocks) for n in chosen),
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """For sorting: layer 2 comes before layer 10."""
+    parts = name.split(".")
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _one(reader: CheckpointReader, name: str, *others: Any) -> Parameter:
+    try:
+        return _parameter(reader, name, *others)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        (line, *_) = str(error).splitlines() or [""]
+        raise ValueError(
+            f"the state of '{name}' is not of the form that Shampoo gives it "
+            f"({type(error).__name__}: {line})."
+        ) from None
+
+
+def _parameter(
+    reader: CheckpointReader,
+    name: str,
+    keys: Mapping[str, str],
+    settings: dict[str, Any],
+    most_blocks: int | None,
+) -> Parameter:
+    moments = [key for entry, key in keys.items() if entry not in factor_entries()]
+    factors = [key for entry, key in keys.items() if entry in factor_entries()]
+    checked = {entry: key for entry, key in keys.items() if entry != CAP}
+    checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
+    blocks = _blocks(reader, keys) if CAP in keys else []
+    looked_at = blocks
+    if most_blocks is not None and most_blocks < len(blocks):
+        looked_at = [blocks[i * len(blocks) // most_blocks] for i in range(most_blocks)]
+    return Parameter(
+        name=name,
+        shape=reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
+        step=int(reader.value(keys["step"])) if "step" in keys else 0,
+        factor_step=int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
+        settings=settings,
+        preconditioner=preconditioner_of(reader.shape(keys[CAP])) if CAP in keys else "",
+        max_preconditioner_dim=reader.shape(keys[CAP])[0] if CAP in keys else None,
+        bytes={
+            "moments": sum(map(reader.size_in_bytes, moments)),
+            "factors": sum(map(reader.size_in_bytes, factors)),
+        },
+        nonfinite={entry: n for entry, key in checked.items() if (n := reader.nonfinite(key))},
+        number_of_blocks=len(blocks),
+        blocks=[
+            Block(offsets, shape, [factor_in(reader, *where) for where in places])
+            for offsets, shape, places in looked_at
+        ],
+    )
+
+
+_Place = tuple[str, int, int, int, int, str]
+"""Where a factor is: key, offset and length there; its dimension, its rows, its kind."""
+
+
+def _blocks(
+    reader: CheckpointReader, keys: Mapping[str, str]
+) -> list[tuple[tuple[int, ...], tuple[int, ...], list[_Place]]]:
+    """Offsets, shape and factors of each block, in the order of the grid."""
+    grid = _grid(reader, keys)
+    shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
+    places: list[list[_Place]] = [[] for _ in shapes]
+    (cap, *_) = reader.shape(keys[CAP])
+    # Rows of the blocks one after the other, in each the dimensions one after the other.
+    for entry, smallest, largest in (("factors", 1, cap), ("diagonals", cap + 1, math.inf)):
+        if entry not in keys:
+            continue
+        sides = [[(i, n) for i, n in enumerate(s) if smallest <= n <= largest] for s in shapes]
+        (total,), start = reader.shape(keys[entry]), 0
+        kind = "diagonal"
+        if entry == "factors":
+            sides, kind = _sides_with_factor(shapes, sides, total)
+        for place, block in zip(places, sides, strict=True):
+            for i, n in block:
+                length = {"full": n * n, "packed": n * (n + 1) // 2, "diagonal": n}[kind]
+                place.append((keys[entry], start, length, i, n, kind))
+                start += length
+    offsets = [tuple(start for start, _ in grid.rectangle(c)) for c in grid.coordinates()]
+    return list(zip(offsets, shapes, places, strict=True))
+
+
+def _sides_with_factor(
+    shapes: Sequence[tuple[int, ...]], sides: list[list[tuple[int, int]]], total: int
+) -> tuple[list[list[tuple[int, int]]], str]:
+    """Those of the sides that have a matrix, and how it is kept: by the total of their elements,
+    as the checkpoint does not say its `max_factor_ratio`."""
+    ratios = {n * n / math.prod(shape) for shape in shapes for n in shape}
+    for ratio in sorted(ratios, reverse=True):
+        kept = []
+        for shape, block in zip(shapes, sides, strict=True):
+            within = proportionate_sides(shape, ratio)
+            kept.append([(i, n) for i, n in block if n in within])
+        lengths = [n for block in kept for _, n in block]
+        if sum(n * n for n in lengths) == total:
+            return kept, "full"
+        if sum(n * (n + 1) // 2 for n in lengths) == total:
+            return kept, "packed"
+    raise ValueError(f"no choice of factors has the {total:,} elements that the checkpoint has.")
+
+
+def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
+    """The grid that has the fingerprint in the checkpoint: that of the pieces in which it was
+    saved, or, if one process has saved it whole, one of those that the settings give."""
+    view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[CAP])
+    if not math.prod(view):
+        raise ValueError(f"'{keys['exp_avg']}' is empty.")
+    pieces = reader.pieces(keys["exp_avg"])
+    cuts = tuple(
+        tuple(sorted({0} | {offsets[d] + sizes[d] for offsets, sizes in pieces}))
+        for d in range(len(view))
+    )
+    guesses = [BlockGrid(view, batch_dims, cuts) for batch_dims in (0, 1)]
+    for large_dim in typing.get_args(typing.get_type_hints(ShampooConfig)["large_dim"]):
+        config = ShampooConfig(max_preconditioner_dim=cap, large_dim=large_dim)
+        guesses += [cut_view(view, batch_dims, config) for batch_dims in (0, 1)]
+    for grid in guesses:
+        if grid.fingerprint == fingerprint:
+            return grid
+    raise ValueError(f"the blocks of '{keys['exp_avg']}' are cut in a way that is not known here.")

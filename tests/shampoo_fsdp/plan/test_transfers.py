@@ -1,0 +1,343 @@
+"""The plan: every piece arrives, once; owners are where the data is; work is balanced."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.plan.assignment import Assignment
+from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
+from shampoo_fsdp.plan.totals import Totals
+from shampoo_fsdp.plan.transfers import OwnedBlock, Part, Plan, Transfer, make_plan
+from shampoo_fsdp.rules.costs import BlockCosts
+from shampoo_fsdp.runtime.parameters import is_preconditioned
+from shampoo_fsdp.tools.models import model_specs
+
+COLUMN_WISE = (_StridedShard(0, split_factor=2), Shard(0))
+MESHES = {
+    "one": ((1,), {"a": (Replicate(),), "b": (Replicate(),)}),
+    "ddp": ((3,), {"a": (Replicate(),), "b": (Replicate(),)}),
+    "fsdp": ((4,), {"a": (Shard(0),), "b": (Shard(0),)}),
+    "more ranks than rows": ((12,), {"a": (Shard(0),), "b": (Shard(0),)}),
+    "hsdp": ((2, 3), {"a": (Replicate(), Shard(0)), "b": (Replicate(), Shard(0))}),
+    "fsdp and tp": ((3, 2), {"a": COLUMN_WISE, "b": (Shard(0), Shard(1))}),
+    "hsdp and tp": (
+        (2, 2, 2),
+        {"a": (Replicate(), *COLUMN_WISE), "b": (Replicate(), Shard(0), Shard(1))},
+    ),
+}
+SHAPES = {"a": (13, 9), "b": (7, 22), "experts": (3, 8, 5)}
+CONFIG = ShampooConfig(max_preconditioner_dim=5, precondition_frequency=3)
+
+
+def spec_of(name, shape, ranks, mesh_shape, placements) -> ParameterSpec:
+    return ParameterSpec(name, shape, ranks, mesh_shape, tuple(map(placement_of, placements)))
+
+
+def plan_of(parameters: list[ParameterSpec], config: ShampooConfig, rank: int) -> Plan:
+    return make_plan(parameters, config, BlockCosts(config), rank)
+
+
+def totals_of(parameters: list[ParameterSpec], config: ShampooConfig) -> Totals:
+    rank = min(parameters[0].ranks)
+    return Totals(Assignment(parameters, config, BlockCosts(config), rank))
+
+
+def blocks_of(plan: Plan) -> list[tuple[int, OwnedBlock]]:
+    """With the number of the parameter."""
+    return [(p, block) for p, part in enumerate(plan.parts) for block in part.blocks]
+
+
+def moves(plan: Plan, kind: str) -> list[tuple[int, Transfer]]:
+    return [(p, t) for p, part in enumerate(plan.parts) for t in getattr(part, kind)]
+
+
+def specs(mesh: str) -> list[ParameterSpec]:
+    mesh_shape, placements = MESHES[mesh]
+    ranks = tuple(range(10, 10 + torch.Size(mesh_shape).numel()))
+    placements = {**placements, "experts": placements["a"]}
+    return [spec_of(n, SHAPES[n], ranks, mesh_shape, placements[n]) for n in SHAPES]
+
+
+def plans_of_all_ranks(mesh: str, config: ShampooConfig = CONFIG) -> list[Plan]:
+    parameters = specs(mesh)
+    return [plan_of(parameters, config, rank) for rank in sorted(parameters[0].ranks)]
+
+
+Blocks = dict[OwnedBlock, Tensor]
+
+
+def deliver(plans: list[Plan], shards: list[list[Tensor]]) -> list[Blocks]:
+    """Carry out all ranks' transfers of gradients, by hand."""
+    blocks = [
+        {b: torch.full([stop - start for start, stop in b.rectangle], torch.nan) for _, b in mine}
+        for mine in map(blocks_of, plans)
+    ]
+    for me, plan in enumerate(plans):
+        for p, t in moves(plan, "local"):
+            blocks[me][t.block][t.in_block] = shards[me][p][t.in_shard]
+        for peer in range(len(plans)):
+            sent = [(p, t) for p, t in moves(plan, "gather_out") if t.peer == peer]
+            received = [t for _, t in moves(plans[peer], "gather_in") if t.peer == me]
+            for (p, source), target in zip(sent, received, strict=True):
+                blocks[peer][target.block][target.in_block] = shards[me][p][source.in_shard]
+    return blocks
+
+
+def send_back(plans: list[Plan], blocks: list[Blocks]) -> list[list[Tensor]]:
+    """The same with updates."""
+    shards = [[torch.full(part.shard_shape, torch.nan) for part in plan.parts] for plan in plans]
+    for me, plan in enumerate(plans):
+        for p, t in moves(plan, "local"):
+            shards[me][p][t.in_shard] = blocks[me][t.block][t.in_block]
+        for peer in range(len(plans)):
+            sent = [t for _, t in moves(plan, "scatter_out") if t.peer == peer]
+            received = [(p, t) for p, t in moves(plans[peer], "scatter_in") if t.peer == me]
+            for source, (p, target) in zip(sent, received, strict=True):
+                shards[peer][p][target.in_shard] = blocks[me][source.block][source.in_block]
+    return shards
+
+
+def shards_of(plans: list[Plan], mesh: str, full: dict[str, Tensor]) -> list[list[Tensor]]:
+    from shampoo_fsdp.plan.shards import shard_rectangle
+
+    result = []
+    parameters = specs(mesh)
+    for coordinate in itertools.product(*map(range, parameters[0].mesh_shape)):
+        rectangles = [
+            shard_rectangle(p.shape, p.mesh_shape, p.placements, coordinate) for p in parameters
+        ]
+        result.append(
+            [
+                full[p.name][tuple(slice(*i) for i in r)].clone()
+                for p, r in zip(parameters, rectangles, strict=True)
+            ]
+        )
+    return result
+
+
+@pytest.mark.parametrize("alignment", ["logical", "shard"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_piece_arrives_at_its_place_and_back(mesh, alignment):
+    config = ShampooConfig(
+        max_preconditioner_dim=5, precondition_frequency=3, block_alignment=alignment
+    )
+    plans = plans_of_all_ranks(mesh, config)
+    full = {n: torch.arange(float(torch.Size(s).numel())).view(s) for n, s in SHAPES.items()}
+    shards = shards_of(plans, mesh, full)
+    blocks = deliver(plans, shards)
+    for plan, mine in zip(plans, blocks, strict=True):
+        for parameter, block in blocks_of(plan):
+            name, values = list(SHAPES)[parameter], mine[block]
+            expected = full[name][tuple(slice(*interval) for interval in block.rectangle)]
+            assert torch.equal(values, expected)
+    for mine, expected in zip(send_back(plans, blocks), shards, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_block_has_one_owner(mesh):
+    plans = plans_of_all_ranks(mesh)
+    owned = Counter((p, b.index) for plan in plans for p, b in blocks_of(plan))
+    assert set(owned.values()) == {1}
+    assert sum(owned.values()) == sum(len(part.grid) for part in plans[0].parts)
+    assert len({plan.fingerprint for plan in plans}) == 1
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_plan_knows_what_each_rank_sends(mesh):
+    config = ShampooConfig(max_preconditioner_dim=5, precondition_frequency=3, ranks_per_node=4)
+    plans, totals = plans_of_all_ranks(mesh, config), totals_of(specs(mesh), config)
+    node = [rank // config.ranks_per_node for rank in plans[0].ranks]
+    for me, plan in enumerate(plans):
+        sent = [t for kind in ("gather_out", "scatter_out") for _, t in moves(plan, kind)]
+        assert totals.sent[me] == sum(t.numel for t in sent)
+        across = [t.numel for t in sent if node[t.peer] != node[me]]
+        assert totals.across[me] == sum(across)
+        assert totals.owned[me] == len(blocks_of(plan))
+        assert plan.travels == any(totals.sent)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_least_that_can_be_sent_is_counted_block_by_block(mesh):
+    """Each block at a rank that holds most of it: the rest comes, and goes to all replicas."""
+    plans, totals = plans_of_all_ranks(mesh), totals_of(specs(mesh), CONFIG)
+    least = 0
+    for me, plan in enumerate(plans):
+        for part in plan.parts:
+            for block in part.blocks:
+                least += least_sent(part, block, me)
+    assert totals.least_sent == least
+    assert sum(totals.sent) >= least
+
+
+def least_sent(part: Part, block: OwnedBlock, me: int) -> int:
+    held: Counter[int] = Counter()
+    for t in part.local:
+        held[me] += t.numel * (t.block is block)
+    for t in part.scatter_out:  # with replicas, all that hold a piece
+        held[t.peer] += t.numel * (t.block is block)
+    size = torch.Size([stop - start for start, stop in block.rectangle]).numel()
+    most = max(held.values())
+    return (size - most) + (held.total() - most)
+
+
+def test_gradients_do_not_cross_replicas():
+    plans = plans_of_all_ranks("hsdp")
+    for me, plan in enumerate(plans):
+        assert all(t.peer // 3 == me // 3 for _, t in moves(plan, "gather_out"))
+    back = [(me, t) for me, plan in enumerate(plans) for _, t in moves(plan, "scatter_out")]
+    assert any(t.peer // 3 != me // 3 for me, t in back)
+
+
+def test_nothing_travels_where_blocks_lie_in_shards():
+    # 4 shards of 2 x 2 blocks each, of equal cost: the owner can be the rank that holds them.
+    spec = spec_of("w", (64, 16), (0, 1, 2, 3), (4,), (Shard(0),))
+    config = ShampooConfig(max_preconditioner_dim=8, refresh_schedule="together")
+    totals = totals_of([spec], config)
+    assert totals.sent == [0, 0, 0, 0]
+    assert totals.owned == [4, 4, 4, 4]
+
+
+def test_shard_alignment_sends_nothing_on_uneven_shards():
+    spec = spec_of("w", (22, 16), (0, 1, 2), (3,), (Shard(0),))
+    config = ShampooConfig(max_preconditioner_dim=8, block_alignment="shard")
+    assert totals_of([spec], config).sent == [0, 0, 0]
+
+
+def test_a_block_goes_to_the_node_of_the_rank_that_holds_it():
+    # Rank 9 holds both blocks; its neighbour 8 should get the one that it cannot keep.
+    spec = spec_of("w", (1, 8), (9, 0, 1, 8), (4,), (Shard(0),))
+    config = ShampooConfig(max_preconditioner_dim=4, refresh_schedule="together")
+    assert totals_of([spec], config).owned == [0, 0, 1, 1]  # of ranks 0, 1, 8, 9
+    config = ShampooConfig(max_preconditioner_dim=4, refresh_schedule="together", ranks_per_node=16)
+    assert totals_of([spec], config).owned == [1, 0, 0, 1]
+
+
+def preconditioned(model: str, **mesh: int) -> list[ParameterSpec]:
+    everything = model_specs(model, mesh)
+    return [s for s in everything if is_preconditioned(s.name, s.shape, ShampooConfig())]
+
+
+def imbalance(values) -> float:
+    return max(values) * len(values) / sum(values)
+
+
+def check(totals: Totals) -> None:
+    assert imbalance(totals.load) <= 1.05
+    assert imbalance(totals.state) <= 1.05
+    assert sum(totals.sent) <= 1.1 * totals.least_sent
+    for loads in zip(*totals.phase_load, strict=True):
+        assert imbalance(loads) <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        ("llama3-8b", {"dp_shard": 8}),
+        ("llama3-8b", {"dp_shard": 64}),
+        ("llama3-8b", {"dp_shard": 8, "tp": 8}),
+        ("llama3-8b", {"dp_replicate": 2, "dp_shard": 8}),
+        ("llama3-70b", {"dp_shard": 64}),
+        ("llama3-70b", {"dp_shard": 256}),
+        ("llama3-405b", {"dp_replicate": 16, "dp_shard": 64}),
+        ("deepseek-v3-like", {"dp_shard": 64, "ep": 64}),
+    ],
+)
+def test_work_and_state_are_even_and_little_more_than_needed_is_sent(model, mesh):
+    check(totals_of(preconditioned(model, **mesh), ShampooConfig()))
+
+
+def test_experts_stay_where_they_lie():
+    mesh = {"dp_shard": 64, "ep": 64}
+    specs = [s for s in model_specs("deepseek-v3-like", mesh) if "layers.1" in s.name]
+    experts = [s for s in specs if "experts.w" in s.name and len(s.shape) == 3]
+    totals = totals_of(experts, ShampooConfig())
+    assert sum(totals.sent) == 0
+    assert imbalance(totals.load) == 1.0
+
+
+PLAN_405B = r"""
+import json, pathlib, re
+from shampoo_fsdp import ShampooConfig
+from tests.shampoo_fsdp.plan.test_transfers import (
+    blocks_of, check, plan_of, preconditioned, totals_of
+)
+specs, config = preconditioned("llama3-405b", dp_shard=128, tp=8), ShampooConfig()
+plan, totals = plan_of(specs, config, 0), totals_of(specs, config)
+check(totals)
+# (ru_maxrss begins at what the parent had.)
+kib = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
+print(json.dumps([int(kib) / 2**20, len(blocks_of(plan)), sum(totals.owned)]))
+"""
+
+
+def test_405b_on_1024_ranks_is_planned_in_a_gibibyte():
+    out = subprocess.run([sys.executable, "-c", PLAN_405B], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    gib, mine, blocks = json.loads(out.stdout)
+    assert gib < 1.0
+    assert blocks == 126 * 3040
+    assert mine <= 1.05 * blocks / 1024
+
+
+HSDP_WITH_TP = (2, 3, 2)  # of ranks 0 to 11; a replica is 0 to 5 or 6 to 11
+
+
+def hsdp_with_tp() -> list[ParameterSpec]:
+    column_wise = (Replicate(), *COLUMN_WISE)
+    gate = (Replicate(), Shard(0), Replicate())  # replicated over tensor parallelism as well
+    ranks = tuple(range(12))
+    return [
+        spec_of("w", (13, 9), ranks, HSDP_WITH_TP, column_wise),
+        spec_of("gate", (9, 10), ranks, HSDP_WITH_TP, gate),
+    ]
+
+
+def test_with_the_scope_of_a_shard_each_replica_owns_every_block():
+    config = ShampooConfig(max_preconditioner_dim=5, precondition_frequency=3, owner_scope="shard")
+    plans = [plan_of(hsdp_with_tp(), config, rank) for rank in range(12)]
+    for first in (0, 6):
+        replica = plans[first : first + 6]
+        assert all(plan.ranks == tuple(range(first, first + 6)) for plan in replica)
+        owned = Counter((p, b.index) for plan in replica for p, b in blocks_of(plan))
+        assert owned.total() == len(owned) == sum(len(part.grid) for part in replica[0].parts)
+        assert len({plan.fingerprint for plan in replica}) == 1
+    # Ranks of tensor parallelism that hold the same part of the gate share its blocks.
+    gates = [t.numel for plan in plans[:6] for p, t in moves(plan, "gather_out") if p == 1]
+    assert sum(gates) < 90
+
+
+def test_parameters_of_different_meshes_share_a_replica():
+    config = ShampooConfig(max_preconditioner_dim=4, owner_scope="shard")
+    ranks = (0, 1, 2, 3)
+    # A lies once on {0, 1} and on {2, 3}, B on {0, 2} and on {1, 3}: both only on all four.
+    a = spec_of("a", (8, 8), ranks, (2, 2), (Replicate(), Shard(0)))
+    b = spec_of("b", (8, 8), ranks, (2, 2), (Shard(0), Replicate()))
+    assert plan_of([a, b], config, 0).ranks == ranks
+    assert plan_of([a], config, 2).ranks == (2, 3)
+    assert plan_of([b], config, 2).ranks == (0, 2)
+
+
+def test_a_replica_that_is_no_part_of_a_mesh_names_the_parameter():
+    ranks = (0, 1, 2, 3)
+    diagonal = spec_of("a", (8, 8), (0, 3, 1, 2), (2, 2), (Replicate(), Shard(0)))
+    whole = spec_of("b", (8, 8), ranks, (2, 2), (Replicate(), Replicate()))
+    with pytest.raises(ValueError, match=r"owner_scope = 'shard'.*\[0, 3\].*'b'"):
+        plan_of([diagonal, whole], ShampooConfig(owner_scope="shard"), 0)
+
+
+def test_an_unsupported_placement_names_the_parameter():
+    from torch.distributed.tensor import Partial
+
+    spec = spec_of("layers.0.w", (8, 8), (0, 1), (2,), (Partial(),))
+    with pytest.raises(ValueError, match=r"'layers\.0\.w'.*Partial"):
+        plan_of([spec], CONFIG, 0)

@@ -1,0 +1,103 @@
+"""A matrix of one row is a vector, and no factor is out of proportion to its block."""
+
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.plan.grid import make_grid
+from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.runtime.parameters import is_preconditioned
+from shampoo_fsdp.tools.plan_figures import plan_report
+from shampoo_fsdp.tools.plan_tables import print_plan
+from tests.shampoo_fsdp.test_family import relative_error
+
+
+def factors(shape: tuple[int, ...], **settings) -> set[tuple[int, ...]]:
+    """For each shape of block the sides that have a factor."""
+    config = ShampooConfig(**settings)
+    if not is_preconditioned("w", shape, config):
+        return set()
+    found = set()
+    for block in make_grid(shape, config).block_shapes:
+        kinds = factor_kinds(block, config)
+        found.add(tuple(n for n, kind in zip(block, kinds, strict=True) if kind == "full"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((4096, 4096), {(1024, 1024)}),
+        ((1024, 8192), {(1024, 1024)}),  # keys of grouped queries
+        ((14336, 4096), {(1024, 1024)}),
+        ((1536, 7168), {(768, 1024)}),  # projections to a low rank
+        ((576, 7168), {(576, 1024)}),
+        ((256, 7168), {(256, 1024)}),  # a router of 256 experts
+        ((8, 512, 2048), {(512, 1024)}),  # experts
+        ((64, 3, 3, 3), {(64, 27)}),
+        ((24, 64), {(24, 64)}),
+        ((64, 4096), {(64,)}),
+        ((8, 4096), {(8,)}),  # adapters of a low rank, routers of few experts
+        ((4096, 8), {(8,)}),
+        ((2, 100_000), {(2,)}),
+    ],
+)
+def test_factors_of_shapes_that_models_have(shape, sides):
+    assert factors(shape) == sides
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1000), (1000, 1), (1, 1), (4, 1, 1000), (4, 1000, 1), (8, 1, 1, 1), (1, 8, 3, 3)]
+)
+def test_one_row_or_column_is_a_vector(shape):
+    assert not factors(shape)
+    assert factors(shape, precondition_1d=True) == {
+        tuple(n for n in make_grid(shape, ShampooConfig()).block_shapes.most_common(1)[0][0])
+    }
+
+
+def test_small_matrices_that_are_merged_are_no_vectors():
+    assert factors((4, 8), merge_dims="small") == {(32,)}
+
+
+def test_a_setting_asks_for_all_factors():
+    assert factors((8, 4096), max_factor_ratio=128) == {(8, 1024)}
+    with pytest.raises(ValueError, match="'max_factor_ratio' is 0; allowed: a positive number"):
+        ShampooConfig(max_factor_ratio=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (2, 100_000), (8, 4096)])
+def test_state_is_in_proportion_to_the_parameter(shape):
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = Shampoo([("w", parameter)])
+    entries = [t for t in optimizer.state_dict()["state"][0].values() if torch.is_tensor(t)]
+    assert sum(t.numel() for t in entries) <= 10 * math.prod(shape)
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+@pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
+def test_the_update_without_some_factors_equals_the_reference(preconditioner, large_dim):
+    shapes = {"long": (2, 20), "tall": (21, 3), "experts": (2, 18, 3)}
+    settings = {"preconditioner": preconditioner, "large_dim": large_dim}
+    assert relative_error(shapes, max_preconditioner_dim=32, **settings) < 1e-4
+    assert relative_error(shapes, max_preconditioner_dim=12, **settings) < 1e-4
+
+
+def test_the_plan_and_the_optimizer_say_which_sides_have_no_factor(capsys):
+    specs = [ParameterSpec(n, s, (0,), (1,), (None,)) for n, s in _ADAPTER.items()]
+    report = plan_report("adapter", [specs], ShampooConfig())
+    assert report.as_json()["sides_without_factor"] == {"8 x 1024": [1024]}
+    print_plan(report, Console(width=200))
+    assert "Sides without a factor, by the shape of the block (8 x 1024: 1024)" in (
+        capsys.readouterr().out
+    )
+    optimizer = Shampoo([(n, nn.Parameter(torch.zeros(s))) for n, s in _ADAPTER.items()])
+    assert optimizer.sides_without_factor() == {(8, 1024): [1024]}
+
+
+_ADAPTER = {"a": (8, 4096), "w": (64, 64)}

@@ -1,0 +1,329 @@
+"""Inverse roots: exact where they can be, harmless where they cannot."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from shampoo_fsdp.rules.eigenbasis import eigenbasis, warm_eigenbasis
+from shampoo_fsdp.rules.roots import ROOT_METHODS, check_exponent, inverse_root, root_residual
+
+RESOLUTION = 2.0**-23
+PRODUCTS_ALONE = ("coupled_newton", "newton_db")
+
+every_method = pytest.mark.parametrize("method", ROOT_METHODS)
+
+
+def with_spectrum(eigenvalues: torch.Tensor, blocks: int = 3, seed: int = 0) -> torch.Tensor:
+    """[blocks, n, n] in fp64 with the given eigenvalues."""
+    n = len(eigenvalues)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(blocks, n, n, generator=generator, dtype=torch.float64)).Q
+    return (q * eigenvalues.double()) @ q.mT
+
+
+def decaying(n: int, condition: float) -> torch.Tensor:
+    """Eigenvalues from 1 to 1 / condition."""
+    return torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)
+
+
+def exact_root(matrices: torch.Tensor, exponent: float) -> torch.Tensor:
+    eigenvalues, vectors = torch.linalg.eigh(matrices.double())
+    return (vectors * eigenvalues.unsqueeze(-2) ** exponent) @ vectors.mT
+
+
+def ridge(matrices: torch.Tensor, method: str) -> torch.Tensor:
+    """What the methods by matrix products add on their own to fp32 matrices, [B, n, n]."""
+    relative = 8.0 * RESOLUTION if method in PRODUCTS_ALONE else 0.0
+    return relative * torch.linalg.matrix_norm(matrices, keepdim=True) * torch.eye(len(matrices[0]))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    error = torch.linalg.matrix_norm(actual.double() - expected)
+    return (error / torch.linalg.matrix_norm(expected)).max().item()
+
+
+@pytest.mark.parametrize("method", ROOT_METHODS)
+def test_each_matrix_may_have_its_own_ridge_and_divisor(method):
+    matrices = with_spectrum(decaying(6, 100.0)).float()
+    ridges, divisors = torch.tensor([1e-3, 1.0, 0.1]), torch.tensor([1.0, 2.0, 0.5])
+    together = inverse_root(matrices, -0.25, ridges, method, divisor=divisors)
+    each = [
+        inverse_root(matrix.unsqueeze(0) / divisor, -0.25, ridge, method)
+        for matrix, ridge, divisor in zip(matrices, ridges.tolist(), divisors, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(each), rtol=1e-4, atol=1e-5)
+
+
+@given(
+    method=st.sampled_from(ROOT_METHODS),
+    exponent=st.sampled_from([-1.0, -0.5, -0.25, -1 / 6, -0.125, -0.75, -1 / 3, -2 / 3]),
+    n=st.integers(1, 40),
+    condition=st.floats(0, 5).map(lambda x: 10.0**x),
+    scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e6, 1e20]),
+    seed=st.integers(0, 100),
+)
+def test_the_root_is_the_inverse_root(method, exponent, n, condition, scale, seed):
+    """Rounding a matrix moves its eigenvalues by about the resolution times the largest, and a root
+    with exponent -e, relatively, by e times what an eigenvalue moves."""
+    if method == "newton_db" and exponent in (-1 / 6, -1 / 3, -2 / 3):
+        exponent = -0.5
+    matrices = with_spectrum(decaying(n, condition), seed=seed) * scale
+    root = inverse_root(matrices.float(), exponent, 1e-12 * scale, method)
+    exact = exact_root(matrices + ridge(matrices, method), exponent)
+    moved = 2.0 * n**0.5 * RESOLUTION * condition
+    assert relative_error(root, exact) < 1e-5 + max(-exponent, 0.5) * moved
+
+
+@pytest.mark.parametrize("method", PRODUCTS_ALONE)
+@pytest.mark.parametrize("exponent", [-0.5, -0.25])
+def test_fp64_has_fp64s_accuracy(method, exponent):
+    matrices = with_spectrum(decaying(30, 1e6))
+    root = inverse_root(matrices, exponent, 1e-30, method)
+    assert relative_error(root, exact_root(matrices, exponent)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        (method, kind)
+        for method in ROOT_METHODS
+        for kind in ("rank 1", "rank n/4", "condition 1e12")
+        # The pseudo-inverse leaves out small eigenvalues that are there.
+        if (method, kind) != ("eigh_pseudo_inverse", "condition 1e12")
+    ],
+)
+@pytest.mark.parametrize("exponent", [-0.5, -0.25])
+def test_gradients_are_turned_as_the_exact_root_turns_them(method, exponent, kind):
+    """A factor that lacks rank, or is known to rounding only, has a root that is right for the
+    gradients that the factor was made of. Rounding moves the smallest eigenvalues by about their
+    own size, and -1/2 makes them count as much as the largest: hence 0.25. With -1/4 the largest
+    count more."""
+    n = 96
+    generator = torch.Generator().manual_seed(1)
+    if kind == "condition 1e12":
+        sources = exact_root(with_spectrum(decaying(n, 1e12)) + 1e-14 * torch.eye(n), 0.5).float()
+    else:
+        rank = 1 if kind == "rank 1" else n // 4
+        sources = torch.randn(3, n, rank, generator=generator)
+    gradients = sources @ torch.randn(3, sources.shape[-1], 4, generator=generator)
+    root = inverse_root(sources @ sources.mT, exponent, 1e-12, method)
+    exact = sources.double() @ sources.double().mT
+    floor = RESOLUTION * torch.linalg.matrix_norm(exact, 2, keepdim=True) * torch.eye(n)
+    added = ridge(exact, method) if method in PRODUCTS_ALONE else floor
+    expected = exact_root(exact + added, exponent) @ gradients.double()
+    assert relative_error(root @ gradients, expected) < (0.25 if exponent == -0.5 else 0.02)
+
+
+def test_the_ridge_is_added_after_eigenvalues_were_raised_to_the_resolution():
+    matrix = torch.diag(torch.tensor([4.0, 0.0, -1e-3])).unsqueeze(0)
+    root = inverse_root(matrix, -0.25, 1e-4, "eigh")
+    least = 4.0 * RESOLUTION + 1e-4
+    expected = torch.diag(torch.tensor([4.0 + 1e-4, least, least]) ** -0.25)
+    torch.testing.assert_close(root[0], expected)
+
+
+@pytest.mark.parametrize("method", PRODUCTS_ALONE)
+@pytest.mark.parametrize("eps", [1e-12, 1e-3])
+def test_the_ridge_of_matrix_products_is_at_least_8_resolutions_of_the_norm(method, eps):
+    matrix = torch.diag(torch.tensor([4.0, 3.0, 0.0])).unsqueeze(0)
+    root = inverse_root(matrix, -0.5, eps, method)
+    added = max(eps, 8.0 * 5.0 * RESOLUTION)
+    expected = torch.diag(torch.tensor([4.0 + added, 3.0 + added, added]) ** -0.5)
+    torch.testing.assert_close(root[0], expected, rtol=1e-2, atol=1e-4)
+
+
+def test_the_pseudo_inverse_leaves_out_what_the_matrix_lacks():
+    least = 4.0 * 3 * RESOLUTION
+    matrix = torch.diag(torch.tensor([4.0, 0.9 * least, 1.1 * least])).unsqueeze(0)
+    root = inverse_root(matrix, -0.5, 0.0, "eigh_pseudo_inverse")
+    expected = torch.diag(torch.tensor([0.5, 0.0, (1.1 * least) ** -0.5]))
+    torch.testing.assert_close(root[0], expected)
+
+
+@every_method
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_rounding_in_a_matrix_that_lacks_rank_is_not_amplified_without_bound(method, scale):
+    """The root of what is missing is at most about resolution^exponent that of the largest value:
+    rounding moves what a floor or a ridge of this size makes of it."""
+    eigenvalues = torch.tensor([1.0] * 4 + [0.0] * 20)
+    matrices = with_spectrum(eigenvalues).float() * scale
+    root = inverse_root(matrices, -0.25, 1e-38, method)
+    values = torch.linalg.eigvalsh(root.double()).abs()
+    assert values.max() < 1.1 * (RESOLUTION * scale) ** -0.25
+    assert values.topk(4, largest=False).values.max() < 1.02 * scale**-0.25
+    assert root_residual(matrices, root, -0.25, 1e-38).max() < 1e-3
+
+
+@pytest.mark.parametrize("method", PRODUCTS_ALONE)
+@pytest.mark.parametrize("exponent", [-0.5, -0.25])
+def test_a_root_that_is_not_one_is_nan(method, exponent):
+    """Whether an eigenvalue is so negative that the iteration diverges or not: in between there are
+    those for which it is on its way only."""
+    matrices = torch.eye(3).repeat(200, 1, 1)
+    matrices[:, 2, 2] = -torch.logspace(-7, -0.1, 200)
+    roots = inverse_root(matrices, exponent, 1e-12, method)
+    failed = roots[:, 0, 0].isnan()
+    assert 20 < failed.sum() < 199  # not where the ridge is larger
+    assert roots[failed].isnan().all()
+    ridged = (matrices.double() + ridge(matrices.double(), method))[~failed, 2, 2]
+    torch.testing.assert_close(roots[~failed, 2, 2], ridged.float() ** exponent, rtol=0.2, atol=0.0)
+
+
+@every_method
+def test_slightly_negative_eigenvalues_are_rounding(method):
+    eigenvalues = decaying(24, 1e3)
+    eigenvalues[-4:] = -3.0 * RESOLUTION
+    root = inverse_root(with_spectrum(eigenvalues).float(), -0.25, 1e-12, method)
+    assert torch.linalg.eigvalsh(root.double()).max() < 1.2 * RESOLUTION**-0.25
+
+
+@every_method
+@pytest.mark.parametrize("exponent", [-0.5, -0.25])
+def test_a_long_average_of_gradients_that_lack_the_same_directions_has_a_root(method, exponent):
+    """Its rounding adds up: eigenvalues get down to -5 resolutions of the norm."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.zeros(16, 8, 8)
+    directions = torch.randn(16, 8, 1, generator=generator)
+    for _ in range(2000):
+        gradients = directions @ torch.randn(16, 1, 2, generator=generator)
+        factors.mul_(0.999).baddbmm_(gradients, gradients.mT, alpha=1e-3)
+    least = torch.linalg.eigvalsh(factors.double())[:, 0] / torch.linalg.matrix_norm(factors)
+    assert least.min() < -3.0 * RESOLUTION
+    root = inverse_root(factors, exponent, 1e-12, method)
+    assert root_residual(factors, root, exponent, 1e-12).max() < 1e-3
+
+
+@pytest.mark.parametrize("method", ["eigh", *PRODUCTS_ALONE])
+def test_a_matrix_of_zeros_has_the_root_of_the_ridge(method):
+    root = inverse_root(torch.zeros(2, 3, 3), -0.5, 1e-12, method)
+    torch.testing.assert_close(root, 1e6 * torch.eye(3).expand(2, 3, 3))
+
+
+@every_method
+def test_a_bad_matrix_spoils_no_other(method):
+    matrices = torch.eye(5).repeat(5, 1, 1) * 16.0
+    matrices[1, 2, 3] = torch.nan
+    matrices[2, 0, 0] = torch.inf
+    matrices[3] = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0]))  # no iteration converges
+    roots = inverse_root(matrices, -0.25, 1e-12, method)
+    assert roots[1].isnan().all() and roots[2].isnan().all()
+    assert roots[3].isnan().all() if method in PRODUCTS_ALONE else roots[3].isfinite().all()
+    torch.testing.assert_close(roots[0], torch.eye(5) / 2)
+    torch.testing.assert_close(roots[4], torch.eye(5) / 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "exponent", "allowed"),
+    [("newton_db", -1 / 6, "1, 2, 4, 8 or 16"), ("coupled_newton", -0.123, "1 to 16")],
+)
+def test_an_exponent_that_a_method_cannot_take_is_refused(method, exponent, allowed):
+    with pytest.raises(ValueError, match=f'root_method = "{method}".*p = {allowed}.*{exponent:g}'):
+        check_exponent(method, exponent)
+    with pytest.raises(ValueError, match="root_method"):
+        inverse_root(torch.eye(3).unsqueeze(0), exponent, 1e-12, method)
+    check_exponent("eigh", exponent)
+    check_exponent("qr", exponent)
+
+
+def test_a_positive_exponent_is_refused():
+    with pytest.raises(ValueError, match=r"negative exponent, not 0\.25"):
+        check_exponent("eigh", 0.25)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"'cholesky'.*coupled_newton"):
+        inverse_root(torch.eye(3).unsqueeze(0), -0.5, 1e-12, "cholesky")
+
+
+class _Refuses(TorchDispatchMode):
+    """Raises where a value of a tensor goes to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        refused = (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal, aten.item)
+        assert func.overloadpacket not in refused, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@every_method
+def test_nothing_is_read_back_to_the_host(method):
+    """On CUDA eigh itself reads back whether it succeeded; nothing else may."""
+    matrices = with_spectrum(decaying(12, 1e3)).float()
+    matrices[1] = torch.nan
+    _, vectors = eigenbasis(with_spectrum(decaying(12, 1e2)).float())
+    with pytest.raises(AssertionError, match="waits"), _Refuses():
+        bool(matrices[0, 0, 0] > 0.0)
+    with _Refuses():
+        roots = inverse_root(matrices, -0.25, 1e-12, method)
+        root_residual(matrices, roots, -0.25, 1e-12)
+        warm_eigenbasis(matrices, vectors)
+
+
+@pytest.mark.parametrize(
+    ("method", "exponent", "most"),
+    [
+        ("coupled_newton", -0.5, 36),
+        ("coupled_newton", -0.25, 44),
+        ("newton_db", -0.5, 33),
+        ("newton_db", -0.25, 54),
+    ],
+)
+def test_the_number_of_products_is_small(method, exponent, most):
+    """With steps of length 1 it takes about twice as many."""
+    matrices = torch.eye(8).unsqueeze(0)
+    with FlopCounterMode(display=False) as counter:
+        inverse_root(matrices, exponent, 1e-12, method)
+    assert counter.get_total_flops() <= most * 2 * 8**3
+
+
+@every_method
+@pytest.mark.parametrize("exponent", [-0.5, -0.25, -0.75])
+def test_the_residual_is_small_for_a_root_and_grows_with_its_error(method, exponent):
+    matrices = with_spectrum(decaying(40, 1e2)).float()
+    root = inverse_root(matrices, exponent, 1e-12, method)
+    assert root_residual(matrices, root, exponent, 1e-12).max() < 1e-4
+    order = 2 if exponent == -0.5 else 4
+    wrong = root * torch.tensor([1.0, 1.01, 1.1]).view(-1, 1, 1)
+    residual = root_residual(matrices, wrong, exponent, 1e-12)
+    torch.testing.assert_close(
+        residual, torch.tensor([0.0, 1.01**order - 1.0, 1.1**order - 1.0]), rtol=1e-2, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("exponent", [-0.5, -0.75])
+def test_the_residual_knows_the_ridge(exponent):
+    matrices = with_spectrum(decaying(20, 1e2)).float()
+    root = inverse_root(matrices, exponent, 0.5, "eigh")
+    assert root_residual(matrices, root, exponent, 0.5).max() < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_residual_of_hostile_matrices(scale):
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randn(4, 20, 1, generator=generator)
+    matrices = sources @ sources.mT * scale
+    matrices[1] = 0.0
+    matrices[2] = torch.nan
+    root = inverse_root(matrices, -0.25, 1e-12 * scale, "eigh")
+    root[3] = torch.nan
+    residual = root_residual(matrices, root, -0.25, 1e-12 * scale)
+    assert residual[0] < 1e-4 and residual[1] == 0.0 and residual[2:].isnan().all()
+
+
+def test_the_residual_of_other_exponents_is_0():
+    matrices = torch.eye(4).repeat(2, 1, 1)
+    assert root_residual(matrices, torch.full_like(matrices, 7.0), -0.123, 0.0).tolist() == [0, 0]
+
+
+def test_the_residual_costs_little_and_no_randomness():
+    matrices = torch.eye(256).unsqueeze(0)
+    before = torch.get_rng_state()
+    with FlopCounterMode(display=False) as counter:
+        root_residual(matrices, matrices, -0.25, 1e-12)
+    assert counter.get_total_flops() < 0.1 * 2 * 256**3  # a tenth of a product
+    assert torch.equal(torch.get_rng_state(), before)

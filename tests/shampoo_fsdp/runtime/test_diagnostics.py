@@ -1,0 +1,100 @@
+"""The figures that go to the metrics are those of the step."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from shampoo_fsdp import Shampoo
+from shampoo_fsdp.runtime.diagnostics import Diagnostics, kind_of, merged
+
+
+def trained(steps: int, **settings) -> tuple[nn.Parameter, Shampoo, torch.Tensor]:
+    """A matrix, its optimizer, and its update (over lr) on the last step."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(12, 8, generator=generator))
+    optimizer = Shampoo(
+        [("layers.3.attention.wq.weight", weight)],
+        lr=1.0,
+        weight_decay=0.0,
+        precondition_frequency=2,
+        max_preconditioner_dim=8,
+        **settings,
+    )
+    before = weight.detach().clone()
+    for _ in range(steps):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+    return weight, optimizer, before - weight.detach()
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+def test_the_size_of_the_update_and_the_factors(preconditioner):
+    _, optimizer, update = trained(9, preconditioner=preconditioner)
+    figures = merged([optimizer.diagnostics()])
+    assert figures["update_rms/attention.wq"] == pytest.approx(
+        float(update.square().mean().sqrt()), rel=1e-4
+    )
+    assert figures["condition_number"] > 1.0
+    assert 0.0 < figures["root_residual"] < 1.0  # the roots are a step older than the factors
+    assert figures["state_mib"] == pytest.approx(
+        sum(
+            tensor.nbytes
+            for bucket in optimizer._crew.buckets
+            for shelf in bucket.shelves
+            for tensor in shelf.stack.saved.values()
+        )
+        / 2**20
+    )
+    parts = {"exchange", "excluded", "factors", "roots", "direction", "apply"}
+    assert {name[3:] for name in figures if name.startswith("ms/")} == parts
+    assert figures["direction_over_graft"] > 0.0
+
+
+def test_a_fresh_root_has_no_residual():
+    _, optimizer, _ = trained(9, refresh_schedule="together", start_preconditioning_step=9)
+    assert merged([optimizer.diagnostics()])["root_residual"] < 1e-3
+
+
+def test_ranks_are_put_together():
+    one = Diagnostics({"ms/roots": 1.0}, {"wq": (4.0, 1.0)}, (math.log(2.0), 1.0))
+    two = Diagnostics({"ms/roots": 3.0}, {"wq": (0.0, 1.0), "wk": (9.0, 1.0)}, (math.log(8.0), 1.0))
+    assert merged([one, two]) == pytest.approx(
+        {
+            "ms/roots": 3.0,
+            "direction_over_graft": 4.0,
+            "update_rms/wk": 3.0,
+            "update_rms/wq": math.sqrt(2.0),
+        }
+    )
+
+
+def test_kinds_do_not_depend_on_the_layer():
+    assert kind_of("layers.3.attention.wq.weight") == "attention.wq"
+    assert kind_of("layers.11.moe.experts.w1") == "moe.experts"
+    assert kind_of("weight") == "weight"
+
+
+def test_each_group_is_judged_by_its_own_betas():
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(8, 8, generator=generator)
+    gradients = [torch.randn(8, 8, generator=generator) for _ in range(4)]
+
+    def residual(*groups_betas: tuple[float, float]) -> float:
+        weights = [nn.Parameter(value.clone()) for _ in groups_betas]
+        groups = [
+            {"params": [(f"{i}", w)], "betas": betas}
+            for i, (w, betas) in enumerate(zip(weights, groups_betas, strict=True))
+        ]
+        optimizer = Shampoo(groups, precondition_frequency=1, start_preconditioning_step=1)
+        for gradient in gradients:
+            for weight in weights:
+                weight.grad = gradient.clone()
+            optimizer.step()
+        return merged([optimizer.diagnostics()])["root_residual"]
+
+    apart = max(residual((0.9, 0.5)), residual((0.9, 0.999)))
+    assert residual((0.9, 0.5), (0.9, 0.999)) == pytest.approx(apart, rel=1e-3)
+    assert residual((0.9, 0.999), (0.9, 0.5)) == pytest.approx(apart, rel=1e-3)

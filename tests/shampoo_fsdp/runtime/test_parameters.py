@@ -1,0 +1,214 @@
+"""What the optimizer is given: names, groups with options of torch.optim, models that move."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from shampoo_fsdp import Shampoo
+from tests.models import TinyLlama, deterministic_gradients, set_gradients
+
+SMALL = {"dim": 12, "hidden": 20, "vocab": 16, "n_layers": 1}
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape or (4, 4)))
+
+
+class TestNames:
+    def test_without_names_what_is_preconditioned_is_said_once(self):
+        model = TinyLlama(**SMALL)
+        with pytest.warns(UserWarning) as caught:
+            Shampoo(model.parameters())
+        (warning,) = caught
+        said = str(warning.message)
+        assert warning.filename == __file__
+        assert "12 parameters have no names" in said and "9 matrices" in said
+        assert "(20, 12) x 2" in said and "(16, 12) x 2" in said and "1 more shape" in said
+        assert "model.named_parameters()" in said
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda model: Shampoo(model.named_parameters()),
+            lambda model: Shampoo(model.parameters(), exclude=[]),  # names would change nothing
+            lambda model: Shampoo(model.parameters(), exclude=["."]),
+            lambda model: Shampoo(model.norm.parameters()),
+        ],
+    )
+    def test_nothing_is_said_where_names_make_no_difference(self, make):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(TinyLlama(**SMALL))
+
+    def test_groups_keep_the_names_as_they_were_given(self):
+        a, b, c = matrix(), matrix(), matrix()
+        c.requires_grad_(False)
+        named = [("_orig_mod.a", a), ("frozen", c)]
+        optimizer = Shampoo([{"params": named}, {"params": [("b", b)]}])
+        expected = [["_orig_mod.a", "frozen"], ["b"]]
+        assert [group["param_names"] for group in optimizer.param_groups] == expected
+        saved = optimizer.state_dict()
+        assert [group["param_names"] for group in saved["param_groups"]] == expected
+        optimizer.load_state_dict(saved)
+        assert [group["param_names"] for group in optimizer.param_groups] == expected
+        unnamed = Shampoo([a], exclude=[])
+        assert "param_names" not in unnamed.param_groups[0]
+
+    def test_groups_may_bring_their_names(self):
+        model = TinyLlama(**SMALL)
+        adamw = torch.optim.AdamW(model.named_parameters(), fused=True, weight_decay=0.3)
+        optimizer = Shampoo(adamw.param_groups)
+        assert optimizer.matrices_left_to_grafting() == ["tok_embeddings.weight", "output.weight"]
+        assert optimizer.param_groups[0]["weight_decay"] == 0.3
+        assert optimizer.param_groups[0]["param_names"] == [n for n, _ in model.named_parameters()]
+
+    @pytest.mark.parametrize(
+        ("params", "whose"),
+        [
+            ([("a", matrix()), matrix(3, 5)], "params .*. Some param names are missing"),
+            (
+                [{"params": [("a", matrix())]}, {"params": matrix(3, 5)}],
+                "param groups .*. cannot add param group without names",
+            ),
+            (
+                [{"params": [matrix(3, 5)]}, {"params": [("a", matrix())]}],
+                "param groups .*. cannot add param group with names",
+            ),
+            (
+                [{"params": [matrix()], "param_names": ["a"]}, {"params": [matrix(3, 5)]}],
+                "param groups .*. cannot add param group without names",
+            ),
+        ],
+    )
+    def test_either_all_have_names_or_none(self, params, whose):
+        """In the words of torch.optim, which people search for."""
+        whose = whose.replace(".*", "should be with/without names")
+        with pytest.raises(ValueError, match=rf"all optimizer {whose}"):
+            Shampoo(params)
+
+    @pytest.mark.parametrize("names", [["a", "b"], [1], "a"])
+    def test_names_that_do_not_fit_their_group(self, names):
+        with pytest.raises(ValueError, match=r"'param_names' .* one name for each of its 1 param"):
+            Shampoo([{"params": [matrix()], "param_names": names}])
+
+    @pytest.mark.parametrize(
+        ("params", "message"),
+        [
+            ({matrix()}, "ordered collections"),
+            ([{"params": {matrix()}}], "ordered collections"),
+            ([{"params": 3}], "int"),
+            (matrix(), "params argument given to the optimizer should be an iterable of Tensors"),
+            (["a"], "optimizer can only optimize Tensors"),
+        ],
+    )
+    def test_what_are_no_parameters(self, params, message):
+        with pytest.raises(TypeError, match=message):
+            Shampoo(params)
+
+
+class TestOptionsOfTorch:
+    """Options of torch.optim's optimizers are obeyed or refused, never ignored."""
+
+    @pytest.mark.parametrize(
+        ("option", "what_to_do"),
+        [
+            ({"maximize": True}, r"'maximize' is True; allowed: False .*negate the loss"),
+            ({"amsgrad": True}, "'amsgrad' is True"),
+            ({"capturable": True}, "'capturable' is True"),
+            ({"differentiable": True}, "'differentiable' is True"),
+            ({"decoupled_weight_decay": False}, "'decoupled_weight_decay'.*weight_decay_type"),
+            ({"lr_decay": 0.1}, r"'lr_decay' is 0\.1; .*scheduler"),
+            ({"centered": True}, "'centered' is True"),
+            ({"initial_accumulator_value": 0.1}, "'initial_accumulator_value'"),
+            ({"beta1": 0.9}, r"'beta1' is 0\.9; .*betas"),
+            ({"beta2": 0.9}, r"'beta2' is 0\.9; .*betas"),
+            ({"fused": "yes"}, "'fused' is 'yes'"),
+        ],
+    )
+    def test_what_cannot_be_obeyed_is_refused(self, option, what_to_do):
+        for make in (
+            lambda: Shampoo([("w", matrix())], **option),
+            lambda: Shampoo([{"params": [("w", matrix())], **option}]),
+        ):
+            with pytest.raises(ValueError, match=what_to_do):
+                make()
+
+    def test_what_changes_nothing_is_accepted(self):
+        options = {
+            "maximize": False,
+            "amsgrad": False,
+            "foreach": None,
+            "fused": True,
+            "capturable": False,
+            "differentiable": False,
+            "decoupled_weight_decay": True,
+        }
+        Shampoo([("w", matrix())], **options)
+        Shampoo([("w", matrix())], foreach=False, fused=False)
+        optimizer = Shampoo([{"params": [("w", matrix())], "name": "hidden", **options}])
+        assert optimizer.param_groups[0]["name"] == "hidden"
+
+
+class TestMovedModels:
+    def gradients(self, model: nn.Module, step: int) -> None:
+        set_gradients(model, deterministic_gradients(model, step))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(
+        "options", [{}, {"grafting": "adagrad", "weight_decay_type": "l2"}, {"momentum": 0.5}]
+    )
+    def test_another_type_before_the_first_step_is_as_if_it_had_been_there(self, dtype, options):
+        before, after = TinyLlama(**SMALL).to(dtype), TinyLlama(**SMALL)
+        one = Shampoo(before.named_parameters(), lr=1e-2, **options)
+        other = Shampoo(after.named_parameters(), lr=1e-2, **options)
+        after.to(dtype)
+        after.load_state_dict(before.state_dict())
+        for step in range(4):
+            for model, optimizer in ((before, one), (after, other)):
+                self.gradients(model, step)
+                optimizer.step()
+        for (name, expected), found in zip(
+            before.named_parameters(), after.parameters(), strict=True
+        ):
+            assert torch.equal(found, expected) and found.dtype == dtype, name
+        for expected, found in zip(
+            one.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True
+        ):
+            assert {n: v.dtype for n, v in found.items()} == {
+                n: v.dtype for n, v in expected.items()
+            }
+
+    def test_another_type_between_steps_keeps_the_state(self):
+        model = TinyLlama(**SMALL)
+        optimizer = Shampoo(model.named_parameters(), lr=1e-2)
+        for step in range(3):
+            self.gradients(model, step)
+            optimizer.step()
+        kept = optimizer.state[model.output.weight]["exp_avg"].clone()
+        model.to(torch.bfloat16)
+        model.output.weight.grad = None
+        optimizer.step()
+        found = optimizer.state[model.output.weight]["exp_avg"]
+        assert torch.equal(found, kept.bfloat16()) and kept.any()
+        assert all(p.isfinite().all() for p in model.parameters())
+
+    @pytest.mark.parametrize("name", ["layers.0.attention.wq.weight", "output.weight"])
+    def test_another_device_is_refused_before_anything_changes(self, name):
+        model = TinyLlama(**SMALL)
+        optimizer = Shampoo(model.named_parameters())
+        self.gradients(model, 0)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        moved = dict(model.named_parameters())[name]
+        torch.utils.swap_tensors(moved, nn.Parameter(torch.empty(moved.shape, device="meta")))
+        with pytest.raises(ValueError, match=rf"'{name}' is on meta, .* on cpu .*load_state_dict"):
+            optimizer.step()
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n != name)
+
+    def test_complex_parameters_are_refused(self):
+        weight = matrix()
+        optimizer = Shampoo([("w", weight)])
+        weight.data = weight.data.to(torch.complex64)
+        with pytest.raises(ValueError, match=r"'w' is of type torch\.complex64"):
+            optimizer.step()

@@ -1,0 +1,152 @@
+"""The report says what the plan means, and why it is not more even."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
+from shampoo_fsdp.tools.command import main
+from shampoo_fsdp.tools.models import model_specs
+from shampoo_fsdp.tools.plan_figures import PlanReport, plan_report
+
+
+def report_of(model: str, mesh: dict[str, int], **settings) -> PlanReport:
+    return plan_report(model, [model_specs(model, mesh)], ShampooConfig(**settings))
+
+
+def as_json(capsys, *arguments: str):
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_figures_of_llama3_8b_on_64_ranks(capsys):
+    report = as_json(capsys, "--model", "llama3-8b", "--mesh", "dp_shard=64")
+    assert report["ranks"] == 64
+    assert report["blocks_by_shape"] == {"1024 x 1024": 6656}
+    assert report["elements_preconditioned"] == 6656 * 1024**2
+    per_rank = report["per_rank"]
+    adamw = report["elements"] * 8 / 2**30  # two moments in fp32
+    assert per_rank["adamw_state_gib"]["mean"] * 64 == pytest.approx(adamw)
+    # Two moments of everything; two factors and two inverse roots of each block.
+    shampoo = adamw + 6656 * 4 * 1024**2 * 4 / 2**30
+    assert per_rank["state_gib"]["mean"] * 64 == pytest.approx(shampoo)
+    sent = per_rank["gib_sent_inside_node"]["mean"] + per_rank["gib_sent_across_nodes"]["mean"]
+    assert sent * 64 == pytest.approx(report["gib_sent_by_all_ranks"])
+    assert sum(phase["blocks_refreshed"] for phase in report["phases"]) == 6656
+    assert report["worst_rank"]["load_over_mean"] <= 1.05
+    assert report["even"]
+
+
+def test_imbalance_holds_every_largest_value_over_its_mean(capsys):
+    mesh = "dp_replicate=2,dp_shard=3,tp=2"
+    report = as_json(capsys, "--model", "llama3-8b", "--mesh", mesh, "--ranks_per_node", "4")
+    spreads = dict(report["per_rank"])
+    spreads |= {f"gflop_in_phase_{i}": p["gflop"] for i, p in enumerate(report["phases"])}
+    assert len(report["phases"]) == report["settings"]["precondition_frequency"]
+    assert report["imbalance"] == {
+        name: pytest.approx(spread["max"] / spread["mean"]) for name, spread in spreads.items()
+    }
+
+
+def test_bf16_halves_what_is_sent():
+    full = report_of("llama3-8b", {"dp_shard": 16})
+    half = report_of("llama3-8b", {"dp_shard": 16}, communication_dtype="bfloat16")
+    assert half.gib_sent == full.gib_sent / 2
+    assert half.least_gib_sent == full.least_gib_sent / 2
+
+
+def test_fewer_blocks_than_ranks_are_the_reason_given():
+    report = report_of("llama3-8b", {"dp_shard": 512}, max_preconditioner_dim=16384)
+    assert "224 blocks" in report.reason()
+    assert "fewer blocks than ranks, so that 288 ranks or more own none" in report.reason()
+    assert not report.as_json()["even"]
+
+
+def test_too_few_refreshes_per_step_are_the_reason_given():
+    report = report_of("llama3-8b", {"dp_shard": 64, "tp": 8})
+    rank, phase, ratio = report.worst
+    assert ratio > 1.05
+    assert (
+        f"rank {rank} has {ratio:.3f} x the mean load in refresh phase {phase}" in report.reason()
+    )
+    assert "1.30 per rank, and blocks are whole: some ranks refresh 2 or more" in report.reason()
+
+
+def test_replicas_that_repeat_the_work_are_reported_once():
+    report = report_of("llama3-8b", {"dp_replicate": 4, "dp_shard": 8}, owner_scope="shard")
+    assert report.ranks == tuple(range(8))
+    assert sum(report.per_rank["blocks"]) == 6656
+    assert sum(report.per_rank["gib_sent_across_nodes"]) == 0
+
+
+def test_parts_of_a_pipeline_share_no_blocks():
+    def stage(number: int, matrices: int) -> list[ParameterSpec]:
+        ranks = (2 * number, 2 * number + 1)
+        return [
+            ParameterSpec(f"layers.{number}.{i}.w", (64, 64), ranks, (2,), (Sharded(0),))
+            for i in range(matrices)
+        ]
+
+    config = ShampooConfig(max_preconditioner_dim=32, precondition_frequency=2)
+    report = plan_report("pipeline", [stage(0, 4), stage(1, 8)], config)
+    assert report.per_rank["blocks"] == [8, 8, 16, 16]
+    assert report.imbalance["blocks"] == pytest.approx(4 / 3)
+    assert "cannot move between the 2 sets of ranks" in report.reason()
+
+
+def test_a_model_without_matrices_is_reported():
+    spec = ParameterSpec("norm.weight", (64,), (0, 1), (2,), (Sharded(0),))
+    report = plan_report("norms", [[spec]], ShampooConfig())
+    assert report.reason() == "nothing is preconditioned"
+    assert report.per_rank["state_gib"] == report.per_rank["adamw_state_gib"]
+    assert not math.isnan(sum(report.imbalance.values()))
+
+
+def test_tables_for_people(capsys):
+    assert main(["plan", "--model", "llama3-8b", "--mesh", "dp_shard=16"]) == 0
+    out = capsys.readouterr().out
+    for words in ("max / mean", "1024 x 1024", "state with AdamW, GiB", "Balance: rank"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model llama3-9b --mesh dp_shard=2", "unknown model 'llama3-9b'"),
+        ("--model llama3-8b --mesh dp_shard", "mesh 'dp_shard' is not understood"),
+        ("--model llama3-8b --mesh tp=2,tp=2", "is not understood at 'tp=2'"),
+        ("--model llama3-8b --mesh fsdp=2", "unknown mesh dimension 'fsdp'"),
+        ("--model llama3-8b --mesh tp=2 --max_preconditioner_dim 0", "'max_preconditioner_dim'"),
+        ("--model llama3-8b --mesh dp_shard=2 --memory_cap 1", "'memory_cap' has been removed"),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, arguments, message):
+    assert main(["plan", *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_it_runs_as_a_module_without_torchtitan():
+    code = (
+        "import runpy, sys; sys.modules['torchtitan'] = None; "
+        "sys.argv = 'x plan --model llama3-8b --mesh dp_shard=8 --json'.split(); "
+        "runpy.run_module('shampoo_fsdp', run_name='__main__')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout)["blocks"] == 6656
+
+
+def test_who_stops_reading_is_told_of_no_error():
+    command = "-m shampoo_fsdp plan --model llama3-8b --mesh dp_shard=8 --json"
+    command = [sys.executable, *command.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

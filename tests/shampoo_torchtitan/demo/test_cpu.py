@@ -1,0 +1,80 @@
+"""Training without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shampoo_torchtitan.demo import cpu
+from tests.ranks import preload, run_ranks
+from tests.shampoo_torchtitan import jobs
+
+preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
+
+pytestmark = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+
+
+def _initial_weights(job: Path, arguments: list[str]) -> dict[str, torch.Tensor]:
+    trainer = jobs.make_trainer(job, *arguments)
+    trainer.close()
+    return jobs.weights(trainer)
+
+
+def test_initial_weights_do_not_depend_on_the_mesh(tmp_path):
+    job = jobs.write_job(tmp_path)
+    meshes = [
+        (1, []),
+        (2, []),
+        (2, ["--parallelism.tensor_parallel_degree=2"]),
+        (4, ["--parallelism.tensor_parallel_degree=2"]),
+        (4, ["--parallelism.data_parallel_replicate_degree=2"]),
+    ]
+    expected = None
+    for n, arguments in meshes:
+        arguments = [*arguments, "--optimizer.name=AdamW"]
+        for found in run_ranks(n, _initial_weights, init=False, job=job, arguments=arguments):
+            expected = expected or found
+            assert found.keys() == expected.keys()
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+    halves = expected["layers.0.attention.wq.weight"].chunk(2)
+    assert not torch.equal(halves[0], halves[1])
+
+
+def test_torch_still_sees_that_triton_is_missing():
+    """The stand-in that TorchTitan's import needs must not make torch compile for a GPU."""
+    code = (
+        "import importlib.util; there = importlib.util.find_spec('triton') is not None\n"
+        "import shampoo_torchtitan, torch.utils._triton as t\n"
+        "assert t.has_triton_package() == there"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_settings_for_gpus_are_put_right(tmp_path):
+    arguments = ["--activation_checkpoint.mode=full", "--training.mixed_precision_param=bfloat16"]
+    config = jobs.read_job(jobs.write_job(tmp_path), *arguments)
+    assert config.activation_checkpoint.mode == "none"
+    assert config.training.mixed_precision_param == "float32"
+
+
+def test_on_gpus_a_job_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "needed", lambda: False)
+    config = jobs.read_job(jobs.write_job(tmp_path), "--activation_checkpoint.mode=full")
+    assert config.activation_checkpoint.mode == "full"
+    assert config.training.mixed_precision_param == "bfloat16"
+
+
+def test_what_needs_a_gpu_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        jobs.read_job(jobs.write_job(tmp_path), "--parallelism.context_parallel_degree=2")
+    assert "parallelism.context_parallel_degree = 2" in capsys.readouterr().err
+
+
+def test_integer_histograms_count_tokens_per_expert():
+    experts = torch.tensor([0, 3, 3, 1, 3])
+    counts = torch.histc(experts, bins=4, min=0, max=4)
+    assert counts.tolist() == [1, 1, 0, 3]
+    assert counts.dtype == torch.int64
