@@ -1,6 +1,6 @@
 """Carries out a plan's transfers: gradient pieces to the owners, update pieces back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,10 +47,10 @@ class Exchange:
             travels: whether any rank sends anything: all of them take part then, or none.
         """
 
-        def moves(of: Callable[[Part], Sequence[Transfer]]) -> _Moves:
+        def moves(kind: str) -> _Moves:
             # The sort is stable: sender and receiver list the pieces of a pair, of which there is
             # one for each block, in the same order.
-            found = [(member, transfer) for member, part in parts.items() for transfer in of(part)]
+            found = [(member, t) for member, part in parts.items() for t in getattr(part, kind)]
             return sorted(found, key=lambda move: move[1].peer)
 
         def in_blocks(found: _Moves) -> list[Tensor]:
@@ -58,13 +58,9 @@ class Exchange:
 
         self._ranks = ranks
         self._travels = travels
-        local = moves(lambda part: part.local)
-        gather_out, gather_in = (
-            moves(lambda part: part.gather_out),
-            moves(lambda part: part.gather_in),
-        )
-        scatter_out = moves(lambda part: part.scatter_out)
-        scatter_in = moves(lambda part: part.scatter_in)
+        local = moves("local")
+        gather_out, gather_in = moves("gather_out"), moves("gather_in")
+        scatter_out, scatter_in = moves("scatter_out"), moves("scatter_in")
         shard_side = max(_numel(gather_out), _numel(scatter_in))
         block_side = max(_numel(gather_in), _numel(scatter_out))
         self._shard_buffer = torch.empty(shard_side, dtype=dtype, device=device)
