@@ -1,8 +1,7 @@
 """Shapes of well-known models, and how TorchTitan lays them out on a mesh."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from shampoo_fsdp.plan.shards import ParameterSpec, Placement, Sharded
 
@@ -11,46 +10,81 @@ __all__ = ["MESH_DIMS", "MODELS", "model_specs"]
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp", "ep")
 """Dimensions of a mesh, outermost first; ep takes its ranks out of dp_shard and tp."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Llama:
-    dim: int
-    hidden: int
-    layers: int
-    kv: int
-    vocab: int = 128256
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MoE:
-    """DeepSeek-V3's: latent attention, a few dense layers, then experts."""
-
-    dim: int = 7168
-    hidden: int = 18432
-    layers: int = 61
-    dense_layers: int = 3
-    experts: int = 256
-    expert_hidden: int = 2048
-    heads: int = 128
-    q_rank: int = 1536
-    kv_rank: int = 512
-    nope: int = 128
-    rope: int = 64
-    vocab: int = 129280
-
-
-MODELS: Mapping[str, _Llama | _MoE] = {
-    "llama3-8b": _Llama(dim=4096, hidden=14336, layers=32, kv=1024),
-    "llama3-70b": _Llama(dim=8192, hidden=28672, layers=80, kv=1024),
-    "llama3-405b": _Llama(dim=16384, hidden=53248, layers=126, kv=1024),
-    "deepseek-v3-like": _MoE(),
-}
-
 # The dimension of a weight [out, in] or of experts [E, out, in] that tensor parallelism cuts.
 _COLUMN_WISE, _ROW_WISE, _WHOLE = 0, 1, None
 _EXPERTS_COLUMN_WISE, _EXPERTS_ROW_WISE = 1, 2
 
-_Named = Iterator[tuple[str, tuple[int, ...], int | None]]
+_Parameters = dict[str, tuple[tuple[int, ...], int | None]]
+"""By name the shape and that dimension."""
+
+
+def _llama3(*, layers: int, dim: int, hidden: int, kv: int) -> _Parameters:
+    layer: _Parameters = {
+        "attention.wq.weight": ((dim, dim), _COLUMN_WISE),
+        "attention.wk.weight": ((kv, dim), _COLUMN_WISE),
+        "attention.wv.weight": ((kv, dim), _COLUMN_WISE),
+        "attention.wo.weight": ((dim, dim), _ROW_WISE),
+        **_feed_forward("feed_forward", dim, hidden),
+        "attention_norm.weight": ((dim,), _WHOLE),
+        "ffn_norm.weight": ((dim,), _WHOLE),
+    }
+    return _model([layer] * layers, dim, vocab=128256)
+
+
+def _deepseek_v3() -> _Parameters:
+    """Latent attention; a few dense layers, then experts."""
+    dim, experts, expert_hidden = 7168, 256, 2048
+    heads, q_rank, kv_rank, nope, rope = 128, 1536, 512, 128, 64
+    query, value = heads * (nope + rope), heads * nope
+    up, down = (experts, expert_hidden, dim), (experts, dim, expert_hidden)
+    attention: _Parameters = {
+        "attention.wq_a.weight": ((q_rank, dim), _WHOLE),
+        "attention.wq_b.weight": ((query, q_rank), _COLUMN_WISE),
+        "attention.wkv_a.weight": ((kv_rank + rope, dim), _WHOLE),
+        "attention.wkv_b.weight": ((2 * value, kv_rank), _COLUMN_WISE),
+        "attention.wo.weight": ((dim, value), _ROW_WISE),
+        "attention.q_norm.weight": ((q_rank,), _WHOLE),
+        "attention.kv_norm.weight": ((kv_rank,), _WHOLE),
+        "attention_norm.weight": ((dim,), _WHOLE),
+        "ffn_norm.weight": ((dim,), _WHOLE),
+    }
+    moe: _Parameters = {
+        "moe.router.gate.weight": ((experts, dim), _WHOLE),
+        "moe.experts.w1": (up, _EXPERTS_COLUMN_WISE),
+        "moe.experts.w2": (down, _EXPERTS_ROW_WISE),
+        "moe.experts.w3": (up, _EXPERTS_COLUMN_WISE),
+        **_feed_forward("moe.shared_experts", dim, expert_hidden),
+    }
+    dense = _feed_forward("feed_forward", dim, 18432)
+    return _model([attention | dense] * 3 + [attention | moe] * 58, dim, vocab=129280)
+
+
+def _feed_forward(name: str, dim: int, hidden: int) -> _Parameters:
+    return {
+        f"{name}.w1.weight": ((hidden, dim), _COLUMN_WISE),
+        f"{name}.w2.weight": ((dim, hidden), _ROW_WISE),
+        f"{name}.w3.weight": ((hidden, dim), _COLUMN_WISE),
+    }
+
+
+def _model(layers: Sequence[_Parameters], dim: int, vocab: int) -> _Parameters:
+    numbered = {
+        f"layers.{i}.{name}": kind for i, layer in enumerate(layers) for name, kind in layer.items()
+    }
+    return {
+        "tok_embeddings.weight": ((vocab, dim), _COLUMN_WISE),
+        **numbered,
+        "norm.weight": ((dim,), _WHOLE),
+        "output.weight": ((vocab, dim), _COLUMN_WISE),
+    }
+
+
+MODELS: Mapping[str, _Parameters] = {
+    "llama3-8b": _llama3(layers=32, dim=4096, hidden=14336, kv=1024),
+    "llama3-70b": _llama3(layers=80, dim=8192, hidden=28672, kv=1024),
+    "llama3-405b": _llama3(layers=126, dim=16384, hidden=53248, kv=1024),
+    "deepseek-v3-like": _deepseek_v3(),
+}
 
 
 def model_specs(model: str, mesh: Mapping[str, int]) -> list[ParameterSpec]:
@@ -70,95 +104,33 @@ def model_specs(model: str, mesh: Mapping[str, int]) -> list[ParameterSpec]:
             raise ValueError(f"unknown mesh dimension '{dim}'; there are {', '.join(MESH_DIMS)}.")
         if size < 1:
             raise ValueError(f"mesh dimension {dim} is {size}; it must be at least 1.")
-    shape = MODELS[model]
-    replicate, shard, tp, ep = (mesh.get(dim, 1) for dim in MESH_DIMS)
-    experts = shape.experts if isinstance(shape, _MoE) else 0
+    parameters = MODELS[model]
+    sizes = [mesh.get(dim, 1) for dim in MESH_DIMS]
+    _, shard, tp, ep = sizes
+    experts = max((shape[0] for shape, _ in parameters.values() if len(shape) == 3), default=0)
     if ep > 1 and not experts:
         raise ValueError(f"{model} has no experts for ep = {ep}.")
-    if (shard * tp) % ep or (experts and experts % ep):
+    if (shard * tp) % ep or experts % ep:
         raise ValueError(
             f"ep = {ep} must divide dp_shard * tp = {shard * tp} and the {experts} experts."
         )
-    named = _llama(shape) if isinstance(shape, _Llama) else _moe(shape)
-    layout = _Layout(replicate, shard, tp, ep)
-    return [layout.spec(*parameter) for parameter in named]
+    return [_spec(name, shape, tp_dim, sizes) for name, (shape, tp_dim) in parameters.items()]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    replicate: int
-    shard: int
-    tp: int
-    ep: int
-
-    def spec(self, name: str, shape: tuple[int, ...], tp_dim: int | None) -> ParameterSpec:
-        if len(shape) == 3 and self.ep > 1:
-            mesh, placements = self._experts(shape[0])
-        else:
-            mesh, placements = self._dense(tp_dim)
-        # A mesh dimension of one rank is none.
-        kept = [(n, p) for n, p in zip(mesh, placements, strict=True) if n > 1]
-        mesh, placements = tuple(n for n, _ in kept), tuple(p for _, p in kept)
-        return ParameterSpec(name, shape, tuple(range(math.prod(mesh))), mesh, placements)
-
-    def _dense(self, tp_dim: int | None) -> tuple[tuple[int, ...], tuple[Placement, ...]]:
-        by_fsdp = Sharded(0)
-        if tp_dim == 0 and self.tp > 1:
-            by_fsdp = Sharded(0, split=self.tp)
+def _spec(
+    name: str, shape: tuple[int, ...], tp_dim: int | None, mesh_sizes: Sequence[int]
+) -> ParameterSpec:
+    replicate, shard, tp, ep = mesh_sizes
+    layout: list[tuple[int, Placement]]
+    if len(shape) == 3 and ep > 1:
+        shards = shard * tp // ep
+        # With too few experts FSDP cuts each of them.
+        by_fsdp = Sharded(1) if shards * ep > shape[0] else Sharded(0, split=ep)
+        layout = [(replicate, None), (shards, by_fsdp), (ep, Sharded(0))]
+    else:
+        by_fsdp = Sharded(0, split=tp if tp_dim == 0 else 1)
         by_tp = None if tp_dim is None else Sharded(tp_dim)
-        return (self.replicate, self.shard, self.tp), (None, by_fsdp, by_tp)
-
-    def _experts(self, experts: int) -> tuple[tuple[int, ...], tuple[Placement, ...]]:
-        shards = self.shard * self.tp // self.ep
-        by_fsdp = Sharded(0, split=self.ep)
-        if shards * self.ep > experts:
-            by_fsdp = Sharded(1)  # too few experts: FSDP cuts each of them
-        return (self.replicate, shards, self.ep), (None, by_fsdp, Sharded(0))
-
-
-def _llama(s: _Llama) -> _Named:
-    yield "tok_embeddings.weight", (s.vocab, s.dim), _COLUMN_WISE
-    for i in range(s.layers):
-        layer = f"layers.{i}"
-        yield f"{layer}.attention.wq.weight", (s.dim, s.dim), _COLUMN_WISE
-        yield f"{layer}.attention.wk.weight", (s.kv, s.dim), _COLUMN_WISE
-        yield f"{layer}.attention.wv.weight", (s.kv, s.dim), _COLUMN_WISE
-        yield f"{layer}.attention.wo.weight", (s.dim, s.dim), _ROW_WISE
-        yield from _feed_forward(f"{layer}.feed_forward", s.dim, s.hidden)
-        yield f"{layer}.attention_norm.weight", (s.dim,), _WHOLE
-        yield f"{layer}.ffn_norm.weight", (s.dim,), _WHOLE
-    yield "norm.weight", (s.dim,), _WHOLE
-    yield "output.weight", (s.vocab, s.dim), _COLUMN_WISE
-
-
-def _moe(s: _MoE) -> _Named:
-    yield "tok_embeddings.weight", (s.vocab, s.dim), _COLUMN_WISE
-    for i in range(s.layers):
-        layer = f"layers.{i}"
-        query, value = s.heads * (s.nope + s.rope), s.heads * s.nope
-        yield f"{layer}.attention.wq_a.weight", (s.q_rank, s.dim), _WHOLE
-        yield f"{layer}.attention.wq_b.weight", (query, s.q_rank), _COLUMN_WISE
-        yield f"{layer}.attention.wkv_a.weight", (s.kv_rank + s.rope, s.dim), _WHOLE
-        yield f"{layer}.attention.wkv_b.weight", (2 * value, s.kv_rank), _COLUMN_WISE
-        yield f"{layer}.attention.wo.weight", (s.dim, value), _ROW_WISE
-        yield f"{layer}.attention.q_norm.weight", (s.q_rank,), _WHOLE
-        yield f"{layer}.attention.kv_norm.weight", (s.kv_rank,), _WHOLE
-        yield f"{layer}.attention_norm.weight", (s.dim,), _WHOLE
-        yield f"{layer}.ffn_norm.weight", (s.dim,), _WHOLE
-        if i < s.dense_layers:
-            yield from _feed_forward(f"{layer}.feed_forward", s.dim, s.hidden)
-            continue
-        up, down = (s.experts, s.expert_hidden, s.dim), (s.experts, s.dim, s.expert_hidden)
-        yield f"{layer}.moe.router.gate.weight", (s.experts, s.dim), _WHOLE
-        yield f"{layer}.moe.experts.w1", up, _EXPERTS_COLUMN_WISE
-        yield f"{layer}.moe.experts.w2", down, _EXPERTS_ROW_WISE
-        yield f"{layer}.moe.experts.w3", up, _EXPERTS_COLUMN_WISE
-        yield from _feed_forward(f"{layer}.moe.shared_experts", s.dim, s.expert_hidden)
-    yield "norm.weight", (s.dim,), _WHOLE
-    yield "output.weight", (s.vocab, s.dim), _COLUMN_WISE
-
-
-def _feed_forward(name: str, dim: int, hidden: int) -> _Named:
-    yield f"{name}.w1.weight", (hidden, dim), _COLUMN_WISE
-    yield f"{name}.w2.weight", (dim, hidden), _ROW_WISE
-    yield f"{name}.w3.weight", (hidden, dim), _COLUMN_WISE
+        layout = [(replicate, None), (shard, by_fsdp), (tp, by_tp)]
+    layout = [(n, p) for n, p in layout if n > 1]  # a mesh dimension of one rank is none
+    mesh, placements = tuple(n for n, _ in layout), tuple(p for _, p in layout)
+    return ParameterSpec(name, shape, tuple(range(math.prod(mesh))), mesh, placements)
