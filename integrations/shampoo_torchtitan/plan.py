@@ -32,7 +32,7 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_fsdp.runtime.parameters import describe
-from shampoo_fsdp.tools.plan_figures import PlanReport, plan_report
+from shampoo_fsdp.tools.plan_figures import PlanReport
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan import job_config
 from shampoo_torchtitan.train import JobReader
@@ -115,7 +115,7 @@ def job_report(config: Any, world_size: int) -> PlanReport:
         f" ({mesh})" if mesh else ""
     )
     settings = getattr(config.optimizer, "shampoo", None) or ShampooConfig()
-    return plan_report(title, job_specs(config, world_size), settings)
+    return PlanReport(title, job_specs(config, world_size), settings)
 
 
 def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:

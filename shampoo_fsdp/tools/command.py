@@ -5,12 +5,12 @@ python -m shampoo_fsdp inspect outputs/checkpoint/step-500
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from shampoo_fsdp.tools.inspection import inspect_checkpoint
 from shampoo_fsdp.tools.inspection_plot import plot as draw
 from shampoo_fsdp.tools.inspection_report import as_json, print_report
 from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
-from shampoo_fsdp.tools.plan_figures import plan_report
+from shampoo_fsdp.tools.plan_figures import PlanReport
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_fsdp.validation import REMOVED, refuse_unknown
 
@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     namespace, unknown = parser.parse_known_args(arguments)
     options = vars(namespace)
-    command = options.pop("command")
-    run: Callable[..., None] = _plan if command == "plan" else _inspect
+    command, run = options.pop("command"), options.pop("run")
     try:
-        refuse_unknown([name for name in _names(unknown) if name in REMOVED], [])
+        names = [text.lstrip("-").partition("=")[0] for text in unknown if text.startswith("--")]
+        refuse_unknown([name for name in names if name in REMOVED], [])
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         run(**options)
@@ -49,14 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _names(arguments: Sequence[str]) -> list[str]:
-    return [a.lstrip("-").partition("=")[0] for a in arguments if a.startswith("--")]
-
-
 def _plan(*, model: str, mesh: str, json: bool, **settings: Any) -> None:
     config = settings_from_keywords(settings)
-    specs = model_specs(model, _mesh(mesh))
-    report = plan_report(f"{model} on {mesh}", [specs], config)
+    report = PlanReport(f"{model} on {mesh}", [model_specs(model, _mesh(mesh))], config)
     if json:
         _print_json(report.as_json())
     else:
@@ -66,16 +61,10 @@ def _plan(*, model: str, mesh: str, json: bool, **settings: Any) -> None:
 def _inspect(
     *, checkpoint: str, json: bool, plot: str | None, parameter: str, blocks: int | None
 ) -> None:
-    found, number, parameters = inspect_checkpoint(Path(checkpoint), parameter, blocks)
-    console = Console(stderr=True)
-    found.parameters += track(
-        parameters,
-        "Reading",
-        number,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    errors = Console(stderr=True)
+    hidden = not errors.is_terminal
+    watched = partial(track, description="Reading", console=errors, transient=True, disable=hidden)
+    found = inspect_checkpoint(Path(checkpoint), parameter, blocks, watched)
     if plot is not None:
         draw(found, Path(plot))
     if json:
@@ -98,19 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", argument_default=argparse.SUPPRESS, help="show a plan")
+    plan.set_defaults(run=_plan)
     plan.add_argument("--model", required=True, help=", ".join(MODELS))
     plan.add_argument(
         "--mesh", required=True, help=f"sizes of {', '.join(MESH_DIMS)}, as in dp_shard=64,tp=8"
     )
     plan.add_argument("--json", action="store_true", default=False, help="figures as JSON")
     settings = plan.add_argument_group("settings of Shampoo")
-    hints = typing.get_type_hints(ShampooConfig)
-    for field in dataclasses.fields(ShampooConfig):
-        reads = {"type": _value} | (
-            {"nargs": "+", "type": str} if hints[field.name] == list[str] else {}
-        )
-        settings.add_argument(f"--{field.name}", **reads)  # type: ignore[arg-type]
+    for name, annotation in typing.get_type_hints(ShampooConfig).items():
+        if annotation == list[str]:
+            settings.add_argument(f"--{name}", nargs="+")
+        else:
+            settings.add_argument(f"--{name}", type=_value)
     inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
+    inspect.set_defaults(run=_inspect)
     inspect.add_argument("checkpoint", help="its folder, such as outputs/checkpoint/step-500")
     inspect.add_argument("--json", action="store_true", help="figures as JSON")
     inspect.add_argument(

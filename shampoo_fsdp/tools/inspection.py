@@ -3,27 +3,30 @@
 Everything is read piece by piece, so that a checkpoint of any size fits into one process.
 """
 
+import itertools
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shampoo_fsdp.checkpoint.fits import state_keys
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid, cut_view
-from shampoo_fsdp.rules.factors import proportionate_sides
+from shampoo_fsdp.rules.factors import factor_kinds
 from shampoo_fsdp.rules.kept import CAP, factor_entries, preconditioner_of
 from shampoo_fsdp.tools.reader import CheckpointReader
-from shampoo_fsdp.tools.spectra import Factor, factor_in
+from shampoo_fsdp.tools.spectra import Factor, elements_of, factor_in
 from shampoo_fsdp.validation import name_some
 
 __all__ = ["Block", "Checkpoint", "Parameter", "inspect_checkpoint"]
 
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 _TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")
+_ENTRIES = {"full": "factors", "packed": "factors", "diagonal": "diagonals"}
+"""Where factors of a kind are kept."""
 
 
 @dataclass
@@ -81,21 +84,25 @@ class Checkpoint:
     """How far the training is, as TorchTitan counts."""
     files: int
     bytes_on_disk: int
-    parameters: list[Parameter] = field(default_factory=list)
+    parameters: list[Parameter]
 
 
 def inspect_checkpoint(
-    folder: Path, pattern: str = "", most_blocks: int | None = None
-) -> tuple[Checkpoint, int, Iterator[Parameter]]:
-    """The checkpoint without its parameters, how many of them there are, and one after the other.
+    folder: Path,
+    pattern: str = "",
+    most_blocks: int | None = None,
+    watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> Checkpoint:
+    """Read a checkpoint.
 
     Args:
         folder: the checkpoint.
         pattern: regular expression; only parameters whose name contains a match.
         most_blocks: factors of so many blocks of each parameter are looked at, evenly spread.
+        watched: is given the names of the parameters, and goes through them while each is read.
 
     Raises:
-        ValueError: says what is wrong with the folder or the pattern.
+        ValueError: says what is wrong with the folder, the pattern or the state of a parameter.
     """
     reader = CheckpointReader(folder)
     found = {key.partition("state.")[2]: keys for key, keys in state_keys(reader.metadata).items()}
@@ -111,18 +118,26 @@ def inspect_checkpoint(
     training = {
         m[1]: reader.value(key) for key in reader.metadata if (m := _TRAINING.fullmatch(key))
     }
-    checkpoint = Checkpoint(
+    settings = reader.settings()
+    parameters = []
+    for name in watched(chosen):
+        try:
+            parameters.append(
+                _parameter(reader, name, found[name], settings.get(name, {}), most_blocks)
+            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            (line, *_) = str(error).splitlines() or [""]
+            raise ValueError(
+                f"the state of '{name}' is not of the form that Shampoo gives it "
+                f"({type(error).__name__}: {line})."
+            ) from None
+    return Checkpoint(
         folder=str(folder),
         optimizer="Shampoo" if any(CAP in keys for keys in found.values()) else "another",
         training=training,
         files=len(files),
         bytes_on_disk=sum(path.stat().st_size for path in files),
-    )
-    settings = reader.settings()
-    return (
-        checkpoint,
-        len(chosen),
-        (_one(reader, n, found[n], settings.get(n, {}), most_blocks) for n in chosen),
+        parameters=parameters,
     )
 
 
@@ -132,17 +147,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _one(reader: CheckpointReader, name: str, *others: Any) -> Parameter:
-    try:
-        return _parameter(reader, name, *others)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        (line, *_) = str(error).splitlines() or [""]
-        raise ValueError(
-            f"the state of '{name}' is not of the form that Shampoo gives it "
-            f"({type(error).__name__}: {line})."
-        ) from None
-
-
 def _parameter(
     reader: CheckpointReader,
     name: str,
@@ -150,11 +154,13 @@ def _parameter(
     settings: dict[str, Any],
     most_blocks: int | None,
 ) -> Parameter:
-    moments = [key for entry, key in keys.items() if entry not in factor_entries()]
-    factors = [key for entry, key in keys.items() if entry in factor_entries()]
+    sizes = {"moments": 0, "factors": 0}
+    for entry, key in keys.items():
+        sizes["factors" if entry in factor_entries() else "moments"] += reader.size_in_bytes(key)
     checked = {entry: key for entry, key in keys.items() if entry != CAP}
     checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
-    blocks = _blocks(reader, keys) if CAP in keys else []
+    marker = reader.shape(keys[CAP]) if CAP in keys else ()
+    blocks = _blocks(reader, keys) if marker else []
     looked_at = blocks
     if most_blocks is not None and most_blocks < len(blocks):
         looked_at = [blocks[i * len(blocks) // most_blocks] for i in range(most_blocks)]
@@ -164,67 +170,69 @@ def _parameter(
         step=int(reader.value(keys["step"])) if "step" in keys else 0,
         factor_step=int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
         settings=settings,
-        preconditioner=preconditioner_of(reader.shape(keys[CAP])) if CAP in keys else "",
-        max_preconditioner_dim=reader.shape(keys[CAP])[0] if CAP in keys else None,
-        bytes={
-            "moments": sum(map(reader.size_in_bytes, moments)),
-            "factors": sum(map(reader.size_in_bytes, factors)),
-        },
+        preconditioner=preconditioner_of(marker),
+        max_preconditioner_dim=marker[0] if marker else None,
+        bytes=sizes,
         nonfinite={entry: n for entry, key in checked.items() if (n := reader.nonfinite(key))},
         number_of_blocks=len(blocks),
         blocks=[
-            Block(offsets, shape, [factor_in(reader, *where) for where in places])
+            Block(offsets, shape, [factor_in(reader, *place) for place in places])
             for offsets, shape, places in looked_at
         ],
     )
 
 
-_Place = tuple[str, int, int, int, int, str]
-"""Where a factor is: key, offset and length there; its dimension, its rows, its kind."""
-
-
 def _blocks(
     reader: CheckpointReader, keys: Mapping[str, str]
-) -> list[tuple[tuple[int, ...], tuple[int, ...], list[_Place]]]:
-    """Offsets, shape and factors of each block, in the order of the grid."""
+) -> list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int, int, str]]]]:
+    """Offsets and shape of each block, in the order of the grid, and where its factors are: key,
+    start, dimension, rows and kind."""
     grid = _grid(reader, keys)
-    shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
-    places: list[list[_Place]] = [[] for _ in shapes]
-    (cap, *_) = reader.shape(keys[CAP])
-    # Rows of the blocks one after the other, in each the dimensions one after the other.
-    for entry, smallest, largest in (("factors", 1, cap), ("diagonals", cap + 1, math.inf)):
-        if entry not in keys:
-            continue
-        sides = [[(i, n) for i, n in enumerate(s) if smallest <= n <= largest] for s in shapes]
-        (total,), start = reader.shape(keys[entry]), 0
-        kind = "diagonal"
-        if entry == "factors":
-            sides, kind = _sides_with_factor(shapes, sides, total)
-        for place, block in zip(places, sides, strict=True):
-            for i, n in block:
-                length = {"full": n * n, "packed": n * (n + 1) // 2, "diagonal": n}[kind]
-                place.append((keys[entry], start, length, i, n, kind))
-                start += length
-    offsets = [tuple(start for start, _ in grid.rectangle(c)) for c in grid.coordinates()]
-    return list(zip(offsets, shapes, places, strict=True))
+    sides = _sides_with_factor(reader, keys, grid)
+    start = dict.fromkeys(_ENTRIES.values(), 0)
+    blocks = []
+    # In each entry block after block, in each block dimension after dimension.
+    for coordinate in grid.coordinates():
+        shape = grid.block_shape(coordinate)
+        offsets = tuple(first for first, _ in grid.rectangle(coordinate))
+        places = []
+        for dimension, n, kind in sides[shape]:
+            entry = _ENTRIES[kind]
+            places.append((keys[entry], start[entry], dimension, n, kind))
+            start[entry] += elements_of(n, kind)
+        blocks.append((offsets, shape, places))
+    return blocks
 
 
 def _sides_with_factor(
-    shapes: Sequence[tuple[int, ...]], sides: list[list[tuple[int, int]]], total: int
-) -> tuple[list[list[tuple[int, int]]], str]:
-    """Those of the sides that have a matrix, and how it is kept: by the total of their elements,
-    as the checkpoint does not say its `max_factor_ratio`."""
-    ratios = {n * n / math.prod(shape) for shape in shapes for n in shape}
-    for ratio in sorted(ratios, reverse=True):
-        kept = []
-        for shape, block in zip(shapes, sides, strict=True):
-            within = proportionate_sides(shape, ratio)
-            kept.append([(i, n) for i, n in block if n in within])
-        lengths = [n for block in kept for _, n in block]
-        if sum(n * n for n in lengths) == total:
-            return kept, "full"
-        if sum(n * (n + 1) // 2 for n in lengths) == total:
-            return kept, "packed"
+    reader: CheckpointReader, keys: Mapping[str, str], grid: BlockGrid
+) -> dict[tuple[int, ...], list[tuple[int, int, str]]]:
+    """For each shape of block the dimension, rows and kind of its factors, matrices first: by the
+    total of their elements, as the checkpoint does not say its `max_factor_ratio`."""
+    shapes, cap = grid.block_shapes, reader.shape(keys[CAP])[0]
+    total = math.prod(reader.shape(keys["factors"])) if "factors" in keys else 0
+    ratios = sorted({n * n / math.prod(shape) for shape in shapes for n in shape}, reverse=True)
+    for ratio, matrix in itertools.product(ratios, ("full", "packed")):
+        config = ShampooConfig(
+            max_preconditioner_dim=cap, large_dim="diagonal", max_factor_ratio=ratio
+        )
+        sides = {}
+        for shape in shapes:
+            kinds = [matrix if kind == "full" else kind for kind in factor_kinds(shape, config)]
+            kept = [
+                (d, n, kind)
+                for d, (n, kind) in enumerate(zip(shape, kinds))
+                if _ENTRIES.get(kind) in keys
+            ]
+            sides[shape] = sorted(kept, key=lambda side: side[2] == "diagonal")
+        elements = sum(
+            number * elements_of(n, kind)
+            for shape, number in shapes.items()
+            for _, n, kind in sides[shape]
+            if kind == matrix
+        )
+        if elements == total:
+            return sides
     raise ValueError(f"no choice of factors has the {total:,} elements that the checkpoint has.")
 
 

@@ -1,4 +1,4 @@
-"""What a plan means for each rank, as figures and as tables: before the job runs, on any machine.
+"""What a plan means for each rank, as figures: before the job runs, on any machine.
 
 A job has one plan for each set of parameters that share their ranks (the stages of a pipeline
 have one each); a rank's figures are the sums over its plans.
@@ -7,9 +7,9 @@ have one each); a rank's figures are the sums over its plans.
 import dataclasses
 import itertools
 import math
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,51 +22,98 @@ from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.parameters import is_preconditioned
+from shampoo_fsdp.tools.tables import times
 
-__all__ = ["EVEN", "PlanReport", "max_over_mean", "plan_report", "spread_of", "times"]
+__all__ = ["EVEN", "PlanReport", "max_over_mean", "spread_of"]
 
 _GIB = 2**30
 # Up to this ratio of the largest load to the mean the work counts as even.
 EVEN = 1.05
 
 
-@dataclass(frozen=True, kw_only=True)
 class PlanReport:
     """Figures of all ranks of a job. GiB are 2^30 bytes, GFLOP 10^9 operations."""
 
-    title: str
-    ranks: tuple[int, ...]
-    """Ascending. Where replicas repeat the work, the ranks of the first one: others are alike."""
-    owner_scope: str
-    parameters: int
-    parameters_preconditioned: int
-    elements: int
-    elements_preconditioned: int
-    blocks_by_shape: Mapping[tuple[int, ...], int]
-    per_rank: Mapping[str, Sequence[float]]
-    """For each quantity its value on each rank."""
-    phases: Sequence[Sequence[float]]
-    """For each refresh phase and rank the GFLOP of a step."""
-    refreshed: Sequence[int]
-    """For each phase the number of blocks that its steps refresh."""
-    gib_sent: float
-    """By all ranks together, per step."""
-    least_gib_sent: float
-    """The same if every block were owned by a rank that holds most of it."""
-    groups: int
-    """How many sets of ranks share blocks among themselves; as many as stages of a pipeline."""
-    load_over_mean_in_groups: float
-    """The largest load of a rank over the mean of its own set, on average or in a phase."""
-    settings: ShampooConfig
+    def __init__(
+        self, title: str, models: Sequence[Sequence[ParameterSpec]], config: ShampooConfig
+    ) -> None:
+        """
+        Args:
+            title: what the job is, for the head of the report.
+            models: the parameters of each optimizer of the job, the excluded ones included: one
+                list, or one for each part of the model under pipeline parallelism.
+
+        Raises:
+            ValueError: as :func:`shampoo_fsdp.plan.transfers.make_plan`.
+        """
+        specs = list(itertools.chain.from_iterable(models))
+        assignments = [of for members in models for of in _assignments(members, config)]
+        plans = [Totals(assignment) for assignment in assignments]
+        chosen = [spec for spec in specs if is_preconditioned(spec.name, spec.shape, config)]
+        names = {spec.name for spec in chosen}
+        excluded = [spec for spec in specs if spec.name not in names]
+        numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # in a GiB that is sent
+        self.title = title
+        self.settings = config
+        self.ranks = tuple(sorted({rank for part in plans or specs for rank in part.ranks}))
+        """Ascending. Where replicas repeat the work, those of the first one: others are alike."""
+        self.parameters = len(specs)
+        self.parameters_preconditioned = len(chosen)
+        self.elements = sum(math.prod(spec.shape) for spec in specs)
+        self.elements_preconditioned = sum(math.prod(spec.shape) for spec in chosen)
+        shapes = Counter(of.sites[site].shape for of in assignments for site in of.site_of)
+        self.blocks_by_shape = dict(shapes.most_common())
+        """Without batch dimensions, the most frequent first."""
+        self.per_rank: dict[str, list[float]] = {
+            "gflop_per_step": self._sums([(plan.ranks, plan.load) for plan in plans], 1e9),
+            "blocks": self._sums([(plan.ranks, plan.owned) for plan in plans], 1),
+            "state_gib": self._sums(
+                [*_adam_bytes(excluded), *((plan.ranks, plan.state) for plan in plans)], _GIB
+            ),
+            "adamw_state_gib": self._sums(_adam_bytes(specs), _GIB),
+            "gib_sent_inside_node": self._sums(
+                [(plan.ranks, map(operator.sub, plan.sent, plan.across)) for plan in plans], numbers
+            ),
+            "gib_sent_across_nodes": self._sums(
+                [(plan.ranks, plan.across) for plan in plans], numbers
+            ),
+        }
+        """For each quantity its value on each rank."""
+        self.phases = [
+            self._sums([(plan.ranks, [r[phase] for r in plan.phase_load]) for plan in plans], 1e9)
+            for phase in range(config.precondition_frequency)
+        ]
+        """For each refresh phase and rank the GFLOP of a step."""
+        self.refreshed = [
+            sum(plan.refreshed[phase] for plan in plans) for phase in range(len(self.phases))
+        ]
+        """For each phase the number of blocks that its steps refresh."""
+        self.gib_sent = sum(sum(plan.sent) for plan in plans) / numbers
+        """By all ranks together, per step."""
+        self.least_gib_sent = sum(plan.least_sent for plan in plans) / numbers
+        """The same if every block were owned by a rank that holds most of it."""
+        self.groups = len({plan.ranks for plan in plans})
+        """How many sets of ranks share blocks among themselves; as many as stages of a pipeline."""
+        loads = [x for plan in plans for x in (plan.load, *zip(*plan.phase_load, strict=True))]
+        self.load_over_mean_in_groups = max(map(max_over_mean, loads), default=1.0)
+        """The largest load of a rank over the mean of its own set, on average or in a phase."""
+
+    def _sums(
+        self, parts: Iterable[tuple[Sequence[int], Iterable[float]]], unit: float
+    ) -> list[float]:
+        """What each rank has of all parts, which are ranks and their values, in units."""
+        sums = dict.fromkeys(self.ranks, 0.0)
+        for ranks, values in parts:
+            for rank, value in zip(ranks, values, strict=True):
+                if rank in sums:
+                    sums[rank] += value
+        return [total / unit for total in sums.values()]
 
     @property
     def imbalance(self) -> dict[str, float]:
         """Every quantity's largest value on a rank over its mean; 1.0 is even."""
-        ratios = {name: max_over_mean(values) for name, values in self.per_rank.items()}
-        phases = {
-            f"gflop_in_phase_{p}": max_over_mean(loads) for p, loads in enumerate(self.phases)
-        }
-        return ratios | phases
+        phases = {f"gflop_in_phase_{p}": loads for p, loads in enumerate(self.phases)}
+        return {name: max_over_mean(values) for name, values in (self.per_rank | phases).items()}
 
     @property
     def worst(self) -> tuple[int, int | None, float]:
@@ -124,7 +171,7 @@ class PlanReport:
         return {
             "title": self.title,
             "ranks": len(self.ranks),
-            "owner_scope": self.owner_scope,
+            "owner_scope": self.settings.owner_scope,
             "parameters": self.parameters,
             "parameters_preconditioned": self.parameters_preconditioned,
             "elements": self.elements,
@@ -156,81 +203,6 @@ class PlanReport:
         return {shape: sides for shape, sides in shapes.items() if sides}
 
 
-def plan_report(
-    title: str, models: Sequence[Sequence[ParameterSpec]], config: ShampooConfig
-) -> PlanReport:
-    """Plan all parameters of a job, the excluded ones included.
-
-    Args:
-        title: what the job is, for the head of the report.
-        models: the parameters of each optimizer of the job: one list, or one for each part of the
-            model under pipeline parallelism.
-
-    Raises:
-        ValueError: as :func:`shampoo_fsdp.plan.transfers.make_plan`.
-    """
-    specs = list(itertools.chain.from_iterable(models))
-    chosen = [spec for spec in specs if is_preconditioned(spec.name, spec.shape, config)]
-    assignments = [of for members in models for of in _assignments(members, config)]
-    totals = [Totals(assignment) for assignment in assignments]
-    ranks = tuple(sorted({rank for of in totals for rank in of.ranks}))
-    ranks = ranks or tuple(sorted({rank for spec in specs for rank in spec.ranks}))
-
-    names = {spec.name for spec in chosen}
-    adam = _adam_bytes(specs, ranks)
-    excluded = _adam_bytes([spec for spec in specs if spec.name not in names], ranks)
-    width = torch_dtype(config.communication_dtype).itemsize
-    inside: dict[int, float] = defaultdict(float)
-    across: dict[int, float] = defaultdict(float)
-    load: dict[int, float] = defaultdict(float)
-    blocks: dict[int, int] = defaultdict(int)
-    state: dict[int, float] = defaultdict(float, excluded)
-    phases: list[dict[int, float]] = [
-        defaultdict(float) for _ in range(config.precondition_frequency)
-    ]
-    for of in totals:
-        for i, rank in enumerate(of.ranks):
-            inside[rank] += (of.sent[i] - of.across[i]) * width
-            across[rank] += of.across[i] * width
-            load[rank] += of.load[i]
-            blocks[rank] += of.owned[i]
-            state[rank] += of.state[i]
-            for phase, flops in zip(phases, of.phase_load[i], strict=True):
-                phase[rank] += flops
-    return PlanReport(
-        title=title,
-        ranks=ranks,
-        owner_scope=config.owner_scope,
-        parameters=len(specs),
-        parameters_preconditioned=len(chosen),
-        elements=sum(math.prod(spec.shape) for spec in specs),
-        elements_preconditioned=sum(math.prod(spec.shape) for spec in chosen),
-        blocks_by_shape=_blocks_by_shape(assignments),
-        per_rank={
-            "gflop_per_step": [load[rank] / 1e9 for rank in ranks],
-            "blocks": [float(blocks[rank]) for rank in ranks],
-            "state_gib": [state[rank] / _GIB for rank in ranks],
-            "adamw_state_gib": [adam[rank] / _GIB for rank in ranks],
-            "gib_sent_inside_node": [inside[rank] / _GIB for rank in ranks],
-            "gib_sent_across_nodes": [across[rank] / _GIB for rank in ranks],
-        },
-        phases=[[phase[rank] / 1e9 for rank in ranks] for phase in phases],
-        refreshed=[sum(of.refreshed[i] for of in totals) for i in range(len(phases))],
-        gib_sent=sum(sum(of.sent) for of in totals) * width / _GIB,
-        least_gib_sent=sum(of.least_sent for of in totals) * width / _GIB,
-        groups=len({of.ranks for of in totals}),
-        load_over_mean_in_groups=max(
-            (
-                max_over_mean(x)
-                for of in totals
-                for x in (of.load, *zip(*of.phase_load, strict=True))
-            ),
-            default=1.0,
-        ),
-        settings=config,
-    )
-
-
 def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[Assignment]:
     sharing: dict[tuple[int, ...], list[ParameterSpec]] = defaultdict(list)
     for spec in specs:
@@ -240,26 +212,13 @@ def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[
     return [Assignment(members, config, costs, ranks[0]) for ranks, members in sharing.items()]
 
 
-def _adam_bytes(specs: Sequence[ParameterSpec], ranks: Sequence[int]) -> dict[int, float]:
-    """Bytes of Adam's two moments, in fp32, on each rank."""
+def _adam_bytes(specs: Sequence[ParameterSpec]) -> Iterator[tuple[Sequence[int], list[int]]]:
+    """Bytes of Adam's two moments, in fp32: ranks and what each has, layout after layout."""
     layouts = Counter((s.shape, s.ranks, s.mesh_shape, s.placements) for s in specs)
-    result = dict.fromkeys(ranks, 0.0)
-    for (shape, members, mesh_shape, placements), number in layouts.items():
+    for (shape, ranks, mesh_shape, placements), number in layouts.items():
         coordinates = itertools.product(*map(range, mesh_shape))
-        for rank, coordinate in zip(members, coordinates, strict=True):
-            if rank in result:
-                shard = shard_rectangle(shape, mesh_shape, placements, coordinate)
-                result[rank] += 2 * torch.float32.itemsize * number * volume(shard)
-    return result
-
-
-def _blocks_by_shape(assignments: Sequence[Assignment]) -> dict[tuple[int, ...], int]:
-    shapes: Counter[tuple[int, ...]] = Counter()
-    grids = Counter(shard_map.grid for of in assignments for shard_map in of.maps)
-    for grid, number in grids.items():
-        for shape, blocks in grid.block_shapes.items():
-            shapes[shape] += number * blocks
-    return dict(shapes.most_common())
+        shards = [shard_rectangle(shape, mesh_shape, placements, c) for c in coordinates]
+        yield ranks, [2 * torch.float32.itemsize * number * volume(shard) for shard in shards]
 
 
 def max_over_mean(values: Sequence[float]) -> float:
@@ -269,7 +228,3 @@ def max_over_mean(values: Sequence[float]) -> float:
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
-
-
-def times(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

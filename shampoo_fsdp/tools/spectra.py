@@ -9,7 +9,7 @@ from torch import Tensor
 from shampoo_fsdp.rules.matrices import unpacked
 from shampoo_fsdp.tools.reader import CheckpointReader
 
-__all__ = ["Factor", "factor_in"]
+__all__ = ["Factor", "elements_of", "factor_in"]
 
 _RESOLUTION = torch.finfo(torch.float32).eps
 _CURVE_POINTS = 65
@@ -36,9 +36,9 @@ class Factor:
 
 
 def factor_in(
-    reader: CheckpointReader, key: str, start: int, length: int, dimension: int, n: int, kind: str
+    reader: CheckpointReader, key: str, start: int, dimension: int, n: int, kind: str
 ) -> Factor:
-    values = reader.part(key, (start,), (length,)).double()
+    values = reader.part(key, (start,), (elements_of(n, kind),)).double()
     spectrum = _eigenvalues(values, n, kind)
     if spectrum is None:
         return Factor(dimension, n, kind, math.nan, math.nan, math.nan, [])
@@ -55,6 +55,11 @@ def factor_in(
         vanishing=(relative < _RESOLUTION).double().mean().item(),
         spectrum=relative[places].tolist(),
     )
+
+
+def elements_of(n: int, kind: str) -> int:
+    """That are kept of a factor."""
+    return {"full": n * n, "packed": n * (n + 1) // 2, "diagonal": n}[kind]
 
 
 def _eigenvalues(values: Tensor, n: int, kind: str) -> Tensor | None:

@@ -205,8 +205,7 @@ def test_what_cannot_be_inspected_is_said_in_a_line(folder, capsys, tmp_path):
 
 def test_the_report_fits_a_narrow_terminal(folder):
     text = io.StringIO()
-    found, _, parameters = inspect_checkpoint(folder / "two ranks")
-    found.parameters += parameters
+    found = inspect_checkpoint(folder / "two ranks")
     print_report(found, Console(file=text, width=60))
     assert max(map(len, text.getvalue().splitlines())) <= 60
     assert "condition number" in text.getvalue() and WQ in text.getvalue()

@@ -11,11 +11,11 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.tools.models import model_specs
-from shampoo_fsdp.tools.plan_figures import PlanReport, plan_report
+from shampoo_fsdp.tools.plan_figures import PlanReport
 
 
 def report_of(model: str, mesh: dict[str, int], **settings) -> PlanReport:
-    return plan_report(model, [model_specs(model, mesh)], ShampooConfig(**settings))
+    return PlanReport(model, [model_specs(model, mesh)], ShampooConfig(**settings))
 
 
 def as_json(capsys, *arguments: str):
@@ -92,7 +92,7 @@ def test_parts_of_a_pipeline_share_no_blocks():
         ]
 
     config = ShampooConfig(max_preconditioner_dim=32, precondition_frequency=2)
-    report = plan_report("pipeline", [stage(0, 4), stage(1, 8)], config)
+    report = PlanReport("pipeline", [stage(0, 4), stage(1, 8)], config)
     assert report.per_rank["blocks"] == [8, 8, 16, 16]
     assert report.imbalance["blocks"] == pytest.approx(4 / 3)
     assert "cannot move between the 2 sets of ranks" in report.reason()
@@ -100,7 +100,7 @@ def test_parts_of_a_pipeline_share_no_blocks():
 
 def test_a_model_without_matrices_is_reported():
     spec = ParameterSpec("norm.weight", (64,), (0, 1), (2,), (Sharded(0),))
-    report = plan_report("norms", [[spec]], ShampooConfig())
+    report = PlanReport("norms", [[spec]], ShampooConfig())
     assert report.reason() == "nothing is preconditioned"
     assert report.per_rank["state_gib"] == report.per_rank["adamw_state_gib"]
     assert not math.isnan(sum(report.imbalance.values()))
