@@ -3,8 +3,9 @@
 Everything is read piece by piece, so that a checkpoint of any size fits into one process.
 """
 
-import itertools
+import dataclasses
 import math
+import operator
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from shampoo_fsdp.checkpoint.fits import state_keys
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid, cut_view
-from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.rules.factors import FactorKind, factor_kinds
 from shampoo_fsdp.rules.kept import CAP, factor_entries, preconditioner_of
 from shampoo_fsdp.tools.reader import CheckpointReader
 from shampoo_fsdp.tools.spectra import Factor, elements_of, factor_in
@@ -25,8 +26,6 @@ __all__ = ["Block", "Checkpoint", "Parameter", "inspect_checkpoint"]
 
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 _TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")
-_ENTRIES = {"full": "factors", "packed": "factors", "diagonal": "diagonals"}
-"""Where factors of a kind are kept."""
 
 
 @dataclass
@@ -122,9 +121,8 @@ def inspect_checkpoint(
     parameters = []
     for name in watched(chosen):
         try:
-            parameters.append(
-                _parameter(reader, name, found[name], settings.get(name, {}), most_blocks)
-            )
+            group = settings.get(name, {})
+            parameters.append(_parameter(reader, name, found[name], group, most_blocks))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             (line, *_) = str(error).splitlines() or [""]
             raise ValueError(
@@ -154,16 +152,12 @@ def _parameter(
     settings: dict[str, Any],
     most_blocks: int | None,
 ) -> Parameter:
-    sizes = {"moments": 0, "factors": 0}
-    for entry, key in keys.items():
-        sizes["factors" if entry in factor_entries() else "moments"] += reader.size_in_bytes(key)
+    moments = [key for entry, key in keys.items() if entry not in factor_entries()]
+    factors = [key for entry, key in keys.items() if entry in factor_entries()]
     checked = {entry: key for entry, key in keys.items() if entry != CAP}
     checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
     marker = reader.shape(keys[CAP]) if CAP in keys else ()
-    blocks = _blocks(reader, keys) if marker else []
-    looked_at = blocks
-    if most_blocks is not None and most_blocks < len(blocks):
-        looked_at = [blocks[i * len(blocks) // most_blocks] for i in range(most_blocks)]
+    number_of_blocks, blocks = _blocks(reader, keys, most_blocks) if CAP in keys else (0, [])
     return Parameter(
         name=name,
         shape=reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
@@ -172,67 +166,59 @@ def _parameter(
         settings=settings,
         preconditioner=preconditioner_of(marker),
         max_preconditioner_dim=marker[0] if marker else None,
-        bytes=sizes,
+        bytes={
+            "moments": sum(map(reader.size_in_bytes, moments)),
+            "factors": sum(map(reader.size_in_bytes, factors)),
+        },
         nonfinite={entry: n for entry, key in checked.items() if (n := reader.nonfinite(key))},
-        number_of_blocks=len(blocks),
-        blocks=[
-            Block(offsets, shape, [factor_in(reader, *place) for place in places])
-            for offsets, shape, places in looked_at
-        ],
+        number_of_blocks=number_of_blocks,
+        blocks=blocks,
     )
 
 
 def _blocks(
-    reader: CheckpointReader, keys: Mapping[str, str]
-) -> list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[str, int, int, int, str]]]]:
-    """Offsets and shape of each block, in the order of the grid, and where its factors are: key,
-    start, dimension, rows and kind."""
+    reader: CheckpointReader, keys: Mapping[str, str], most_blocks: int | None
+) -> tuple[int, list[Block]]:
+    """How many there are, and those that are looked at, in the order of the grid."""
     grid = _grid(reader, keys)
-    sides = _sides_with_factor(reader, keys, grid)
-    start = dict.fromkeys(_ENTRIES.values(), 0)
-    blocks = []
-    # In each entry block after block, in each block dimension after dimension.
-    for coordinate in grid.coordinates():
-        shape = grid.block_shape(coordinate)
-        offsets = tuple(first for first, _ in grid.rectangle(coordinate))
-        places = []
-        for dimension, n, kind in sides[shape]:
-            entry = _ENTRIES[kind]
-            places.append((keys[entry], start[entry], dimension, n, kind))
-            start[entry] += elements_of(n, kind)
-        blocks.append((offsets, shape, places))
-    return blocks
+    blocks = [
+        Block(tuple(start for start, _ in grid.rectangle(c)), grid.block_shape(c), [])
+        for c in grid.coordinates()
+    ]
+    kinds, matrix = _kinds(reader, keys, [block.shape for block in blocks])
+    count = len(blocks) if most_blocks is None else min(most_blocks, len(blocks))
+    chosen = {i * len(blocks) // count for i in range(count)}
+    # Rows of the blocks one after the other, in each the dimensions one after the other.
+    for entry, kind in (("factors", "full"), ("diagonals", "diagonal")):
+        kept, start = matrix if kind == "full" else kind, 0
+        for position, block in enumerate(blocks):
+            for dimension, n in enumerate(block.shape):
+                if entry not in keys or kinds[block.shape][dimension] != kind:
+                    continue
+                if position in chosen:
+                    factor = factor_in(reader, keys[entry], start, dimension, n, kept)
+                    block.factors.append(factor)
+                start += elements_of(n, kept)
+    return len(blocks), [block for i, block in enumerate(blocks) if i in chosen]
 
 
-def _sides_with_factor(
-    reader: CheckpointReader, keys: Mapping[str, str], grid: BlockGrid
-) -> dict[tuple[int, ...], list[tuple[int, int, str]]]:
-    """For each shape of block the dimension, rows and kind of its factors, matrices first: by the
+def _kinds(
+    reader: CheckpointReader, keys: Mapping[str, str], shapes: Sequence[tuple[int, ...]]
+) -> tuple[dict[tuple[int, ...], tuple[FactorKind, ...]], str]:
+    """For each shape of block what factor each dimension has, and how matrices are kept: by the
     total of their elements, as the checkpoint does not say its `max_factor_ratio`."""
-    shapes, cap = grid.block_shapes, reader.shape(keys[CAP])[0]
-    total = math.prod(reader.shape(keys["factors"])) if "factors" in keys else 0
-    ratios = sorted({n * n / math.prod(shape) for shape in shapes for n in shape}, reverse=True)
-    for ratio, matrix in itertools.product(ratios, ("full", "packed")):
-        config = ShampooConfig(
-            max_preconditioner_dim=cap, large_dim="diagonal", max_factor_ratio=ratio
-        )
-        sides = {}
-        for shape in shapes:
-            kinds = [matrix if kind == "full" else kind for kind in factor_kinds(shape, config)]
-            kept = [
-                (d, n, kind)
-                for d, (n, kind) in enumerate(zip(shape, kinds))
-                if _ENTRIES.get(kind) in keys
-            ]
-            sides[shape] = sorted(kept, key=lambda side: side[2] == "diagonal")
-        elements = sum(
-            number * elements_of(n, kind)
-            for shape, number in shapes.items()
-            for _, n, kind in sides[shape]
-            if kind == matrix
-        )
-        if elements == total:
-            return sides
+    (cap, *_) = reader.shape(keys[CAP])
+    total = math.prod(reader.shape(keys["factors"])) if "factors" in keys else None
+    ratios = {n * n / math.prod(shape) for shape in shapes for n in shape}
+    base = ShampooConfig(max_preconditioner_dim=cap, large_dim="diagonal")
+    for ratio in sorted(ratios, reverse=True):
+        config = dataclasses.replace(base, max_factor_ratio=ratio)
+        kinds = {shape: factor_kinds(shape, config) for shape in set(shapes)}
+        sides = [side for shape in shapes for side in zip(shape, kinds[shape], strict=True)]
+        for matrix in ("full", "packed"):
+            elements = sum(elements_of(n, matrix) for n, kind in sides if kind == "full")
+            if total in (None, elements):
+                return kinds, matrix
     raise ValueError(f"no choice of factors has the {total:,} elements that the checkpoint has.")
 
 
@@ -242,11 +228,8 @@ def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
     view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[CAP])
     if not math.prod(view):
         raise ValueError(f"'{keys['exp_avg']}' is empty.")
-    pieces = reader.pieces(keys["exp_avg"])
-    cuts = tuple(
-        tuple(sorted({0} | {offsets[d] + sizes[d] for offsets, sizes in pieces}))
-        for d in range(len(view))
-    )
+    ends = [map(operator.add, *piece) for piece in reader.pieces(keys["exp_avg"])]
+    cuts = tuple(tuple(sorted({0, *along})) for along in zip(*ends, strict=True))
     guesses = [BlockGrid(view, batch_dims, cuts) for batch_dims in (0, 1)]
     for large_dim in typing.get_args(typing.get_type_hints(ShampooConfig)["large_dim"]):
         config = ShampooConfig(max_preconditioner_dim=cap, large_dim=large_dim)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shampoo_fsdp.tools.inspection import Checkpoint, Parameter
 from shampoo_fsdp.tools.inspection_report import by_dimension, median
 from shampoo_fsdp.tools.spectra import Factor
@@ -70,43 +72,36 @@ def _draw_decay(axes: Any, kinds: dict[str, list[Parameter]], dimension: int) ->
         spectra = [f.spectrum for f in factors if f.spectrum]
         if not spectra:
             continue
-        places = [i / (len(spectra[0]) - 1) for i in range(len(spectra[0]))]
-        columns = [sorted(values) for values in zip(*spectra, strict=True)]
-        quartiles = [[v[int(q * (len(v) - 1))] for v in columns] for q in (0.25, 0.5, 0.75)]
-        color = f"C{number % 10}"
-        axes.fill_between(places, quartiles[0], quartiles[2], color=color, alpha=0.15, linewidth=0)
-        axes.plot(places, quartiles[1], color=color, label=kind.removesuffix(".weight"))
+        ranked = torch.tensor(spectra, dtype=torch.float64).sort(dim=0).values
+        low, middle, high = (ranked[int(q * (len(ranked) - 1))] for q in (0.25, 0.5, 0.75))
+        places, color = torch.linspace(0.0, 1.0, len(middle)), f"C{number % 10}"
+        axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(places, middle, color=color, label=kind.removesuffix(".weight"))
     axes.axhline(2.0**-23, color="0.6", linewidth=0.8, linestyle=":")
     axes.text(0.01, 2.0**-23, " resolution of fp32", color="0.4", fontsize="x-small", va="bottom")
-    axes.set_yscale("log")
-    axes.set_ylim(1e-8, 2.0)
-    axes.set_xlim(0.0, 1.0)
+    axes.set(yscale="log", xlim=(0.0, 1.0), ylim=(1e-8, 2.0))
+    axes.set(xlabel="place among the eigenvalues / n", ylabel="eigenvalue / largest")
     axes.set_title(f"Eigenvalues of the factors of dimension {dimension}", fontsize="medium")
-    axes.set_xlabel("place among the eigenvalues / n")
-    axes.set_ylabel("eigenvalue / largest")
 
 
 def _draw_layers(
     axes: Any, kinds: dict[str, list[Parameter]], title: str, figure_of: Callable[[Factor], float]
 ) -> None:
     """A figure of each layer's factors, the median over its blocks."""
-    dimensions: set[int] = set()
+    styles: dict[int, str] = {}
     for number, members in enumerate(kinds.values()):
         lines: dict[int, list[tuple[int, float]]] = defaultdict(list)
         for parameter in members:
             for dimension, factors in by_dimension(parameter).items():
                 lines[dimension].append((parameter.layer or 0, median(map(figure_of, factors))))
-        dimensions |= set(lines)
         for dimension, points in lines.items():
+            styles[dimension] = _LINES[dimension % len(_LINES)]
             layers, values = zip(*sorted(points), strict=True)
-            style = _LINES[dimension % len(_LINES)]
-            axes.plot(layers, values, style, color=f"C{number % 10}", marker=".", markersize=4)
-    for dimension in sorted(dimensions):
-        axes.plot(
-            [], [], _LINES[dimension % len(_LINES)], color="0.3", label=f"dimension {dimension}"
-        )
+            color = f"C{number % 10}"
+            axes.plot(layers, values, styles[dimension], color=color, marker=".", markersize=4)
+    for dimension, style in sorted(styles.items()):
+        axes.plot([], [], style, color="0.3", label=f"dimension {dimension}")
     axes.legend(fontsize="x-small")
+    axes.set(xlabel="layer", ylabel=title)
     axes.set_title(f"{title.capitalize()} by layer", fontsize="medium")
-    axes.set_xlabel("layer")
-    axes.set_ylabel(title)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -49,34 +49,30 @@ class PlanReport:
         specs = list(itertools.chain.from_iterable(models))
         assignments = [of for members in models for of in _assignments(members, config)]
         plans = [Totals(assignment) for assignment in assignments]
-        chosen = [spec for spec in specs if is_preconditioned(spec.name, spec.shape, config)]
-        names = {spec.name for spec in chosen}
-        excluded = [spec for spec in specs if spec.name not in names]
+        excluded = [spec for spec in specs if not is_preconditioned(spec.name, spec.shape, config)]
         numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # in a GiB that is sent
         self.title = title
         self.settings = config
         self.ranks = tuple(sorted({rank for part in plans or specs for rank in part.ranks}))
         """Ascending. Where replicas repeat the work, those of the first one: others are alike."""
         self.parameters = len(specs)
-        self.parameters_preconditioned = len(chosen)
+        self.parameters_preconditioned = self.parameters - len(excluded)
         self.elements = sum(math.prod(spec.shape) for spec in specs)
-        self.elements_preconditioned = sum(math.prod(spec.shape) for spec in chosen)
+        left_out = sum(math.prod(spec.shape) for spec in excluded)
+        self.elements_preconditioned = self.elements - left_out
         shapes = Counter(of.sites[site].shape for of in assignments for site in of.site_of)
         self.blocks_by_shape = dict(shapes.most_common())
         """Without batch dimensions, the most frequent first."""
+        state = [*_adam_bytes(excluded), *((plan.ranks, plan.state) for plan in plans)]
+        near = [(plan.ranks, map(operator.sub, plan.sent, plan.across)) for plan in plans]
+        far = [(plan.ranks, plan.across) for plan in plans]
         self.per_rank: dict[str, list[float]] = {
             "gflop_per_step": self._sums([(plan.ranks, plan.load) for plan in plans], 1e9),
             "blocks": self._sums([(plan.ranks, plan.owned) for plan in plans], 1),
-            "state_gib": self._sums(
-                [*_adam_bytes(excluded), *((plan.ranks, plan.state) for plan in plans)], _GIB
-            ),
+            "state_gib": self._sums(state, _GIB),
             "adamw_state_gib": self._sums(_adam_bytes(specs), _GIB),
-            "gib_sent_inside_node": self._sums(
-                [(plan.ranks, map(operator.sub, plan.sent, plan.across)) for plan in plans], numbers
-            ),
-            "gib_sent_across_nodes": self._sums(
-                [(plan.ranks, plan.across) for plan in plans], numbers
-            ),
+            "gib_sent_inside_node": self._sums(near, numbers),
+            "gib_sent_across_nodes": self._sums(far, numbers),
         }
         """For each quantity its value on each rank."""
         self.phases = [
@@ -84,9 +80,7 @@ class PlanReport:
             for phase in range(config.precondition_frequency)
         ]
         """For each refresh phase and rank the GFLOP of a step."""
-        self.refreshed = [
-            sum(plan.refreshed[phase] for plan in plans) for phase in range(len(self.phases))
-        ]
+        self.refreshed = [sum(p.refreshed[i] for p in plans) for i in range(len(self.phases))]
         """For each phase the number of blocks that its steps refresh."""
         self.gib_sent = sum(sum(plan.sent) for plan in plans) / numbers
         """By all ranks together, per step."""
