@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 from shampoo_fsdp.validation import (
-    REMOVED,
     TORCH_OPTIONS,
     check_range,
     check_torch_options,
@@ -217,9 +216,8 @@ class ShampooConfig:
     def __post_init__(self) -> None:
         for name, annotation in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if allowed := misfit(value, annotation):
-                gone = f" ({value!r} has been removed)" if f"{name} = {value!r}" in REMOVED else ""
-                refuse(name, value, allowed + gone)
+            if allowed := misfit(name, value, annotation):
+                refuse(name, value, allowed)
         for name, least in _AT_LEAST.items():
             check_range(name, getattr(self, name), least)
         for name in _SHARES:

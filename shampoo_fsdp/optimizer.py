@@ -20,7 +20,7 @@ from shampoo_fsdp.runtime.groups import check_entries, check_group, copied, give
 from shampoo_fsdp.runtime.parameters import (
     check_parameters,
     count,
-    refuse_frozen,
+    find_gradients,
     refuse_moved,
     warning_without_names,
 )
@@ -158,7 +158,8 @@ class Shampoo(torch.optim.Optimizer):
         refuse_moved(crew.members, self._crew.device)
         self._excluded.follow_the_model()
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
-        problem = self._find_gradients()
+        problem = find_gradients(crew.members, self._given.frozen)
+        self._warn_without_gradients()
         if problem and all(ranks.group is None for ranks in crew.rank_sets):
             raise problem
         if self.config.on_nonfinite == "raise":
@@ -198,23 +199,7 @@ class Shampoo(torch.optim.Optimizer):
         if problem:
             raise problem
 
-    def _find_gradients(self) -> Exception | None:
-        """Let the members find their gradients; returns the first trouble with one.
-
-        Other ranks wait for this one, which therefore goes on with NaN in that gradient's place:
-        so it is skipped everywhere, and replicas and counts of steps stay the same.
-        """
-        problem: Exception | None = None
-        try:
-            refuse_frozen(self._given.frozen)
-        except ValueError as error:
-            problem = error
-        for member in self._crew.members:
-            try:
-                member.find_gradient()
-            except Exception as error:
-                problem = problem or error
-                member.gradient = torch.full_like(member.shard(), torch.nan)
+    def _warn_without_gradients(self) -> None:
         if not self._seen_a_gradient:
             self._seen_a_gradient = any(m.gradient is not None for m in self._crew.members)
             if not self._seen_a_gradient:
@@ -223,7 +208,6 @@ class Shampoo(torch.optim.Optimizer):
                     "fully_shard(), which replaces the parameters?",
                     stacklevel=4,
                 )
-        return problem
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's: all tensors are those of the optimizer.

@@ -105,13 +105,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def misfit(value: Any, annotation: Any) -> str:
+def misfit(name: str, value: Any, annotation: Any) -> str:
     """What a setting of the annotated type may be, if it may not have this value; else "".
 
     Settings also come from TOML files, where nothing else checks their types. Annotations that are
     not known here allow everything.
     """
-    return "" if _fits(value, annotation) else _describe(annotation)
+    if _fits(value, annotation):
+        return ""
+    gone = f" ({value!r} has been removed)" if f"{name} = {value!r}" in REMOVED else ""
+    return _describe(annotation) + gone
 
 
 def _fits(value: Any, annotation: Any) -> bool:

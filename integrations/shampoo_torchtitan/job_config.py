@@ -8,15 +8,15 @@ the command line.
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Any
 
 from torchtitan.config import ConfigManager
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
+from shampoo_fsdp.validation import REMOVED, misfit
 
 __all__ = ["JobConfig", "Optimizer", "check_degrees", "check_job", "check_table"]
 
@@ -54,13 +54,15 @@ def check_table(cls: type, table: dict[str, Any], path: str = "") -> None:
     hints = typing.get_type_hints(cls)
     for key, value in table.items():
         name = f"{path}.{key}" if path else key
+        if key not in hints and cls is ShampooConfig and key in REMOVED:
+            raise ValueError(f"setting {name} has been removed: {REMOVED[key]}")
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown setting {name}.{hint} Allowed: {', '.join(sorted(hints))}")
         if not dataclasses.is_dataclass(hints[key]):
-            if not _fits(value, hints[key]):
-                raise TypeError(f"{name} = {value!r}: must be {_describe(hints[key])}")
+            if allowed := misfit(key, value, hints[key]):
+                raise TypeError(f"{name} = {value!r}: must be {allowed}")
         elif isinstance(value, dict):
             check_table(typing.cast(type, hints[key]), value, name)
         else:
@@ -126,40 +128,6 @@ def check_degrees(config: Any, ranks: int) -> None:
             f"[parallelism] {shown or 'data_parallel_shard_degree = 1'}: the degrees multiply to "
             f"{product}, which must {'divide' if rest else 'be'} the number of ranks, {ranks}"
         )
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value read from TOML has the annotated type; annotations unknown here fit all."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin in (list, tuple):
-        inner = [argument for argument in arguments if argument is not Ellipsis]
-        return isinstance(value, list) and (
-            len(inner) != 1 or all(_fits(item, inner[0]) for item in value)
-        )
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (bool, str):
-        return isinstance(value, annotation)
-    return annotation is not types.NoneType
-
-
-def _describe(annotation: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        choices = [argument for argument in arguments if argument is not types.NoneType]
-        return " or ".join(_describe(choice) for choice in choices)
-    if origin is Literal:
-        return " or ".join(repr(choice) for choice in arguments)
-    if origin in (list, tuple):
-        return "a list" if not arguments else f"a list, each {_describe(arguments[0])}"
-    return names.get(annotation, str(annotation))
 
 
 def _check_when_read() -> None:

@@ -25,9 +25,9 @@ __all__ = [
     "check_parameters",
     "count",
     "describe",
+    "find_gradients",
     "is_preconditioned",
     "local_shard",
-    "refuse_frozen",
     "refuse_moved",
     "warning_without_names",
 ]
@@ -105,6 +105,28 @@ class Member:
             # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
             gradient = gradient.redistribute(placements=self.parameter.placements)
         self.gradient = local_shard(gradient)
+
+
+def find_gradients(
+    members: Iterable[Member], frozen: Iterable[tuple[str, Tensor]]
+) -> Exception | None:
+    """Let the members find their gradients; returns the first trouble with one.
+
+    Other ranks wait for this one, which therefore goes on with NaN in that gradient's place:
+    so it is skipped everywhere, and replicas and counts of steps stay the same.
+    """
+    problem: Exception | None = None
+    try:
+        refuse_frozen(frozen)
+    except ValueError as error:
+        problem = error
+    for member in members:
+        try:
+            member.find_gradient()
+        except Exception as error:
+            problem = problem or error
+            member.gradient = torch.full_like(member.shard(), torch.nan)
+    return problem
 
 
 def count(members: Sequence[Member], first_refresh: int) -> None:
