@@ -136,7 +136,9 @@ class ExcludedParameters:
         group: GroupSettings,
     ) -> None:
         # The kernel counts them up itself.
-        steps = torch.full((len(gradients),), step - 1.0, device=gradients[0].device)
+        steps = torch.full(
+            (len(gradients),), step - 1.0, dtype=torch.float32, device=gradients[0].device
+        )
         adamw(
             kept["value"],
             gradients,
