@@ -1,4 +1,4 @@
-"""Every setting of Shampoo: its name, default, meaning and the values it allows.
+"""Every setting of Shampoo: its name, default, meaning, the values it allows and what follows.
 
 :class:`ShampooConfig` is at once the keyword arguments of :class:`shampoo_fsdp.Shampoo` and the
 ``[optimizer.shampoo]`` table of a TorchTitan job file.
@@ -136,9 +136,9 @@ class ShampooConfig:
 
     preconditioner_eps: float = 1e-12
     """Ridge that is added to the factors before their inverse roots are taken; for kl_shampoo
-    relative to the mean of the factor's eigenvalues. Eigenvalues are raised to 1.2e-7 times the
-    largest (1e-5 for kl_shampoo) in any case. (The optimizer's `eps` is the epsilon of the grafted
-    method, and of soap.)"""
+    relative to the mean of the factor's eigenvalues. Before that 'eigh' and 'qr' raise eigenvalues
+    to 1.2e-7 times the largest (1e-5 for kl_shampoo, 2.4e-4 with factors in bf16). (The optimizer's
+    `eps` is the epsilon of the grafted method, and of soap.)"""
 
     use_bias_correction: bool = True
     """Whether averages are divided by 1 - beta^t, as they start at zero."""
@@ -199,8 +199,9 @@ class ShampooConfig:
     """Type in which gradients travel to a block's owner and updates travel back."""
 
     buckets: int | None = None
-    """In how many parts the gradients travel, so that one part is on its way while another is
-    computed, and only a part is in memory. Default: as many as make 128 MiB per rank each."""
+    """In how many parts the gradients of parameters on the same ranks travel, so that one part is
+    on its way while another is computed, and only a part is in memory. Default: as many as make
+    2^25 numbers per rank each, 128 MiB in fp32."""
 
     compile: bool = False
     """Whether torch.compile fuses the step's elementwise work, once for each shape of block."""

@@ -26,7 +26,7 @@ from shampoo_fsdp.runtime.parameters import (
 )
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
-from shampoo_fsdp.runtime.team import make_crew, refuse_nonfinite, summary
+from shampoo_fsdp.runtime.team import make_parameters, refuse_nonfinite, summary
 from shampoo_fsdp.state import create_state, forget_reading, load_state
 
 __all__ = ["Shampoo"]
@@ -103,21 +103,23 @@ class Shampoo(torch.optim.Optimizer):
         check_replicas(replicas)
         self._given = given_in(self.param_groups)
         check_parameters(self._given.parameters)
-        self._crew = make_crew(self._given.trained, self.state, replicas, self.config)
-        create_state(self._crew, self.config)
+        self._parameters = make_parameters(self._given.trained, self.state, replicas, self.config)
+        create_state(self._parameters, self.config)
         self._excluded = ExcludedParameters(
-            [member for member in self._crew.members if member.part is None],
+            [member for member in self._parameters.members if member.part is None],
             self.config,
-            self._crew.device,
+            self._parameters.device,
         )
         matrices = [
             tuple(member.parameter.shape)
-            for member in self._crew.members
+            for member in self._parameters.members
             if member.part and member.parameter.ndim > 1
         ]
         if self.config.exclude and not self._given.named and matrices:
-            warnings.warn(warning_without_names(len(self._crew.members), matrices), stacklevel=3)
-        self._watch = Stopwatch(self._crew.device)
+            warnings.warn(
+                warning_without_names(len(self._parameters.members), matrices), stacklevel=3
+            )
+        self._watch = Stopwatch(self._parameters.device)
         self._seen_a_gradient = False
 
     @overload
@@ -148,36 +150,36 @@ class Shampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with full_precision(self._crew.device.type):
+        with full_precision(self._parameters.device.type):
             self._step()
         return loss
 
     def _step(self) -> None:
-        crew, watch = self._crew, self._watch
+        parameters, watch = self._parameters, self._watch
         watch.start()
-        refuse_moved(crew.members, self._crew.device)
+        refuse_moved(parameters.members, self._parameters.device)
         self._excluded.follow_the_model()
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
-        problem = find_gradients(crew.members, self._given.frozen)
+        problem = find_gradients(parameters.members, self._given.frozen)
         self._warn_without_gradients()
-        if problem and all(ranks.group is None for ranks in crew.rank_sets):
+        if problem and all(ranks.group is None for ranks in parameters.rank_sets):
             raise problem
         if self.config.on_nonfinite == "raise":
             try:
-                refuse_nonfinite(crew)
+                refuse_nonfinite(parameters)
             except ValueError:
                 if problem:
                     raise problem from None
                 raise
-        count(crew.members, self.config.start_preconditioning_step)
+        count(parameters.members, self.config.start_preconditioning_step)
         # While the gradients of one bucket travel, something else is computed.
-        buckets = crew.buckets
+        buckets = parameters.buckets
         for bucket in buckets[:1]:
             bucket.send_gradients(groups)
         watch.lap("exchange")
         self._excluded.step(self.param_groups)
         watch.lap("excluded")
-        allocate(crew.workspace)
+        allocate(parameters.workspace)
         last = None
         for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
             if following:
@@ -190,18 +192,18 @@ class Shampoo(torch.optim.Optimizer):
                 last.apply_arriving(groups)
                 watch.lap("exchange")
             last = bucket
-        release(crew.workspace)
+        release(parameters.workspace)
         if last:
             last.apply_arriving(groups)
             watch.lap("exchange")
-        for member in crew.members:
+        for member in parameters.members:
             member.gradient = None  # the caller may free them
         if problem:
             raise problem
 
     def _warn_without_gradients(self) -> None:
         if not self._seen_a_gradient:
-            self._seen_a_gradient = any(m.gradient is not None for m in self._crew.members)
+            self._seen_a_gradient = any(m.gradient is not None for m in self._parameters.members)
             if not self._seen_a_gradient:
                 warnings.warn(
                     "no parameter of this optimizer has a gradient; was it built before "
@@ -241,7 +243,7 @@ class Shampoo(torch.optim.Optimizer):
                 result = hook(self, result) or result
             return result
 
-        strangers = load_state(self._crew, self._given, self.param_groups, self.config, read)
+        strangers = load_state(self._parameters, self._given, self.param_groups, self.config, read)
         self.state.update(strangers)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -256,21 +258,21 @@ class Shampoo(torch.optim.Optimizer):
         """[inverse roots taken, roots that failed, blocks skipped for a bad gradient, entries of
         other parameters skipped for one] so far, for this rank's blocks and shards; int64, on the
         parameters' device. Of replicas one counts, so that ranks may add theirs."""
-        counts = torch.zeros(4, dtype=torch.int64, device=self._crew.device)
-        for bucket in self._crew.buckets:
-            for shelf in bucket.shelves:
-                counts[0] += shelf.stack.refreshes
-                counts[1] += shelf.stack.failed_roots
-                counts[2] += shelf.stack.skipped_blocks
+        counts = torch.zeros(4, dtype=torch.int64, device=self._parameters.device)
+        for bucket in self._parameters.buckets:
+            for owned in bucket.stacks:
+                counts[0] += owned.stack.refreshes
+                counts[1] += owned.stack.failed_roots
+                counts[2] += owned.stack.skipped_blocks
         counts[3] += self._excluded.skipped_entries
         return counts
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:
         """Figures of the last step, for this rank's blocks; the host waits for the device."""
-        shelves = [shelf for bucket in self._crew.buckets for shelf in bucket.shelves]
+        stacks = [owned for bucket in self._parameters.buckets for owned in bucket.stacks]
         betas = [group["betas"][1] for group in self.param_groups]
-        return diagnose(shelves, self._watch.milliseconds(), betas)
+        return diagnose(stacks, self._watch.milliseconds(), betas)
 
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""
@@ -279,7 +281,7 @@ class Shampoo(torch.optim.Optimizer):
     def sides_without_factor(self) -> dict[tuple[int, ...], list[int]]:
         """For each shape of block, of all ranks, the sides that have no factor; see
         `max_factor_ratio` and `large_dim`."""
-        parts = [member.part for member in self._crew.members if member.part]
+        parts = [member.part for member in self._parameters.members if member.part]
         shapes = {shape for part in parts for shape in part.grid.block_shapes}
         found = {shape: sides_without_factor(shape, self.config) for shape in sorted(shapes)}
         return {shape: sides for shape, sides in found.items() if sides}
@@ -290,4 +292,4 @@ class Shampoo(torch.optim.Optimizer):
 
     @functools.cached_property
     def _summary(self) -> dict[str, float]:
-        return summary(self._crew, self.config)
+        return summary(self._parameters, self.config)

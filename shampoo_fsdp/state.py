@@ -17,7 +17,7 @@ from shampoo_fsdp.checkpoint.sharded import ShardedBlocks
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.runtime.groups import Given, find_saved, settings_to_load
 from shampoo_fsdp.runtime.ranks import tell_all
-from shampoo_fsdp.runtime.team import Crew
+from shampoo_fsdp.runtime.team import Parameters
 from shampoo_fsdp.validation import name_some
 
 __all__ = ["create_state", "forget_reading", "load_state"]
@@ -25,20 +25,20 @@ __all__ = ["create_state", "forget_reading", "load_state"]
 _logger = getLogger(__name__)
 
 
-def create_state(crew: Crew, config: ShampooConfig) -> None:
+def create_state(parameters: Parameters, config: ShampooConfig) -> None:
     """Put the counters of all members into their state, and what their blocks have."""
     # All state exists from the start: loading a checkpoint into an optimizer without state
     # would make torch.distributed.checkpoint run a step with gradients of zero first.
-    for member in crew.members:
+    for member in parameters.members:
         member.create_counters()
-    for team in crew.teams:
+    for team in parameters.teams:
         owned = defaultdict(list)
         for bucket in team.buckets:
             for member, block, saved in bucket.saved():
                 owned[member].append((block, saved))
         for member, part in team.parts.items():
             member.state.update(
-                state_entries(part.grid, owned[member], config, crew.device, team.mesh)
+                state_entries(part.grid, owned[member], config, parameters.device, team.mesh)
             )
 
 
@@ -52,7 +52,7 @@ def forget_reading(state: Mapping[Any, Any]) -> None:
 
 
 def load_state(
-    crew: Crew,
+    parameters: Parameters,
     given: Given,
     param_groups: list[dict[str, Any]],
     config: ShampooConfig,
@@ -71,13 +71,13 @@ def load_state(
         ValueError: on every rank, names the parameter and the entry or setting that does not
             fit; nothing has been changed then.
     """
-    here = flat({member.name: member.state for member in crew.members})
+    here = flat({member.name: member.state for member in parameters.members})
     problem, saved, other = None, dict[str, Tensor](), list[str]()
     try:
         state_dict = read()
         state = state_dict["state"]
         keys, saved_groups = find_saved(given, state_dict["param_groups"])
-        entries = {m.name: state.get(keys.get(m.name), {}) for m in crew.members}
+        entries = {m.name: state.get(keys.get(m.name), {}) for m in parameters.members}
         groups = [
             settings_to_load(config, group, saved_group)
             for group, saved_group in zip(param_groups, saved_groups, strict=True)
@@ -87,9 +87,9 @@ def load_state(
         other = other_pieces(here, saved, decision)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         problem = str(error) if isinstance(error, ValueError) else repr(error)
-    if problem := tell_all(crew.rank_sets, problem):
+    if problem := tell_all(parameters.rank_sets, problem):
         raise ValueError(problem)
-    for ranks in crew.rank_sets:
+    for ranks in parameters.rank_sets:
         other += itertools.chain(*ranks.gather(other))
     if frozen := [name for name, _ in given.frozen if state.get(keys.get(name))]:
         _logger.warning(f"The saved state of {name_some(frozen)}, frozen here, is not used.")
@@ -99,13 +99,13 @@ def load_state(
     for group, settings in zip(param_groups, groups, strict=True):
         group.update(settings)
     carry_out(here, saved, decision, set(other))
-    for member in crew.members:
+    for member in parameters.members:
         for entry in strangers(member.state):
             del member.state[entry]
         member.state.update(strangers(entries[member.name]))
         if member.part and member.factor_step == 0:
             member.state["refreshed"].zero_()
-    for bucket in crew.buckets:
+    for bucket in parameters.buckets:
         bucket.state_was_loaded()
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
     return {key: copy.deepcopy(state[key]) for key in state.keys() - known}

@@ -1,4 +1,4 @@
-"""Adds Shampoo's counters to TorchTitan's metrics: log line, TensorBoard and W&B."""
+"""Adds Shampoo's counters and diagnostics to TorchTitan's metrics: log, TensorBoard and W&B."""
 
 from typing import Any
 

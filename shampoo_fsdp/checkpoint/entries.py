@@ -13,7 +13,7 @@ from shampoo_fsdp.checkpoint.sharded import state_tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid
 from shampoo_fsdp.plan.transfers import OwnedBlock
-from shampoo_fsdp.rules.kept import CAP, saved_entries, settings_marker
+from shampoo_fsdp.rules.kept import MARKER, saved_entries, settings_marker
 
 __all__ = ["state_entries"]
 
@@ -41,7 +41,7 @@ def state_entries(
     empty = torch.empty(marker, dtype=torch.float32, device=device)
     holds_first = any(block.index == 0 for block, _ in owned)
     nothing: list[Piece] = [((0,) * len(marker), empty)] if holds_first else []
-    entries = {CAP: state_tensor(marker, nothing, torch.float32, device, mesh)}
+    entries = {MARKER: state_tensor(marker, nothing, torch.float32, device, mesh)}
 
     shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
     kept = {shape: saved_entries(shape, config) for shape in dict.fromkeys(shapes)}

@@ -9,17 +9,33 @@ For each parameter
 Factors of other settings cannot be used; moments of another optimizer can: AdamW's are Shampoo's.
 """
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shampoo_fsdp.checkpoint.reasons import CheckpointMismatch, explanation, fits
-from shampoo_fsdp.rules.kept import CAP, factor_entries
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.tensor import DTensor
+
+from shampoo_fsdp.checkpoint.reasons import CheckpointMismatch, explanation, shape_of
+from shampoo_fsdp.checkpoint.sharded import local_parts
+from shampoo_fsdp.rules.kept import MARKER, factor_entries
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["LoadDecision", "LoadReport", "OnMismatch", "decide", "is_state_entry", "state_keys"]
+__all__ = [
+    "LoadDecision",
+    "LoadReport",
+    "OnMismatch",
+    "check_coverage",
+    "check_others",
+    "decide",
+    "is_state_entry",
+    "state_keys",
+]
 
 OnMismatch = Literal["refuse", "rebuild"]
 
@@ -126,8 +142,8 @@ def decide(
         )
     decision = LoadDecision()
     decision.left_out |= {k for k in here if k not in saved and _SETTING_OF_GROUP.fullmatch(k)}
-    shampoo_here = any(CAP in entries for entries in keys_here.values())
-    shampoo_saved = any(CAP in entries for entries in keys_saved.values())
+    shampoo_here = any(MARKER in entries for entries in keys_here.values())
+    shampoo_saved = any(MARKER in entries for entries in keys_saved.values())
     switched_on = shampoo_here and not shampoo_saved
     switched_off = shampoo_saved and not shampoo_here
     for parameter, keys in keys_here.items():
@@ -149,7 +165,7 @@ def decide(
             affected, anew = decision.report.restarted, list(mine)
         elif not all(fits(mine[e], theirs.get(e)) for e in factors):
             affected, anew = decision.report.factors_restarted, factors
-        elif shampoo_here and CAP in theirs and CAP not in mine:
+        elif shampoo_here and MARKER in theirs and MARKER not in mine:
             affected, anew = decision.report.factors_dropped, []
         else:
             continue
@@ -159,3 +175,54 @@ def decide(
         decision.leave_out(anew, keys)
     decision.renamed = {k: v for k, v in decision.renamed.items() if k not in decision.left_out}
     return decision
+
+
+def fits(here: Any, saved: Any) -> bool:
+    """Whether a tensor can be read from another one, or from what the metadata says of it."""
+    return isinstance(saved, TensorStorageMetadata | Tensor) and shape_of(saved) == tuple(
+        here.shape
+    )
+
+
+def check_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise a CheckpointMismatch if a key of a state dict is missing or has another shape.
+
+    Args:
+        here: what shall be loaded, by key.
+        saved: metadata of the checkpoint.
+    """
+    if missing := [key for key in here if key not in saved]:
+        raise CheckpointMismatch(
+            f"the checkpoint lacks {name_some(missing)}; it is of another model or job, or holds "
+            "the model alone."
+        )
+    for key, value in here.items():
+        if isinstance(value, Tensor) and not fits(value, saved[key]):
+            raise CheckpointMismatch(
+                f"'{key}' has shape {shape_of(saved[key])} in the checkpoint, but "
+                f"{shape_of(value)} here; it is of another model."
+            )
+
+
+def check_coverage(here: Mapping[str, Any], items: Sequence[ReadItem]) -> None:
+    """Raise a CheckpointMismatch if what will be read does not fill a tensor on this rank.
+
+    Args:
+        here: what shall be loaded, by key.
+        items: what will be read. (Pieces that were saved do not overlap.)
+    """
+    found: dict[str, int] = defaultdict(int)
+    for item in items:
+        if item.type == LoadItemType.TENSOR:
+            found[item.dest_index.fqn] += math.prod(item.lengths)
+    for key, value in here.items():
+        if not isinstance(value, Tensor):
+            continue
+        if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
+            continue
+        if (wanted := sum(part.numel() for part in local_parts(value))) > found[key]:
+            raise CheckpointMismatch(
+                f"the checkpoint has only {found[key]:,} of the {wanted:,} numbers of '{key}' that "
+                "belong on this rank; was it saved by one of several ranks alone (no_dist)? Save "
+                "on all ranks, or with StateDictOptions(full_state_dict=True)."
+            )

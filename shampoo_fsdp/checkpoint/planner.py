@@ -19,8 +19,14 @@ from torch.distributed.checkpoint.default_planner import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from shampoo_fsdp.checkpoint.fits import LoadDecision, LoadReport, OnMismatch, decide
-from shampoo_fsdp.checkpoint.reasons import check_coverage, check_others
+from shampoo_fsdp.checkpoint.fits import (
+    LoadDecision,
+    LoadReport,
+    OnMismatch,
+    check_coverage,
+    check_others,
+    decide,
+)
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, load_values
 from shampoo_fsdp.checkpoint.sharded import local_parts
 

@@ -2,15 +2,16 @@
 
 import hashlib
 import itertools
+import re
+import zlib
 from collections.abc import Sequence
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.grid import refresh_phase
 from shampoo_fsdp.plan.owners import Costs, choose_owners
 from shampoo_fsdp.plan.replicas import replica_of_rank
 from shampoo_fsdp.plan.shards import ParameterSpec, ShardMap, Site, shard_maps
 
-__all__ = ["Assignment"]
+__all__ = ["Assignment", "refresh_phase"]
 
 
 class Assignment:
@@ -77,3 +78,23 @@ def _phases(name: str, blocks: int, config: ShampooConfig) -> Sequence[int]:
     frequency = config.precondition_frequency
     phase = refresh_phase(name, 0, blocks, frequency)
     return [(phase + index) % frequency for index in range(blocks)]
+
+
+def refresh_phase(name: str, index: int, blocks: int, frequency: int) -> int:
+    """The phase of a block: its roots are refreshed when (step + phase) % period == 0,
+    the period being `frequency` once `refresh_warmup_steps` are over.
+
+    It follows from the block's identity alone, so that it is the same on every mesh and with any
+    set of other parameters. Blocks of like parameters (those whose names differ in numbers only:
+    layers.0.w, layers.1.w, ...) take consecutive phases, so that a period's steps share them
+    evenly; different kinds of parameters start at different phases.
+
+    Args:
+        name: the parameter's full name.
+        index: the block's row-major position in the parameter's grid.
+        blocks: number of blocks in that grid.
+        frequency: steps of a period.
+    """
+    kind = re.sub(r"\d+", "#", name)
+    number = sum(map(int, re.findall(r"\d+", name)))
+    return (zlib.crc32(kind.encode()) + number * blocks + index) % frequency

@@ -2,12 +2,12 @@
 
 A parameter is seen through a *view* of its shape in which small dimensions may be merged. Each
 dimension of the view is cut into tiles of nearly equal size; a block is one tile per dimension.
-The grid depends on the shape and on the settings alone, never on a mesh.
+The grid depends on the shape and on the settings alone (with block_alignment = "shard" on the
+shards as well).
 """
 
 import itertools
 import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,6 @@ __all__ = [
     "cut_view",
     "even_cuts",
     "make_grid",
-    "refresh_phase",
     "view_dims",
 ]
 
@@ -159,23 +158,3 @@ def even_cuts(start: int, stop: int, cap: int) -> tuple[int, ...]:
     unit = _UNIT if length % _UNIT == cap % _UNIT == 0 and length // tiles >= _UNIT**2 else 1
     size, longer = divmod(length // unit, tiles)
     return tuple(start + unit * (i * size + min(i, longer)) for i in range(tiles + 1))
-
-
-def refresh_phase(name: str, index: int, blocks: int, frequency: int) -> int:
-    """The phase of a block: its roots are refreshed when (step + phase) % period == 0,
-    the period being `frequency` once `refresh_warmup_steps` are over.
-
-    It follows from the block's identity alone, so that it is the same on every mesh and with any
-    set of other parameters. Blocks of like parameters (those whose names differ in numbers only:
-    layers.0.w, layers.1.w, ...) take consecutive phases, so that a period's steps share them
-    evenly; different kinds of parameters start at different phases.
-
-    Args:
-        name: the parameter's full name.
-        index: the block's row-major position in the parameter's grid.
-        blocks: number of blocks in that grid.
-        frequency: steps of a period.
-    """
-    kind = re.sub(r"\d+", "#", name)
-    number = sum(map(int, re.findall(r"\d+", name)))
-    return (zlib.crc32(kind.encode()) + number * blocks + index) % frequency

@@ -27,7 +27,7 @@ class OwnedBlock:
     shape: tuple[int, ...]
     """Its sizes, without batch dimensions."""
     phase: int
-    """See :func:`shampoo_fsdp.plan.grid.refresh_phase`."""
+    """See :func:`shampoo_fsdp.plan.assignment.refresh_phase`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,9 @@
 
 One file per rule: it turns the momentum of a block into a direction, and says itself what it keeps,
 costs and allows (`rule.py`). `stack.py` runs a rule on all blocks of one shape, `roots.py` takes
-inverse roots (the ridge is there), `grafting.py` is the first-order method whose step size is
-taken, and that the excluded parameters get.
+inverse roots, where ridges are added (how large: the rule's `_ridge`), `grafting.py` is the
+first-order method whose step size is taken, and that the other parameters get (Adam from torch's
+fused kernel).
 """
 
 from shampoo_fsdp.rules.kl_shampoo import KLShampoo

@@ -1,4 +1,4 @@
-"""Where the blocks of a stack are in time, and what follows for the arithmetic of a step."""
+"""What a stack is told of a step. When roots are refreshed: `ShampooConfig.refresh_period`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

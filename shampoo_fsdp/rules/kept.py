@@ -14,7 +14,7 @@ from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.rule import Rule, rule_of
 
 __all__ = [
-    "CAP",
+    "MARKER",
     "factor_entries",
     "preconditioner_of",
     "saved_entries",
@@ -23,14 +23,14 @@ __all__ = [
     "state_bytes",
 ]
 
-CAP = "max_preconditioner_dim"
+MARKER = "max_preconditioner_dim"
 """Name of the entry whose shape is :func:`settings_marker`."""
 
 
 def factor_entries() -> frozenset[str]:
     """Names of the entries of a parameter's state that only mean something together."""
     of_rules = {entry for rule in _rules().values() for entry in rule.entries}
-    return frozenset({"factor_step", "refreshed", CAP, *of_rules})
+    return frozenset({"factor_step", "refreshed", MARKER, *of_rules})
 
 
 def settings_marker(config: ShampooConfig, fingerprint: int) -> tuple[int, ...]:

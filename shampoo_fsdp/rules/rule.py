@@ -49,8 +49,8 @@ class Rule(ABC):
 
     On a step the stack calls `accumulate`, `refresh` for the blocks that are due, `observe` and
     `direction`, in this order. All that the package knows of a rule it asks the class. To add one,
-    write one file with a subclass, decorated with :func:`register`, and import it before the
-    optimizer is built.
+    write one file with a subclass, decorated with :func:`register`, and import it before a
+    :class:`shampoo_fsdp.ShampooConfig` names it: here, or anywhere.
     """
 
     name: ClassVar[str]

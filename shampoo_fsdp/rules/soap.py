@@ -110,14 +110,6 @@ class Soap(Rule):
             residuals.append(beside / torch.where(whole > 0.0, whole, 1.0))
         return Health(torch.stack(conditions), torch.stack(residuals))
 
-    def _powers(self, eigenvalues: Tensor, exponent: float, ridge: float | Tensor) -> Tensor:
-        """Eigenvalues [n, d] to a power, after raising them to the resolution of the largest and
-        adding the ridge, a number or [n]: what :func:`shampoo_fsdp.roots.inverse_root` does."""
-        resolution = max(self.resolution, torch.finfo(torch.float32).eps)
-        floor = eigenvalues.amax(1, keepdim=True).clamp_min(0.0) * resolution
-        ridged = torch.maximum(eigenvalues, floor).add_(per_block(ridge, 2))
-        return ridged.pow_(exponent)
-
     def _start_second_moment(
         self, where: Positions, eigenvalues: Sequence[Tensor], failed: Tensor
     ) -> None:

@@ -1,4 +1,4 @@
-"""Parameters whose gradients travel together, and the stacks of their blocks on this rank."""
+"""Which gradients travel together, and their way through a step: the stacks of their blocks."""
 
 import math
 from collections import defaultdict
@@ -18,10 +18,13 @@ from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 
-__all__ = ["Bucket", "Shelf"]
+__all__ = ["Bucket", "OwnedStack", "elements", "fill_buckets"]
+
+_BUCKET_ELEMENTS = 32 * 2**20
+"""A rank's share of the gradients of one bucket, where `buckets` is not set: 128 MiB in fp32."""
 
 
-class Shelf:
+class OwnedStack:
     """A stack of blocks, and whose they are."""
 
     def __init__(
@@ -85,17 +88,17 @@ class Bucket:
         for member, part in parts.items():
             for block in part.blocks:
                 alike[member.group, block.shape].append((member, block))
-        self.shelves = []
+        self.stacks = []
         start = 0
         for (_, shape), owned in sorted(alike.items(), key=lambda entry: entry[0]):
-            self.shelves.append(Shelf(owned, config, self._workspace[start:]))
+            self.stacks.append(OwnedStack(owned, config, self._workspace[start:]))
             start += len(owned) * math.prod(shape)
         self._exchange = Exchange(
             parts,
             {
                 block: _as_rectangle(gradient, block)
-                for shelf in self.shelves
-                for block, gradient in zip(shelf.blocks, shelf.stack.gradient, strict=True)
+                for owned in self.stacks
+                for block, gradient in zip(owned.blocks, owned.stack.gradient, strict=True)
             },
             ranks,
             self._dtype,
@@ -110,11 +113,11 @@ class Bucket:
 
     def saved(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
         """The state of each block that this rank owns, by name, as checkpoints have it."""
-        for shelf in self.shelves:
+        for owned in self.stacks:
             for position, (member, block) in enumerate(
-                zip(shelf.members, shelf.blocks, strict=True)
+                zip(owned.members, owned.blocks, strict=True)
             ):
-                saved = shelf.stack.saved.items()
+                saved = owned.stack.saved.items()
                 yield member, block, {name: stacked[position] for name, stacked in saved}
 
     def send_gradients(self, groups: Sequence[GroupSettings]) -> None:
@@ -143,8 +146,8 @@ class Bucket:
         self._exchange.receive_gradients(self._gradients)
         self._round()
         watch.lap("exchange")
-        for shelf in self.shelves:
-            for part in shelf.stack.step(shelf.clock(), groups[shelf.group]):
+        for owned in self.stacks:
+            for part in owned.stack.step(owned.clock(), groups[owned.group]):
                 watch.lap(part)
         self._round()
 
@@ -171,9 +174,9 @@ class Bucket:
 
     def state_was_loaded(self) -> None:
         """Start the factors anew of parameters whose factors have seen no gradient."""
-        for shelf in self.shelves:
-            if anew := [b for b, member in enumerate(shelf.members) if member.factor_step == 0]:
-                shelf.stack.restart_factors(anew)
+        for owned in self.stacks:
+            if anew := [b for b, member in enumerate(owned.members) if member.factor_step == 0]:
+                owned.stack.restart_factors(anew)
 
     def _subtract(
         self,
@@ -211,6 +214,21 @@ class Bucket:
         self._shards = {m: s.view(self._parts[m].shard_shape) for m, s in shards.items()}
         self._own_targets = [self._shards[m][slices] for m, slices in self._exchange.own]
         self._arriving_targets = [self._shards[m][slices] for m, slices in self._exchange.arriving]
+
+
+def fill_buckets(
+    parts: Sequence[tuple[Member, Part]], ranks: RankSet, config: ShampooConfig
+) -> list[dict[Member, Part]]:
+    """Which parameters travel together: neighbours, of about equal numbers of elements."""
+    sizes = [math.prod(member.spec.shape) for member, _ in parts]
+    total = sum(sizes)
+    number = config.buckets or math.ceil(total / len(ranks.ranks) / _BUCKET_ELEMENTS)
+    chosen: dict[int, dict[Member, Part]] = defaultdict(dict)
+    passed = 0
+    for (member, part), size in zip(parts, sizes, strict=True):
+        chosen[min(passed * number // total, number - 1)][member] = part
+        passed += size
+    return [chosen[k] for k in sorted(chosen)]
 
 
 def elements(parts: Mapping[Member, Part]) -> int:

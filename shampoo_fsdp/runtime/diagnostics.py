@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shampoo_fsdp.runtime.bucket import Shelf
+from shampoo_fsdp.runtime.bucket import OwnedStack
 
 __all__ = ["Diagnostics", "diagnose", "kind_of", "merged"]
 
@@ -44,30 +44,30 @@ def merged(ranks: Iterable[Diagnostics]) -> dict[str, float]:
 
 
 def diagnose(
-    shelves: Sequence[Shelf], milliseconds: Mapping[str, float], betas: Sequence[float]
+    stacks: Sequence[OwnedStack], milliseconds: Mapping[str, float], betas: Sequence[float]
 ) -> Diagnostics:
     """Read the figures back; the host waits for the device.
 
     Args:
-        shelves: stacks of this rank.
+        stacks: stacks of this rank.
         milliseconds: of the last step's parts.
         betas: those of the factors, of each parameter group, for their bias correction.
     """
     result = Diagnostics({f"ms/{part}": value for part, value in milliseconds.items()})
-    state = sum(tensor.nbytes for shelf in shelves for tensor in shelf.stack.saved.values())
+    state = sum(tensor.nbytes for owned in stacks for tensor in owned.stack.saved.values())
     result.largest["state_mib"] = state / 2**20
     squares: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     ratios, blocks = 0.0, 0
-    for shelf in shelves:
-        stack = shelf.stack
-        condition, residual = stack.health(shelf.clock(), betas[shelf.group])
+    for owned in stacks:
+        stack = owned.stack
+        condition, residual = stack.health(owned.clock(), betas[owned.group])
         for name, value in (("root_residual", residual), ("condition_number", condition)):
             result.largest[name] = max(value, result.largest.get(name, 0.0))
         if stack.norms is None:
             continue
         elements = math.prod(stack.shape)
         before, after = (norms.flatten().tolist() for norms in stack.norms)
-        for member, direction, update in zip(shelf.members, before, after, strict=True):
+        for member, direction, update in zip(owned.members, before, after, strict=True):
             kind = kind_of(member.name)
             square, number = squares[kind]
             squares[kind] = square + update**2, number + elements

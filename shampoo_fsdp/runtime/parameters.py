@@ -1,4 +1,4 @@
-"""One object per parameter, and what the optimizer refuses to train."""
+"""One object per parameter; which ones are preconditioned, and which cannot be trained."""
 
 import math
 import re

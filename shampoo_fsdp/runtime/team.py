@@ -1,4 +1,5 @@
-"""The parameters that live on the same ranks, and how they are planned, agreed on and exchanged."""
+"""All parameters of an optimizer: their plan, what ranks compare, the teams of those on the same
+ranks, and the figures about them."""
 
 import dataclasses
 import math
@@ -20,16 +21,13 @@ from shampoo_fsdp.plan.transfers import Part, Plan, make_plan
 from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.rule import rule_of
-from shampoo_fsdp.runtime.bucket import Bucket, elements
+from shampoo_fsdp.runtime.bucket import Bucket, elements, fill_buckets
 from shampoo_fsdp.runtime.exchange import release
 from shampoo_fsdp.runtime.parameters import Member, describe, is_preconditioned, local_shard
 from shampoo_fsdp.runtime.ranks import RankSet, Replicas, is_first_replica, make_rank_set
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Crew", "Team", "make_crew", "refuse_nonfinite", "summary"]
-
-_BUCKET_ELEMENTS = 32 * 2**20
-"""A rank's share of the gradients of one bucket, where `buckets` is not set: 128 MiB in fp32."""
+__all__ = ["Parameters", "Team", "make_parameters", "refuse_nonfinite", "summary"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Team:
 
 
 @dataclass(frozen=True)
-class Crew:
+class Parameters:
     """All parameters of an optimizer, on this rank."""
 
     members: list[Member]
@@ -63,12 +61,12 @@ class Crew:
         return [bucket for team in self.teams for bucket in team.buckets]
 
 
-def make_crew(
+def make_parameters(
     named: Sequence[tuple[str, Tensor, int]],
     states: Mapping[Tensor, dict[str, Any]],
     replicas: Replicas,
     config: ShampooConfig,
-) -> Crew:
+) -> Parameters:
     """Plan all parameters.
 
     All ranks that parameters live on compare what they were given first.
@@ -95,7 +93,7 @@ def make_crew(
     ]
     parts = {member.name: (member, member.part) for member in members if member.part}
     filled = [
-        _fill_buckets([parts[name] for name in chosen], ranks, config) for chosen, _, ranks in plans
+        fill_buckets([parts[name] for name in chosen], ranks, config) for chosen, _, ranks in plans
     ]
     device = members[0].parameter.device if members else torch.device("cpu")
     size = max((elements(bucket) for buckets in filled for bucket in buckets), default=0)
@@ -111,7 +109,7 @@ def make_crew(
         for (chosen, plan, ranks), buckets in zip(plans, filled, strict=True)
     ]
     release(workspace)
-    return Crew(members, teams, rank_sets, device, workspace)
+    return Parameters(members, teams, rank_sets, device, workspace)
 
 
 def _agreed_plans(
@@ -196,36 +194,21 @@ def _check_shard(spec: ParameterSpec, shard: Tensor, shape: tuple[int, ...]) -> 
         ) from None
 
 
-def _fill_buckets(
-    parts: Sequence[tuple[Member, Part]], ranks: RankSet, config: ShampooConfig
-) -> list[dict[Member, Part]]:
-    """Which parameters travel together: neighbours, of about equal numbers of elements."""
-    sizes = [math.prod(member.spec.shape) for member, _ in parts]
-    total = sum(sizes)
-    number = config.buckets or math.ceil(total / len(ranks.ranks) / _BUCKET_ELEMENTS)
-    chosen: dict[int, dict[Member, Part]] = defaultdict(dict)
-    passed = 0
-    for (member, part), size in zip(parts, sizes, strict=True):
-        chosen[min(passed * number // total, number - 1)][member] = part
-        passed += size
-    return [chosen[k] for k in sorted(chosen)]
-
-
-def refuse_nonfinite(crew: Crew) -> None:
+def refuse_nonfinite(parameters: Parameters) -> None:
     """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity."""
-    mine = [(member.name, g) for member in crew.members if (g := member.gradient) is not None]
-    bad = torch.zeros(len(mine), dtype=torch.bool, device=crew.device)
+    mine = [(member.name, g) for member in parameters.members if (g := member.gradient) is not None]
+    bad = torch.zeros(len(mine), dtype=torch.bool, device=parameters.device)
     for k, (_, gradient) in enumerate(mine):
         bad[k] = gradient.isfinite().all().logical_not_()
     anywhere = bad.any().int()
     # Twice, since a set may hear of the trouble in another one through a third.
-    for ranks in (*crew.rank_sets, *crew.rank_sets):
+    for ranks in (*parameters.rank_sets, *parameters.rank_sets):
         if ranks.group is not None:
             dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=ranks.group)
     if not anywhere:
         return
     found = {name for (name, _), is_bad in zip(mine, bad.tolist(), strict=True) if is_bad}
-    for ranks in crew.rank_sets:
+    for ranks in parameters.rank_sets:
         found.update(*ranks.gather(sorted(found)))
     where = name_some(sorted(found)) if found else "another rank's parameters"
     raise ValueError(
@@ -234,7 +217,7 @@ def refuse_nonfinite(crew: Crew) -> None:
     )
 
 
-def summary(crew: Crew, config: ShampooConfig) -> dict[str, float]:
+def summary(parameters: Parameters, config: ShampooConfig) -> dict[str, float]:
     """Figures about the plan, and load, state and traffic of the ranks that share blocks with this
     one; the same on all of these."""
     load: dict[int, float] = defaultdict(float)
@@ -242,7 +225,7 @@ def summary(crew: Crew, config: ShampooConfig) -> dict[str, float]:
     sent: dict[int, int] = defaultdict(int)
     width = torch_dtype(config.communication_dtype).itemsize
     costs, blocks = BlockCosts(config), 0
-    for team in crew.teams:
+    for team in parameters.teams:
         specs = [member.spec for member in team.parts]
         totals = Totals(Assignment(specs, config, costs, team.ranks.ranks[0]))
         blocks += sum(totals.owned)
@@ -252,12 +235,12 @@ def summary(crew: Crew, config: ShampooConfig) -> dict[str, float]:
             sent[rank] += totals.sent[i] * width
     ranks = max(len(load), 1)
     mean_load = sum(load.values()) / ranks
-    chosen = [member.parameter.numel() for team in crew.teams for member in team.parts]
+    chosen = [member.parameter.numel() for team in parameters.teams for member in team.parts]
     return {
         "parameters_preconditioned": len(chosen),
-        "parameters_total": len(crew.members),
+        "parameters_total": len(parameters.members),
         "elements_preconditioned": sum(chosen),
-        "elements_total": sum(member.parameter.numel() for member in crew.members),
+        "elements_total": sum(member.parameter.numel() for member in parameters.members),
         "blocks": blocks,
         "load_max_over_mean": max(load.values()) / mean_load if mean_load else 1.0,
         "state_mib_max": max(state.values(), default=0) / 2**20,

@@ -17,7 +17,7 @@ from shampoo_fsdp.checkpoint.fits import state_keys
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid, cut_view
 from shampoo_fsdp.rules.factors import FactorKind, factor_kinds
-from shampoo_fsdp.rules.kept import CAP, factor_entries, preconditioner_of
+from shampoo_fsdp.rules.kept import MARKER, factor_entries, preconditioner_of
 from shampoo_fsdp.tools.reader import CheckpointReader
 from shampoo_fsdp.tools.spectra import Factor, elements_of, factor_in
 from shampoo_fsdp.validation import name_some
@@ -131,7 +131,7 @@ def inspect_checkpoint(
             ) from None
     return Checkpoint(
         folder=str(folder),
-        optimizer="Shampoo" if any(CAP in keys for keys in found.values()) else "another",
+        optimizer="Shampoo" if any(MARKER in keys for keys in found.values()) else "another",
         training=training,
         files=len(files),
         bytes_on_disk=sum(path.stat().st_size for path in files),
@@ -154,10 +154,10 @@ def _parameter(
 ) -> Parameter:
     moments = [key for entry, key in keys.items() if entry not in factor_entries()]
     factors = [key for entry, key in keys.items() if entry in factor_entries()]
-    checked = {entry: key for entry, key in keys.items() if entry != CAP}
+    checked = {entry: key for entry, key in keys.items() if entry != MARKER}
     checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
-    marker = reader.shape(keys[CAP]) if CAP in keys else ()
-    number_of_blocks, blocks = _blocks(reader, keys, most_blocks) if CAP in keys else (0, [])
+    marker = reader.shape(keys[MARKER]) if MARKER in keys else ()
+    number_of_blocks, blocks = _blocks(reader, keys, most_blocks) if MARKER in keys else (0, [])
     return Parameter(
         name=name,
         shape=reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
@@ -207,7 +207,7 @@ def _kinds(
 ) -> tuple[dict[tuple[int, ...], tuple[FactorKind, ...]], str]:
     """For each shape of block what factor each dimension has, and how matrices are kept: by the
     total of their elements, as the checkpoint does not say its `max_factor_ratio`."""
-    (cap, *_) = reader.shape(keys[CAP])
+    (cap, *_) = reader.shape(keys[MARKER])
     total = math.prod(reader.shape(keys["factors"])) if "factors" in keys else None
     ratios = {n * n / math.prod(shape) for shape in shapes for n in shape}
     base = ShampooConfig(max_preconditioner_dim=cap, large_dim="diagonal")
@@ -225,7 +225,7 @@ def _kinds(
 def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
     """The grid that has the fingerprint in the checkpoint: that of the pieces in which it was
     saved, or, if one process has saved it whole, one of those that the settings give."""
-    view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[CAP])
+    view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[MARKER])
     if not math.prod(view):
         raise ValueError(f"'{keys['exp_avg']}' is empty.")
     ends = [map(operator.add, *piece) for piece in reader.pieces(keys["exp_avg"])]

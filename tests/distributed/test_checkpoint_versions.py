@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
 from shampoo_fsdp.checkpoint.reasons import explanation
-from shampoo_fsdp.rules.kept import CAP
+from shampoo_fsdp.rules.kept import MARKER
 from tests.models import deterministic_gradients, full_parameters, set_gradients
 from tests.ranks import run_ranks
 
@@ -112,8 +112,8 @@ def test_there_is_one():
 
 
 def test_factors_of_an_earlier_form_are_refused_as_such():
-    here = {CAP: torch.empty(16, 7, 2, 0)}
-    message = explanation("w", here, {CAP: torch.empty(16, 7, 0)})
+    here = {MARKER: torch.empty(16, 7, 2, 0)}
+    message = explanation("w", here, {MARKER: torch.empty(16, 7, 0)})
     assert "factors of parameter 'w' were saved by an earlier version" in message
     assert 'on_mismatch = "rebuild"' in message
 

@@ -25,7 +25,7 @@ def test_the_next_step_touches_no_memory_that_is_still_in_flight():
         pytest.raises(KeyboardInterrupt),
     ):
         optimizer.step()
-    (bucket,) = optimizer._crew.buckets
+    (bucket,) = optimizer._parameters.buckets
     exchange = bucket._exchange
     assert exchange._work is not None
     allocate, in_flight = shampoo_fsdp.runtime.exchange.allocate, []

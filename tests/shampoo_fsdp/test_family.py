@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shampoo_fsdp import Shampoo
-from shampoo_fsdp.plan.grid import make_grid, refresh_phase
+from shampoo_fsdp.plan.assignment import refresh_phase
+from shampoo_fsdp.plan.grid import make_grid
 from tests.models import set_gradients
 from tests.reference import ReferenceShampoo
 from tests.reference.algebra import rounded

@@ -59,7 +59,7 @@ def test_the_built_in_models_are_laid_out_as_torchtitan_does(
 def fingerprint_of_training(job: Path, arguments: list[str]) -> str:
     trainer = jobs.make_trainer(job, *arguments)
     (optimizer,) = trainer.optimizers.optimizers
-    (team,) = optimizer._crew.teams
+    (team,) = optimizer._parameters.teams
     return team.plan.fingerprint
 
 

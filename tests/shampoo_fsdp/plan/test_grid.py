@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.plan.grid import even_cuts, make_grid, refresh_phase
+from shampoo_fsdp.plan.assignment import refresh_phase
+from shampoo_fsdp.plan.grid import even_cuts, make_grid
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 

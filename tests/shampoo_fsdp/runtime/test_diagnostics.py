@@ -42,9 +42,9 @@ def test_the_size_of_the_update_and_the_factors(preconditioner):
     assert figures["state_mib"] == pytest.approx(
         sum(
             tensor.nbytes
-            for bucket in optimizer._crew.buckets
-            for shelf in bucket.shelves
-            for tensor in shelf.stack.saved.values()
+            for bucket in optimizer._parameters.buckets
+            for owned in bucket.stacks
+            for tensor in owned.stack.saved.values()
         )
         / 2**20
     )
