@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shampoo_fsdp.checkpoint.sharded import local_parts
+
 __all__ = ["Counts", "Products", "memory", "state_bytes"]
 
 _aten = torch.ops.aten
@@ -210,14 +212,8 @@ def _tensors(value: Any, visited: set[int] | None = None) -> Iterator[Tensor]:
     if id(value) in visited:
         return
     visited.add(id(value))
-    if isinstance(value, DTensor):
-        yield value.to_local()
-    elif isinstance(value, Tensor):
-        pieces = getattr(value, "pieces", None)
-        if pieces is None:
-            yield value
-        else:
-            yield from (piece for _, piece in pieces)
+    if isinstance(value, Tensor):
+        yield from local_parts(value)
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item, visited)

@@ -225,7 +225,7 @@ def own_eigenvalues(eigenvalues: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """Those whose inverse root a method takes, with its floor or ridge; 0 for those it leaves out,
     and 1 for the others."""
     kept = torch.ones_like(eigenvalues)
-    if method in ("coupled_newton", "newton_db"):
+    if method in ("coupled_newton", "polynomial"):
         return eigenvalues + max(EPS, 8.0 * RESOLUTION * eigenvalues.norm().item()), kept
     if method == "eigh_pseudo_inverse":
         kept = (eigenvalues > len(eigenvalues) * RESOLUTION * eigenvalues.max()).double()

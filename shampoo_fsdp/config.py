@@ -22,6 +22,7 @@ from shampoo_fsdp.validation import (
 
 __all__ = [
     "RULES",
+    "MatmulPrecision",
     "RuleSettings",
     "ShampooConfig",
     "settings_from_keywords",
@@ -45,6 +46,9 @@ _AT_LEAST = {
 }
 _SHARES = ("grafting_beta2", "beta3", "momentum", "dampening")
 _POSITIVE = ("preconditioner_eps", "excluded_lr_factor", "max_factor_ratio")
+
+
+MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 class RuleSettings(Protocol):
@@ -111,9 +115,16 @@ class ShampooConfig:
 
     root_method: str | None = None
     """How inverse roots are taken. 'eigh': by eigendecomposition; 'eigh_pseudo_inverse': the same
-    with a zero in place of the inverse of a vanishing eigenvalue; 'coupled_newton', 'newton_db': by
-    iterations of matrix products alone; 'qr': by one QR step from the last eigenbasis. Default:
-    'eigh'; for soap, which knows 'eigh' and 'qr', 'qr'."""
+    with a zero in place of the inverse of a vanishing eigenvalue; 'polynomial': by few matrix
+    products, to an error that trainings do not notice; 'coupled_newton': by more, to rounding;
+    'qr': by one QR step from the last eigenbasis. Default: 'polynomial' on accelerators, 'eigh' on
+    CPUs and where products cannot take the root; for soap, which knows 'eigh' and 'qr', 'qr'."""
+
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
+    """Of the matrix products of every step, in torch's words: 'highest': fp32; 'high': TF32, where
+    the device has it; 'medium': inputs in bf16, sums in fp32. (Inverse roots and eigenbases choose
+    for themselves.) Default: 'medium' (for soap 'high') where the device is faster in it, also CPUs
+    with bf16 arithmetic; else 'highest'."""
 
     root_exponents: list[float] = field(default_factory=list)
     """Entry k - 1 is the p of factor^(-p) for blocks with k factors; where it is missing or zero, p

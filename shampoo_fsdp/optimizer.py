@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig, settings_from_keywords
 from shampoo_fsdp.hyperparameters import GroupSettings
+from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
@@ -103,6 +104,10 @@ class Shampoo(torch.optim.Optimizer):
         check_replicas(replicas)
         self._given = given_in(self.param_groups)
         check_parameters(self._given.parameters)
+        device = next((p.device for _, p, _ in self._given.trained), torch.device("cpu"))
+        self.chosen_by_device = reasons(self.config, device)
+        """Which settings were not given and follow from the device, and why: one line, or ""."""
+        self.config = on_device(self.config, device)
         self._parameters = make_parameters(self._given.trained, self.state, replicas, self.config)
         create_state(self._parameters, self.config)
         self._excluded = ExcludedParameters(

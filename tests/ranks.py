@@ -42,6 +42,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import tests.arithmetic  # noqa: F401
+
 __all__ = ["RanksError", "preload", "ranks", "run_ranks"]
 
 _ROOT = Path(__file__).resolve().parent.parent

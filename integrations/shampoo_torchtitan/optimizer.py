@@ -79,6 +79,8 @@ class ShampooContainer(OptimizersContainer):
                 f"{s['parameters_total']:,} parameters ({share:.1%} of the elements) "
                 f"in {s['blocks']:,} blocks"
             )
+            if optimizer.chosen_by_device:
+                logger.info(f"Shampoo{part} chose {optimizer.chosen_by_device}")
             if matrices := optimizer.matrices_left_to_grafting():
                 method = optimizer.config.elementwise_method
                 logger.info(

@@ -55,17 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line about what is wrong with the job."""
     parser = argparse.ArgumentParser(
         prog="python -m shampoo_torchtitan.plan",
-        usage="%(prog)s --job.config_file FILE --world-size N [--json] [any setting of the job]",
+        usage="%(prog)s --job.config_file FILE --world-size N [--device cpu] [--json] "
+        "[any setting of the job]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--world-size", "--world_size", type=int, required=True, help="ranks")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--json", action="store_true", help="figures as JSON instead of tables")
     options, of_job = parser.parse_known_args(arguments)
     logger.disabled = True  # TorchTitan tells how it goes; the report is all that is wanted
     try:
-        report = job_report(read_job(of_job), options.world_size)
+        report = job_report(read_job(of_job), options.world_size, options.device)
     except (AssertionError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -101,7 +103,7 @@ def read_job(arguments: Sequence[str]) -> Any:
     return _PlanReader().parse_args(list(arguments))
 
 
-def job_report(config: Any, world_size: int) -> PlanReport:
+def job_report(config: Any, world_size: int, device: str = "cuda") -> PlanReport:
     """The plan of a job.
 
     Raises:
@@ -115,7 +117,7 @@ def job_report(config: Any, world_size: int) -> PlanReport:
         f" ({mesh})" if mesh else ""
     )
     settings = getattr(config.optimizer, "shampoo", None) or ShampooConfig()
-    return PlanReport(title, job_specs(config, world_size), settings)
+    return PlanReport(title, job_specs(config, world_size), settings, device)
 
 
 def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:

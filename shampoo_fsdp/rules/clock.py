@@ -42,9 +42,9 @@ class StepFacts:
     momentum: float | Tensor
     graft: float | Tensor
 
-    def now(self, usable: Tensor) -> Now:
+    def now(self, usable: Tensor, idle: Tensor) -> Now:
         """For the rule; `usable` [B] is 1 or 0."""
         beta2 = self.group.betas[1]
         # Decays are 1 where a gradient is not usable: there the state stays.
         decay, weight = 1.0 - (1.0 - beta2) * usable, 1.0 - beta2 if beta2 < 1.0 else 1.0
-        return Now(decay, weight, self.factors, self.group.eps, self.warm)
+        return Now(decay, weight, self.factors, self.group.eps, self.warm, idle)

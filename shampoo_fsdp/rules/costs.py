@@ -9,13 +9,15 @@ from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = ["BlockCosts"]
 
-# A root or eigenbasis of an n x n factor takes as long as a matrix product of this many FLOPs times
-# n^3 and n^2: fitted to n = 64 to 1024 on a CPU (python -m benchmarks.roots).
+# A root or eigenbasis of an n x n factor takes as long as a matrix product in fp32 of this many
+# FLOPs times n^3 and n^2: fitted to n = 64 to 1024 on a CPU (python -m benchmarks.roots). For
+# "polynomial" it is what a GPU takes beside products in bf16, which take a quarter.
+_BF16 = 0.25
 _REFRESH_FLOPS = {
     "eigh": (10.0, 1900.0),
     "eigh_pseudo_inverse": (10.0, 1900.0),
     "coupled_newton": (84.0, 730.0),
-    "newton_db": (110.0, 560.0),
+    "polynomial": (13.0, 250.0),
     "qr": (15.0, 1400.0),
 }
 
@@ -35,6 +37,8 @@ class BlockCosts(dict[tuple[int, ...], tuple[float, float, int]]):
         # The method of somebody else's rule costs what eigenvectors do, for want of a better guess.
         cubed, squared = _REFRESH_FLOPS.get(config.basis_method, _REFRESH_FLOPS["eigh"])
         refresh = rule.refresh_cost * sum(cubed * n**3 + squared * n**2 for n in full)
+        if config.matmul_precision == "medium":
+            refresh /= _BF16
         # Elementwise work counts as one more row of a product.
         every = 2.0 * rule.products * math.prod(shape) * (sum(full) + 1)
         self[shape] = every, refresh, state_bytes(shape, config)

@@ -37,7 +37,7 @@ class KLShampoo(Shampoo):
     name = "kl_shampoo"
     number = 2
     # No pseudo-inverse: what both sides lack would be whitened to zero, and so never enter either.
-    root_methods: ClassVar[tuple[str, ...]] = ("eigh", "coupled_newton", "newton_db", "qr")
+    root_methods: ClassVar[tuple[str, ...]] = ("eigh", "coupled_newton", "polynomial", "qr")
     averages = True
     products = 3
 
@@ -72,18 +72,18 @@ class KLShampoo(Shampoo):
         whitened along the other dimensions."""
         # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
         # sides that start from the identity would fade, and their roots grow without bound.
-        inner = tuple(range(1, gradient.ndim))
-        nothing = (gradient.amax(inner) == 0.0) & (gradient.amin(inner) == 0.0)
-        decay = now.decay.masked_fill(nothing, 1.0)
+        decay = now.decay.masked_fill(now.idle, 1.0)
+        low = gradient.to(self.products_in)
         for i in self._sides:
-            whitened = gradient
+            whitened = low
             for j in self._sides:
                 if j == i:
                     continue
                 if j in self.full:
-                    whitened = along(whitened, self.roots[j].read(), j)
+                    whitened = along(whitened, self.roots[j].read(dtype=low.dtype), j)
                 else:
-                    whitened = scale_along(whitened, self._diagonal_root(j, now.correction), j)
+                    root = self._diagonal_root(j, now.correction)
+                    whitened = scale_along(whitened, root.to(low.dtype), j)
                 # The roots of tiny gradients can raise a large one until its square overflows.
                 whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
             share = now.weight * gradient.shape[i + 1] / gradient[0].numel()
@@ -91,7 +91,7 @@ class KLShampoo(Shampoo):
             if i in self.full:
                 self._accumulate_gram(i, unfold(whitened, i), averaged)
             else:
-                self._accumulate_diagonal(i, whitened.square(), averaged)
+                self._accumulate_diagonal(i, whitened.float().square(), averaged)
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         # The others did not start at zero.

@@ -38,10 +38,12 @@ class MatrixStack:
             (math.isqrt(8 * storage.shape[1] + 1) - 1) // 2 if self._packed else storage.shape[1]
         )
 
-    def read(self, where: slice | Tensor = slice(None)) -> Tensor:
-        """The matrices at these positions in fp32; of a slice their own memory, if they are kept
-        as they are."""
-        kept = self.storage[where].float()
+    def read(
+        self, where: slice | Tensor = slice(None), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The matrices at these positions; of a slice their own memory, if they are kept as they
+        are."""
+        kept = self.storage[where].to(dtype)
         return unpacked(kept, self.size) if self._packed else kept
 
     def keep(self, matrices: Tensor) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from shampoo_fsdp.rules.eigenbasis import eigenbasis
 from shampoo_fsdp.rules.matrices import per_block
-from shampoo_fsdp.rules.newton import coupled_newton, newton_db, normalised
+from shampoo_fsdp.rules.newton import coupled_newton
+from shampoo_fsdp.rules.polynomial import polynomial_root
 
 __all__ = [
     "ROOT_METHODS",
@@ -18,13 +19,22 @@ __all__ = [
     "root_residual",
 ]
 
-ROOT_METHODS = ("eigh", "eigh_pseudo_inverse", "coupled_newton", "newton_db")
+ROOT_METHODS = ("eigh", "eigh_pseudo_inverse", "coupled_newton", "polynomial")
 
 _LARGEST_ORDER = 16
 
-# The last multiplier of a matrix iteration is the identity, to rounding (1e-2 at worst, for
-# matrices that lack rank), or the iteration has diverged.
-_CONVERGED = 0.1
+# A root by products whose `root_residual` is above this has diverged: it is twice of what is asked.
+_FAILED = 0.5
+
+# Of the smallest eigenvalues, in units of the resolution of the dtype, that the methods by products
+# are made for. A sum of a thousand gradients that all lack the same directions has eigenvalues down
+# to -5 there, from rounding. Such ones end as if they were a little larger than zero; were the
+# iterations made for less, they would diverge.
+_LEAST = {"polynomial": 16.0, "coupled_newton": 32.0}
+
+# What coupled_newton makes of eigenvalues far below those that it is made for: it counts them as if
+# they were smaller by about this. (With polynomial they count as what it is made for.)
+_BELOW = 10.0
 
 
 def inverse_root(
@@ -34,6 +44,7 @@ def inverse_root(
     method: str,
     resolution: float = 0.0,
     divisor: float | Tensor = 1.0,
+    residual: float = 0.25,
 ) -> Tensor:
     """(A / divisor + eps I)^exponent of each matrix A, computed in the dtype of A.
 
@@ -45,10 +56,11 @@ def inverse_root(
       before the ridge eps is added, eigenvalues are raised to r times the largest.
     - "eigh_pseudo_inverse": the same, but eigenvalues of at most n r times the largest, the usual
       bound below which a matrix has no rank (torch.linalg.matrix_rank), contribute nothing.
-    - "coupled_newton" (Guo & Higham 2006, equation 1.5; Anil et al. 2020, arXiv 2002.09018) and
-      "newton_db" (coupled Newton-Schulz, Higham 2008, equation 6.35): by matrix products alone. The
-      ridge is max(eps, 8 r ||A||_F), as these need a definite matrix. The number of products
-      depends on the dtype and the exponent alone, and nothing is read back to the host.
+    - "polynomial" (see :func:`shampoo_fsdp.rules.polynomial.polynomial_root`), for exponents -m/p
+      where p is a power of two, else "coupled_newton" (Guo & Higham 2006, equation 1.5; Anil et al.
+      2020, arXiv 2002.09018): by matrix products alone. Eigenvalues below some 16 or 32 r ||A||
+      count as if they were there, smoothly. The number of products depends on the dtype, the
+      exponent, the resolution and the wanted residual alone, and nothing is read back to the host.
 
     Args:
         matrices: fp32 or fp64, shape [B, n, n], symmetric.
@@ -58,6 +70,7 @@ def inverse_root(
         resolution: of A's entries, relative to the largest eigenvalue.
         divisor: of A; a number or [B]. Eigenvalues are divided where there are any, which is less
             work than dividing the matrices.
+        residual: of "polynomial", that is wanted; see `root_residual`.
 
     Returns:
         shape [B, n, n]; all NaN where the method failed or the matrix was not finite.
@@ -73,19 +86,23 @@ def inverse_root(
         eigenvalues = eigenvalues / per_block(divisor, 2)
         pseudo = method == "eigh_pseudo_inverse"
         return inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
-    if isinstance(divisor, Tensor) or divisor != 1.0:
-        matrices = matrices / per_block(divisor, 3)
-    iteration = coupled_newton if method == "coupled_newton" else newton_db
     power, order = _power_and_order(exponent)
-    if method == "newton_db" and order == 1:
-        power, order = 2 * power, 2
-    scaled, scale = normalised(matrices, eps, resolution)
-    root, last = iteration(scaled, order)
-    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    converged = (last - identity).abs().amax((-2, -1), keepdim=True) < _CONVERGED  # not for NaN
-    # Rounding turns the iterates away from symmetry as much as from the root.
-    root = (root + root.mT) * (0.5 * scale ** (-1.0 / order))
-    return torch.where(converged, torch.linalg.matrix_power(root, power), torch.nan)
+    if order & (order - 1):  # no power of two
+        method = "coupled_newton"
+    floor = resolution * (_BELOW if method == "coupled_newton" else 1.0)
+    least = max(floor, _LEAST[method] * torch.finfo(matrices.dtype).eps)
+    divided = matrices
+    if isinstance(divisor, Tensor) or divisor != 1.0:
+        divided = matrices / per_block(divisor, 3)
+    if method == "coupled_newton":
+        root = coupled_newton(divided, order, eps, least)
+    else:
+        error = (1.0 + residual) ** (1.0 / (power * order)) - 1.0
+        power, order = (2, 2) if order == 1 else (power, order)
+        root = polynomial_root(divided, order, eps, least, error)
+    root = torch.linalg.matrix_power(root, power)
+    good = root_residual(divided, root, exponent, eps) < _FAILED  # not for NaN
+    return torch.where(per_block(good, 3), root, torch.nan)
 
 
 def inverse_root_from_basis(
@@ -131,20 +148,15 @@ def ridged_powers(
 def check_exponent(method: str, exponent: float) -> None:
     """Raise ValueError if the method cannot take this root.
 
-    "coupled_newton" takes exponents -m/p, p up to 16; "newton_db" these with p = 1, 2, 4, 8, 16;
-    eigenvectors give any.
+    Methods by products take exponents -m/p, p up to 16; eigenvectors give any.
     """
     if not exponent < 0.0:
         raise ValueError(f"an inverse root has a negative exponent, not {exponent}")
-    if method not in ("coupled_newton", "newton_db"):
-        return
-    ratio = _ratio(exponent)
-    orders = "1, 2, 4, 8 or 16" if method == "newton_db" else f"1 to {_LARGEST_ORDER}"
-    halving = ratio is not None and ratio[1] & (ratio[1] - 1) == 0
-    if ratio is None or (method == "newton_db" and not halving):
+    if method in ("coupled_newton", "polynomial") and _ratio(exponent) is None:
         raise ValueError(
-            f'root_method = "{method}" takes roots with exponents -m/p, p = {orders}, and a factor '
-            f'needs the exponent {exponent:g}: set root_method = "eigh", or other root_exponents'
+            f'root_method = "{method}" takes roots with exponents -m/p, p = 1 to {_LARGEST_ORDER}, '
+            f"and a factor needs the exponent {exponent:g}: set root_method = "
+            '"eigh", or other root_exponents'
         )
 
 
@@ -177,15 +189,17 @@ def root_residual(
     phases = torch.stack((k * (0.618 * k + 1.0), k * (0.414 * k + 1.0)))
     # Rows: on CPUs a batch of row times matrix is several times as fast as of matrix times column.
     probes = phases.cos().to(matrices.dtype)
+    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
+    unit = torch.where(largest > 0.0, largest, 1.0)  # powers must not overflow or vanish
     for _ in range(power):
-        probes = probes @ matrices  # [B, 2, n]
-        largest = probes.abs().amax((-2, -1), keepdim=True)
-        probes = probes / torch.where(largest > 0.0, largest, 1.0)  # squares must not overflow
+        probes = probes @ matrices / unit  # [B, 2, n]
+    divisor, eps = per_block(divisor, 3), per_block(eps, 3)
+    scale = unit / divisor
     result = probes
     for _ in range(order):
-        result = result @ roots
+        result = result @ roots * scale ** (power / order)
     for _ in range(power):
-        result = result @ matrices / per_block(divisor, 3) + per_block(eps, 3) * result
+        result = result @ matrices / unit + eps / scale * result
     error: Tensor = torch.linalg.matrix_norm(result - probes)
     norm = torch.linalg.matrix_norm(probes)
     return error / torch.where(norm > 0.0, norm, 1.0)

@@ -7,11 +7,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.config import RULES, ShampooConfig
+from shampoo_fsdp.config import RULES, MatmulPrecision, ShampooConfig
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.factors import factor_kinds
 from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
-from shampoo_fsdp.rules.precision import torch_dtype
+from shampoo_fsdp.rules.precision import add_gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
 
 __all__ = ["Health", "Now", "Positions", "Rule", "register", "rule_of"]
@@ -42,6 +42,8 @@ class Now(NamedTuple):
     """The optimizer's."""
     warm: bool
     """Whether any block has had its first refresh, this step's included."""
+    idle: Tensor
+    """Whether the gradient is zero in all of the block, as that of an idle expert, [B]."""
 
 
 class Rule(ABC):
@@ -61,6 +63,10 @@ class Rule(ABC):
     """Names of the entries of its state in checkpoints: those of :meth:`layout` without _i."""
     root_methods: ClassVar[tuple[str, ...]]
     """Allowed values of `root_method`; the first is the default."""
+    root_method_by_products: ClassVar[str | None] = None
+    """The default on accelerators, where decompositions are slow and make the host wait."""
+    matmul_precision: ClassVar[MatmulPrecision] = "highest"
+    """The default of the setting where the device multiplies in it faster than in fp32."""
     averages: ClassVar[bool] = False
     """Whether its factors must be averages (beta2 below 1)."""
     products: ClassVar[int]
@@ -122,6 +128,8 @@ class Rule(ABC):
         kinds = factor_kinds(shape, config)
         self.config = config
         self.state = state
+        self.products_in = torch.bfloat16 if config.matmul_precision == "medium" else torch.float32
+        """Type of what is multiplied on every step; what comes out is of it too, but for grams."""
         self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
         """Dimensions that have a matrix as their factor."""
         self.diagonal = [i for i, kind in enumerate(kinds) if kind == "diagonal"]
@@ -179,7 +187,7 @@ class Rule(ABC):
     def _accumulate_gram(self, i: int, unfolded: Tensor, now: Now) -> None:
         """factors_i <- decay factors_i + weight U U^T; U is [B, d_i, rest]."""
         factor = self.factors[i].read().mul_(per_block(now.decay, 3))
-        self.factors[i].keep(factor.baddbmm_(unfolded, unfolded.mT, alpha=now.weight))
+        self.factors[i].keep(add_gram(factor, unfolded, now.weight))
 
     def _accumulate_diagonal(self, i: int, squares: Tensor, now: Now) -> None:
         """diagonals_i [B, d_i] <- decay diagonals_i + weight * squares summed along the others."""

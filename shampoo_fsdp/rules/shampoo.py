@@ -45,16 +45,18 @@ class Shampoo(Rule):
         "eigh",
         "eigh_pseudo_inverse",
         "coupled_newton",
-        "newton_db",
+        "polynomial",
         "qr",
     )
+    root_method_by_products = "polynomial"
+    matmul_precision = "medium"
     products = 2
     works_cold = False
 
     @classmethod
     def check(cls, config: ShampooConfig) -> None:
         method = config.root_method
-        if config.factor_dtype == "bfloat16" and method in ("coupled_newton", "newton_db"):
+        if config.factor_dtype == "bfloat16" and method in ("coupled_newton", "polynomial"):
             # Rounding makes eigenvalues negative, down to 2^-7 of the largest: these diverge then.
             refuse("root_method", method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
 
@@ -88,31 +90,57 @@ class Shampoo(Rule):
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
         """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""
+        low = gradient.to(self.products_in)
         for i in self.full:
-            self._accumulate_gram(i, unfold(gradient, i), now)
+            self._accumulate_gram(i, unfold(low, i), now)
         for i in self.diagonal:
             self._accumulate_diagonal(i, gradient.square(), now)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        failures = []
-        for i, kept in self.roots.items():
-            factor = self.factors[i].read(where)
-            own = self._correction_of(i, correction)
-            ridge, method = self._ridge(factor, own), self.config.basis_method
-            if method == "qr":
-                eigenvalues, vectors, _ = self._updated_basis(i, where, factor, cold)
-                roots = inverse_root_from_basis(
-                    eigenvalues / per_block(own, 2), vectors, self.exponent, ridge, self.resolution
-                )
-            else:
-                roots = inverse_root(factor, self.exponent, ridge, method, self.resolution, own)
-            failed = roots.sum((1, 2)).isfinite().logical_not_()
+        failed = {}
+        for n in sorted({self.factors[i].size for i in self.full}):
+            same = [i for i in self.full if self.factors[i].size == n]
+            # Sides of one length in one call: half as many kernels for square blocks.
+            factors = torch.cat([self.factors[i].read(where) for i in same])
+            owns = [self._correction_of(i, correction) for i in same]
+            ridges = [
+                self._ridge(part, own)
+                for part, own in zip(factors.chunk(len(same)), owns, strict=True)
+            ]
+            own, ridge = _joined(owns, factors), _joined(ridges, factors)
+            roots = self._roots_of(same, where, factors, cold, ridge, own)
+            bad = roots.sum((1, 2)).isfinite().logical_not_()
             # A block that has seen no gradient has no scale: its roots would blow up the first.
-            unseen = factor.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
-            unusable = per_block(failed | unseen, 3)
-            kept.write(torch.where(unusable, kept.read(where), roots), where)
-            failures.append(failed)
-        return torch.stack(failures)
+            unusable = bad | (factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0)
+            parts = (values.chunk(len(same)) for values in (roots, unusable, bad))
+            for i, root, unusable, bad in zip(same, *parts, strict=True):
+                kept = self.roots[i]
+                kept.write(torch.where(per_block(unusable, 3), kept.read(where), root), where)
+                failed[i] = bad
+        return torch.stack([failed[i] for i in self.full])
+
+    def _roots_of(
+        self,
+        sides: Sequence[int],
+        where: Positions,
+        factors: Tensor,
+        cold: bool,
+        ridge: float | Tensor,
+        correction: float | Tensor,
+    ) -> Tensor:
+        """Inverse roots of the factors of sides of one length, side after side."""
+        method = self.config.basis_method
+        if method != "qr":
+            return inverse_root(factors, self.exponent, ridge, method, self.resolution, correction)
+        bases = [
+            self._updated_basis(i, where, part, cold)
+            for i, part in zip(sides, factors.chunk(len(sides)), strict=True)
+        ]
+        eigenvalues = torch.cat([basis[0] for basis in bases])
+        vectors = torch.cat([basis[1] for basis in bases])
+        return inverse_root_from_basis(
+            eigenvalues / per_block(correction, 2), vectors, self.exponent, ridge, self.resolution
+        )
 
     def health(self, correction: float | Tensor) -> Health:
         conditions, residuals = [], []
@@ -130,10 +158,12 @@ class Shampoo(Rule):
         result = momentum
         for i in self.diagonal:
             result = scale_along(result, self._diagonal_root(i, now.correction), i)
+        low = self.products_in
+        result = result.to(low)
         for i in reversed(self.roots):
-            last = i == self.full[0] and result is not out
-            result = along(result, self.roots[i].read(), i, out if last else None)
-        return result
+            last = i == self.full[0] and result is not out and low == out.dtype
+            result = along(result, self.roots[i].read(dtype=low), i, out if last else None)
+        return result if low == out.dtype else out.copy_(result)
 
     def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
         """The root of a diagonal factor, [B, d_i]."""
@@ -149,6 +179,17 @@ class Shampoo(Rule):
         """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are over their
         correction; a number or [B]."""
         return self.config.preconditioner_eps
+
+
+def _joined(values: Sequence[float | Tensor], factors: Tensor) -> float | Tensor:
+    """Values of sides, numbers or [n], as one number or [sides * n]."""
+    first = values[0]
+    if not any(isinstance(value, Tensor) for value in values) and len({*values}) == 1:
+        return first
+    n = len(factors) // len(values)
+    return torch.cat(
+        [value if isinstance(value, Tensor) else factors.new_full((n,), value) for value in values]
+    )
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:

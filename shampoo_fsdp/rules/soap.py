@@ -47,6 +47,7 @@ class Soap(Rule):
     number = 1
     entries = ("factors", "eigenvectors", "second_moment")
     root_methods = ("qr", "eigh")
+    matmul_precision = "high"
     products = 4
     refresh_cost = 3.0
     works_cold = True
@@ -71,8 +72,9 @@ class Soap(Rule):
             self.state[f"eigenvectors_{i}"][where] = self._identity(self.factors[i].size)
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
+        low = gradient.to(self.products_in)
         for i in self.full:
-            self._accumulate_gram(i, unfold(gradient, i), now)
+            self._accumulate_gram(i, unfold(low, i), now)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         eigenvalues, failures = [], []
@@ -149,15 +151,18 @@ class Soap(Rule):
             floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
             floor.clamp_min_(torch.finfo(torch.float32).tiny)
             result.mul_(moment.div(floor).clamp_max_(1.0))
+            result = result.to(self.products_in)
             for i in reversed(self.full):
-                result = along(result, self._vectors(i), i, out if i == self.full[0] else None)
-        return result.mul_(root)
+                last = i == self.full[0] and result.dtype == out.dtype
+                result = along(result, self._vectors(i), i, out if last else None)
+        return result.float().mul_(root)
 
     def _to_basis(self, blocks: Tensor, now: Now) -> Tensor:
         if now.warm:
+            blocks = blocks.to(self.products_in)
             for i in self.full:
                 blocks = along(blocks, self._vectors(i).mT, i)
-        return blocks
+        return blocks.float()
 
     def _vectors(self, i: int) -> Tensor:
-        return self.state[f"eigenvectors_{i}"].float()
+        return self.state[f"eigenvectors_{i}"].to(self.products_in)

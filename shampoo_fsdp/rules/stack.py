@@ -1,6 +1,7 @@
 """All blocks of one shape that a rank owns, handled together."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from shampoo_fsdp.rules.grafting import (
 )
 from shampoo_fsdp.rules.kept import saved_entries, split_rows
 from shampoo_fsdp.rules.matrices import per_block, to_device
+from shampoo_fsdp.rules.precision import products_in
 from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = ["BlockStack"]
@@ -92,12 +94,14 @@ class BlockStack:
             self._correction(group.graft_beta2, clock.steps, as_tensor=compiled),
         )
         accumulate, direct = self._compiled if compiled else (self._accumulate, self._direct)
-        usable, exp_avg = accumulate(step)
+        with self._products():
+            usable, idle, exp_avg = accumulate(step)
         self._count_skipped(usable, clock.active)
         yield "factors"
         self._refresh(clock, beta2)
         yield "roots"
-        direct(step, exp_avg, usable)
+        with self._products():
+            direct(step, exp_avg, usable, idle)
         if self.config.momentum:
             self._accelerate(usable, clock)
         yield "direction"
@@ -115,21 +119,25 @@ class BlockStack:
         """Forget what the rule knows of these blocks."""
         self.rule.restart(self._on_device(positions, torch.int64))
 
-    def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor]:
+    def _products(self) -> AbstractContextManager[None]:
+        return products_in(self.config.matmul_precision, self.device.type)
+
+    def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor, Tensor]:
         """Let the gradients into the factors, momentum and graft statistics.
 
         Returns:
-            which gradients are usable, [B], and the momentum.
+            which gradients are usable, and which are zero, [B], and the momentum.
         """
         gradient, beta1 = self.gradient, step.group.betas[0]
         inner = tuple(range(1, gradient.ndim))
         # Comparisons with NaN are false. (The infinity norm is far slower on CPUs.)
         largest, least = gradient.amax(inner), gradient.amin(inner)
+        idle = (largest == 0.0) & (least == 0.0)
         usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
         each = per_block(usable, gradient.ndim)  # 1 for usable gradients, else 0
         gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(each)
 
-        self.rule.accumulate(gradient, step.now(usable))
+        self.rule.accumulate(gradient, step.now(usable, idle))
         exp_avg = self.state["exp_avg"].float().lerp_(gradient, (1.0 - beta1) * each)
         self._keep("exp_avg", exp_avg)
         if self._second_moment is not None:
@@ -137,14 +145,14 @@ class BlockStack:
             decay = 1.0 - (1.0 - graft_beta2) * each
             method = self.config.grafting
             update_second_moment(method, self._second_moment, gradient, decay, graft_beta2)
-        return usable, exp_avg
+        return usable, idle, exp_avg
 
-    def _direct(self, step: StepFacts, exp_avg: Tensor, usable: Tensor) -> None:
+    def _direct(self, step: StepFacts, exp_avg: Tensor, usable: Tensor, idle: Tensor) -> None:
         """Put the preconditioned and grafted momentum, beta3 M' + (1 - beta3) G, into `gradient`.
 
         M' is the last momentum; with M = beta1 M' + (1 - beta1) G it is a mix of M and G.
         """
-        config, gradient, rule, now = self.config, self.gradient, self.rule, step.now(usable)
+        config, gradient, rule, now = self.config, self.gradient, self.rule, step.now(usable, idle)
         beta1, beta3 = step.group.betas[0], step.group.beta3
         rule.observe(gradient, now)
         share = beta3 / beta1 if beta1 else 1.0

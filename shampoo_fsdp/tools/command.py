@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan(*, model: str, mesh: str, json: bool, **settings: Any) -> None:
+def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) -> None:
     config = settings_from_keywords(settings)
-    report = PlanReport(f"{model} on {mesh}", [model_specs(model, _mesh(mesh))], config)
+    report = PlanReport(f"{model} on {mesh}", [model_specs(model, _mesh(mesh))], config, device)
     if json:
         _print_json(report.as_json())
     else:
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--mesh", required=True, help=f"sizes of {', '.join(MESH_DIMS)}, as in dp_shard=64,tp=8"
     )
+    plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     plan.add_argument("--json", action="store_true", default=False, help="figures as JSON")
     settings = plan.add_argument_group("settings of Shampoo")
     for name, annotation in typing.get_type_hints(ShampooConfig).items():

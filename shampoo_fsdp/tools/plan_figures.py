@@ -19,6 +19,7 @@ from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec, shard_rectangle, volume
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.rules.costs import BlockCosts
+from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.parameters import is_preconditioned
@@ -35,17 +36,24 @@ class PlanReport:
     """Figures of all ranks of a job. GiB are 2^30 bytes, GFLOP 10^9 operations."""
 
     def __init__(
-        self, title: str, models: Sequence[Sequence[ParameterSpec]], config: ShampooConfig
+        self,
+        title: str,
+        models: Sequence[Sequence[ParameterSpec]],
+        config: ShampooConfig,
+        device: str = "cuda",
     ) -> None:
         """
         Args:
             title: what the job is, for the head of the report.
             models: the parameters of each optimizer of the job, the excluded ones included: one
                 list, or one for each part of the model under pipeline parallelism.
+            device: type of what it will run on, which decides about settings that are None.
 
         Raises:
             ValueError: as :func:`shampoo_fsdp.plan.transfers.make_plan`.
         """
+        self.chosen_by_device = reasons(config, torch.device(device))
+        config = on_device(config, torch.device(device))
         specs = list(itertools.chain.from_iterable(models))
         assignments = [of for members in models for of in _assignments(members, config)]
         plans = [Totals(assignment) for assignment in assignments]

@@ -36,6 +36,8 @@ def print_plan(report: PlanReport, console: Console) -> None:
         f"{report.parameters_preconditioned:,} of {report.parameters:,} parameters ({share:.1%} of "
         f"{report.elements / 1e9:,.3g} billion elements); Adam updates the others."
     )
+    if report.chosen_by_device:
+        say(f"It would choose {report.chosen_by_device}.")
     for table in (_table_of_ranks(report), _table_of_shapes(report), _table_of_phases(report)):
         say(table)
     if left_out := report.sides_without_factor():

@@ -40,9 +40,9 @@ MEMBERS = {
         "momentum": 0.8,
         "weight_decay_type": "l2",
     },
-    "shampoo of sums, newton_db, adagrad, nesterov, independent, packed": {
+    "shampoo of sums, polynomial, adagrad, nesterov, independent, packed": {
         "betas": (0.9, 1.0),
-        "root_method": "newton_db",
+        "root_method": "polynomial",
         "grafting": "adagrad",
         "momentum": 0.8,
         "nesterov": True,
@@ -118,6 +118,12 @@ MEMBERS = {
         "weight_decay_type": "l2",
         "large_dim": "one_sided",
         "max_preconditioner_dim": 12,
+    },
+    "kl_shampoo, polynomial, products and roots in bf16": {
+        "preconditioner": "kl_shampoo",
+        "root_method": "polynomial",
+        "matmul_precision": "medium",
+        "root_dtype": "bfloat16",
     },
     "kl_shampoo in bf16, rmsprop, diagonal, packed": {
         "preconditioner": "kl_shampoo",

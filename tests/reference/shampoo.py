@@ -9,7 +9,7 @@ Sources:
 import torch
 from torch import Tensor
 
-from tests.reference.algebra import inverse_root, kept_in, precondition, raised
+from tests.reference.algebra import inverse_root, kept_in, polynomial_root, precondition, raised
 from tests.reference.rule import GramFactors, RuleSettings, new_basis
 
 __all__ = ["ShampooRule"]
@@ -80,6 +80,12 @@ class ShampooRule(GramFactors):
 
     def _root(self, factor: Tensor) -> Tensor:
         unit = self.unit(factor)
+        order = round(1.0 / self.exponent * 1e6) / 1e6
+        if self.settings.root_method == "polynomial" and order in (1.0, 2.0, 4.0, 8.0, 16.0):
+            root = polynomial_root(
+                factor / unit, int(order), self.settings.preconditioner_eps, self.least
+            )
+            return root * unit**-self.exponent
         root = inverse_root(
             factor / unit,
             self.exponent,

@@ -17,7 +17,7 @@ from tests.ranks import ranks
 MEMBERS = {
     "shampoo": {},
     "shampoo, coupled newton, rmsprop": {"root_method": "coupled_newton", "grafting": "rmsprop"},
-    "shampoo, newton_db, momentum": {"root_method": "newton_db", "momentum": 0.5},
+    "shampoo, polynomial, momentum": {"root_method": "polynomial", "momentum": 0.5},
     "shampoo, qr, packed, l2": {
         "root_method": "qr",
         "symmetric_packing": True,
@@ -496,7 +496,7 @@ def random_configurations() -> list[dict[str, object]]:
         }
         for i, options in enumerate(MEMBERS.values())
         for f in (1 + i % 3,)
-        if not (options.get("root_method") == "newton_db" and i % 2)
+        if not (options.get("root_method") == "polynomial" and i % 2)
     ]
 
 

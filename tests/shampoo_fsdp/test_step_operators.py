@@ -35,7 +35,7 @@ class NoReadBack(TorchDispatchMode):
     [
         {},
         {"root_method": "coupled_newton", "buckets": 3, "momentum": 0.9},
-        {"root_method": "newton_db", "grafting": "rmsprop", "weight_decay_type": "l2"},
+        {"root_method": "polynomial", "grafting": "rmsprop", "weight_decay_type": "l2"},
         {"root_method": "qr", "symmetric_packing": True, "root_dtype": "bfloat16"},
         {"preconditioner": "shampoo", "root_method": "eigh_pseudo_inverse", "grafting": "sgd"},
         {"preconditioner": "shampoo", "large_dim": "diagonal"},

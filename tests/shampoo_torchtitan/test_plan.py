@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.rules.costs import BlockCosts
+from shampoo_fsdp.rules.device import on_device
 from shampoo_fsdp.tools.models import model_specs
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.plan import job_report, job_specs, main, read_job
@@ -80,7 +82,7 @@ def test_a_job_makes_the_plan_that_was_shown(tmp_path, degrees):
     of_ranks = run_ranks(4, fingerprint_of_training, init=False, job=job, arguments=degrees)
     config = read_job(["--job.config_file", str(job), *degrees])
     (specs,) = job_specs(config, 4)
-    settings = config.optimizer.shampoo
+    settings = on_device(config.optimizer.shampoo, torch.device("cpu"))
     assert settings.precondition_frequency == 2  # the job's own
     chosen = [s for s in specs if len(s.shape) == 2 and "layers" in s.name]
     assert set(of_ranks) == {Assignment(chosen, settings, BlockCosts(settings), 0).fingerprint}
@@ -107,7 +109,9 @@ def test_settings_of_the_command_line_reach_the_plan():
         ]
     )
     report = job_report(config, 16)
-    assert report.settings == ShampooConfig(max_preconditioner_dim=2048)
+    given = ShampooConfig(max_preconditioner_dim=2048)
+    assert report.settings == on_device(given, torch.device("cuda"))
+    assert job_report(config, 16, "cpu").settings == on_device(given, torch.device("cpu"))
     assert report.title == "llama3 8B on 16 ranks (dp_shard=16)"
     assert max(report.blocks_by_shape) == (2048, 2048)
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp import Shampoo
+from shampoo_fsdp.rules.precision import add_gram
 from tests.ranks import run_ranks
 
 cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
@@ -55,15 +56,18 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def step_after(choice: str) -> None:
+def step_after(choice: str, precision: str = "highest") -> None:
     weight = torch.nn.Parameter(torch.ones(4, 4))
-    optimizer = Shampoo([("weight", weight)])
+    optimizer = Shampoo([("weight", weight)], matmul_precision=precision, preconditioner="shampoo")
     exec(CHOICES[choice])
     before = state()
     weight.grad = torch.ones(4, 4)
     with Watch() as watch:
         optimizer.step()
-    assert watch.inside == [["highest", False, "ieee", "ieee", before[4]]]
+    if precision == "highest":
+        assert watch.inside == [["highest", False, "ieee", "ieee", before[4]]]
+    else:  # of the first product, a gram of fp32 matrices
+        assert watch.inside[0][2:4] == ["ieee", "bf16"]
     assert state() == before
 
     # What followed the choice for everything still does.
@@ -75,3 +79,21 @@ def step_after(choice: str) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_choice_of_the_program_is_set_aside_and_restored(choice):
     run_ranks(1, step_after, init=False, choice=choice)
+
+
+@pytest.mark.parametrize("choice", ["nothing", "new interface", "old interface, high"])
+def test_products_in_bf16_leave_it_so_too(choice):
+    run_ranks(1, step_after, init=False, choice=choice, precision="medium")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "m"), [(1, 5), (7, 3), (128, 40), (130, 70), (257, 33)])
+def test_a_gram_is_added_whole_and_symmetric(n, m, dtype):
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(2, n, m, generator=generator).to(dtype)
+    start = torch.eye(n).repeat(2, 1, 1)
+    factors = add_gram(start.clone(), blocks, 0.3)
+    expected = start.double() + 0.3 * blocks.double() @ blocks.double().mT
+    assert factors.dtype == torch.float32
+    torch.testing.assert_close(factors.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(factors, factors.mT, rtol=1e-6, atol=1e-6)

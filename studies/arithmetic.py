@@ -1,0 +1,138 @@
+"""What cheaper arithmetic and smaller state do to the loss: the study's 1M model, KL-Shampoo.
+
+    python -m studies.arithmetic run --steps 240 2000     # a killed study goes on where it was
+    python -m studies.arithmetic report
+
+Each variant trains with the same weights and batches as the others, for each seed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from studies.pretrain.results import Results, Run
+from studies.pretrain.toml_files import read_toml
+
+_HERE = Path(__file__).parent
+_RESULTS = _HERE / "arithmetic.jsonl"
+_SHAMPOO = "optimizer.shampoo."
+
+# Settings of [optimizer.shampoo] by variant.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32, eigh": {},
+    "products in bf16": {"matmul_precision": "medium"},
+    "GPU default, emulated": {"matmul_precision": "medium", "root_method": "polynomial"},
+    "GPU default, emulated, roots kept in bf16": {
+        "matmul_precision": "medium",
+        "root_method": "polynomial",
+        "root_dtype": "bfloat16",
+    },
+    "roots kept in bf16": {"root_dtype": "bfloat16"},
+    "roots and momentum in bf16": {"root_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
+    "roots, momentum, factors in bf16": {
+        "root_dtype": "bfloat16",
+        "momentum_dtype": "bfloat16",
+        "factor_dtype": "bfloat16",
+    },
+}
+
+
+def job(variant: str, steps: int, seed: int) -> Run:
+    """The run of a variant: the study's 1M job with KL-Shampoo's settings for this length."""
+    settings = read_toml((_HERE / "pretrain" / "jobs" / "1M.toml").read_text())
+    settings |= {
+        "optimizer.name": "shampoo",
+        # Long runs want half the lr of the study's.
+        "optimizer.lr": 1.6e-2 if steps <= 480 else 8e-3,
+        _SHAMPOO + "excluded_lr_factor": 0.5,
+        "training.steps": steps,
+        "lr_scheduler.warmup_steps": max(1, steps // 8 if steps <= 480 else steps // 20),
+        "validation.dataset": "python_source_validation",
+        "validation.steps": 16,
+        "validation.freq": steps // 4,
+        "debug.seed": seed,
+        **{_SHAMPOO + name: value for name, value in VARIANTS[variant].items()},
+    }
+    return Run(size="1M", contestant=variant, stage=f"{steps} steps", settings=settings)
+
+
+def emulate_gpu() -> None:
+    """Let the products of inverse roots have the precision that a GPU's units would give them."""
+    from shampoo_fsdp.rules import polynomial
+
+    def tf32(x: Tensor) -> Tensor:  # as tensor cores may: cut off, not rounded
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    def multiply(
+        a: Tensor,
+        b: Tensor,
+        precision: str,
+        added: Tensor | None = None,
+        beta: float = 1.0,
+        alpha: float = 1.0,
+    ) -> Tensor:
+        if precision == "high":
+            product = torch.bmm(tf32(a), tf32(b))
+        else:
+            a_high, b_high = a.bfloat16().float(), b.bfloat16().float()
+            a_low, b_low = (a - a_high).bfloat16().float(), (b - b_high).bfloat16().float()
+            product = torch.bmm(a_high, b_low) + torch.bmm(a_low, b_high)
+            product += torch.bmm(a_high, b_high)
+        return product if added is None else product.mul_(alpha).add_(added, alpha=beta)
+
+    polynomial.multiply = multiply
+
+
+def report(results: Results, steps: list[int], seeds: list[int]) -> Table:
+    """Final losses of all variants; differences to the first."""
+    table = Table("variant")
+    for length in steps:
+        for seed in seeds:
+            table.add_column(f"{length} steps, seed {seed}")
+    for variant in VARIANTS:
+        cells = []
+        for length in steps:
+            for seed in seeds:
+                loss = results.loss(job(variant, length, seed))
+                base = results.loss(job(next(iter(VARIANTS)), length, seed))
+                shown = "-" if loss is None else f"{loss:.4f}"
+                if loss is not None and base is not None and loss != base:
+                    shown += f" ({loss - base:+.4f})"
+                cells.append(shown)
+        table.add_row(variant, *cells)
+    return table
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--steps", type=int, nargs="+", default=[240, 2000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options = parser.parse_args()
+    results = Results(_RESULTS)
+    if options.what == "run":
+        emulate_gpu()
+        for seed in options.seeds:
+            for steps in options.steps:
+                for variant in options.only:
+                    if (run := job(variant, steps, seed)) not in results:
+                        from studies.pretrain.job import run as train
+
+                        results.add(run, train(run.settings))
+                        print(variant, steps, seed, results.loss(run), flush=True)
+        return
+    Console(width=160).print(report(results, options.steps, options.seeds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Inverse roots with the precision of a GPU's units, emulated: rounded inputs, sums in fp32."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from shampoo_fsdp.rules import polynomial
+from shampoo_fsdp.rules.roots import inverse_root
+
+SPECTRA = json.loads(Path(__file__).with_name("spectra.json").read_text())
+
+
+def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    """[1, n, n], fp64."""
+    n = len(eigenvalues)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(1, n, n, generator=generator, dtype=torch.float64)).Q
+    return (q * eigenvalues.double()) @ q.mT
+
+
+def cut(x: Tensor) -> Tensor:
+    """TF32, cut off as tensor cores may do."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.bfloat16().float()
+    return high, (x - high).bfloat16().float()
+
+
+def emulated(coarse: bool):
+    def multiply(a, b, precision, added=None, beta=1.0, alpha=1.0):
+        if precision == "high" or coarse:
+            product = cut(a) @ cut(b)
+        else:
+            (a_high, a_low), (b_high, b_low) = split(a), split(b)
+            product = a_high @ b_low + a_low @ b_high + a_high @ b_high
+        return product if added is None else alpha * product + beta * added
+
+    return multiply
+
+
+def synthetic() -> dict[str, Tensor]:
+    n = 96
+    decay = torch.logspace(0, -8, n)
+    return {
+        "decaying": decay,
+        "rank n/4": torch.where(torch.arange(n) < n // 4, 1.0, 0.0),
+        "spike": torch.where(torch.arange(n) < 1, 1.0, 1e-3),
+        "flat": torch.ones(n),
+        "tiny": 1e-30 * decay,
+        "huge": 1e30 * decay,
+    }
+
+
+CASES = {**synthetic(), **{name: torch.tensor(values) for name, values in SPECTRA.items()}}
+
+
+def error_on_gradients(root: Tensor, matrix: Tensor, least: float) -> float:
+    """Of the root times gradients like those that the matrix is made of, after the best scaling."""
+    values, vectors = torch.linalg.eigh(matrix)
+    generator = torch.Generator().manual_seed(3)
+    white = torch.randn(1, len(values[0]), 8, generator=generator, dtype=torch.float64)
+    gradients = vectors @ (values.clamp_min(0.0).sqrt().unsqueeze(-1) * white)
+    values = values.clamp_min(least * values.max())
+    exact = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT @ gradients
+    actual = root.double() @ gradients
+    actual = actual * (actual * exact).sum() / actual.square().sum()
+    return (torch.linalg.matrix_norm(actual - exact) / torch.linalg.matrix_norm(exact)).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpus_units_are_precise_enough(case, monkeypatch):
+    """For kl_shampoo: what the 12 products leave, 0.12, is hardly more for it."""
+    matrix = with_spectrum(CASES[case])
+    monkeypatch.setattr(polynomial, "multiply", emulated(coarse=False))
+    root = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
+    assert error_on_gradients(root, matrix, 1e-5) < 0.15
+
+
+def test_the_first_polynomial_needs_its_precision(monkeypatch):
+    """Or small eigenvalues, which TF32 rounds away, would never come back."""
+    matrix = with_spectrum(CASES["rank n/4"] + 1e-4)
+    monkeypatch.setattr(polynomial, "multiply", emulated(coarse=True))
+    root = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
+    assert not error_on_gradients(root, matrix, 1e-5) < 0.2
+
+
+@pytest.mark.parametrize("n", [2, 3, 64, 300])
+@pytest.mark.parametrize(("exponent", "most"), [(-0.5, 12), (-0.25, 24), (-0.125, 34)])
+def test_the_number_of_products(n, exponent, most):
+    matrices = with_spectrum(torch.linspace(0.1, 1.0, n)).float()
+    with FlopCounterMode(display=False) as counter:
+        root = inverse_root(matrices, exponent, 1e-12, "polynomial", resolution=1e-5)
+    assert root.isfinite().all()
+    products = counter.get_total_flops() / (2 * n**3)
+    vectors = 2 * 10 / n  # of the check that follows
+    assert products <= most + vectors
+
+
+def test_a_large_matrix():
+    matrix = with_spectrum(torch.logspace(0, -6, 2048))
+    root = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
+    assert error_on_gradients(root, matrix, 1e-5) < 0.15
