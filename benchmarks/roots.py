@@ -7,14 +7,15 @@ Errors are those of the method: against an fp64 root of the same fp32 matrix, wi
 floor or ridge. "effect" is the error of X g for g = A^(1/2) u, u random, which is distributed as
 the gradients that make up A. All methods take turns in one run; times are medians, on the CPU.
 
-What it says: on CPUs "eigh" is the one to take. Matrix products alone cost 6 to 10 times its FLOPs
-and 2.3 to 9 times its time, the more the larger n. They are the more exact, 10 times and more from
-condition 1e4 on, but eigh's error is small beside what 10 steps change. A QR step from the last
-basis takes as long as eigh (0.8 to 1.6 times) and leaves an error of 14% with exponent -1/4.
+What it says: on CPUs "eigh" is the one to take. Matrix products alone take more FLOPs and more
+time, the more the larger n. "coupled_newton" is the more exact, 10 times and more from condition
+1e4 on, but eigh's error is small beside what 10 steps change, and so is that of "polynomial", which
+is asked for no more. A QR step from the last basis takes as long as eigh (0.8 to 1.6 times) and
+leaves an error of 14% with exponent -1/4.
 
 On CUDA, not measured here, torch.linalg.eigh decomposes matrices of n > 32 one after the other
 (pytorch/pytorch#175585), each in more than n steps that depend on each other, and the host waits.
-coupled_newton is 44 batched products and some 90 small operators for any n and number of matrices.
+polynomial is 12 to 28 batched products for any n and number of matrices.
 """
 
 import argparse
@@ -221,12 +222,17 @@ def measure_errors(n: int, spectrum: str, exponents: Sequence[float]) -> Rows:
     return rows
 
 
+# What methods by products make of small eigenvalues, in resolutions of the norm, about.
+_FLOORS = {"coupled_newton": 3.0, "polynomial": 16.0}
+
+
 def own_eigenvalues(eigenvalues: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """Those whose inverse root a method takes, with its floor or ridge; 0 for those it leaves out,
     and 1 for the others."""
     kept = torch.ones_like(eigenvalues)
-    if method in ("coupled_newton", "polynomial"):
-        return eigenvalues + max(EPS, 8.0 * RESOLUTION * eigenvalues.norm().item()), kept
+    if method in _FLOORS:
+        least = _FLOORS[method] * RESOLUTION * eigenvalues.norm().item()
+        return eigenvalues.clamp_min(least) + EPS, kept
     if method == "eigh_pseudo_inverse":
         kept = (eigenvalues > len(eigenvalues) * RESOLUTION * eigenvalues.max()).double()
     return eigenvalues.clamp_min(RESOLUTION * eigenvalues.max().item()) + EPS, kept

@@ -171,8 +171,9 @@ class ShampooConfig:
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which factors are kept; they are computed with in fp32."""
 
-    root_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which inverse roots and eigenvectors are kept."""
+    root_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type in which inverse roots and eigenvectors are kept. Default: 'bfloat16' for inverse roots
+    if matmul_precision is 'medium', which rounds them anyway; else 'float32'."""
 
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the momenta of blocks are kept."""

@@ -28,10 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32, eigh": {},
     "products in bf16": {"matmul_precision": "medium"},
     "GPU default, emulated": {"matmul_precision": "medium", "root_method": "polynomial"},
-    "GPU default, emulated, roots kept in bf16": {
+    "GPU default, emulated, momentum in bf16": {
         "matmul_precision": "medium",
         "root_method": "polynomial",
-        "root_dtype": "bfloat16",
+        "momentum_dtype": "bfloat16",
     },
     "roots kept in bf16": {"root_dtype": "bfloat16"},
     "roots and momentum in bf16": {"root_dtype": "bfloat16", "momentum_dtype": "bfloat16"},

@@ -13,31 +13,36 @@ __all__ = ["on_device", "reasons"]
 
 
 def on_device(config: ShampooConfig, device: torch.device) -> ShampooConfig:
-    """The settings with `root_method` and `matmul_precision` filled in where they are None."""
+    """The settings with `root_method`, `matmul_precision` and `root_dtype` filled in where they are
+    None."""
     rule = rule_of(config)
+    method = config.root_method or _root_method(rule, config, device)
+    precision = config.matmul_precision or _matmul_precision(rule, device)
+    # Eigenvectors are what "qr" starts from again.
+    rounded = precision == "medium" and rule.rounds_roots and method != "qr"
     return dataclasses.replace(
         config,
-        root_method=config.root_method or _root_method(rule, config, device),
-        matmul_precision=config.matmul_precision or _matmul_precision(rule, device),
+        root_method=method,
+        matmul_precision=precision,
+        root_dtype=config.root_dtype or ("bfloat16" if rounded else "float32"),
     )
 
 
 def reasons(config: ShampooConfig, device: torch.device) -> str:
     """One line about what :func:`on_device` has filled in, and why; "" where it was nothing."""
     rule, filled, said = rule_of(config), on_device(config, device), []
+    products = rule.root_method_by_products
     if config.root_method is None:
         why = f"the default on {device.type}"
-        if (
-            device.type != "cpu"
-            and rule.root_method_by_products
-            and filled.root_method != rule.root_method_by_products
-        ):
-            why = f"'{rule.root_method_by_products}' cannot take the roots of these settings"
+        if device.type != "cpu" and products and filled.root_method != products:
+            why = f"'{products}' cannot take the roots of these settings"
         said.append(f"root_method = '{filled.root_method}' ({why})")
     if config.matmul_precision is None:
         fast = "fast" if has_fast_bfloat16(device.type) else "no fast"
         why = f"{fast} bf16 products on {device.type}"
         said.append(f"matmul_precision = '{filled.matmul_precision}' ({why})")
+    if config.root_dtype is None and filled.root_dtype == "bfloat16":
+        said.append("root_dtype = 'bfloat16' (products round roots to it)")
     return "; ".join(said)
 
 

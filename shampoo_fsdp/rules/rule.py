@@ -67,6 +67,8 @@ class Rule(ABC):
     """The default on accelerators, where decompositions are slow and make the host wait."""
     matmul_precision: ClassVar[MatmulPrecision] = "highest"
     """The default of the setting where the device multiplies in it faster than in fp32."""
+    rounds_roots: ClassVar[bool] = False
+    """Whether nothing but the products of a step reads what it keeps in `root_dtype`."""
     averages: ClassVar[bool] = False
     """Whether its factors must be averages (beta2 below 1)."""
     products: ClassVar[int]
@@ -111,7 +113,7 @@ class Rule(ABC):
         return {
             f"{kind}_{i}": matrix_entry(
                 n,
-                torch_dtype(dtypes.get(kind, config.root_dtype)),
+                torch_dtype(dtypes.get(kind, config.root_dtype or "float32")),
                 packed=config.symmetric_packing and kind != "eigenvectors",
             )
             for kind in kinds

@@ -50,6 +50,7 @@ class Shampoo(Rule):
     )
     root_method_by_products = "polynomial"
     matmul_precision = "medium"
+    rounds_roots = True
     products = 2
     works_cold = False
 

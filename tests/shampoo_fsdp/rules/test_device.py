@@ -28,6 +28,23 @@ def test_cpus_decompose_and_multiply_in_16_bits_where_they_can(monkeypatch):
     assert chosen(CPU, preconditioner="soap") == ("qr", "highest")  # no TF32
 
 
+def test_roots_are_kept_as_products_read_them():
+    assert on_device(ShampooConfig(), CUDA).root_dtype == "bfloat16"
+    assert on_device(ShampooConfig(), CPU).root_dtype == "float32"
+    for keeps in ({"preconditioner": "soap"}, {"root_method": "qr"}, {"root_dtype": "float32"}):
+        settings = on_device(ShampooConfig(matmul_precision="medium", **keeps), CUDA)
+        assert settings.root_dtype == "float32"
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo"])
+def test_and_that_changes_nothing(preconditioner):
+    settings = {"preconditioner": preconditioner, "matmul_precision": "medium"}
+    kept, _ = trained(range(12), root_dtype="float32", **settings)
+    rounded, optimizer = trained(range(12), **settings)
+    assert optimizer.config.root_dtype == "bfloat16"
+    assert torch.equal(kept, rounded)
+
+
 @pytest.mark.parametrize("settings", [{"factor_dtype": "bfloat16"}, {"root_exponents": [0.123]}])
 def test_where_products_cannot_take_the_roots_they_are_decomposed(settings):
     assert chosen(CUDA, preconditioner="shampoo", **settings)[0] == "eigh"
@@ -35,7 +52,7 @@ def test_where_products_cannot_take_the_roots_they_are_decomposed(settings):
 
 
 def test_what_is_given_stays():
-    given = {"root_method": "qr", "matmul_precision": "highest"}
+    given = {"root_method": "qr", "matmul_precision": "highest", "root_dtype": "float32"}
     assert chosen(CUDA, **given) == ("qr", "highest")
     assert reasons(ShampooConfig(**given), CUDA) == ""
 
