@@ -63,7 +63,9 @@ class _Indexing(TorchFunctionMode):
     def _at(self, tensor: Tensor, index: Any) -> Tensor:
         dim = 0
         for one in index if isinstance(index, tuple) else (index,):
-            if one is None:
+            if one is Ellipsis:
+                dim = tensor.ndim - 1  # one more index follows
+            elif one is None:
                 tensor, dim = tensor.unsqueeze(dim), dim + 1
             elif isinstance(one, int):
                 tensor = tensor.select(dim, one)
@@ -155,6 +157,7 @@ def shares(model: str, ranks: int, tokens: int, options: Any, config: ShampooCon
         "of these roots, ms": milliseconds(refresh) / config.precondition_frequency,
         "share": step / training,
         "share of the first 100 steps": first / training,
+        "roots' share of these": milliseconds(refresh) * early / _LAST_OF_EARLY_PHASE / training,
         "Muon's share": muon / (options.bf16 * 1e9) / ranks / training,
         "decompositions on a step": refresh["decompositions"]
         / ranks

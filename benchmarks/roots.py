@@ -204,7 +204,7 @@ def measure_errors(n: int, spectrum: str, exponents: Sequence[float]) -> Rows:
     for exponent, method in product(exponents, ROOT_METHODS):
         treated, kept = own_eigenvalues(eigenvalues, method)
         exact = torch.diag(treated**exponent * kept)
-        root = inverse_root(matrix.unsqueeze(0), exponent, EPS, method)[0].double()
+        root = inverse_root(matrix.unsqueeze(0), exponent, EPS, method)[0][0].double()
         root = vectors.mT @ root @ vectors
         residual = torch.linalg.matrix_power(root, round(-1.0 / exponent)) * (treated * kept)
         effect = ((root - exact) @ gradients).norm() / (exact @ gradients).norm()

@@ -65,28 +65,23 @@ def job(variant: str, steps: int, seed: int) -> Run:
 def emulate_gpu() -> None:
     """Let the products of inverse roots have the precision that a GPU's units would give them."""
     from shampoo_fsdp.rules import polynomial
+    from shampoo_fsdp.rules.precision import split
 
-    def tf32(x: Tensor) -> Tensor:  # as tensor cores may: cut off, not rounded
+    class Precise:
+        def __init__(self, matrices: Tensor) -> None:
+            self.left, self.right = split(matrices)
+
+        def __matmul__(self, other: "Precise") -> Tensor:
+            return self.left.float() @ other.right.float().mT
+
+    def cut(x: Tensor) -> Tensor:  # as tensor cores may: not rounded
         return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
-    def multiply(
-        a: Tensor,
-        b: Tensor,
-        precision: str,
-        added: Tensor | None = None,
-        beta: float = 1.0,
-        alpha: float = 1.0,
-    ) -> Tensor:
-        if precision == "high":
-            product = torch.bmm(tf32(a), tf32(b))
-        else:
-            a_high, b_high = a.bfloat16().float(), b.bfloat16().float()
-            a_low, b_low = (a - a_high).bfloat16().float(), (b - b_high).bfloat16().float()
-            product = torch.bmm(a_high, b_low) + torch.bmm(a_low, b_high)
-            product += torch.bmm(a_high, b_high)
-        return product if added is None else product.mul_(alpha).add_(added, alpha=beta)
+    def tf32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+        return torch.bmm(cut(a), cut(b)).mul_(alpha)
 
-    polynomial.multiply = multiply
+    polynomial.Precise = Precise  # type: ignore[misc, assignment]
+    polynomial.tf32_product = tf32_product
 
 
 def report(results: Results, steps: list[int], seeds: list[int]) -> Table:

@@ -69,14 +69,11 @@ def inverse_square_root(least: float, error: float) -> tuple[tuple[Stage, ...], 
 
 
 def count_products(terms: Sequence[int]) -> int:
-    """Of the coupled iteration with polynomials of so many terms, the square for the norm, which
-    the first polynomial uses too, included."""
+    """Of the coupled iteration with polynomials of so many terms."""
     own = {2: 0, 3: 1, 5: 2}  # to evaluate q
-    total = 1 + (own[terms[0]] and own[terms[0]] - 1)
-    if len(terms) > 1:
-        # Y after the first; M, Y and Z around each further one; no Y after the last.
-        total += 1 + sum(own[n] + 3 for n in terms[1:]) - 1
-    return total
+    # Y after the first; M, Y and Z around each further one; no Y after the last.
+    around = 3 * (len(terms) - 1)
+    return sum(own[n] for n in terms) + around
 
 
 def _stages(chain: Sequence[int], low: float) -> tuple[tuple[Stage, ...], float]:

@@ -1,13 +1,13 @@
 """Inverse roots by few matrix products, made for the units that GPUs have for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from shampoo_fsdp.rules.matrices import per_block
 from shampoo_fsdp.rules.minimax import Stage, inverse_square_root
-from shampoo_fsdp.rules.precision import multiply
+from shampoo_fsdp.rules.precision import Precise, fp32_product, tf32_product
 
 __all__ = ["polynomial_root"]
 
@@ -19,11 +19,19 @@ _SLACK = 1e-3
 # first may not: A's small eigenvalues are below that rounding, and what is lost never comes back.
 _COARSE = 0.01
 
+Product = Callable[..., Tensor]
+
 
 def polynomial_root(
-    matrices: Tensor, order: int, eps: float | Tensor, least: float, error: float
+    matrices: Tensor,
+    order: int,
+    eps: float | Tensor,
+    divisor: float | Tensor,
+    least: float,
+    error: float,
 ) -> Tensor:
-    """(A + eps I)^(-1/p) of each matrix A, p a power of two, by square roots of square roots.
+    """(A / divisor + eps I)^(-1/p) of each matrix A, p a power of two, by square roots of square
+    roots.
 
     For a square root Y <- A, Z <- I, and for one polynomial q after the other T = q(Z Y),
     Z <- T Z, Y <- Y T (Higham 2008, equation 6.35, with the polynomials of
@@ -35,86 +43,117 @@ def polynomial_root(
     Args:
         matrices: [B, n, n], symmetric.
         order: p, 2 or more.
-        eps: a number or [B].
-        least: of the eigenvalues, relative to the largest; what is below counts as at most this.
+        eps, divisor: numbers or [B].
+        least: of the eigenvalues, relative to the norm; what is below counts as at most this.
         error: of the root's eigenvalues, relative, that is wanted.
 
     Returns:
         [B, n, n]; what comes of a matrix that is not positive semi-definite may be anything.
     """
-    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    # The largest entry of a second moment is on its diagonal.
+    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
     unit = torch.where(largest > 0.0, largest, 1.0)  # squares must not overflow or vanish
-    scaled, ridge = matrices / unit, per_block(eps, 3) / unit
-    square = multiply(scaled, scaled, "split")
-    # Between the largest eigenvalue and that times the fourth root of how many are as large.
-    norm = torch.linalg.matrix_norm(square, keepdim=True).sqrt_().mul_(1.0 + _SLACK)
-    scale = norm + ridge
+    scaled, ridge = matrices / unit, per_block(eps, 3) * (per_block(divisor, 3) / unit)
+    precise = Precise(scaled)
+    square = precise @ precise
+    # Between the largest eigenvalue and that times the fourth root of how many are as large; the
+    # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
+    scale = torch.linalg.matrix_norm(square, keepdim=True).sqrt_().mul_(1.0 + _SLACK) + ridge
     # All errors together are less than twice the share.
     share = error if order == 2 else 0.5 * error
     stages, left = inverse_square_root(least, share)
     # nu = a A + b I, and its square.
     a = 1.0 / (scale * stages[0].half)
     b = (ridge / scale - stages[0].middle) / stages[0].half
-    shifted = _plus_diagonal(scaled * a, b)
-    squared = _plus_diagonal(torch.addcmul(square * a.square(), scaled, 2.0 * a * b), b.square())
+    nu = _plus_diagonal(scaled * a, b)
+    squared = _plus_diagonal(square.mul_(a.square()).addcmul_(scaled, 2.0 * a * b), b.square())
     remaining, gain = order // 2, 1.0
-    root, inverse = _coupled(shifted, squared, stages, share, keep_root=remaining > 1)
+    start = _from_a(precise, scale, ridge)
+    inverse, factor, root = _coupled(nu, squared, start, stages, share, remaining > 1)
     while remaining > 1:
+        remaining //= 2
         above = 1.0 + left
         gain, least = (gain / above) ** 0.5, least**0.5 * (1.0 - left) / above
         stages, left = inverse_square_root(least, share)
-        half = stages[0].half
-        shifted = (root + root.mT).mul_(0.5 / (above * half))
-        shifted.diagonal(dim1=-2, dim2=-1).sub_(stages[0].middle / half)
-        squared = multiply(shifted, shifted, "split")
-        remaining //= 2
-        root, inverse = _coupled(shifted, squared, stages, share, keep_root=remaining > 1)
-    return (inverse + inverse.mT).mul_((0.5 * gain) * (scale * unit) ** (-1.0 / order))
+        middle, half = stages[0].middle, stages[0].half
+        assert root is not None
+        nu = (root[0] + root[0].mT).mul_(0.5 * root[1] / (above * half))
+        nu.diagonal(dim1=-2, dim2=-1).sub_(middle / half)
+        precise = Precise(nu)
+        inverse, factor, root = _coupled(
+            nu, precise @ precise, _from_nu(precise, stages[0]), stages, share, remaining > 1
+        )
+    power = (scale * (unit / per_block(divisor, 3))) ** (-1.0 / order)
+    return (inverse + inverse.mT).mul_((0.5 * gain * factor) * power)
 
 
 def _coupled(
-    shifted: Tensor, squared: Tensor, stages: Sequence[Stage], error: float, *, keep_root: bool
-) -> tuple[Tensor, Tensor]:
-    """Y, if it is wanted, and Z.
+    nu: Tensor,
+    squared: Tensor,
+    times_start: Callable[[Tensor], tuple[Tensor, float]],
+    stages: Sequence[Stage],
+    error: float,
+    keep_root: bool,
+) -> tuple[Tensor, float, tuple[Tensor, float] | None]:
+    """Z, and Y if it is wanted, each as a matrix and a number that it has to be multiplied by: what
+    can be a number in the next product takes no pass over the matrix.
 
     Args:
-        shifted, squared: nu of the first polynomial, and its square.
+        nu, squared: of the first polynomial; symmetric.
+        times_start: multiplies the first Y with a matrix; of the result, too, a number is apart.
     """
-    fine, coarse = "split", "high" if error >= _COARSE else "split"
     first, *others = stages
-    inverse = _evaluated(first, shifted, squared, fine)
-    root = shifted
+    inverse, z = _evaluated(first, nu, squared, lambda a, b: Precise(a) @ Precise(b))
+    root, y = inverse, 0.0
     if others or keep_root:
-        beta, alpha = first.middle, first.half
-        root = multiply(shifted, inverse, fine, inverse, beta, alpha)
+        root, y = times_start(inverse)
+        y *= z
+    product: Product = tf32_product if error >= _COARSE else fp32_product
     for k, stage in enumerate(others):
-        identity = torch.eye(shifted.shape[-1], dtype=shifted.dtype, device=shifted.device)
-        beta, alpha = -stage.middle / stage.half, 1.0 / stage.half
-        shifted = multiply(inverse, root, coarse, identity, beta, alpha)
-        factor = _evaluated(stage, shifted, multiply(shifted, shifted, coarse), coarse)
-        inverse = multiply(factor, inverse, coarse)
+        nu = product(inverse, root, z * y / stage.half)
+        nu.diagonal(dim1=-2, dim2=-1).sub_(stage.middle / stage.half)
+        factor, t = _evaluated(stage, nu, product(nu, nu), product)
+        inverse, z = product(factor, inverse), t * z
         if keep_root or k + 1 < len(others):
-            root = multiply(root, factor, coarse)
-    return root, inverse
+            root, y = product(root, factor), t * y
+    return inverse, z, (root, y) if keep_root else None
 
 
-def _evaluated(stage: Stage, nu: Tensor, squared: Tensor, precision: str) -> Tensor:
-    """q(nu), of two, three or five terms."""
+def _from_a(precise: Precise, scale: Tensor, ridge: Tensor) -> Callable[..., tuple[Tensor, float]]:
+    """Multiplies (A + ridge I) / scale with a matrix T."""
+
+    def times(t: Tensor) -> tuple[Tensor, float]:
+        return (precise @ Precise(t)).div_(scale).addcmul_(t, ridge / scale), 1.0
+
+    return times
+
+
+def _from_nu(precise: Precise, stage: Stage) -> Callable[..., tuple[Tensor, float]]:
+    """Multiplies half nu + middle I with a matrix T."""
+
+    def times(t: Tensor) -> tuple[Tensor, float]:
+        return (precise @ Precise(t)).add_(t, alpha=stage.middle / stage.half), stage.half
+
+    return times
+
+
+def _evaluated(stage: Stage, nu: Tensor, squared: Tensor, product: Product) -> tuple[Tensor, float]:
+    """q(nu), of two, three or five terms, as a matrix and a number; `squared` may be changed."""
     c = stage.coefficients
     if len(c) == 5:
-        # c0 + c1 nu + c3 (c2/c3 + nu + c4/c3 nu^2) nu^2
+        # c3 ((c2/c3 + nu + c4/c3 nu^2) nu^2 + c1/c3 nu + c0/c3)
         inner = torch.add(nu, squared, alpha=c[4] / c[3])
         inner.diagonal(dim1=-2, dim2=-1).add_(c[2] / c[3])
-        result = multiply(inner, squared, precision, nu, c[1], c[3])
+        result, scale = product(inner, squared).add_(nu, alpha=c[1] / c[3]), c[3]
     elif len(c) == 3:
-        result = torch.add(nu * c[1], squared, alpha=c[2])
+        result, scale = squared.add_(nu, alpha=c[1] / c[2]), c[2]
     else:
-        result = nu * c[1]
-    result.diagonal(dim1=-2, dim2=-1).add_(c[0])
-    return result
+        result, scale = nu.clone(), c[1]
+    result.diagonal(dim1=-2, dim2=-1).add_(c[0] / scale)
+    return result, scale
 
 
 def _plus_diagonal(matrices: Tensor, values: Tensor) -> Tensor:
-    """A + value I; values [B, 1, 1]."""
+    """A + value I in place; values [B, 1, 1]."""
     matrices.diagonal(dim1=-2, dim2=-1).add_(values.flatten(1))
     return matrices

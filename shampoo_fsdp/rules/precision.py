@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Precise",
     "add_gram",
+    "fp32_product",
     "full_precision",
     "has_fast_bfloat16",
-    "multiply",
     "products_in",
+    "split",
+    "tf32_product",
     "torch_dtype",
 ]
 
@@ -112,42 +115,47 @@ def _add_gram_in_strips(factors: Tensor, blocks: Tensor, weight: float) -> Tenso
     return factors
 
 
-def multiply(
-    a: Tensor,
-    b: Tensor,
-    precision: str,
-    added: Tensor | None = None,
-    beta: float = 1.0,
-    alpha: float = 1.0,
-) -> Tensor:
-    """beta * added + alpha * a @ b of stacks of fp32 matrices [B, n, k] and [B, k, m], with sums in
-    fp32, by the units that the device has.
-
-    Precisions are "high", inputs rounded to the 10 bits of TF32; and "split", 16 bits, by three
-    products of bf16 (each input as a bf16 number and the rest of it). Devices without such units
-    multiply in fp32, fp64 stays what it is.
-    """
-    if a.device.type != "cuda" or a.dtype != torch.float32:
-        return _multiply(a, b, added, beta, alpha)
-    if precision == "high":
-        matmul = torch.backends.cuda.matmul
-        matmul.fp32_precision = "tf32"
-        try:
-            return _multiply(a, b, added, beta, alpha)
-        finally:
-            matmul.fp32_precision = "ieee"
-    if torch.version.hip:  # it has no `out_dtype`
-        return _multiply(a, b, added, beta, alpha)
-    a_high, b_high = a.bfloat16(), b.bfloat16()
-    a_low, b_low = (a - a_high).bfloat16(), (b - b_high).bfloat16()
-    # All three as one, the small ones first.
-    left = torch.cat((a_high, a_low, a_high), 2)
-    right = torch.cat((b_low, b_high, b_high), 1)
-    product = torch.bmm(left, right, out_dtype=torch.float32)
-    return product if added is None else product.mul_(alpha).add_(added, alpha=beta)
-
-
-def _multiply(a: Tensor, b: Tensor, added: Tensor | None, beta: float, alpha: float) -> Tensor:
-    if added is None:
+def fp32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha a @ b of stacks of matrices, within :func:`full_precision`."""
+    if alpha == 1.0:
         return torch.bmm(a, b)
-    return torch.baddbmm(added, a, b, beta=beta, alpha=alpha)
+    return torch.baddbmm(a, a, b, beta=0.0, alpha=alpha)
+
+
+def tf32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """The same for stacks of square matrices, inputs rounded to the 10 bits of TF32 where the
+    device has units for it."""
+    with products_in("high", a.device.type):
+        return fp32_product(a, b, alpha)
+
+
+class Precise:
+    """Stacks of symmetric fp32 matrices [B, n, n], to be multiplied with each other in 16 bits,
+    sums in fp32. Where the device has no such product it is in fp32; fp64 stays what it is."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        # ROCm has no `out_dtype`.
+        if matrices.device.type == "cuda" and matrices.dtype == torch.float32:
+            self._split = not torch.version.hip
+        else:
+            self._split = False
+        self._left, self._right = split(matrices) if self._split else (matrices, matrices)
+
+    def __matmul__(self, other: "Precise") -> Tensor:
+        if self._split:
+            return torch.bmm(self._left, other._right.mT, out_dtype=torch.float32)
+        return torch.bmm(self._left, other._right)
+
+
+def split(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric fp32 matrices A = h + l, h being A in bf16, as [h, l, h] and [l, h, h], bf16
+    [B, n, 3n]: the first of A times the other of B, transposed, is h l + l h + h h, the small ones
+    first, and nearly A B."""
+    n = matrices.shape[-1]
+    parts = matrices.new_empty(*matrices.shape[:-1], 4 * n, dtype=torch.bfloat16)
+    high, low, *again = torch.split(parts, n, -1)
+    high.copy_(matrices)
+    torch.sub(matrices, high, out=low)
+    for part in again:
+        part.copy_(high)
+    return parts[..., : 3 * n], parts[..., n:]

@@ -45,7 +45,7 @@ def inverse_root(
     resolution: float = 0.0,
     divisor: float | Tensor = 1.0,
     residual: float = 0.25,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """(A / divisor + eps I)^exponent of each matrix A, computed in the dtype of A.
 
     What lies below the resolution r of the dtype (2^-23 in fp32), or `resolution` if that is more,
@@ -73,7 +73,8 @@ def inverse_root(
         residual: of "polynomial", that is wanted; see `root_residual`.
 
     Returns:
-        shape [B, n, n]; all NaN where the method failed or the matrix was not finite.
+        shape [B, n, n], and where the method failed or the matrix was not finite, [B]: there the
+        root is anything.
 
     Raises:
         ValueError: if there is no such method, or it cannot take this root.
@@ -85,24 +86,22 @@ def inverse_root(
         eigenvalues, vectors = eigenbasis(matrices)
         eigenvalues = eigenvalues / per_block(divisor, 2)
         pseudo = method == "eigh_pseudo_inverse"
-        return inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
+        root = inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
+        return root, root.sum((-2, -1)).isfinite().logical_not_()
     power, order = _power_and_order(exponent)
     if order & (order - 1):  # no power of two
         method = "coupled_newton"
     floor = resolution * (_BELOW if method == "coupled_newton" else 1.0)
     least = max(floor, _LEAST[method] * torch.finfo(matrices.dtype).eps)
-    divided = matrices
-    if isinstance(divisor, Tensor) or divisor != 1.0:
-        divided = matrices / per_block(divisor, 3)
     if method == "coupled_newton":
-        root = coupled_newton(divided, order, eps, least)
+        root = coupled_newton(matrices / per_block(divisor, 3), order, eps, least)
     else:
         error = (1.0 + residual) ** (1.0 / (power * order)) - 1.0
         power, order = (2, 2) if order == 1 else (power, order)
-        root = polynomial_root(divided, order, eps, least, error)
+        root = polynomial_root(matrices, order, eps, divisor, least, error)
     root = torch.linalg.matrix_power(root, power)
-    good = root_residual(divided, root, exponent, eps) < _FAILED  # not for NaN
-    return torch.where(per_block(good, 3), root, torch.nan)
+    good = root_residual(matrices, root, exponent, eps, divisor) < _FAILED  # not for NaN
+    return root, good.logical_not_()
 
 
 def inverse_root_from_basis(

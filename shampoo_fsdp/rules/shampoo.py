@@ -98,7 +98,7 @@ class Shampoo(Rule):
             self._accumulate_diagonal(i, gradient.square(), now)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        failed = {}
+        failed: dict[int, Tensor] = {}
         for n in sorted({self.factors[i].size for i in self.full}):
             same = [i for i in self.full if self.factors[i].size == n]
             # Sides of one length in one call: half as many kernels for square blocks.
@@ -109,15 +109,14 @@ class Shampoo(Rule):
                 for part, own in zip(factors.chunk(len(same)), owns, strict=True)
             ]
             own, ridge = _joined(owns, factors), _joined(ridges, factors)
-            roots = self._roots_of(same, where, factors, cold, ridge, own)
-            bad = roots.sum((1, 2)).isfinite().logical_not_()
+            roots, bad = self._roots_of(same, where, factors, cold, ridge, own)
             # A block that has seen no gradient has no scale: its roots would blow up the first.
-            unusable = bad | (factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0)
-            parts = (values.chunk(len(same)) for values in (roots, unusable, bad))
-            for i, root, unusable, bad in zip(same, *parts, strict=True):
+            unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
+            stays = per_block(bad | unseen, 3).chunk(len(same))
+            failed |= zip(same, bad.chunk(len(same)), strict=True)
+            for i, root, stay in zip(same, roots.chunk(len(same)), stays, strict=True):
                 kept = self.roots[i]
-                kept.write(torch.where(per_block(unusable, 3), kept.read(where), root), where)
-                failed[i] = bad
+                kept.write(torch.where(stay, kept.read(where), root), where)
         return torch.stack([failed[i] for i in self.full])
 
     def _roots_of(
@@ -128,8 +127,9 @@ class Shampoo(Rule):
         cold: bool,
         ridge: float | Tensor,
         correction: float | Tensor,
-    ) -> Tensor:
-        """Inverse roots of the factors of sides of one length, side after side."""
+    ) -> tuple[Tensor, Tensor]:
+        """Inverse roots of the factors of sides of one length, side after side, and where that
+        failed."""
         method = self.config.basis_method
         if method != "qr":
             return inverse_root(factors, self.exponent, ridge, method, self.resolution, correction)
@@ -139,9 +139,10 @@ class Shampoo(Rule):
         ]
         eigenvalues = torch.cat([basis[0] for basis in bases])
         vectors = torch.cat([basis[1] for basis in bases])
-        return inverse_root_from_basis(
-            eigenvalues / per_block(correction, 2), vectors, self.exponent, ridge, self.resolution
-        )
+        failed = torch.cat([basis[2] for basis in bases])
+        eigenvalues = eigenvalues / per_block(correction, 2)
+        powers = (eigenvalues, vectors, self.exponent, ridge, self.resolution)
+        return inverse_root_from_basis(*powers), failed
 
     def health(self, correction: float | Tensor) -> Health:
         conditions, residuals = [], []

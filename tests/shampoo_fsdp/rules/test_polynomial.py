@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from shampoo_fsdp.rules import polynomial
+from shampoo_fsdp.rules.precision import split
 from shampoo_fsdp.rules.roots import inverse_root
 
 SPECTRA = json.loads(Path(__file__).with_name("spectra.json").read_text())
@@ -27,21 +28,31 @@ def cut(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    high = x.bfloat16().float()
-    return high, (x - high).bfloat16().float()
+class Emulated:
+    """The 16 bits of `Precise` on a GPU."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        self.left, self.right = split(matrices)
+
+    def __matmul__(self, other: "Emulated") -> Tensor:
+        return self.left.float() @ other.right.float().mT
 
 
-def emulated(coarse: bool):
-    def multiply(a, b, precision, added=None, beta=1.0, alpha=1.0):
-        if precision == "high" or coarse:
-            product = cut(a) @ cut(b)
-        else:
-            (a_high, a_low), (b_high, b_low) = split(a), split(b)
-            product = a_high @ b_low + a_low @ b_high + a_high @ b_high
-        return product if added is None else alpha * product + beta * added
+class Coarse:
+    """10 bits in its place."""
 
-    return multiply
+    def __init__(self, matrices: Tensor) -> None:
+        self.matrices = cut(matrices)
+
+    def __matmul__(self, other: "Coarse") -> Tensor:
+        return self.matrices @ other.matrices
+
+
+def emulate(monkeypatch, precise: type) -> None:
+    monkeypatch.setattr(polynomial, "Precise", precise)
+    monkeypatch.setattr(
+        polynomial, "tf32_product", lambda a, b, alpha=1.0: alpha * (cut(a) @ cut(b))
+    )
 
 
 def synthetic() -> dict[str, Tensor]:
@@ -73,20 +84,29 @@ def error_on_gradients(root: Tensor, matrix: Tensor, least: float) -> float:
     return (torch.linalg.matrix_norm(actual - exact) / torch.linalg.matrix_norm(exact)).item()
 
 
+def test_symmetric_matrices_in_two_parts_have_16_bits():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 40, 40, generator=generator)
+    a, b = a + a.mT, b + b.mT
+    product = split(a)[0].double() @ split(b)[1].double().mT
+    exact = a.double() @ b.double()
+    assert (product - exact).abs().max() < 2.0**-15 * (a.abs() @ b.abs()).max()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpus_units_are_precise_enough(case, monkeypatch):
     """For kl_shampoo: what the 12 products leave, 0.12, is hardly more for it."""
     matrix = with_spectrum(CASES[case])
-    monkeypatch.setattr(polynomial, "multiply", emulated(coarse=False))
-    root = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
+    emulate(monkeypatch, Emulated)
+    root, _ = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
     assert error_on_gradients(root, matrix, 1e-5) < 0.15
 
 
 def test_the_first_polynomial_needs_its_precision(monkeypatch):
     """Or small eigenvalues, which TF32 rounds away, would never come back."""
     matrix = with_spectrum(CASES["rank n/4"] + 1e-4)
-    monkeypatch.setattr(polynomial, "multiply", emulated(coarse=True))
-    root = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
+    emulate(monkeypatch, Coarse)
+    root, _ = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
     assert not error_on_gradients(root, matrix, 1e-5) < 0.2
 
 
@@ -95,7 +115,7 @@ def test_the_first_polynomial_needs_its_precision(monkeypatch):
 def test_the_number_of_products(n, exponent, most):
     matrices = with_spectrum(torch.linspace(0.1, 1.0, n)).float()
     with FlopCounterMode(display=False) as counter:
-        root = inverse_root(matrices, exponent, 1e-12, "polynomial", resolution=1e-5)
+        root, _ = inverse_root(matrices, exponent, 1e-12, "polynomial", resolution=1e-5)
     assert root.isfinite().all()
     products = counter.get_total_flops() / (2 * n**3)
     vectors = 2 * 10 / n  # of the check that follows
@@ -104,5 +124,5 @@ def test_the_number_of_products(n, exponent, most):
 
 def test_a_large_matrix():
     matrix = with_spectrum(torch.logspace(0, -6, 2048))
-    root = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
+    root, _ = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
     assert error_on_gradients(root, matrix, 1e-5) < 0.15

@@ -1,0 +1,44 @@
+"""What a GPU would multiply on a step, in which precision, and that its host waits for nothing."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.gemm_share import CUDA, flops_of_block, main
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.rules.device import on_device
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 64), (96, 32)])
+def test_the_products_of_a_step_and_of_a_refresh(m, n):
+    """Fake tensors have no values: reading one on the host would raise."""
+    every, refresh = flops_of_block((m, n), on_device(ShampooConfig(), CUDA))
+    assert every == {"bf16": 3 * 2 * m * n * (m + n)}  # whitening, grams, direction
+    cubes = m**3 + n**3
+    vectors = 2 * 2 * 4 * (m**2 + n**2)  # the check of the roots: 4 products with 2 vectors
+    # The first polynomial, with the square for the norm: 3 products, each as 3 of bf16.
+    assert refresh == {"bf16": 3 * 3 * 2 * cubes, "tf32": 9 * 2 * cubes, "fp32": vectors}
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap"])
+def test_other_rules_multiply_in_their_precision(preconditioner):
+    every, _ = flops_of_block(
+        (64, 64), on_device(ShampooConfig(preconditioner=preconditioner), CUDA)
+    )
+    assert every.keys() == {"bf16" if preconditioner == "shampoo" else "tf32"}
+
+
+def test_the_share_of_llama3_8b(capsys):
+    main(["--json"])
+    on_8, on_64 = json.loads(capsys.readouterr().out)
+    assert on_8["share"] <= 0.035
+    assert on_64["share"] <= 0.005
+    assert on_8["roots' share of these"] <= 0.06
+    assert on_8["decompositions on a step"] == 0
+
+
+def test_the_choice_of_precision_is_restored():
+    before = torch.backends.cuda.matmul.fp32_precision
+    flops_of_block((8, 8), on_device(ShampooConfig(), CUDA))
+    assert torch.backends.cuda.matmul.fp32_precision == before
