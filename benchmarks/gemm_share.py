@@ -3,9 +3,10 @@
     python -m benchmarks.gemm_share
     python -m benchmarks.gemm_share --model llama3-70b --ranks 256 --tokens 4096
 
-Nothing is measured but the number of FLOPs: the code of the step runs on tensors without memory, on
-a GPU that is not there, and its products are counted by their precision. Rates are assumptions,
-see the options. What is no product (elementwise work, communication, launches) is left out.
+Nothing is measured but FLOPs and bytes: the code of the step runs on tensors without memory, on a
+GPU that is not there. Products are counted by their precision, and what all other operators of the
+blocks' step read and write. Rates are assumptions, see the options. Communication, launches and the
+excluded parameters are left out.
 """
 
 import argparse
@@ -18,22 +19,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.pretended_gpu import CUDA, Work, pretended_gpu
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.grid import make_grid
 from shampoo_fsdp.rules.clock import Clock
 from shampoo_fsdp.rules.device import on_device
-from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.rules.stack import BlockStack
 
-__all__ = ["flops_of_block", "main", "shares"]
-
-CUDA = torch.device("cuda")
+__all__ = ["main", "shares", "work_of_block"]
 
 # dim, hidden, dim of keys and values, layers, vocabulary
 MODELS = {
@@ -44,80 +39,21 @@ MODELS = {
 _LAST_OF_EARLY_PHASE = 100
 
 
-class _Indexing(TorchFunctionMode):
-    """Indexing and copies, for which builds for CPUs do not take tensors of a GPU."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.Tensor.__getitem__:
-            return self._at(*args)
-        if func is torch.Tensor.__setitem__:
-            at, value = self._at(*args[:2]), args[2]
-            copy = torch.ops.aten.copy_.default
-            return copy(at, value) if isinstance(value, Tensor) else at.fill_(value)
-        if func is torch.Tensor.copy_:
-            return torch.ops.aten.copy_.default(*args[:2])
-        return func(*args, **(kwargs or {}))
-
-    def _at(self, tensor: Tensor, index: Any) -> Tensor:
-        dim = 0
-        for one in index if isinstance(index, tuple) else (index,):
-            if one is Ellipsis:
-                dim = tensor.ndim - 1  # one more index follows
-            elif one is None:
-                tensor, dim = tensor.unsqueeze(dim), dim + 1
-            elif isinstance(one, int):
-                tensor = tensor.select(dim, one)
-            elif isinstance(one, slice):
-                start, stop, _ = one.indices(tensor.shape[dim])
-                tensor, dim = tensor.narrow(dim, start, stop - start), dim + 1
-            else:
-                tensor = torch.ops.aten.index.Tensor(tensor, [None] * dim + [one])
-                dim += one.ndim
-        return tensor
-
-
-class _Products(TorchDispatchMode):
-    """FLOPs of matrix products by precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("bmm", "baddbmm", "baddbmm_", "mm", "matmul"):
-            a, b = args[-2:] if name in ("bmm", "mm", "matmul") else args[1:3]
-            if not isinstance(b, torch.Tensor):  # out_dtype comes last
-                a, b = args[0:2] if name == "bmm" else args[1:3]
-            tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-            kind = {torch.bfloat16: "bf16"}.get(a.dtype, "tf32" if tf32 else "fp32")
-            self.flops[kind] += 2 * a.numel() * b.shape[-1]
-        elif name in ("_linalg_eigh", "linalg_qr"):
-            self.flops["decompositions"] += len(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def flops_of_block(
-    shape: Sequence[int], config: ShampooConfig
-) -> tuple[Counter[str], Counter[str]]:
+def work_of_block(shape: Sequence[int], config: ShampooConfig) -> tuple[Counter[str], Counter[str]]:
     """Of a step without a refresh and of a refresh, by precision, from the code of the step."""
     counts = {}
     group = GroupSettings.of(
         {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}, config
     )
-    with FakeTensorMode(), _Indexing(), full_precision("cuda"), torch.no_grad():
+    with pretended_gpu():
         stack = BlockStack(shape, [0], config, torch.empty(1, *shape, device=CUDA))
         # The refresh period's phase is 0: a step of its multiple refreshes.
         step = 1000 * config.precondition_frequency
         clock = Clock([step], [step], [True], [True], [False])
-        with _Products() as products:
+        with Work() as work:
             for part in stack.step(clock, group):
-                counts[part] = products.flops.copy()
-                products.flops.clear()
+                counts[part] = work.counts.copy()
+                work.counts.clear()
     return counts["factors"] + counts["direction"], counts["roots"]
 
 
@@ -133,7 +69,7 @@ def shares(model: str, ranks: int, tokens: int, options: Any, config: ShampooCon
     every: Counter[str] = Counter()
     refresh: Counter[str] = Counter()
     for shape, number in blocks.items():
-        of_step, of_refresh = flops_of_block(shape, config)
+        of_step, of_refresh = work_of_block(shape, config)
         for total, one in ((every, of_step), (refresh, of_refresh)):
             for kind, flops in one.items():
                 total[kind] += flops * number
@@ -141,6 +77,9 @@ def shares(model: str, ranks: int, tokens: int, options: Any, config: ShampooCon
 
     def milliseconds(flops: Counter[str]) -> float:
         return sum(flops[kind] / (rate * 1e9) for kind, rate in rates.items()) / ranks
+
+    def traffic(work: Counter[str]) -> float:
+        return work["bytes"] / (options.bandwidth * 1e9) / ranks
 
     parameters = layers * sum(m * n for m, n in matrices) + 2 * vocabulary * dim
     training = 6 * parameters * tokens / (options.training * 1e9)
@@ -155,6 +94,7 @@ def shares(model: str, ranks: int, tokens: int, options: Any, config: ShampooCon
         "training step, ms": training,
         "products of a step, ms": step,
         "of these roots, ms": milliseconds(refresh) / config.precondition_frequency,
+        "elementwise, ms": traffic(every) + traffic(refresh) / config.precondition_frequency,
         "share": step / training,
         "share of the first 100 steps": first / training,
         "roots' share of these": milliseconds(refresh) * early / _LAST_OF_EARLY_PHASE / training,
@@ -178,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", type=float, default=650.0, help="TFLOP/s of products in bf16")
     parser.add_argument("--tf32", type=float, default=350.0, help="in TF32")
     parser.add_argument("--fp32", type=float, default=50.0, help="in fp32")
+    parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s of device memory")
     parser.add_argument("--training", type=float, default=400.0, help="of forward and backward")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings")
     parser.add_argument("--json", action="store_true")

@@ -175,7 +175,7 @@ class Rule(ABC):
 
     @abstractmethod
     def direction(self, momentum: Tensor, now: Now, out: Tensor) -> Tensor:
-        """The preconditioned momentum; linear in it.
+        """The preconditioned momentum, in fp32 or the type of the products; linear in it.
 
         Args:
             momentum: [B, d_1, ..., d_k], fp32; stays as it is.

@@ -165,7 +165,7 @@ class Shampoo(Rule):
         for i in reversed(self.roots):
             last = i == self.full[0] and result is not out and low == out.dtype
             result = along(result, self.roots[i].read(dtype=low), i, out if last else None)
-        return result if low == out.dtype else out.copy_(result)
+        return result
 
     def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
         """The root of a diagonal factor, [B, d_i]."""

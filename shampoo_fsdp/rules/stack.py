@@ -180,7 +180,7 @@ class BlockStack:
                 cold_update = graft * (each * factor)
             del graft  # as large as all gradients of the stack
         direction = rule.direction(momentum, now, gradient)
-        norm = torch.linalg.vector_norm(direction, 2, inner, keepdim=True)
+        norm = torch.linalg.vector_norm(direction, 2, inner, True, dtype=torch.float32)
         scale = 1.0 / correction1
         if graft_norm is not None:
             scale = (graft_norm / norm).masked_fill_(norm == 0.0, 0.0)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.gemm_share import CUDA, flops_of_block, main
+from benchmarks.gemm_share import main, work_of_block
+from benchmarks.pretended_gpu import CUDA
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.rules.device import on_device
 
@@ -13,7 +14,8 @@ from shampoo_fsdp.rules.device import on_device
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (96, 32)])
 def test_the_products_of_a_step_and_of_a_refresh(m, n):
     """Fake tensors have no values: reading one on the host would raise."""
-    every, refresh = flops_of_block((m, n), on_device(ShampooConfig(), CUDA))
+    every, refresh = work_of_block((m, n), on_device(ShampooConfig(), CUDA))
+    del every["bytes"], refresh["bytes"]
     assert every == {"bf16": 3 * 2 * m * n * (m + n)}  # whitening, grams, direction
     cubes = m**3 + n**3
     vectors = 2 * 2 * 4 * (m**2 + n**2)  # the check of the roots: 4 products with 2 vectors
@@ -23,10 +25,10 @@ def test_the_products_of_a_step_and_of_a_refresh(m, n):
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap"])
 def test_other_rules_multiply_in_their_precision(preconditioner):
-    every, _ = flops_of_block(
+    every, _ = work_of_block(
         (64, 64), on_device(ShampooConfig(preconditioner=preconditioner), CUDA)
     )
-    assert every.keys() == {"bf16" if preconditioner == "shampoo" else "tf32"}
+    assert every.keys() - {"bytes"} == {"bf16" if preconditioner == "shampoo" else "tf32"}
 
 
 def test_the_share_of_llama3_8b(capsys):
@@ -40,5 +42,12 @@ def test_the_share_of_llama3_8b(capsys):
 
 def test_the_choice_of_precision_is_restored():
     before = torch.backends.cuda.matmul.fp32_precision
-    flops_of_block((8, 8), on_device(ShampooConfig(), CUDA))
+    work_of_block((8, 8), on_device(ShampooConfig(), CUDA))
     assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_passes_over_a_block():
+    """Bytes that move per parameter: what is no product costs a GPU more time than the products."""
+    every, refresh = work_of_block((256, 256), on_device(ShampooConfig(), CUDA))
+    assert every["bytes"] <= 175 * 256**2
+    assert refresh["bytes"] <= 560 * 256**2
