@@ -47,4 +47,4 @@ class StepFacts:
         beta2 = self.group.betas[1]
         # Decays are 1 where a gradient is not usable: there the state stays.
         decay, weight = 1.0 - (1.0 - beta2) * usable, 1.0 - beta2 if beta2 < 1.0 else 1.0
-        return Now(decay, weight, self.factors, self.group.eps, self.warm, idle)
+        return Now(decay, weight, beta2 == 1.0, self.factors, self.group.eps, self.warm, idle)

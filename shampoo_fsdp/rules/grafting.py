@@ -56,12 +56,13 @@ def graft_step(
     [B, ...] and a factor that it still has to be multiplied by.
 
     M^ = M / correction1. A^ = A / correction2 for Adam, A for RMSprop and AdaGrad, as in
-    torch.optim. The tensor is `exp_avg` itself for methods without a second moment.
+    torch.optim. The tensor has the type of `exp_avg`, which it is for methods without a second
+    moment.
     """
     if moment is None:
         return exp_avg, 1.0 / correction1
     root = correction2**0.5 if method == "adam" else 1.0
-    denominator = moment.sqrt().add_(eps * root)
+    denominator = torch.sqrt(moment, out=torch.empty_like(exp_avg)).add_(eps * root)
     return torch.div(exp_avg, denominator, out=denominator), root / correction1
 
 

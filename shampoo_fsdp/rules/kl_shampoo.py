@@ -73,24 +73,30 @@ class KLShampoo(Shampoo):
         # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
         # sides that start from the identity would fade, and their roots grow without bound.
         decay = now.decay.masked_fill(now.idle, 1.0)
-        low = gradient.to(self.products_in)
+        lows: dict[float, Tensor] = {}
         for i in self._sides:
-            whitened = low
+            share = gradient.shape[i + 1] / gradient[0].numel()
+            whitened, rest = gradient, share
+            if self.products_in != torch.float32:  # there the share enters with the rounding
+                if share not in lows:
+                    low = torch.empty_like(gradient, dtype=self.products_in)
+                    lows[share] = torch.mul(gradient, share**0.5, out=low)
+                whitened, rest = lows[share], 1.0
             for j in self._sides:
                 if j == i:
                     continue
                 if j in self.full:
-                    whitened = along(whitened, self.roots[j].read(dtype=low.dtype), j)
+                    whitened = along(whitened, self.roots[j].read(dtype=whitened.dtype), j)
                 else:
                     root = self._diagonal_root(j, now.correction)
-                    whitened = scale_along(whitened, root.to(low.dtype), j)
+                    whitened = scale_along(whitened, root.to(whitened.dtype), j)
                 # The roots of tiny gradients can raise a large one until its square overflows.
                 whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
-            share = now.weight * gradient.shape[i + 1] / gradient[0].numel()
-            averaged = now._replace(decay=decay, weight=share)
+            averaged = now._replace(decay=decay)
             if i in self.full:
-                self._accumulate_gram(i, unfold(whitened, i), averaged)
+                self._accumulate_gram(i, unfold(whitened, i), averaged, rest)
             else:
+                averaged = averaged._replace(weight=now.weight * rest)
                 self._accumulate_diagonal(i, whitened.float().square(), averaged)
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:

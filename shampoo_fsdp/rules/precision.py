@@ -12,6 +12,7 @@ __all__ = [
     "add_gram",
     "fp32_product",
     "full_precision",
+    "gram",
     "has_fast_bfloat16",
     "products_in",
     "split",
@@ -68,33 +69,34 @@ def has_fast_bfloat16(device_type: str) -> bool:
 
 
 @contextmanager
-def products_in(precision: str | None, device_type: str) -> Iterator[None]:
+def products_in(precision: str) -> Iterator[None]:
     """Within it, within :func:`full_precision`, products of fp32 matrices are of this
-    `matmul_precision`; sums, and what comes out, are fp32."""
-    matmul, chosen = torch.backends.cuda.matmul, "tf32"
-    if device_type == "cpu":
-        matmul, chosen = torch.backends.mkldnn.matmul, "bf16"  # type: ignore[attr-defined]
-    if precision not in (("medium",) if device_type == "cpu" else ("medium", "high")):
-        yield
-        return
-    matmul.fp32_precision = chosen
+    `matmul_precision`: on GPUs in TF32 for "high" and "medium", on CPUs in bf16 for "medium" where
+    they can; sums, and what comes out, are fp32."""
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
+def gram(blocks: Tensor) -> Tensor:
+    """U U^T of blocks U [B, n, m] in bf16, as fp32 [B, n, n].
+
+    Sums that are rounded to bf16 would make factors indefinite.
+    """
+    if blocks.device.type == "cuda" and not torch.version.hip:
+        return torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
+    blocks = blocks.float()  # in their precision by `products_in`
+    return torch.bmm(blocks, blocks.mT)
 
 
 def add_gram(factors: Tensor, blocks: Tensor, weight: float) -> Tensor:
-    """factors [B, n, n] + weight U U^T, in place, summed in fp32; blocks U [B, n, m], fp32 or bf16.
-
-    A sum that is rounded to bf16 would make the factors indefinite.
-    """
+    """factors [B, n, n] + weight U U^T, in place, summed in fp32; blocks U [B, n, m], fp32 or
+    bf16."""
     if blocks.dtype == torch.bfloat16:
-        if factors.device.type == "cuda" and not torch.version.hip:
-            product = torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
-            return factors.add_(product, alpha=weight)
-        blocks = blocks.float()  # in their precision by `products_in`
-    elif factors.device.type == "cpu" and factors.shape[1] >= _IN_STRIPS:
+        return factors.add_(gram(blocks), alpha=weight)
+    if factors.device.type == "cpu" and factors.shape[1] >= _IN_STRIPS:
         return _add_gram_in_strips(factors, blocks, weight)
     return factors.baddbmm_(blocks, blocks.mT, alpha=weight)
 
@@ -125,7 +127,7 @@ def fp32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
 def tf32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """The same for stacks of square matrices, inputs rounded to the 10 bits of TF32 where the
     device has units for it."""
-    with products_in("high", a.device.type):
+    with products_in("high"):
         return fp32_product(a, b, alpha)
 
 

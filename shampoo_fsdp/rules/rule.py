@@ -11,7 +11,7 @@ from shampoo_fsdp.config import RULES, MatmulPrecision, ShampooConfig
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.factors import factor_kinds
 from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
-from shampoo_fsdp.rules.precision import add_gram, torch_dtype
+from shampoo_fsdp.rules.precision import add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
 
 __all__ = ["Health", "Now", "Positions", "Rule", "register", "rule_of"]
@@ -36,6 +36,8 @@ class Now(NamedTuple):
     """Of what was before, [B]: beta2, and 1 where the gradient is not usable."""
     weight: float
     """Of the gradient: 1 - beta2, or 1 for sums."""
+    sums: bool
+    """Whether beta2 is 1."""
     correction: float | Tensor
     """Bias correction of the factors, this step's gradient included; a number or [B]."""
     eps: float
@@ -186,10 +188,16 @@ class Rule(ABC):
     def health(self, correction: float | Tensor) -> Health:
         """How the factors and their roots are; too costly for every step."""
 
-    def _accumulate_gram(self, i: int, unfolded: Tensor, now: Now) -> None:
-        """factors_i <- decay factors_i + weight U U^T; U is [B, d_i, rest]."""
-        factor = self.factors[i].read().mul_(per_block(now.decay, 3))
-        self.factors[i].keep(add_gram(factor, unfolded, now.weight))
+    def _accumulate_gram(self, i: int, unfolded: Tensor, now: Now, share: float = 1.0) -> None:
+        """factors_i <- decay factors_i + weight share U U^T; U is [B, d_i, rest], zero where the
+        decay is 1."""
+        factor, decay = self.factors[i].read(), per_block(now.decay, 3)
+        if self.products_in == torch.float32 or now.sums or share != 1.0:
+            factor.mul_(decay)
+            add_gram(factor, unfolded, now.weight * share)
+        else:  # in one pass less
+            factor.lerp_(gram(unfolded), 1.0 - decay)
+        self.factors[i].keep(factor)
 
     def _accumulate_diagonal(self, i: int, squares: Tensor, now: Now) -> None:
         """diagonals_i [B, d_i] <- decay diagonals_i + weight * squares summed along the others."""

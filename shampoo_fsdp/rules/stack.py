@@ -120,7 +120,7 @@ class BlockStack:
         self.rule.restart(self._on_device(positions, torch.int64))
 
     def _products(self) -> AbstractContextManager[None]:
-        return products_in(self.config.matmul_precision, self.device.type)
+        return products_in(self.config.matmul_precision or "highest")
 
     def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor, Tensor]:
         """Let the gradients into the factors, momentum and graft statistics.
@@ -156,15 +156,20 @@ class BlockStack:
         beta1, beta3 = step.group.betas[0], step.group.beta3
         rule.observe(gradient, now)
         share = beta3 / beta1 if beta1 else 1.0
-        # In the gradient's memory, which nothing needs from here.
-        momentum = exp_avg if share == 1.0 else gradient.lerp_(exp_avg, share)
+        grafted = config.grafting != "none"
+        # Without roots a block takes the grafted method's direction, if there is no better one.
+        known = step.rooted if grafted or not rule.works_cold else [True]
+        # What is only multiplied, and measured, is made in the type of the products at once; what
+        # is fp32 in the gradient's memory, which nothing needs from here.
+        dtype = rule.products_in if all(known) else torch.float32
+        low = dtype != gradient.dtype
+        mixed = torch.empty_like(gradient, dtype=dtype) if low else gradient
+        momentum = exp_avg if share == 1.0 else torch.lerp(gradient, exp_avg, share, out=mixed)
+        momentum = momentum.to(dtype)
         inner = tuple(range(1, gradient.ndim))
         each = per_block(usable, gradient.ndim)
         correction1 = per_block(step.momentum, gradient.ndim)
         correction2 = per_block(step.graft, gradient.ndim)
-        # Without roots a block takes the grafted method's direction, if there is no better one.
-        grafted = config.grafting != "none"
-        known = step.rooted if grafted or not rule.works_cold else [True]
         graft_norm = cold_update = None
         if grafted or not all(known):
             eps, second = step.group.graft_eps, self._second_moment
@@ -175,7 +180,8 @@ class BlockStack:
                 torch.mul(graft, each * factor, out=gradient)
                 return
             if grafted:
-                graft_norm = torch.linalg.vector_norm(graft, 2, inner, keepdim=True) * factor
+                norm = torch.linalg.vector_norm(graft, 2, inner, True, dtype=torch.float32)
+                graft_norm = norm * factor
             if not all(known):
                 cold_update = graft * (each * factor)
             del graft  # as large as all gradients of the stack

@@ -67,7 +67,7 @@ def step_after(choice: str, precision: str = "highest") -> None:
     if precision == "highest":
         assert watch.inside == [["highest", False, "ieee", "ieee", before[4]]]
     else:  # of the first product, a gram of fp32 matrices
-        assert watch.inside[0][2:4] == ["ieee", "bf16"]
+        assert watch.inside == [["medium", True, "tf32", "bf16", before[4]]]
     assert state() == before
 
     # What followed the choice for everything still does.
