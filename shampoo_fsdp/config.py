@@ -123,8 +123,10 @@ class ShampooConfig:
     matmul_precision: Literal["highest", "high", "medium"] | None = None
     """Of the matrix products of every step, in torch's words: 'highest': fp32; 'high': TF32, where
     the device has it; 'medium': inputs in bf16, sums in fp32. (Inverse roots and eigenbases choose
-    for themselves.) Default: 'medium' (for soap 'high') where the device is faster in it, also CPUs
-    with bf16 arithmetic; else 'highest'."""
+    for themselves.) Rounding to bf16 gives every gradient all directions: 'highest' is for factors
+    that lack some, as with few rows in a batch, where these would come to count. Default: 'medium'
+    (for soap 'high') where the device is faster in it, also CPUs with bf16 arithmetic; else
+    'highest'."""
 
     root_exponents: list[float] = field(default_factory=list)
     """Entry k - 1 is the p of factor^(-p) for blocks with k factors; where it is missing or zero, p
@@ -148,7 +150,8 @@ class ShampooConfig:
     preconditioner_eps: float = 1e-12
     """Ridge that is added to the factors before their inverse roots are taken; for kl_shampoo
     relative to the mean of the factor's eigenvalues. Before that 'eigh' and 'qr' raise eigenvalues
-    to 1.2e-7 times the largest (1e-5 for kl_shampoo, 2.4e-4 with factors in bf16). (The optimizer's
+    to 1.2e-7 times the largest (1e-5 for kl_shampoo, 2.4e-4 with factors in bf16), 'polynomial' to
+    1e-5 times it. (The optimizer's
     `eps` is the epsilon of the grafted method, and of soap.)"""
 
     use_bias_correction: bool = True
@@ -248,6 +251,8 @@ class ShampooConfig:
             refuse("preconditioner", self.preconditioner, " or ".join(map(repr, RULES)))
         if self.root_method not in (None, *self.rule.root_methods):
             methods = " or ".join(map(repr, self.rule.root_methods))
+            if self.root_method == "newton_db":
+                methods = "no longer that: 'polynomial' takes fewer products, otherwise " + methods
             refuse("root_method", self.root_method, f"{methods} for {self.preconditioner}")
         self.rule.check(self)
         for pattern in self.exclude:

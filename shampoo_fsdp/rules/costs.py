@@ -5,6 +5,7 @@ import math
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.factors import factor_kinds
 from shampoo_fsdp.rules.kept import state_bytes
+from shampoo_fsdp.rules.roots import by_products
 from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = ["BlockCosts"]
@@ -35,7 +36,12 @@ class BlockCosts(dict[tuple[int, ...], tuple[float, float, int]]):
         kinds = factor_kinds(shape, config)
         full = [n for n, kind in zip(shape, kinds, strict=True) if kind == "full"]
         # The method of somebody else's rule costs what eigenvectors do, for want of a better guess.
-        cubed, squared = _REFRESH_FLOPS.get(config.basis_method, _REFRESH_FLOPS["eigh"])
+        method = config.basis_method
+        if full:
+            method = by_products(
+                method, -rule.root_exponent(config, len(shape) - kinds.count("none"))
+            )
+        cubed, squared = _REFRESH_FLOPS.get(method, _REFRESH_FLOPS["eigh"])
         refresh = rule.refresh_cost * sum(cubed * n**3 + squared * n**2 for n in full)
         if config.matmul_precision == "medium":
             refresh /= _BF16

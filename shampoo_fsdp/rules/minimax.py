@@ -43,7 +43,7 @@ def inverse_square_root(least: float, error: float) -> tuple[tuple[Stage, ...], 
     Eigenvalues below `least` become at most about least^(-1/2), as if they were at the least.
 
     Args:
-        least: of (0, 1].
+        least: of [1e-15, 1].
         error: the largest that is wanted.
     """
     # The best chains so far of each number of products: polynomials, the interval that they leave.

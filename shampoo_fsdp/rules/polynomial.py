@@ -7,17 +7,18 @@ from torch import Tensor
 
 from shampoo_fsdp.rules.matrices import per_block
 from shampoo_fsdp.rules.minimax import Stage, inverse_square_root
-from shampoo_fsdp.rules.precision import Precise, fp32_product, tf32_product
+from shampoo_fsdp.rules.precision import Precise, fp32_product, split_product, tf32_product
 
-__all__ = ["polynomial_root"]
+__all__ = ["COARSE", "polynomial_root"]
 
 # The square of A that gives the norm is rounded, and eigenvalues must not be above it.
 _SLACK = 1e-3
 
-# From this error on, polynomials after the first may be rounded to the 10 bits of TF32: what that
-# does to the root of factors from trainings is less (0.004 where the polynomials leave 0.11). The
-# first may not: A's small eigenvalues are below that rounding, and what is lost never comes back.
-_COARSE = 0.01
+COARSE = 0.01
+"""From this error on, polynomials after the first may be rounded to the 10 bits of TF32: what that
+does to the root of factors from trainings is less (0.004 where the polynomials leave 0.11). The
+first may not: A's small eigenvalues are below that rounding, and what is lost never comes back. Nor
+may a root that another one is taken of: its small eigenvalues would not be definite any more."""
 
 Product = Callable[..., Tensor]
 
@@ -50,9 +51,10 @@ def polynomial_root(
     Returns:
         [B, n, n]; what comes of a matrix that is not positive semi-definite may be anything.
     """
-    # The largest entry of a second moment is on its diagonal.
+    # Squares must not overflow or vanish. The largest entry of a second moment is on its diagonal.
     largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
-    unit = torch.where(largest > 0.0, largest, 1.0)  # squares must not overflow or vanish
+    unit = largest.clamp_min(0.0) + per_block(eps, 3) * per_block(divisor, 3)
+    unit = torch.where(unit > 0.0, unit, 1.0)
     scaled, ridge = matrices / unit, per_block(eps, 3) * (per_block(divisor, 3) / unit)
     precise = Precise(scaled)
     square = precise @ precise
@@ -69,7 +71,9 @@ def polynomial_root(
     squared = _plus_diagonal(square.mul_(a.square()).addcmul_(scaled, 2.0 * a * b), b.square())
     remaining, gain = order // 2, 1.0
     start = _from_a(precise, scale, ridge)
-    inverse, factor, root = _coupled(nu, squared, start, stages, share, remaining > 1)
+    fine: Product = split_product if error >= COARSE else fp32_product
+    product = tf32_product if error >= COARSE and remaining == 1 else fine
+    inverse, factor, root = _coupled(nu, squared, start, stages, product, remaining > 1)
     while remaining > 1:
         remaining //= 2
         above = 1.0 + left
@@ -80,8 +84,9 @@ def polynomial_root(
         nu = (root[0] + root[0].mT).mul_(0.5 * root[1] / (above * half))
         nu.diagonal(dim1=-2, dim2=-1).sub_(middle / half)
         precise = Precise(nu)
+        product = tf32_product if error >= COARSE and remaining == 1 else fine
         inverse, factor, root = _coupled(
-            nu, precise @ precise, _from_nu(precise, stages[0]), stages, share, remaining > 1
+            nu, precise @ precise, _from_nu(precise, stages[0]), stages, product, remaining > 1
         )
     power = (scale * (unit / per_block(divisor, 3))) ** (-1.0 / order)
     return (inverse + inverse.mT).mul_((0.5 * gain * factor) * power)
@@ -92,7 +97,7 @@ def _coupled(
     squared: Tensor,
     times_start: Callable[[Tensor], tuple[Tensor, float]],
     stages: Sequence[Stage],
-    error: float,
+    product: Product,
     keep_root: bool,
 ) -> tuple[Tensor, float, tuple[Tensor, float] | None]:
     """Z, and Y if it is wanted, each as a matrix and a number that it has to be multiplied by: what
@@ -101,6 +106,7 @@ def _coupled(
     Args:
         nu, squared: of the first polynomial; symmetric.
         times_start: multiplies the first Y with a matrix; of the result, too, a number is apart.
+        product: after the first polynomial.
     """
     first, *others = stages
     inverse, z = _evaluated(first, nu, squared, lambda a, b: Precise(a) @ Precise(b))
@@ -108,7 +114,6 @@ def _coupled(
     if others or keep_root:
         root, y = times_start(inverse)
         y *= z
-    product: Product = tf32_product if error >= _COARSE else fp32_product
     for k, stage in enumerate(others):
         nu = product(inverse, root, z * y / stage.half)
         nu.diagonal(dim1=-2, dim2=-1).sub_(stage.middle / stage.half)

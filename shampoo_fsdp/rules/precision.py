@@ -1,5 +1,6 @@
 """Arithmetic of the step, whatever the program around it has chosen for its model."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "has_fast_bfloat16",
     "products_in",
     "split",
+    "split_product",
     "tf32_product",
     "torch_dtype",
 ]
@@ -57,6 +59,7 @@ def full_precision(device_type: str) -> Iterator[None]:
                 matmul.fp32_precision = precision
 
 
+@functools.cache
 def has_fast_bfloat16(device_type: str) -> bool:
     """Whether products of bf16 matrices are faster there than of fp32 ones; of a GPU that is not
     there, that it is none of before 2020."""
@@ -80,12 +83,18 @@ def products_in(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
+def _sums_in_fp32(device_type: str) -> bool:
+    """Whether it multiplies bf16 matrices, fast, with fp32 as what comes out; ROCm cannot."""
+    return device_type == "cuda" and not torch.version.hip and has_fast_bfloat16("cuda")
+
+
 def gram(blocks: Tensor) -> Tensor:
     """U U^T of blocks U [B, n, m] in bf16, as fp32 [B, n, n].
 
     Sums that are rounded to bf16 would make factors indefinite.
     """
-    if blocks.device.type == "cuda" and not torch.version.hip:
+    # (torch.compile forgets the type of the sums of one product.)
+    if _sums_in_fp32(blocks.device.type) and blocks.shape[2] > 1:
         return torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
     blocks = blocks.float()  # in their precision by `products_in`
     return torch.bmm(blocks, blocks.mT)
@@ -131,28 +140,32 @@ def tf32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
         return fp32_product(a, b, alpha)
 
 
+def split_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """The same in 16 bits, where the device has units for it."""
+    precise = Precise(a) @ Precise(b.mT)
+    return precise if alpha == 1.0 else precise.mul_(alpha)
+
+
 class Precise:
-    """Stacks of symmetric fp32 matrices [B, n, n], to be multiplied with each other in 16 bits,
-    sums in fp32. Where the device has no such product it is in fp32; fp64 stays what it is."""
+    """Stacks of square fp32 matrices [B, n, n], for products A B^T in 16 bits, sums in fp32. Where
+    the device has no such product it is in fp32; fp64 stays what it is."""
 
     def __init__(self, matrices: Tensor) -> None:
-        # ROCm has no `out_dtype`.
-        if matrices.device.type == "cuda" and matrices.dtype == torch.float32:
-            self._split = not torch.version.hip
-        else:
-            self._split = False
+        units = _sums_in_fp32(matrices.device.type)
+        self._split = units and matrices.dtype == torch.float32
         self._left, self._right = split(matrices) if self._split else (matrices, matrices)
 
     def __matmul__(self, other: "Precise") -> Tensor:
+        """A B^T."""
         if self._split:
             return torch.bmm(self._left, other._right.mT, out_dtype=torch.float32)
-        return torch.bmm(self._left, other._right)
+        return torch.bmm(self._left, other._right.mT)
 
 
 def split(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric fp32 matrices A = h + l, h being A in bf16, as [h, l, h] and [l, h, h], bf16
-    [B, n, 3n]: the first of A times the other of B, transposed, is h l + l h + h h, the small ones
-    first, and nearly A B."""
+    """fp32 matrices A = h + l, h being A in bf16, as [h, l, h] and [l, h, h], bf16 [B, n, 3n]: the
+    first of A times the other of B, transposed, is h l^T + l h^T + h h^T, the small ones first, and
+    nearly A B^T."""
     n = matrices.shape[-1]
     parts = matrices.new_empty(*matrices.shape[:-1], 4 * n, dtype=torch.bfloat16)
     high, low, *again = torch.split(parts, n, -1)

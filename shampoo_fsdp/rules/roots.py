@@ -8,10 +8,11 @@ from torch import Tensor
 from shampoo_fsdp.rules.eigenbasis import eigenbasis
 from shampoo_fsdp.rules.matrices import per_block
 from shampoo_fsdp.rules.newton import coupled_newton
-from shampoo_fsdp.rules.polynomial import polynomial_root
+from shampoo_fsdp.rules.polynomial import COARSE, polynomial_root
 
 __all__ = [
     "ROOT_METHODS",
+    "by_products",
     "check_exponent",
     "inverse_root",
     "inverse_root_from_basis",
@@ -30,7 +31,11 @@ _FAILED = 0.5
 # are made for. A sum of a thousand gradients that all lack the same directions has eigenvalues down
 # to -5 there, from rounding. Such ones end as if they were a little larger than zero; were the
 # iterations made for less, they would diverge.
-_LEAST = {"polynomial": 16.0, "coupled_newton": 32.0}
+_LEAST, _LEAST_NEWTON = 16.0, 32.0
+
+# The same where a GPU rounds products to TF32, relative to the largest; everywhere, so that no
+# device changes what is computed.
+_LEAST_COARSE = 1e-5
 
 # What coupled_newton makes of eigenvalues far below those that it is made for: it counts them as if
 # they were smaller by about this. (With polynomial they count as what it is made for.)
@@ -56,11 +61,12 @@ def inverse_root(
       before the ridge eps is added, eigenvalues are raised to r times the largest.
     - "eigh_pseudo_inverse": the same, but eigenvalues of at most n r times the largest, the usual
       bound below which a matrix has no rank (torch.linalg.matrix_rank), contribute nothing.
-    - "polynomial" (see :func:`shampoo_fsdp.rules.polynomial.polynomial_root`), for exponents -m/p
-      where p is a power of two, else "coupled_newton" (Guo & Higham 2006, equation 1.5; Anil et al.
-      2020, arXiv 2002.09018): by matrix products alone. Eigenvalues below some 16 or 32 r ||A||
-      count as if they were there, smoothly. The number of products depends on the dtype, the
-      exponent, the resolution and the wanted residual alone, and nothing is read back to the host.
+    - "polynomial" (see :func:`shampoo_fsdp.rules.polynomial.polynomial_root`), for the exponents
+      -1/2 and -1/4, else "coupled_newton" (Guo & Higham 2006, equation 1.5; Anil et al.
+      2020, arXiv 2002.09018): by matrix products alone. Eigenvalues below 1e-5 and some 3 r times
+      the largest, respectively, count as if they were there, smoothly. The number of products
+      depends on the dtype, the exponent, the resolution and the wanted residual alone, and nothing
+      is read back to the host.
 
     Args:
         matrices: fp32 or fp64, shape [B, n, n], symmetric.
@@ -89,19 +95,25 @@ def inverse_root(
         root = inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
         return root, root.sum((-2, -1)).isfinite().logical_not_()
     power, order = _power_and_order(exponent)
-    if order & (order - 1):  # no power of two
-        method = "coupled_newton"
-    floor = resolution * (_BELOW if method == "coupled_newton" else 1.0)
-    least = max(floor, _LEAST[method] * torch.finfo(matrices.dtype).eps)
-    if method == "coupled_newton":
+    rounding = torch.finfo(matrices.dtype).eps
+    if by_products(method, exponent) == "coupled_newton":
+        least = max(_BELOW * resolution, _LEAST_NEWTON * rounding)
         root = coupled_newton(matrices / per_block(divisor, 3), order, eps, least)
     else:
-        error = (1.0 + residual) ** (1.0 / (power * order)) - 1.0
-        power, order = (2, 2) if order == 1 else (power, order)
+        error = (1.0 + residual) ** (1.0 / order) - 1.0
+        coarse = error >= COARSE and matrices.dtype == torch.float32
+        least = max(resolution, _LEAST_COARSE if coarse else _LEAST * rounding)
         root = polynomial_root(matrices, order, eps, divisor, least, error)
-    root = torch.linalg.matrix_power(root, power)
-    good = root_residual(matrices, root, exponent, eps, divisor) < _FAILED  # not for NaN
-    return root, good.logical_not_()
+    # Of the root itself: in its powers, what A lacks or hardly has would count most.
+    good = root_residual(matrices, root, -1.0 / order, eps, divisor) < _FAILED  # not for NaN
+    return torch.linalg.matrix_power(root, power), good.logical_not_()
+
+
+def by_products(method: str, exponent: float) -> str:
+    """The method that takes this root: "polynomial" leaves all but -1/2 and -1/4 to
+    "coupled_newton", as powers of a root, and roots of roots, magnify its errors."""
+    few = _ratio(exponent) in ((1, 2), (1, 4))
+    return method if method != "polynomial" or few else "coupled_newton"
 
 
 def inverse_root_from_basis(

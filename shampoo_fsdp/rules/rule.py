@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import RULES, MatmulPrecision, ShampooConfig
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
-from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.rules.factors import factor_kinds, is_matrix
 from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
 from shampoo_fsdp.rules.precision import add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
@@ -132,7 +132,9 @@ class Rule(ABC):
         kinds = factor_kinds(shape, config)
         self.config = config
         self.state = state
-        self.products_in = torch.bfloat16 if config.matmul_precision == "medium" else torch.float32
+        # Vectors cost nothing, and few of them span little: rounding would fill the rest.
+        low = config.matmul_precision == "medium" and is_matrix(shape)
+        self.products_in = torch.bfloat16 if low else torch.float32
         """Type of what is multiplied on every step; what comes out is of it too, but for grams."""
         self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
         """Dimensions that have a matrix as their factor."""

@@ -130,20 +130,17 @@ def inverse_root(
 
 
 def polynomial_root(factor: Tensor, order: int, ridge: float, least: float) -> Tensor:
-    """About (factor + ridge I)^(-1/order), an order of 2^k, by the optimizer's polynomials, which
-    are applied to eigenvalues here. They leave an error, that is no rounding, of 25% in
+    """About (factor + ridge I)^(-1/order), an order of 2 or 4, by the optimizer's polynomials,
+    which are applied to eigenvalues here. They leave an error, that is no rounding, of 25% in
     factor X^order."""
     eigenvalues, eigenvectors = (factor, None) if factor.ndim == 1 else torch.linalg.eigh(factor)
     if eigenvectors is None:
         return raised(eigenvalues, ridge, least=least) ** (-1.0 / order)
     error = 1.25 ** (1.0 / order) - 1.0
-    power, order = (2, 2) if order == 1 else (1, order)
-    if power == 2:
-        error = 1.25**0.5 - 1.0
     # The fourth root of the sum of the fourth powers is above the largest by little.
     scale = 1.001 * eigenvalues.pow(4).sum() ** 0.25 + ridge
     values = (eigenvalues + ridge) / scale
-    least = max(least, 16.0 * FLOORS["float32"])
+    least = max(least, 1e-5)
     total, remaining = 1.0, order
     while remaining > 1:
         stages, left = inverse_square_root(least, error if order == 2 else error / 2.0)
@@ -156,7 +153,7 @@ def polynomial_root(factor: Tensor, order: int, ridge: float, least: float) -> T
             values = values * inverse / (1.0 + left)
             total = (total / (1.0 + left)) ** 0.5
             least = least**0.5 * (1.0 - left) / (1.0 + left)
-    powers = (inverse * total * scale ** (-1.0 / order)) ** power
+    powers = inverse * total * scale ** (-1.0 / order)
     return eigenvectors @ torch.diag(powers) @ eigenvectors.T
 
 

@@ -81,7 +81,7 @@ class ShampooRule(GramFactors):
     def _root(self, factor: Tensor) -> Tensor:
         unit = self.unit(factor)
         order = round(1.0 / self.exponent * 1e6) / 1e6
-        if self.settings.root_method == "polynomial" and order in (1.0, 2.0, 4.0, 8.0, 16.0):
+        if self.settings.root_method == "polynomial" and order in (2.0, 4.0):
             root = polynomial_root(
                 factor / unit, int(order), self.settings.preconditioner_eps, self.least
             )

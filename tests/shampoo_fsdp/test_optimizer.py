@@ -383,8 +383,8 @@ class TestAsATorchOptimizer:
             assert torch.equal(other.state_dict()[name], value), name
 
     def test_a_failed_first_root_leaves_plain_momentum_of_the_grafted_size(self, monkeypatch):
-        def fail(matrices: Tensor, *_: object) -> Tensor:
-            return torch.full_like(matrices, torch.nan)
+        def fail(matrices: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+            return torch.full_like(matrices, torch.nan), torch.ones(len(matrices)).bool()
 
         monkeypatch.setattr("shampoo_fsdp.rules.shampoo.inverse_root", fail)
         weight = nn.Parameter(torch.zeros(4, 4))

@@ -84,6 +84,22 @@ def test_the_root_is_the_inverse_root(method, exponent, n, condition, scale, see
     assert relative_error(root, exact) < 1e-5 + max(-exponent, 0.5) * moved
 
 
+@every_method
+@pytest.mark.parametrize("exponent", [-3.0, -2.0, -0.375])
+def test_exponents_may_have_any_numerator(method, exponent):
+    matrices = with_spectrum(decaying(20, 30.0))
+    root = inverse_root(matrices.float(), exponent, 1e-12, method)
+    assert relative_error(root, exact_root(matrices, exponent)) < 1e-3
+
+
+@pytest.mark.parametrize("method", PRODUCTS_ALONE)
+@pytest.mark.parametrize("exponent", [-0.75, -2.0])
+def test_a_matrix_without_rank_has_such_roots_too(method, exponent):
+    """Their residual says nothing: what the matrix lacks counts most in it."""
+    matrices = with_spectrum(torch.tensor([1.0] * 4 + [0.0] * 20)).float()
+    assert inverse_root(matrices, exponent, 1e-12, method).isfinite().all()
+
+
 @pytest.mark.parametrize("method", PRODUCTS_ALONE)
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
 def test_fp64_has_fp64s_accuracy(method, exponent):
