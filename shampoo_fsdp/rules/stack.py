@@ -24,6 +24,10 @@ from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = ["BlockStack"]
 
+# Elements of factors whose roots are taken in one call: some ten times their memory is needed for
+# it, and while all roots are refreshed on each step, as at the start, all would be many.
+_AT_ONCE = 2**24
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -212,10 +216,9 @@ class BlockStack:
         if not self.rule.full:
             return
         due = self._due(clock)
-        for cold in (True, False):
-            chosen = [b for b in due if clock.cold[b] == cold]
-            if not chosen:
-                continue
+        matrices = sum(self.shape[i] ** 2 for i in self.rule.full)
+        for chosen in self._at_once(due, clock.cold, max(1, _AT_ONCE // matrices)):
+            cold = clock.cold[chosen[0]]
             where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
             if len(chosen) != chosen[-1] + 1 - chosen[0]:
                 where = self._on_device(chosen)
@@ -237,6 +240,14 @@ class BlockStack:
                 and (clock.steps[b] + phase) % period(clock.factor_steps[b]) == 0
             )
         ]
+
+    @staticmethod
+    def _at_once(due: Sequence[int], cold: Sequence[bool], most: int) -> Iterator[list[int]]:
+        """The positions in parts that are refreshed together, all for the first time or none."""
+        for which in (True, False):
+            chosen = [b for b in due if cold[b] == which]
+            for start in range(0, len(chosen), most):
+                yield chosen[start : start + most]
 
     def _correction(
         self,

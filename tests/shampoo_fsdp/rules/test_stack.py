@@ -1,0 +1,39 @@
+"""A stack of blocks: what it does in parts it does as a whole."""
+
+import pytest
+import torch
+
+from shampoo_fsdp import Shampoo
+from shampoo_fsdp.rules import stack
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo", "soap"])
+def test_roots_are_the_same_in_however_many_parts_they_are_taken(preconditioner, monkeypatch):
+    def trained() -> tuple[torch.Tensor, list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(24, 16))
+        optimizer = Shampoo(
+            [("w", weight)],
+            lr=1e-2,
+            preconditioner=preconditioner,
+            max_preconditioner_dim=8,  # 6 blocks
+            precondition_frequency=2,
+        )
+        for _ in range(8):
+            weight.grad = torch.randn(24, 16, generator=generator)
+            optimizer.step()
+        return weight.detach(), optimizer.counters().tolist()
+
+    whole, counted = trained()
+    calls = []
+    monkeypatch.setattr(stack, "_AT_ONCE", 2 * 2 * 8**2)
+    original = stack.BlockStack._at_once
+    monkeypatch.setattr(
+        stack.BlockStack,
+        "_at_once",
+        staticmethod(lambda *args: calls.extend(parts := list(original(*args))) or iter(parts)),
+    )
+    in_parts, counted_again = trained()
+    assert max(map(len, calls)) == 2
+    assert counted == counted_again
+    torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
