@@ -27,7 +27,7 @@ _SHAMPOO = "optimizer.shampoo."
 
 # Settings of [optimizer.shampoo] by variant.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "fp32, eigh": {},
+    "fp32, eigh": {"matmul_precision": "highest"},
     "products in bf16": {"matmul_precision": "medium"},
     "GPU default, emulated": {"matmul_precision": "medium", "root_method": "polynomial"},
     "GPU default, emulated, momentum in bf16": {
@@ -35,9 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "root_method": "polynomial",
         "momentum_dtype": "bfloat16",
     },
-    "roots kept in bf16": {"root_dtype": "bfloat16"},
-    "roots and momentum in bf16": {"root_dtype": "bfloat16", "momentum_dtype": "bfloat16"},
-    "roots, momentum, factors in bf16": {
+    "fp32, roots kept in bf16": {"matmul_precision": "highest", "root_dtype": "bfloat16"},
+    "fp32, roots, momentum, factors kept in bf16": {
+        "matmul_precision": "highest",
         "root_dtype": "bfloat16",
         "momentum_dtype": "bfloat16",
         "factor_dtype": "bfloat16",
