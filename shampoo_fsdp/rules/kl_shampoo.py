@@ -86,7 +86,8 @@ class KLShampoo(Shampoo):
                 if j == i:
                     continue
                 if j in self.full:
-                    whitened = along(whitened, self.roots[j].read(dtype=whitened.dtype), j)
+                    root = self.roots[j].read(dtype=whitened.dtype)
+                    whitened = along(whitened, root, j, symmetric=True)
                 else:
                     root = self._diagonal_root(j, now.correction)
                     whitened = scale_along(whitened, root.to(whitened.dtype), j)

@@ -164,7 +164,8 @@ class Shampoo(Rule):
         result = result.to(low)
         for i in reversed(self.roots):
             last = i == self.full[0] and result is not out and low == out.dtype
-            result = along(result, self.roots[i].read(dtype=low), i, out if last else None)
+            root = self.roots[i].read(dtype=low)
+            result = along(result, root, i, out if last else None, symmetric=True)
         return result
 
     def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
