@@ -13,9 +13,7 @@ time, the more the larger n. "coupled_newton" is the more exact, 10 times and mo
 is asked for no more. A QR step from the last basis takes as long as eigh (0.8 to 1.6 times) and
 leaves an error of 14% with exponent -1/4.
 
-On CUDA, not measured here, torch.linalg.eigh decomposes matrices of n > 32 one after the other
-(pytorch/pytorch#175585), each in more than n steps that depend on each other, and the host waits.
-polynomial is 12 to 28 batched products for any n and number of matrices.
+On CUDA, not measured here, torch.linalg.eigh makes the host wait (pytorch/pytorch#175585).
 """
 
 import argparse

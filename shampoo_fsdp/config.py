@@ -22,7 +22,6 @@ from shampoo_fsdp.validation import (
 
 __all__ = [
     "RULES",
-    "MatmulPrecision",
     "RuleSettings",
     "ShampooConfig",
     "settings_from_keywords",
@@ -46,9 +45,6 @@ _AT_LEAST = {
 }
 _SHARES = ("grafting_beta2", "beta3", "momentum", "dampening")
 _POSITIVE = ("preconditioner_eps", "excluded_lr_factor", "max_factor_ratio")
-
-
-MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 class RuleSettings(Protocol):
@@ -151,8 +147,7 @@ class ShampooConfig:
     """Ridge that is added to the factors before their inverse roots are taken; for kl_shampoo
     relative to the mean of the factor's eigenvalues. Before that 'eigh' and 'qr' raise eigenvalues
     to 1.2e-7 times the largest (1e-5 for kl_shampoo, 2.4e-4 with factors in bf16), 'polynomial' to
-    1e-5 times it. (The optimizer's
-    `eps` is the epsilon of the grafted method, and of soap.)"""
+    1e-5 times it. (The optimizer's `eps` is the epsilon of the grafted method, and of soap.)"""
 
     use_bias_correction: bool = True
     """Whether averages are divided by 1 - beta^t, as they start at zero."""

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from shampoo_fsdp.config import MatmulPrecision, ShampooConfig
-from shampoo_fsdp.rules.precision import has_fast_bfloat16
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.rules.precision import MatmulPrecision, has_fast_bfloat16
 from shampoo_fsdp.rules.roots import check_exponent
 from shampoo_fsdp.rules.rule import Rule, rule_of
 

@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "MatmulPrecision",
     "Precise",
     "add_gram",
     "fp32_product",
@@ -21,6 +22,9 @@ __all__ = [
     "tf32_product",
     "torch_dtype",
 ]
+
+MatmulPrecision = Literal["highest", "high", "medium"]
+"""Values of the setting `matmul_precision`."""
 
 _MATMULS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,

@@ -7,11 +7,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.config import RULES, MatmulPrecision, ShampooConfig
+from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.factors import factor_kinds, is_matrix
 from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
-from shampoo_fsdp.rules.precision import add_gram, gram, torch_dtype
+from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
 
 __all__ = ["Health", "Now", "Positions", "Rule", "register", "rule_of"]
@@ -182,7 +182,7 @@ class Rule(ABC):
         """The preconditioned momentum, in fp32 or the type of the products; linear in it.
 
         Args:
-            momentum: [B, d_1, ..., d_k], fp32; stays as it is.
+            momentum: [B, d_1, ..., d_k], in fp32 or the type of the products; stays as it is.
             out: memory that the result may use.
         """
 
@@ -194,7 +194,7 @@ class Rule(ABC):
         """factors_i <- decay factors_i + weight share U U^T; U is [B, d_i, rest], zero where the
         decay is 1."""
         factor, decay = self.factors[i].read(), per_block(now.decay, 3)
-        if self.products_in == torch.float32 or now.sums or share != 1.0:
+        if unfolded.dtype == torch.float32 or now.sums or share != 1.0:
             factor.mul_(decay)
             add_gram(factor, unfolded, now.weight * share)
         else:  # in one pass less

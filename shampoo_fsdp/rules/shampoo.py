@@ -141,8 +141,8 @@ class Shampoo(Rule):
         vectors = torch.cat([basis[1] for basis in bases])
         failed = torch.cat([basis[2] for basis in bases])
         eigenvalues = eigenvalues / per_block(correction, 2)
-        powers = (eigenvalues, vectors, self.exponent, ridge, self.resolution)
-        return inverse_root_from_basis(*powers), failed
+        roots = inverse_root_from_basis(eigenvalues, vectors, self.exponent, ridge, self.resolution)
+        return roots, failed | roots.sum((1, 2)).isfinite().logical_not_()
 
     def health(self, correction: float | Tensor) -> Health:
         conditions, residuals = [], []

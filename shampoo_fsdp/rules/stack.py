@@ -1,7 +1,6 @@
 """All blocks of one shape that a rank owns, handled together."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -97,14 +96,15 @@ class BlockStack:
             self._correction(beta1, clock.steps, beta3, as_tensor=compiled),
             self._correction(group.graft_beta2, clock.steps, as_tensor=compiled),
         )
+        precision = self.config.matmul_precision or "highest"
         accumulate, direct = self._compiled if compiled else (self._accumulate, self._direct)
-        with self._products():
+        with products_in(precision):
             usable, idle, exp_avg = accumulate(step)
         self._count_skipped(usable, clock.active)
         yield "factors"
         self._refresh(clock, beta2)
         yield "roots"
-        with self._products():
+        with products_in(precision):
             direct(step, exp_avg, usable, idle)
         if self.config.momentum:
             self._accelerate(usable, clock)
@@ -122,9 +122,6 @@ class BlockStack:
     def restart_factors(self, positions: Sequence[int]) -> None:
         """Forget what the rule knows of these blocks."""
         self.rule.restart(self._on_device(positions, torch.int64))
-
-    def _products(self) -> AbstractContextManager[None]:
-        return products_in(self.config.matmul_precision or "highest")
 
     def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor, Tensor]:
         """Let the gradients into the factors, momentum and graft statistics.
@@ -160,35 +157,31 @@ class BlockStack:
         beta1, beta3 = step.group.betas[0], step.group.beta3
         rule.observe(gradient, now)
         share = beta3 / beta1 if beta1 else 1.0
-        grafted = config.grafting != "none"
-        # Without roots a block takes the grafted method's direction, if there is no better one.
-        known = step.rooted if grafted or not rule.works_cold else [True]
-        # What is only multiplied, and measured, is made in the type of the products at once; what
-        # is fp32 in the gradient's memory, which nothing needs from here.
-        dtype = rule.products_in if all(known) else torch.float32
-        low = dtype != gradient.dtype
-        mixed = torch.empty_like(gradient, dtype=dtype) if low else gradient
-        momentum = exp_avg if share == 1.0 else torch.lerp(gradient, exp_avg, share, out=mixed)
-        momentum = momentum.to(dtype)
         inner = tuple(range(1, gradient.ndim))
         each = per_block(usable, gradient.ndim)
         correction1 = per_block(step.momentum, gradient.ndim)
-        correction2 = per_block(step.graft, gradient.ndim)
+        grafted = config.grafting != "none"
+        # Without roots a block takes the grafted method's direction, if there is no better one.
+        known = step.rooted if grafted or not rule.works_cold else [True]
         graft_norm = cold_update = None
-        if grafted or not all(known):
-            eps, second = step.group.graft_eps, self._second_moment
-            graft, factor = graft_step(
-                config.grafting, momentum, second, correction1, correction2, eps
+        # What is only multiplied, and measured, is made in the type of the products at once.
+        dtype = rule.products_in if any(known) else torch.float32
+        momentum = self._mixed(exp_avg, share, dtype)
+        if any(known) and grafted:
+            graft, factor = self._graft(momentum, step)
+            norm = torch.linalg.vector_norm(graft, 2, inner, True, dtype=torch.float32)
+            graft_norm = norm * factor
+            del graft  # as large as all gradients of the stack
+        if not all(known):
+            whole = (
+                momentum if dtype == torch.float32 else self._mixed(exp_avg, share, torch.float32)
             )
+            graft, factor = self._graft(whole, step)
             if not any(known):
                 torch.mul(graft, each * factor, out=gradient)
                 return
-            if grafted:
-                norm = torch.linalg.vector_norm(graft, 2, inner, True, dtype=torch.float32)
-                graft_norm = norm * factor
-            if not all(known):
-                cold_update = graft * (each * factor)
-            del graft  # as large as all gradients of the stack
+            cold_update = graft * (each * factor)
+            del graft
         direction = rule.direction(momentum, now, gradient)
         norm = torch.linalg.vector_norm(direction, 2, inner, True, dtype=torch.float32)
         scale = 1.0 / correction1
@@ -199,6 +192,19 @@ class BlockStack:
         if cold_update is not None:
             cold = per_block(self._on_device(known).logical_not_(), gradient.ndim)
             torch.where(cold, cold_update, gradient, out=gradient)
+
+    def _mixed(self, exp_avg: Tensor, share: float, dtype: torch.dtype) -> Tensor:
+        """share M + (1 - share) G; what is fp32 in the gradient's memory, if it is not M itself."""
+        if share == 1.0:
+            return exp_avg.to(dtype)
+        gradient = self.gradient
+        out = gradient if dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
+        return torch.lerp(gradient, exp_avg, share, out=out)
+
+    def _graft(self, momentum: Tensor, step: StepFacts) -> tuple[Tensor, float | Tensor]:
+        first, second = (per_block(c, momentum.ndim) for c in (step.momentum, step.graft))
+        method, eps = self.config.grafting, step.group.graft_eps
+        return graft_step(method, momentum, self._second_moment, first, second, eps)
 
     def _accelerate(self, usable: Tensor, clock: Clock) -> None:
         weights = [1.0 if step <= 1 else 1.0 - self.config.dampening for step in clock.steps]

@@ -11,16 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from shampoo_fsdp.rules import polynomial
 from shampoo_fsdp.rules.precision import split
 from shampoo_fsdp.rules.roots import inverse_root, root_residual
+from tests.shampoo_fsdp.rules.matrices import long_average, with_spectrum
 
 SPECTRA = json.loads(Path(__file__).with_name("spectra.json").read_text())
-
-
-def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> Tensor:
-    """[1, n, n], fp64."""
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(1, n, n, generator=generator, dtype=torch.float64)).Q
-    return (q * eigenvalues.double()) @ q.mT
 
 
 def cut(x: Tensor) -> Tensor:
@@ -101,7 +94,7 @@ def test_matrices_in_two_parts_have_16_bits():
 )
 def test_a_gpus_units_are_precise_enough(case, exponent, resolution, monkeypatch):
     """What the 12 products leave, 0.12 for -1/2, is hardly more for it."""
-    matrix = with_spectrum(CASES[case])
+    matrix = with_spectrum(CASES[case], blocks=1)
     emulate(monkeypatch, Emulated)
     root, failed = inverse_root(matrix.float(), exponent, 0.0, "polynomial", resolution)
     assert not failed.any()
@@ -111,12 +104,7 @@ def test_a_gpus_units_are_precise_enough(case, exponent, resolution, monkeypatch
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
 def test_a_gpus_units_bear_what_rounding_makes_of_missing_directions(exponent, monkeypatch):
     """A long average whose gradients lack the same directions has slightly negative eigenvalues."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.zeros(8, 32, 32)
-    directions = torch.randn(8, 32, 2, generator=generator)
-    for _ in range(500):
-        gradients = directions @ torch.randn(8, 2, 4, generator=generator)
-        factors.mul_(0.99).baddbmm_(gradients, gradients.mT, alpha=1e-2)
+    factors = long_average(8, 32, rank=2, steps=500, decay=0.99)
     emulate(monkeypatch, Emulated)
     root, failed = inverse_root(factors, exponent, 1e-12, "polynomial")
     assert not failed.any()
@@ -141,7 +129,7 @@ def test_a_matrix_of_zeros_has_the_root_of_any_ridge(eps):
 
 def test_the_first_polynomial_needs_its_precision(monkeypatch):
     """Or small eigenvalues, which TF32 rounds away, would never come back."""
-    matrix = with_spectrum(CASES["rank n/4"] + 1e-4)
+    matrix = with_spectrum(CASES["rank n/4"] + 1e-4, blocks=1)
     emulate(monkeypatch, Coarse)
     root, _ = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
     assert not error_on_gradients(root, matrix, 1e-5) < 0.2
@@ -150,7 +138,7 @@ def test_the_first_polynomial_needs_its_precision(monkeypatch):
 @pytest.mark.parametrize("n", [2, 3, 64, 300])
 @pytest.mark.parametrize(("exponent", "most"), [(-0.5, 12), (-0.25, 25)])
 def test_the_number_of_products(n, exponent, most):
-    matrices = with_spectrum(torch.linspace(0.1, 1.0, n)).float()
+    matrices = with_spectrum(torch.linspace(0.1, 1.0, n), blocks=1).float()
     with FlopCounterMode(display=False) as counter:
         root, _ = inverse_root(matrices, exponent, 1e-12, "polynomial", resolution=1e-5)
     assert root.isfinite().all()
@@ -160,6 +148,6 @@ def test_the_number_of_products(n, exponent, most):
 
 
 def test_a_large_matrix():
-    matrix = with_spectrum(torch.logspace(0, -6, 2048))
+    matrix = with_spectrum(torch.logspace(0, -6, 2048), blocks=1)
     root, _ = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
     assert error_on_gradients(root, matrix, 1e-5) < 0.15

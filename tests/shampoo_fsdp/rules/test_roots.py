@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shampoo_fsdp.rules import roots as production
 from shampoo_fsdp.rules.eigenbasis import eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.roots import ROOT_METHODS, check_exponent, root_residual
+from tests.shampoo_fsdp.rules.matrices import long_average, with_spectrum
 
 RESOLUTION = 2.0**-23
 PRODUCTS_ALONE = ("coupled_newton", "polynomial")
@@ -27,14 +28,6 @@ def inverse_root(*arguments, residual=1e-6, **options):
 optimizers_root = functools.partial(inverse_root, residual=0.25)
 
 every_method = pytest.mark.parametrize("method", ROOT_METHODS)
-
-
-def with_spectrum(eigenvalues: torch.Tensor, blocks: int = 3, seed: int = 0) -> torch.Tensor:
-    """[blocks, n, n] in fp64 with the given eigenvalues."""
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(blocks, n, n, generator=generator, dtype=torch.float64)).Q
-    return (q * eigenvalues.double()) @ q.mT
 
 
 def decaying(n: int, condition: float) -> torch.Tensor:
@@ -224,12 +217,7 @@ def test_slightly_negative_eigenvalues_are_rounding(method):
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
 def test_a_long_average_of_gradients_that_lack_the_same_directions_has_a_root(method, exponent):
     """Its rounding adds up: eigenvalues get down to -5 resolutions of the norm."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.zeros(16, 8, 8)
-    directions = torch.randn(16, 8, 1, generator=generator)
-    for _ in range(2000):
-        gradients = directions @ torch.randn(16, 1, 2, generator=generator)
-        factors.mul_(0.999).baddbmm_(gradients, gradients.mT, alpha=1e-3)
+    factors = long_average(16, 8, rank=1, steps=2000, decay=0.999)
     least = torch.linalg.eigvalsh(factors.double())[:, 0] / torch.linalg.matrix_norm(factors)
     assert least.min() < -3.0 * RESOLUTION
     root = optimizers_root(factors, exponent, 1e-12, method)

@@ -37,3 +37,19 @@ def test_roots_are_the_same_in_however_many_parts_they_are_taken(preconditioner,
     assert max(map(len, calls)) == 2
     assert counted == counted_again
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_block_does_not_depend_on_neighbours_that_have_had_no_gradient(precision):
+    """Which blocks are in one stack depends on the mesh."""
+
+    def trained(names: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        weights = {name: torch.nn.Parameter(torch.zeros(12, 8)) for name in names}
+        optimizer = Shampoo(weights.items(), lr=1e-2, matmul_precision=precision)
+        for _ in range(6):
+            weights["a"].grad = torch.randn(12, 8, generator=generator)
+            optimizer.step()
+        return weights["a"].detach()
+
+    torch.testing.assert_close(trained("ab"), trained("a"), rtol=1e-6, atol=1e-8)

@@ -1,0 +1,25 @@
+"""Matrices whose inverse roots the tests take."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["long_average", "with_spectrum"]
+
+
+def with_spectrum(eigenvalues: Tensor, blocks: int = 3, seed: int = 0) -> Tensor:
+    """[blocks, n, n] in fp64 with the given eigenvalues."""
+    n = len(eigenvalues)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(blocks, n, n, generator=generator, dtype=torch.float64)).Q
+    return (q * eigenvalues.double()) @ q.mT
+
+
+def long_average(blocks: int, n: int, *, rank: int, steps: int, decay: float) -> Tensor:
+    """[blocks, n, n] in fp32, an average of gradients that all lack the same directions."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.zeros(blocks, n, n)
+    directions = torch.randn(blocks, n, rank, generator=generator)
+    for _ in range(steps):
+        gradients = directions @ torch.randn(blocks, rank, 2 * rank, generator=generator)
+        factors.mul_(decay).baddbmm_(gradients, gradients.mT, alpha=1.0 - decay)
+    return factors
