@@ -177,7 +177,9 @@ class Shampoo(torch.optim.Optimizer):
                     raise problem from None
                 raise
         count(parameters.members, self.config.start_preconditioning_step)
-        # While the gradients of one bucket travel, something else is computed.
+        # While something travels, something else is computed: the excluded parameters; the first
+        # half of a bucket's work, while the last one's updates travel; the second half, while the
+        # next one's gradients do. Two at once would take more memory, and the network's time twice.
         buckets = parameters.buckets
         for bucket in buckets[:1]:
             bucket.send_gradients(groups)
@@ -187,20 +189,24 @@ class Shampoo(torch.optim.Optimizer):
         allocate(parameters.workspace)
         last = None
         for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
-            if following:
+            bucket.receive_gradients()
+            if last:
+                last.send_updates()
+            elif following:
                 following.send_gradients(groups)
             watch.lap("exchange")
-            bucket.precondition(groups, watch)
-            bucket.apply_own(groups)
-            watch.lap("apply")
+            bucket.accumulate(groups, watch)
             if last:
-                last.apply_arriving(groups)
-                watch.lap("exchange")
+                last.apply_updates(groups, watch)
+                if following:
+                    following.send_gradients(groups)
+                    watch.lap("exchange")
+            bucket.direct(watch)
             last = bucket
         release(parameters.workspace)
         if last:
-            last.apply_arriving(groups)
-            watch.lap("exchange")
+            last.send_updates()
+            last.apply_updates(groups, watch)
         for member in parameters.members:
             member.gradient = None  # the caller may free them
         if problem:

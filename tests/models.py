@@ -11,6 +11,7 @@ Parameters have TorchTitan's names and placements; the model has no forward pass
 an optimizer needs.
 """
 
+import itertools
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -265,12 +266,30 @@ def local_part(full: Tensor, like: DTensor) -> Tensor:
     return full[rectangle].clone()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor as a plain one; every rank of a DTensor must call it.
+
+    `full_tensor()` would do, but its collective, another one than those here, crashes on gloo now
+    and then (torch 2.13: one of some hundred ranks ends in SIGSEGV or SIGABRT).
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    mesh = tensor.device_mesh
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    pieces = [(offset, tensor.detach().to_local())]
+    for dim in range(mesh.ndim):
+        everyone = [pieces] * mesh.size(dim)
+        dist.all_gather_object(everyone, pieces, group=mesh.get_group(dim))
+        pieces = list(itertools.chain(*everyone))
+    result = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype)
+    for start, piece in pieces:
+        result[tuple(slice(a, a + n) for a, n in zip(start, piece.shape, strict=True))] = piece
+    return result
+
+
 def full_parameters(parameters: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gather copies of all parameters as plain tensors, by name; every rank must call it."""
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in _named(parameters).items()
-    }
+    return {name: whole(p) for name, p in _named(parameters).items()}
 
 
 def _named(parameters: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

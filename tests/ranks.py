@@ -372,6 +372,8 @@ def _open_stacks_file(folder: Path, rank: int) -> None:
     file = path.with_suffix(".tmp").open("w")
     faulthandler.enable(file)
     faulthandler.register(signal.SIGUSR1, file)
+    # torchelastic's `record`, around TorchTitan's trainer, would send a crash's stacks to stderr.
+    faulthandler.enable = lambda *args, **kwargs: None  # type: ignore[assignment]
     path.with_suffix(".tmp").rename(path)
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -15,6 +14,7 @@ from tests.models import (
     full_parameters,
     local_part,
     set_gradients,
+    whole,
 )
 from tests.ranks import ranks
 
@@ -33,12 +33,8 @@ def check_layout(layout: str, dim: int = 24, hidden: int = 52, vocab: int = 40) 
             assert p.grad.placements == p.placements
             assert torch.equal(p.to_local(), local_part(expected[name], p)), name
             assert torch.equal(p.grad.to_local(), local_part(gradients[name], p)), name
-        assert torch.equal(full(p.grad), gradients[name]), name
-        assert torch.equal(full(p), expected[name]), name
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(whole(p.grad), gradients[name]), name
+        assert torch.equal(whole(p), expected[name]), name
 
 
 @ranks(4)
@@ -87,7 +83,7 @@ def test_gradients_of_experts(placement: Placement) -> None:
     p = distribute_tensor(torch.zeros(shapes["experts"]), mesh, [placement])
     set_gradients({"experts": p}, gradients)
     assert isinstance(p.grad, DTensor)
-    assert torch.equal(p.grad.full_tensor(), gradients["experts"])
+    assert torch.equal(whole(p.grad), gradients["experts"])
 
 
 def test_names_are_those_of_torchtitan() -> None:

@@ -95,6 +95,9 @@ class ShardMap:
     replica_of: list[int]
     """For each rank the number of its replica: ranks of one number hold the parameter once."""
     replicas: int
+    row_width: int
+    """Divides the length, along the last dimension, of every part of a block that a shard holds:
+    blocks and shards are rows of this many elements, the same on every rank."""
 
     def __init__(self, parameter: ParameterSpec, config: ShampooConfig) -> None:
         shape, mesh_shape, placements = parameter.shape, parameter.mesh_shape, parameter.placements
@@ -120,6 +123,7 @@ class ShardMap:
         self._intervals = [sorted({r[d] for r in holders}) for d in range(len(dims))]
         borders = [sorted(set(itertools.chain(*pairs))) for pairs in self._intervals]
         self.grid = make_grid(shape, config, borders if config.block_alignment == "shard" else ())
+        self.row_width = math.gcd(*self.grid.cuts[-1], *borders[-1])
         self.sites = [self._site(coordinate) for coordinate in self.grid.coordinates()]
 
     def blocks_of_shard(self, rank: int) -> list[int]:

@@ -29,14 +29,19 @@ class OwnedBlock:
     phase: int
     """See :func:`shampoo_fsdp.plan.assignment.refresh_phase`."""
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """With batch dimensions."""
+        return shape_of(self.rectangle)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Transfer:
     """One piece of a block: where it lies in this rank's shard of a parameter, in a block that this
-    rank owns, or in both (then it does not travel)."""
+    rank owns, or in both (then it goes from this rank to itself)."""
 
     peer: int
-    """Position of the other rank in the plan's ranks; this rank's own if nothing travels."""
+    """Position of the other rank in the plan's ranks."""
     shape: tuple[int, ...]
     in_shard: Slices = ()
     """In the view of the shard."""
@@ -56,18 +61,18 @@ class Part:
     grid: BlockGrid
     shard_shape: tuple[int, ...]
     """Of this rank's shard, in the parameter's view."""
+    row_width: int
+    """See :class:`shampoo_fsdp.plan.shards.ShardMap`."""
     blocks: list[OwnedBlock] = field(default_factory=list)
     """The ones that it owns, in the order of the grid."""
-    local: list[Transfer] = field(default_factory=list)
-    """Pieces of owned blocks that lie in its own shard."""
     gather_out: list[Transfer] = field(default_factory=list)
     """Pieces of its shard that go to the owners of their blocks."""
     gather_in: list[Transfer] = field(default_factory=list)
-    """Pieces of owned blocks that come from other ranks."""
+    """Pieces of owned blocks, as they come from the ranks that hold them: all of each block."""
     scatter_out: list[Transfer] = field(default_factory=list)
-    """Pieces of owned blocks that other ranks hold."""
+    """Pieces of owned blocks, for all ranks that hold them."""
     scatter_in: list[Transfer] = field(default_factory=list)
-    """Pieces of its shard that other ranks own."""
+    """Pieces of its shard, as they come from the owners: all of it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def make_plan(
 
 
 def _part(assignment: Assignment, shard_map: ShardMap, first: int, me: int) -> Part:
-    part = Part(shard_map.grid, shape_of(shard_map.shard_of[me]))
+    part = Part(shard_map.grid, shape_of(shard_map.shard_of[me]), shard_map.row_width)
     owners = assignment.owners[first : first + len(shard_map.grid)]
     for index, owner in enumerate(owners):
         if owner == me:
@@ -125,24 +130,23 @@ def _part(assignment: Assignment, shard_map: ShardMap, first: int, me: int) -> P
 def _add_owned(part: Part, block: OwnedBlock, site: Site, shard_map: ShardMap, me: int) -> None:
     for piece, holders in site.pieces:
         shape, in_block = shape_of(piece), _slices(piece, site.rectangle)
-        if me in holders:
-            in_shard = _slices(piece, shard_map.shard_of[me])
-            part.local.append(Transfer(me, shape, in_shard, block, in_block))
-        else:
-            # Replicas hold the same gradient: the owner takes it from its own replica.
-            source = holders[shard_map.replica_of[me]]
-            part.gather_in.append(Transfer(source, shape, block=block, in_block=in_block))
-        part.scatter_out.extend(
-            Transfer(holder, shape, block=block, in_block=in_block)
-            for holder in holders
-            if holder != me
-        )
+        # Replicas hold the same gradient: the owner takes it from its own replica.
+        source = holders[shard_map.replica_of[me]]
+        for holder in holders:
+            in_shard = _slices(piece, shard_map.shard_of[me]) if holder == me else ()
+            transfer = Transfer(holder, shape, in_shard, block, in_block)
+            part.scatter_out.append(transfer)
+            if holder == source:
+                part.gather_in.append(transfer)
+            if holder == me:
+                part.gather_out.append(transfer)
+                part.scatter_in.append(transfer)
 
 
 def _add_held(part: Part, site: Site, shard_map: ShardMap, owner: int, me: int) -> None:
-    piece, holders = next((piece, holders) for piece, holders in site.pieces if me in holders)
+    piece = next(piece for piece, holders in site.pieces if me in holders)
     transfer = Transfer(owner, shape_of(piece), _slices(piece, shard_map.shard_of[me]))
-    if owner not in holders and shard_map.replica_of[owner] == shard_map.replica_of[me]:
+    if shard_map.replica_of[owner] == shard_map.replica_of[me]:
         part.gather_out.append(transfer)
     part.scatter_in.append(transfer)
 

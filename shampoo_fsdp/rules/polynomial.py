@@ -53,9 +53,11 @@ def polynomial_root(
     """
     # Squares must not overflow or vanish. The largest entry of a second moment is on its diagonal.
     largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
-    unit = largest.clamp_min(0.0) + per_block(eps, 3) * per_block(divisor, 3)
+    divisor = per_block(divisor, 3)
+    lift = per_block(eps, 3) * divisor
+    unit = largest.clamp_min(0.0) + lift
     unit = torch.where(unit > 0.0, unit, 1.0)
-    scaled, ridge = matrices / unit, per_block(eps, 3) * (per_block(divisor, 3) / unit)
+    scaled, ridge = matrices / unit, lift / unit
     precise = Precise(scaled)
     square = precise @ precise
     # Between the largest eigenvalue and that times the fourth root of how many are as large; the
@@ -64,11 +66,12 @@ def polynomial_root(
     # All errors together are less than twice the share.
     share = error if order == 2 else 0.5 * error
     stages, left = inverse_square_root(least, share)
-    # nu = a A + b I, and its square.
+    # nu = a A + b I, and its square, a (a A^2 + 2 b A) + b^2 I.
     a = 1.0 / (scale * stages[0].half)
-    b = (ridge / scale - stages[0].middle) / stages[0].half
+    b = ridge * a - stages[0].middle / stages[0].half
     nu = _plus_diagonal(scaled * a, b)
     squared = _plus_diagonal(square.mul_(a.square()).addcmul_(scaled, 2.0 * a * b), b.square())
+    del scaled, square  # matrices are large
     remaining, gain = order // 2, 1.0
     start = _from_a(precise, scale, ridge)
     fine: Product = split_product if error >= COARSE else fp32_product
@@ -88,7 +91,7 @@ def polynomial_root(
         inverse, factor, root = _coupled(
             nu, precise @ precise, _from_nu(precise, stages[0]), stages, product, remaining > 1
         )
-    power = (scale * (unit / per_block(divisor, 3))) ** (-1.0 / order)
+    power = (scale * unit / divisor) ** (-1.0 / order)
     return (inverse + inverse.mT).mul_((0.5 * gain * factor) * power)
 
 
@@ -109,7 +112,7 @@ def _coupled(
         product: after the first polynomial.
     """
     first, *others = stages
-    inverse, z = _evaluated(first, nu, squared, lambda a, b: Precise(a) @ Precise(b))
+    inverse, z = _evaluated(first, nu, squared, _precise_product)
     root, y = inverse, 0.0
     if others or keep_root:
         root, y = times_start(inverse)
@@ -122,6 +125,13 @@ def _coupled(
         if keep_root or k + 1 < len(others):
             root, y = product(root, factor), t * y
     return inverse, z, (root, y) if keep_root else None
+
+
+def _precise_product(a: Tensor, b: Tensor) -> Tensor:
+    """A B^T."""
+    left = Precise(a)
+    del a
+    return left @ Precise(b)
 
 
 def _from_a(precise: Precise, scale: Tensor, ridge: Tensor) -> Callable[..., tuple[Tensor, float]]:
@@ -147,15 +157,21 @@ def _evaluated(stage: Stage, nu: Tensor, squared: Tensor, product: Product) -> t
     c = stage.coefficients
     if len(c) == 5:
         # c3 ((c2/c3 + nu + c4/c3 nu^2) nu^2 + c1/c3 nu + c0/c3)
-        inner = torch.add(nu, squared, alpha=c[4] / c[3])
-        inner.diagonal(dim1=-2, dim2=-1).add_(c[2] / c[3])
-        result, scale = product(inner, squared).add_(nu, alpha=c[1] / c[3]), c[3]
+        result = product(_two_terms(c[2] / c[3], nu, c[4] / c[3], squared), squared)
+        result, scale = result.add_(nu, alpha=c[1] / c[3]), c[3]
     elif len(c) == 3:
         result, scale = squared.add_(nu, alpha=c[1] / c[2]), c[2]
     else:
         result, scale = nu.clone(), c[1]
     result.diagonal(dim1=-2, dim2=-1).add_(c[0] / scale)
     return result, scale
+
+
+def _two_terms(value: float, nu: Tensor, factor: float, squared: Tensor) -> Tensor:
+    """value I + nu + factor nu^2."""
+    inner = torch.add(nu, squared, alpha=factor)
+    inner.diagonal(dim1=-2, dim2=-1).add_(value)
+    return inner
 
 
 def _plus_diagonal(matrices: Tensor, values: Tensor) -> Tensor:

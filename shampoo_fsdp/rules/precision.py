@@ -172,9 +172,8 @@ def split(matrices: Tensor) -> tuple[Tensor, Tensor]:
     nearly A B^T."""
     n = matrices.shape[-1]
     parts = matrices.new_empty(*matrices.shape[:-1], 4 * n, dtype=torch.bfloat16)
-    high, low, *again = torch.split(parts, n, -1)
+    high, low, *_ = torch.split(parts, n, -1)
     high.copy_(matrices)
     torch.sub(matrices, high, out=low)
-    for part in again:
-        part.copy_(high)
+    parts[..., 2 * n :].view(*matrices.shape[:-1], 2, n).copy_(high.unsqueeze(-2))
     return parts[..., : 3 * n], parts[..., n:]

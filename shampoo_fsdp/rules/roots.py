@@ -1,12 +1,13 @@
 """Inverse roots of stacks of symmetric positive semi-definite matrices."""
 
+import functools
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from shampoo_fsdp.rules.eigenbasis import eigenbasis
-from shampoo_fsdp.rules.matrices import per_block
+from shampoo_fsdp.rules.matrices import per_block, to_device
 from shampoo_fsdp.rules.newton import coupled_newton
 from shampoo_fsdp.rules.polynomial import COARSE, polynomial_root
 
@@ -106,7 +107,7 @@ def inverse_root(
         root = polynomial_root(matrices, order, eps, divisor, least, error)
     # Of the root itself: in its powers, what A lacks or hardly has would count most.
     good = root_residual(matrices, root, -1.0 / order, eps, divisor) < _FAILED  # not for NaN
-    return torch.linalg.matrix_power(root, power), good.logical_not_()
+    return root if power == 1 else torch.linalg.matrix_power(root, power), good.logical_not_()
 
 
 def by_products(method: str, exponent: float) -> str:
@@ -196,24 +197,30 @@ def root_residual(
     if ratio is None:
         return matrices.new_zeros(len(matrices))
     power, order = ratio
-    k = torch.arange(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
-    phases = torch.stack((k * (0.618 * k + 1.0), k * (0.414 * k + 1.0)))
-    # Rows: on CPUs a batch of row times matrix is several times as fast as of matrix times column.
-    probes = phases.cos().to(matrices.dtype)
+    probes = to_device(_probes(matrices.shape[-1], matrices.dtype), matrices.device)
     largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
     unit = torch.where(largest > 0.0, largest, 1.0)  # powers must not overflow or vanish
     for _ in range(power):
         probes = probes @ matrices / unit  # [B, 2, n]
     divisor, eps = per_block(divisor, 3), per_block(eps, 3)
     scale = unit / divisor
-    result = probes
+    result, share = probes, scale ** (power / order)
     for _ in range(order):
-        result = result @ roots * scale ** (power / order)
+        result = result @ roots * share
     for _ in range(power):
         result = result @ matrices / unit + eps / scale * result
     error: Tensor = torch.linalg.matrix_norm(result - probes)
     norm = torch.linalg.matrix_norm(probes)
     return error / torch.where(norm > 0.0, norm, 1.0)
+
+
+@functools.cache
+def _probes(n: int, dtype: torch.dtype) -> Tensor:
+    """Two vectors of n numbers, [2, n], on the CPU."""
+    k = torch.arange(n, dtype=torch.float64)
+    phases = torch.stack((k * (0.618 * k + 1.0), k * (0.414 * k + 1.0)))
+    # Rows: on CPUs a batch of row times matrix is several times as fast as of matrix times column.
+    return phases.cos().to(dtype)
 
 
 def _ratio(exponent: float) -> tuple[int, int] | None:

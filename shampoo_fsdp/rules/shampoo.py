@@ -103,20 +103,16 @@ class Shampoo(Rule):
             same = [i for i in self.full if self.factors[i].size == n]
             # Sides of one length in one call: half as many kernels for square blocks.
             factors = torch.cat([self.factors[i].read(where) for i in same])
-            owns = [self._correction_of(i, correction) for i in same]
-            ridges = [
-                self._ridge(part, own)
-                for part, own in zip(factors.chunk(len(same)), owns, strict=True)
-            ]
-            own, ridge = _joined(owns, factors), _joined(ridges, factors)
-            roots, bad = self._roots_of(same, where, factors, cold, ridge, own)
+            own = _joined([self._correction_of(i, correction) for i in same], factors)
+            roots, bad = self._roots_of(same, where, factors, cold, self._ridge(factors, own), own)
             # A block that has seen no gradient has no scale: its roots would blow up the first.
             unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
             stays = per_block(bad | unseen, 3).chunk(len(same))
             failed |= zip(same, bad.chunk(len(same)), strict=True)
+            roots = roots.to(self.roots[same[0]].storage.dtype)
             for i, root, stay in zip(same, roots.chunk(len(same)), stays, strict=True):
                 kept = self.roots[i]
-                kept.write(torch.where(stay, kept.read(where), root), where)
+                kept.write(torch.where(stay, kept.read(where, root.dtype), root), where)
         return torch.stack([failed[i] for i in self.full])
 
     def _roots_of(

@@ -30,13 +30,16 @@ _AT_ONCE = 2**24
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_Accumulated = tuple[Callable[[StepFacts, Tensor, Tensor], None], StepFacts, Clock, Tensor, Tensor]
+"""What `direct` needs of `accumulate`: its arithmetic and that one's arguments."""
+
 
 class BlockStack:
     """State and update of blocks of one shape (d_1, ..., d_k), stacked as [B, d_1, ..., d_k].
 
     Blocks are in the order of their refresh phase, so that those due on a step are neighbours.
-    `gradient`, in fp32, is filled with the gradient blocks; :meth:`step` overwrites it with the
-    update blocks.
+    `gradient`, in fp32, is filled with the gradient blocks; a step, :meth:`accumulate` and
+    :meth:`direct`, overwrites it with the update blocks.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class BlockStack:
         self._compiled = self._accumulate, self._direct
         if config.compile:
             self._compiled = (_compile(self._accumulate), _compile(self._direct))
+        self._precision = config.matmul_precision or "highest"
+        self._accumulated: _Accumulated | None = None
         self.refreshes = 0
         self.failed_roots = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_blocks = torch.zeros((), dtype=torch.int64, device=device)
 
-    def step(self, clock: Clock, group: GroupSettings) -> Iterator[str]:
-        """Replace the gradients in `gradient` by the updates D, to be subtracted times lr.
+    def accumulate(self, clock: Clock, group: GroupSettings) -> Iterator[str]:
+        """Let the gradients in `gradient` into the state; then :meth:`direct` completes the step.
 
         A block with a non-finite or excessive gradient is skipped: its state stays, its update is
         zero.
@@ -96,19 +101,24 @@ class BlockStack:
             self._correction(beta1, clock.steps, beta3, as_tensor=compiled),
             self._correction(group.graft_beta2, clock.steps, as_tensor=compiled),
         )
-        precision = self.config.matmul_precision or "highest"
         accumulate, direct = self._compiled if compiled else (self._accumulate, self._direct)
-        with products_in(precision):
-            usable, idle, exp_avg = accumulate(step)
+        with products_in(self._precision):
+            usable, idle = accumulate(step)
         self._count_skipped(usable, clock.active)
         yield "factors"
         self._refresh(clock, beta2)
         yield "roots"
-        with products_in(precision):
-            direct(step, exp_avg, usable, idle)
+        self._accumulated = direct, step, clock, usable, idle
+
+    def direct(self) -> None:
+        """Replace the gradients in `gradient` by the updates D, to be subtracted times lr."""
+        assert self._accumulated is not None
+        direct, step, clock, usable, idle = self._accumulated
+        self._accumulated = None
+        with products_in(self._precision):
+            direct(step, usable, idle)
         if self.config.momentum:
             self._accelerate(usable, clock)
-        yield "direction"
 
     def health(self, clock: Clock, beta2: float) -> tuple[float, float]:
         """The largest condition number of a factor, and the largest residual of a root; the host
@@ -123,11 +133,11 @@ class BlockStack:
         """Forget what the rule knows of these blocks."""
         self.rule.restart(self._on_device(positions, torch.int64))
 
-    def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor, Tensor]:
+    def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor]:
         """Let the gradients into the factors, momentum and graft statistics.
 
         Returns:
-            which gradients are usable, and which are zero, [B], and the momentum.
+            which gradients are usable, and which are zero, [B].
         """
         gradient, beta1 = self.gradient, step.group.betas[0]
         inner = tuple(range(1, gradient.ndim))
@@ -146,15 +156,16 @@ class BlockStack:
             decay = 1.0 - (1.0 - graft_beta2) * each
             method = self.config.grafting
             update_second_moment(method, self._second_moment, gradient, decay, graft_beta2)
-        return usable, idle, exp_avg
+        return usable, idle
 
-    def _direct(self, step: StepFacts, exp_avg: Tensor, usable: Tensor, idle: Tensor) -> None:
+    def _direct(self, step: StepFacts, usable: Tensor, idle: Tensor) -> None:
         """Put the preconditioned and grafted momentum, beta3 M' + (1 - beta3) G, into `gradient`.
 
         M' is the last momentum; with M = beta1 M' + (1 - beta1) G it is a mix of M and G.
         """
         config, gradient, rule, now = self.config, self.gradient, self.rule, step.now(usable, idle)
         beta1, beta3 = step.group.betas[0], step.group.beta3
+        exp_avg = self.state["exp_avg"].float()
         rule.observe(gradient, now)
         share = beta3 / beta1 if beta1 else 1.0
         inner = tuple(range(1, gradient.ndim))

@@ -13,15 +13,18 @@ from shampoo_fsdp.plan.transfers import OwnedBlock, Part
 from shampoo_fsdp.rules.clock import Clock
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
-from shampoo_fsdp.runtime.exchange import Exchange, Piece
+from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 
 __all__ = ["Bucket", "OwnedStack", "elements", "fill_buckets"]
 
-_BUCKET_ELEMENTS = 32 * 2**20
-"""A rank's share of the gradients of one bucket, where `buckets` is not set: 128 MiB in fp32."""
+_BUCKET_ELEMENTS = 64 * 2**20
+"""A rank's share of the gradients of one bucket, where `buckets` is not set: 256 MiB in fp32."""
+
+_ROW_WIDTHS = (64, 8, 1)
+"""In elements. A row has four numbers of 4 bytes: next to nothing, 2 bytes per element, or 16."""
 
 
 class OwnedStack:
@@ -57,10 +60,10 @@ class OwnedStack:
 class Bucket:
     """Some preconditioned parameters of a team, on their way through a step:
 
-        send_gradients -> precondition -> apply_own -> apply_arriving
+        send_gradients -> receive_gradients -> accumulate -> direct -> send_updates -> apply_updates
 
-    Between these the caller may work on other buckets. All buckets compute in one workspace, one
-    after the other.
+    While something is on its way the caller may work on other buckets. All buckets compute in one
+    workspace, which is one's from `receive_gradients` to `direct`.
     """
 
     def __init__(
@@ -80,36 +83,29 @@ class Bucket:
             travels: whether any rank of the plan sends anything.
         """
         self.members = list(parts)
-        self._parts = parts
+        self._shapes = [part.shard_shape for part in parts.values()]
         self._config = config
-        self._dtype = torch_dtype(config.communication_dtype)
         self._workspace = workspace[: elements(parts)]
         alike = defaultdict(list)
         for member, part in parts.items():
             for block in part.blocks:
                 alike[member.group, block.shape].append((member, block))
         self.stacks = []
+        starts: dict[OwnedBlock, int] = {}
         start = 0
         for (_, shape), owned in sorted(alike.items(), key=lambda entry: entry[0]):
-            self.stacks.append(OwnedStack(owned, config, self._workspace[start:]))
-            start += len(owned) * math.prod(shape)
+            self.stacks.append(stack := OwnedStack(owned, config, self._workspace[start:]))
+            for block in stack.blocks:
+                starts[block] = start
+                start += math.prod(shape)
         self._exchange = Exchange(
             parts,
-            {
-                block: _as_rectangle(gradient, block)
-                for owned in self.stacks
-                for block, gradient in zip(owned.blocks, owned.stack.gradient, strict=True)
-            },
+            starts,
             ranks,
-            self._dtype,
+            torch_dtype(config.communication_dtype),
             workspace.device,
             travels=travels,
         )
-        self._gradients: dict[Member, Tensor | None] = {}
-        self._shards: dict[Member, Tensor] = {}
-        self._shards_at: tuple[int, ...] = ()
-        self._own_targets: list[Tensor] = []
-        self._arriving_targets: list[Tensor] = []
 
     def saved(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
         """The state of each block that this rank owns, by name, as checkpoints have it."""
@@ -126,51 +122,51 @@ class Bucket:
         Args:
             groups: of the optimizer.
         """
-        self._find_shards()
         # Unlike a parameter's shard, a gradient may be copied, if it is not dense.
-        self._gradients = {
-            m: None if (g := m.gradient) is None else g.reshape(self._parts[m].shard_shape)
-            for m in self.members
-        }
+        gradients = [
+            None if (g := member.gradient) is None else g.reshape(shape)
+            for member, shape in zip(self.members, self._shapes, strict=True)
+        ]
         if self._config.weight_decay_type == "l2":
-            for settings, active in self._active(groups):
+            for settings, active, shards in self._active(groups):
                 if decay := settings.weight_decay:
-                    shards = [self._shards[m] for m in active]
-                    dense = [g for m in active if (g := self._gradients[m]) is not None]
+                    dense = [g for k in active if (g := gradients[k]) is not None]
                     total = torch._foreach_add(dense, shards, alpha=decay)
-                    self._gradients.update(zip(active, total, strict=True))
-        self._exchange.send_gradients(self._gradients)
+                    for k, sum_ in zip(active, total, strict=True):
+                        gradients[k] = sum_
+        self._exchange.send_gradients(gradients)
 
-    def precondition(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> None:
-        """Receive the gradients, and replace them by updates; `watch` measures the parts."""
-        self._exchange.receive_gradients(self._gradients)
-        self._round()
-        watch.lap("exchange")
+    def receive_gradients(self) -> None:
+        """Fill the workspace."""
+        self._exchange.receive_gradients(self._workspace)
+
+    def accumulate(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> None:
+        """Let the gradients into the state; `watch` measures the parts."""
         for owned in self.stacks:
-            for part in owned.stack.step(owned.clock(), groups[owned.group]):
+            for part in owned.stack.accumulate(owned.clock(), groups[owned.group]):
                 watch.lap(part)
-        self._round()
 
-    def _round(self) -> None:
-        """Let what stays on this rank be as exact as what travels: no mesh decides about it."""
-        if self._dtype != self._workspace.dtype:
-            self._workspace.copy_(self._workspace.to(self._dtype))
+    def direct(self, watch: Stopwatch) -> None:
+        """Make the updates D of them, and clear the workspace."""
+        for owned in self.stacks:
+            owned.stack.direct()
+        watch.lap("direction")
+        self._exchange.pack_updates(self._workspace)
+        watch.lap("exchange")
 
-    def apply_own(self, groups: Sequence[GroupSettings]) -> None:
-        """W <- (1 - decay) W - lr D on this rank's shards, where it owns the blocks itself; the
-        rest of D sets out to arrive."""
-        for settings, active in self._active(groups):
-            if settings.lost:
-                torch._foreach_mul_([self._shards[m] for m in active], 1.0 - settings.lost)
-        self._subtract(groups, self._exchange.own, self._own_targets, self._exchange.own_updates())
+    def send_updates(self) -> None:
+        """Let the updates set out for the shards."""
         self._exchange.send_updates()
 
-    def apply_arriving(self, groups: Sequence[GroupSettings]) -> None:
-        """The same where other ranks own the blocks, without weight decay."""
+    def apply_updates(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> None:
+        """W <- (1 - decay) W - lr D on this rank's shards."""
         updates = self._exchange.receive_updates()
-        self._subtract(groups, self._exchange.arriving, self._arriving_targets, updates)
-        self._exchange.forget_updates()
-        self._gradients = {}  # the caller may free them now
+        watch.lap("exchange")
+        for settings, active, shards in self._active(groups):
+            if settings.lost:
+                torch._foreach_mul_(shards, 1.0 - settings.lost)
+            torch._foreach_add_(shards, [updates[k] for k in active], alpha=-settings.lr)
+        watch.lap("apply")
 
     def state_was_loaded(self) -> None:
         """Start the factors anew of parameters whose factors have seen no gradient."""
@@ -178,64 +174,45 @@ class Bucket:
             if anew := [b for b, member in enumerate(owned.members) if member.factor_step == 0]:
                 owned.stack.restart_factors(anew)
 
-    def _subtract(
-        self,
-        groups: Sequence[GroupSettings],
-        pieces: Sequence[Piece],
-        targets: Sequence[Tensor],
-        updates: Sequence[Tensor],
-    ) -> None:
-        for settings, active in self._active(groups):
-            chosen = set(active)
-            which = [k for k, (member, _) in enumerate(pieces) if member in chosen]
-            if which:
-                torch._foreach_add_(
-                    [targets[k] for k in which], [updates[k] for k in which], alpha=-settings.lr
-                )
-
     def _active(
         self, groups: Sequence[GroupSettings]
-    ) -> Iterator[tuple[GroupSettings, list[Member]]]:
-        """Parameters with a gradient, by parameter group."""
-        active: dict[int, list[Member]] = defaultdict(list)
-        for member in self.members:
-            if self._gradients[member] is not None:
-                active[member.group].append(member)
-        for group, members in active.items():
-            yield groups[group], members
-
-    def _find_shards(self) -> None:
-        """Views of the pieces of the shards; made again only if the shards have moved."""
-        shards = {member: member.shard() for member in self.members}
-        at = tuple(shard.data_ptr() for shard in shards.values())
-        if at == self._shards_at:
-            return
-        self._shards_at = at
-        self._shards = {m: s.view(self._parts[m].shard_shape) for m, s in shards.items()}
-        self._own_targets = [self._shards[m][slices] for m, slices in self._exchange.own]
-        self._arriving_targets = [self._shards[m][slices] for m, slices in self._exchange.arriving]
+    ) -> Iterator[tuple[GroupSettings, list[int], list[Tensor]]]:
+        """By parameter group the positions of members with a gradient, and views of their shards
+        of the parameter."""
+        active: dict[int, list[int]] = defaultdict(list)
+        for k, member in enumerate(self.members):
+            if member.gradient is not None:
+                active[member.group].append(k)
+        for group, chosen in active.items():
+            shards = [self.members[k].shard().view(self._shapes[k]) for k in chosen]
+            yield groups[group], chosen, shards
 
 
 def fill_buckets(
     parts: Sequence[tuple[Member, Part]], ranks: RankSet, config: ShampooConfig
 ) -> list[dict[Member, Part]]:
-    """Which parameters travel together: neighbours, of about equal numbers of elements."""
-    sizes = [math.prod(member.spec.shape) for member, _ in parts]
-    total = sum(sizes)
-    number = config.buckets or math.ceil(total / len(ranks.ranks) / _BUCKET_ELEMENTS)
-    chosen: dict[int, dict[Member, Part]] = defaultdict(dict)
-    passed = 0
-    for (member, part), size in zip(parts, sizes, strict=True):
-        chosen[min(passed * number // total, number - 1)][member] = part
-        passed += size
-    return [chosen[k] for k in sorted(chosen)]
+    """Which parameters travel together: neighbours, of about equal numbers of elements, and those
+    apart whose rows are so narrow that they would narrow the others'."""
+    alike: dict[int, list[tuple[Member, Part, int]]] = defaultdict(list)
+    for member, part in parts:
+        width = next(width for width in _ROW_WIDTHS if part.row_width % width == 0)
+        alike[width].append((member, part, math.prod(member.spec.shape)))
+    everything = sum(size for like in alike.values() for _, _, size in like)
+    buckets = []
+    for _, like in sorted(alike.items(), reverse=True):
+        total = sum(size for _, _, size in like)
+        number = math.ceil(total / len(ranks.ranks) / _BUCKET_ELEMENTS)
+        if config.buckets:
+            number = max(1, round(config.buckets * total / everything))
+        chosen: dict[int, dict[Member, Part]] = defaultdict(dict)
+        passed = 0
+        for member, part, size in like:
+            chosen[min(passed * number // total, number - 1)][member] = part
+            passed += size
+        buckets += [chosen[k] for k in sorted(chosen)]
+    return buckets
 
 
 def elements(parts: Mapping[Member, Part]) -> int:
     """How many numbers the blocks have that this rank owns."""
     return sum(math.prod(block.shape) for part in parts.values() for block in part.blocks)
-
-
-def _as_rectangle(values: Tensor, block: OwnedBlock) -> Tensor:
-    """A block with its batch dimensions."""
-    return values.view(tuple(stop - start for start, stop in block.rectangle))

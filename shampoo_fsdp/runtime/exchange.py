@@ -1,36 +1,35 @@
-"""Carries out a plan's transfers: gradient pieces to the owners, update pieces back."""
+"""Carries out a plan's transfers: gradients to the blocks' owners, updates back to the shards."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_fsdp.plan.transfers import OwnedBlock, Part, Slices, Transfer
+from shampoo_fsdp.plan.transfers import OwnedBlock, Part
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
+from shampoo_fsdp.runtime.rows import Piece, Way, find_way
 
-__all__ = ["Exchange", "Piece", "allocate", "release"]
-
-Piece = tuple[Member, Slices]
-"""A parameter, and slices of its shard's view."""
-
-_Moves = list[tuple[Member, Transfer]]
+__all__ = ["Exchange", "allocate", "release"]
 
 
 class Exchange:
-    """Moves pieces of some parameters between the shards and the blocks of their ranks.
+    """Moves some parameters' gradients and updates between the shards and the blocks of ranks.
 
-    A piece that lies on its block's owner is copied; all others travel, packed, in one
-    all-to-all per direction, during which the caller may compute. Both directions use the same two
-    buffers: the one that gradients leave from is where updates arrive. Their memory is there only
-    while something is in it.
+    In memory the shards of a rank, one after the other, are rows of one width that no piece cuts,
+    and so are its blocks. Rows are picked in the order of the ranks that they go to, travel in one
+    all-to-all, during which the caller may compute, and are picked again in the order of the memory
+    where they arrive. What stays on its rank goes the same way. So the kernels of a GPU are as few
+    as that, whatever the number of pieces.
     """
 
     def __init__(
         self,
         parts: Mapping[Member, Part],
-        blocks: Mapping[OwnedBlock, Tensor],
+        blocks: Mapping[OwnedBlock, int],
         ranks: RankSet,
         dtype: torch.dtype,
         device: torch.device,
@@ -40,118 +39,124 @@ class Exchange:
         """
         Args:
             parts: what this rank has to do for each parameter.
-            blocks: for each block that it owns the tensor that holds its gradient, then its
-                update, in the shape of its rectangle.
+            blocks: for each block that it owns where it starts in the memory of all of them.
             ranks: those of the plan.
-            dtype: in which pieces travel; those that stay are copied as they are.
+            dtype: in which everything travels, and what does not is rounded to.
             travels: whether any rank sends anything: all of them take part then, or none.
         """
-
-        def moves(kind: str) -> _Moves:
-            # The sort is stable: sender and receiver list the pieces of a pair, of which there is
-            # one for each block, in the same order.
-            found = [(member, t) for member, part in parts.items() for t in getattr(part, kind)]
-            return sorted(found, key=lambda move: move[1].peer)
-
-        def in_blocks(found: _Moves) -> list[Tensor]:
-            return [blocks[t.block][t.in_block] for _, t in found if t.block is not None]
-
-        self._ranks = ranks
+        self._group = ranks.group
         self._travels = travels
-        local = moves("local")
-        gather_out, gather_in = moves("gather_out"), moves("gather_in")
-        scatter_out, scatter_in = moves("scatter_out"), moves("scatter_in")
-        shard_side = max(_numel(gather_out), _numel(scatter_in))
-        block_side = max(_numel(gather_in), _numel(scatter_out))
-        self._shard_buffer = torch.empty(shard_side, dtype=dtype, device=device)
-        self._block_buffer = torch.empty(block_side, dtype=dtype, device=device)
-        self._packed_gradients = _pieces(self._shard_buffer, gather_out)
-        self._arrived_gradients = _pieces(self._block_buffer, gather_in)
-        self._packed_updates = _pieces(self._block_buffer, scatter_out)
-        self._arrived_updates = _pieces(self._shard_buffer, scatter_in)
-        self._gather_splits = self._splits(gather_in), self._splits(gather_out)
-        self._scatter_splits = self._splits(scatter_in), self._splits(scatter_out)
-        self._own_blocks = in_blocks(local)
-        self._gather_in = in_blocks(gather_in)
-        self._scatter_out = in_blocks(scatter_out)
-        self._gather_out: list[Piece] = [(member, t.in_shard) for member, t in gather_out]
-        self.own: list[Piece] = [(member, t.in_shard) for member, t in local]
-        """Where the pieces of this rank's shards are that it owns itself."""
-        self.arriving: list[Piece] = [(member, t.in_shard) for member, t in scatter_in]
-        """Where those are whose updates come from other ranks."""
-        self._work: dist.Work | None = None
-        for buffer in (self._shard_buffer, self._block_buffer):
-            release(buffer)
+        self._dtype = dtype
+        self._device = device
+        self._shapes = [part.shard_shape for part in parts.values()]
+        self._width = math.gcd(*(part.row_width for part in parts.values()))
+        starts = itertools.accumulate(map(math.prod, self._shapes), initial=0)
+        placed = list(zip(starts, parts.values(), strict=False))
 
-    def send_gradients(self, gradients: Mapping[Member, Tensor | None]) -> None:
-        """Let the pieces set out for their blocks' owners.
+        def in_shards(kind: str) -> list[Piece]:
+            return [
+                Piece(start, part.shard_shape, transfer.in_shard, transfer.peer)
+                for start, part in placed
+                for transfer in getattr(part, kind)
+            ]
+
+        def in_blocks(kind: str) -> list[Piece]:
+            return [
+                Piece(blocks[block], block.sizes, transfer.in_block, transfer.peer)
+                for part in parts.values()
+                for transfer in getattr(part, kind)
+                if (block := transfer.block) is not None
+            ]
+
+        def way(sources: list[Piece], targets: list[Piece]) -> Way:
+            return find_way(sources, targets, self._width, len(ranks.ranks), device)
+
+        self._gather = way(in_shards("gather_out"), in_blocks("gather_in"))
+        self._scatter = way(in_blocks("scatter_out"), in_shards("scatter_in"))
+        self._work: dist.Work | None = None
+        self._leaving = self._arriving = torch.empty(0)
+
+    def send_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Let gradients set out for the owners of their blocks.
 
         Args:
-            gradients: for each parameter this rank's shard of its gradient, in the shape of the
-                parameter's view; None sends NaN, which the stacks take for 'no usable gradient'.
-                (Every piece travels on every step, so that ranks never disagree about what is
-                sent.)
+            gradients: for each parameter this rank's shard of it, in the shape of the parameter's
+                view; None sends NaN, which the stacks take for 'no usable gradient'. (Every piece
+                travels on every step, so that ranks never disagree about what is sent.)
         """
-        if self._travels:
-            # An interrupted step may have left something in flight, from and into this memory.
-            self._finish()
-            allocate(self._shard_buffer)
-            allocate(self._block_buffer)
-            _fill(self._packed_gradients, self._gather_out, gradients)
-            self._start(self._block_buffer, self._shard_buffer, self._gather_splits)
+        # An interrupted step may have left something in flight.
+        self._finish()
+        self._leaving = self._pick(self._staged(gradients), self._gather.leaving)
+        self._set_out(self._gather)
 
-    def receive_gradients(self, gradients: Mapping[Member, Tensor | None]) -> None:
-        """Fill the blocks with their gradients: those that travelled and those that did not."""
-        if self._travels:
-            self._finish()
-            release(self._shard_buffer)
-            _copy(self._gather_in, self._arrived_gradients)
-            release(self._block_buffer)
-        _fill(self._own_blocks, self.own, gradients)
+    def receive_gradients(self, blocks: Tensor) -> None:
+        """Fill the memory of all blocks with their gradients."""
+        arrived, order = self._arrived(), self._gather.arrived
+        if blocks.dtype == arrived.dtype:
+            torch.index_select(arrived, 0, order, out=blocks.view(-1, self._width))
+        else:
+            blocks.copy_(self._pick(arrived, order))
+
+    def pack_updates(self, blocks: Tensor) -> None:
+        """Take the updates, which have replaced the gradients, out of the memory of all blocks."""
+        self._leaving = self._pick(blocks.to(self._dtype), self._scatter.leaving)
 
     def send_updates(self) -> None:
-        """Let the updates, which have replaced the gradients in the blocks, set out."""
-        if self._travels:
-            allocate(self._block_buffer)
-            allocate(self._shard_buffer)
-            _copy(self._packed_updates, self._scatter_out)
-            self._start(self._shard_buffer, self._block_buffer, self._scatter_splits)
-
-    def own_updates(self) -> list[Tensor]:
-        """The updates of `own`: parts of the blocks."""
-        return self._own_blocks
+        """Let them set out for the shards."""
+        self._set_out(self._scatter)
 
     def receive_updates(self) -> list[Tensor]:
-        """The updates of `arriving`, until :meth:`forget_updates`."""
-        if self._travels:
-            self._finish()
-            release(self._block_buffer)
-        return self._arrived_updates
+        """The update of each parameter's shard, in the shape of the view."""
+        updates = self._pick(self._arrived(), self._scatter.arrived)
+        return self._shards_in(updates)
 
-    def forget_updates(self) -> None:
-        release(self._shard_buffer)
-
-    def _start(self, output: Tensor, source: Tensor, splits: tuple[list[int], list[int]]) -> None:
-        receive, send = splits
-        self._work = dist.all_to_all_single(
-            output[: sum(receive)],
-            source[: sum(send)],
-            receive,
-            send,
-            group=self._ranks.group,
-            async_op=True,
+    def _staged(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        memory = torch.empty(
+            sum(map(math.prod, self._shapes)), dtype=self._dtype, device=self._device
         )
+        targets, sources = [], []
+        for target, gradient in zip(self._shards_in(memory), gradients, strict=True):
+            if gradient is None:
+                target.fill_(torch.nan)
+            else:
+                targets.append(target)
+                sources.append(gradient)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return memory
+
+    def _shards_in(self, memory: Tensor) -> list[Tensor]:
+        parts = torch.split(memory, [math.prod(shape) for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _pick(self, memory: Tensor, rows: Tensor) -> Tensor:
+        return memory.view(-1, self._width).index_select(0, rows).view(-1)
+
+    def _set_out(self, way: Way) -> None:
+        self._arriving = self._leaving
+        if self._travels:
+            self._arriving = self._leaving.new_empty(sum(way.received))
+            self._work = dist.all_to_all_single(
+                self._arriving,
+                self._leaving,
+                way.received,
+                way.sent,
+                group=self._group,
+                async_op=True,
+            )
+
+    def _arrived(self) -> Tensor:
+        self._finish()
+        arrived = self._arriving
+        self._leaving = self._arriving = torch.empty(0)
+        return arrived.view(-1, self._width)
 
     def _finish(self) -> None:
+        # What is in flight is kept until here. Its memory may then be freed, since all that uses it
+        # again does so after the stream of the step, which waits for the transfer here.
         if self._work is not None:
             self._work.wait()
             self._work = None
-
-    def _splits(self, moves: _Moves) -> list[int]:
-        splits = [0] * len(self._ranks.ranks)
-        for _, transfer in moves:
-            splits[transfer.peer] += transfer.numel
-        return splits
 
 
 def allocate(buffer: Tensor) -> None:
@@ -162,32 +167,3 @@ def allocate(buffer: Tensor) -> None:
 def release(buffer: Tensor) -> None:
     """Take it away again, until the next :func:`allocate`."""
     buffer.untyped_storage().resize_(0)
-
-
-def _fill(
-    targets: Sequence[Tensor], pieces: Sequence[Piece], shards: Mapping[Member, Tensor | None]
-) -> None:
-    filled, sources = [], []
-    for target, (member, slices) in zip(targets, pieces, strict=True):
-        shard = shards[member]
-        if shard is None:
-            target.fill_(torch.nan)
-        else:
-            filled.append(target)
-            sources.append(shard[slices])
-    _copy(filled, sources)
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
-
-
-def _pieces(buffer: Tensor, moves: _Moves) -> list[Tensor]:
-    numels = [transfer.numel for _, transfer in moves]
-    parts = torch.split(buffer[: sum(numels)], numels)
-    return [part.view(t.shape) for part, (_, t) in zip(parts, moves, strict=True)]
-
-
-def _numel(moves: _Moves) -> int:
-    return sum(transfer.numel for _, transfer in moves)

@@ -22,7 +22,7 @@ from shampoo_fsdp.runtime.parameters import Member, local_shard
 
 __all__ = ["ExcludedParameters"]
 
-_CHUNK_ELEMENTS = 2**23
+_CHUNK_ELEMENTS = 2**24
 _CHUNK_ELEMENTS_ON_CPU = 2**18
 """How much is updated at a time, which bounds the memory of the copies; on CPUs so that they stay
 in the cache, elsewhere so that kernels are few."""
@@ -100,20 +100,21 @@ class ExcludedParameters:
     def _step_chunk(
         self, chunk: Sequence[_Piece], step: int, counts: bool, group: GroupSettings
     ) -> None:
-        # In one piece, so that the number of kernels does not grow with that of the parameters.
+        # In one piece, so that the number of kernels does not grow with that of the parameters; one
+        # that is alone needs no copy for that.
         old = {
-            name: torch.cat([piece.kept[name].reshape(-1) for piece in chunk])
+            name: _joined([piece.kept[name].reshape(-1) for piece in chunk])
             for name in chunk[0].kept
         }
-        gradient = torch.cat([piece.gradient for piece in chunk]).to(old["value"].dtype)
-        if self._config.weight_decay_type == "l2" and group.weight_decay:
-            gradient.add_(old["value"], alpha=group.weight_decay)
-        usable = gradient.abs() < LARGEST_GRADIENT  # false for NaN
-        bad = usable.logical_not()
-        if counts:
-            self.skipped_entries += bad.sum()
-        gradient.masked_fill_(bad, 0.0)
         new = {name: values.clone() for name, values in old.items()}
+        gradient = _joined([piece.gradient for piece in chunk]).to(new["value"].dtype)
+        if self._config.weight_decay_type == "l2" and group.weight_decay:
+            gradient = torch.add(gradient, new["value"], alpha=group.weight_decay)
+        usable = gradient.abs() < LARGEST_GRADIENT  # false for NaN
+        if counts:
+            self.skipped_entries += usable.numel()
+            self.skipped_entries -= usable.sum()
+        gradient = torch.where(usable, gradient, 0.0)
         sizes = [piece.gradient.numel() for piece in chunk]
         # The fused kernel alone takes the step without reading it back.
         if self._plain_adamw and gradient.device.type in ("cpu", "cuda", "xpu"):
@@ -121,13 +122,17 @@ class ExcludedParameters:
             self._adamw(list(torch.split(gradient, sizes)), lists, step, group)
         else:
             self._other(gradient, new, step, group)
-        for name, values in new.items():
-            torch.where(usable, values, old.pop(name), out=values)
+        for name, values in old.items():
+            torch.where(usable, new.pop(name), values, out=values)
             targets = [piece.kept[name] for piece in chunk]
-            sources = torch.split(values, sizes)
-            torch._foreach_copy_(
-                targets, [v.view_as(t) for v, t in zip(sources, targets, strict=True)]
-            )
+            if len(chunk) > 1 or not targets[0].is_contiguous():
+                torch._foreach_copy_(
+                    targets,
+                    [
+                        v.view_as(t)
+                        for v, t in zip(torch.split(values, sizes), targets, strict=True)
+                    ],
+                )
 
     def _adamw(
         self,
@@ -186,6 +191,10 @@ def _pieces(gradient: Tensor, kept: Mapping[str, Tensor]) -> Iterator[_Piece]:
     for start in range(0, len(gradient), most):
         part = slice(start, start + most)
         yield _Piece(gradient[part], {name: v.view(-1)[part] for name, v in kept.items()})
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _chunks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:

@@ -26,7 +26,7 @@ from shampoo_fsdp.tools.plan_figures import PlanReport
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_fsdp.validation import REMOVED, refuse_unknown
 
-__all__ = ["main"]
+__all__ = ["main", "mesh_of", "value_of"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) -> None:
     config = settings_from_keywords(settings)
-    report = PlanReport(f"{model} on {mesh}", [model_specs(model, _mesh(mesh))], config, device)
+    report = PlanReport(f"{model} on {mesh}", [model_specs(model, mesh_of(mesh))], config, device)
     if json:
         _print_json(report.as_json())
     else:
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         if annotation == list[str]:
             settings.add_argument(f"--{name}", nargs="+")
         else:
-            settings.add_argument(f"--{name}", type=_value)
+            settings.add_argument(f"--{name}", type=value_of)
     inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("checkpoint", help="its folder, such as outputs/checkpoint/step-500")
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """Numbers and truth values as in TOML; the settings themselves check what they are given."""
     try:
         return json.loads(text)
@@ -130,7 +130,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _mesh(text: str) -> dict[str, int]:
+def mesh_of(text: str) -> dict[str, int]:
+    """Sizes of the dimensions of a mesh, as in dp_shard=64,tp=8."""
     mesh: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")

@@ -1,5 +1,7 @@
 """A step that ends midway, as by Ctrl-C, with gradients in flight."""
 
+import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -8,7 +10,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import shampoo_fsdp.runtime.exchange
 from shampoo_fsdp import Shampoo
 from tests.ranks import ranks
 
@@ -27,13 +28,17 @@ def test_the_next_step_touches_no_memory_that_is_still_in_flight():
         optimizer.step()
     (bucket,) = optimizer._parameters.buckets
     exchange = bucket._exchange
-    assert exchange._work is not None
-    allocate, in_flight = shampoo_fsdp.runtime.exchange.allocate, []
+    work, wait, waited_for = exchange._work, exchange._finish, []
+    in_flight = weakref.ref(exchange._arriving.untyped_storage())
+    assert work is not None and in_flight() is not None
+    gc.collect()
 
-    def watched(buffer: torch.Tensor) -> None:
-        in_flight.append(exchange._work is not None)
-        allocate(buffer)
+    def watched() -> None:
+        if exchange._work is not None:
+            waited_for.append((exchange._work, in_flight() is not None))
+        wait()
 
-    with mock.patch("shampoo_fsdp.runtime.exchange.allocate", watched):
+    with mock.patch.object(exchange, "_finish", watched):
         optimizer.step()
-    assert in_flight == [False] * 4
+    assert waited_for[0] == (work, True)
+    assert len(waited_for) == 3  # this one's gradients and updates

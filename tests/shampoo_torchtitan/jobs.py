@@ -9,12 +9,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.distributed.tensor import DTensor
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.moe import MoEArgs
 
 from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
 from shampoo_torchtitan.train import JobReader, Trainer
+from tests.models import full_parameters
 
 TINY_JOB = """
 [model]
@@ -145,7 +145,4 @@ def give_batches(trainer: Trainer, sequences: int = 8) -> None:
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All weights, whole."""
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in trainer.model_parts[0].named_parameters()
-    }
+    return full_parameters(trainer.model_parts[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo_torchtitan.demo import cpu
-from tests.models import deterministic_gradients, local_part, set_gradients
+from tests.models import deterministic_gradients, full_parameters, local_part, set_gradients
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 
@@ -73,12 +73,9 @@ def given_steps(job: Path, arguments: list[str]) -> dict[str, Tensor]:
             set_gradients(part, deterministic_gradients(part, step))
         trainer.optimizers.step()
     parameters = dict(itertools.chain(*(part.named_parameters() for part in parts)))
-    whole = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in parameters.items()
-    }
+    result = full_parameters(parameters)
     trainer.close()
-    return whole
+    return result
 
 
 def after_given_steps(n: int, job: Path, *arguments: str) -> dict[str, Tensor]:

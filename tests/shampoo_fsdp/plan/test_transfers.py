@@ -82,8 +82,6 @@ def deliver(plans: list[Plan], shards: list[list[Tensor]]) -> list[Blocks]:
         for mine in map(blocks_of, plans)
     ]
     for me, plan in enumerate(plans):
-        for p, t in moves(plan, "local"):
-            blocks[me][t.block][t.in_block] = shards[me][p][t.in_shard]
         for peer in range(len(plans)):
             sent = [(p, t) for p, t in moves(plan, "gather_out") if t.peer == peer]
             received = [t for _, t in moves(plans[peer], "gather_in") if t.peer == me]
@@ -96,8 +94,6 @@ def send_back(plans: list[Plan], blocks: list[Blocks]) -> list[list[Tensor]]:
     """The same with updates."""
     shards = [[torch.full(part.shard_shape, torch.nan) for part in plan.parts] for plan in plans]
     for me, plan in enumerate(plans):
-        for p, t in moves(plan, "local"):
-            shards[me][p][t.in_shard] = blocks[me][t.block][t.in_block]
         for peer in range(len(plans)):
             sent = [t for _, t in moves(plan, "scatter_out") if t.peer == peer]
             received = [(p, t) for p, t in moves(plans[peer], "scatter_in") if t.peer == me]
@@ -158,7 +154,8 @@ def test_the_plan_knows_what_each_rank_sends(mesh):
     plans, totals = plans_of_all_ranks(mesh, config), totals_of(specs(mesh), config)
     node = [rank // config.ranks_per_node for rank in plans[0].ranks]
     for me, plan in enumerate(plans):
-        sent = [t for kind in ("gather_out", "scatter_out") for _, t in moves(plan, kind)]
+        kinds = ("gather_out", "scatter_out")
+        sent = [t for kind in kinds for _, t in moves(plan, kind) if t.peer != me]
         assert totals.sent[me] == sum(t.numel for t in sent)
         across = [t.numel for t in sent if node[t.peer] != node[me]]
         assert totals.across[me] == sum(across)
@@ -171,18 +168,16 @@ def test_the_least_that_can_be_sent_is_counted_block_by_block(mesh):
     """Each block at a rank that holds most of it: the rest comes, and goes to all replicas."""
     plans, totals = plans_of_all_ranks(mesh), totals_of(specs(mesh), CONFIG)
     least = 0
-    for me, plan in enumerate(plans):
+    for plan in plans:
         for part in plan.parts:
             for block in part.blocks:
-                least += least_sent(part, block, me)
+                least += least_sent(part, block)
     assert totals.least_sent == least
     assert sum(totals.sent) >= least
 
 
-def least_sent(part: Part, block: OwnedBlock, me: int) -> int:
+def least_sent(part: Part, block: OwnedBlock) -> int:
     held: Counter[int] = Counter()
-    for t in part.local:
-        held[me] += t.numel * (t.block is block)
     for t in part.scatter_out:  # with replicas, all that hold a piece
         held[t.peer] += t.numel * (t.block is block)
     size = torch.Size([stop - start for start, stop in block.rectangle]).numel()
@@ -312,7 +307,12 @@ def test_with_the_scope_of_a_shard_each_replica_owns_every_block():
         assert owned.total() == len(owned) == sum(len(part.grid) for part in replica[0].parts)
         assert len({plan.fingerprint for plan in replica}) == 1
     # Ranks of tensor parallelism that hold the same part of the gate share its blocks.
-    gates = [t.numel for plan in plans[:6] for p, t in moves(plan, "gather_out") if p == 1]
+    gates = [
+        t.numel
+        for me, plan in enumerate(plans[:6])
+        for p, t in moves(plan, "gather_out")
+        if p == 1 and t.peer != me
+    ]
     assert sum(gates) < 90
 
 

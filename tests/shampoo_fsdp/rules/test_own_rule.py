@@ -17,7 +17,13 @@ from shampoo_fsdp.checkpoint import ShampooLoadPlanner
 from shampoo_fsdp.rules import Health, Rule, register
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.validation import refuse
-from tests.models import TinyLlama, build, deterministic_gradients, set_gradients
+from tests.models import (
+    TinyLlama,
+    build,
+    deterministic_gradients,
+    full_parameters,
+    set_gradients,
+)
 from tests.ranks import run_ranks
 
 
@@ -117,7 +123,7 @@ def trained_and_resumed(folder: str) -> tuple[list[torch.Tensor], list[torch.Ten
             dcp.load(state, checkpoint_id=folder, planner=ShampooLoadPlanner())
             set_optimizer_state_dict(built.model, optimizer, state)
         steps(built.model, optimizer, 3, 6)
-        result.append([p.full_tensor() for p in built.model.parameters()])
+        result.append([*full_parameters(built.model).values()])
     return tuple(result)
 
 

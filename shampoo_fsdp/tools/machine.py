@@ -1,0 +1,52 @@
+"""A GPU and its network as a few rates: what a step would take by them."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Machine"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed, roughly an H100 in a node of 8: rates that are reached, not those that are
+    advertised."""
+
+    bf16: float = 650.0
+    """TFLOP/s of matrix products in bf16, ..."""
+    tf32: float = 350.0
+    """... in TF32, ..."""
+    fp32: float = 50.0
+    """... in fp32."""
+    training: float = 400.0
+    """TFLOP/s of forward and backward, 6 per parameter and token."""
+    memory: float = 3.0
+    """TB/s of device memory."""
+    node: float = 300.0
+    """GB/s that a rank sends to ranks of its node."""
+    network: float = 45.0
+    """GB/s that it sends to those of other nodes."""
+    launch: float = 3.0
+    """Microseconds that the smallest kernel takes."""
+    tokens: int = 8192
+    """Of a step, for each GPU: those of all sequences over all GPUs."""
+
+    def milliseconds(self, work: Mapping[str, float]) -> float:
+        """Of kernels, one after the other, given their FLOPs by precision, bytes and launches."""
+        rates = {"bf16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}
+        products = sum(work.get(kind, 0) / rate for kind, rate in rates.items())
+        moved = 1e3 * work.get("bytes", 0) / self.memory
+        return max((1e3 * products + moved) / 1e12, 1e-6 * self.launch * work.get("launches", 0))
+
+    def transfer(self, near: float, far: float) -> float:
+        """Milliseconds of a transfer, given the bytes that go to ranks of the node and to others;
+        both ways are used at once."""
+        return max(near / self.node, far / self.network) * 1e-6
+
+    def training_step(self, parameters: float) -> float:
+        """Milliseconds of forward and backward of a model on a GPU."""
+        return 6.0 * parameters * self.tokens / (1e9 * self.training)
+
+    def assumptions(self) -> str:
+        """All rates, in one line."""
+        return ", ".join(f"{name} {value:g}" for name, value in dataclasses.asdict(self).items())

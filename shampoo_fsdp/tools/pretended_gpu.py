@@ -1,0 +1,97 @@
+"""A GPU that is not there: tensors on it have a shape and no values or memory."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shampoo_fsdp.rules.precision import full_precision
+
+__all__ = ["CUDA", "pretended_gpu"]
+
+CUDA = torch.device("cuda")
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Within it tensors can be made on CUDA; reading a value of one on the host is an error. Those
+    of the host are what they always are."""
+    # Builds for CPUs have no memory that is pinned, and no events.
+    pinned = mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor)
+    events = mock.patch("torch.cuda.Event", _Event)
+    pretended = FakeTensorMode(allow_non_fake_inputs=True), _OnHost(), _Indexing()  # type: ignore[no-untyped-call]
+    with ExitStack() as stack:
+        for context in (*pretended, pinned, events, full_precision("cuda"), torch.no_grad()):
+            stack.enter_context(context)
+        yield
+
+
+class _Event:
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+
+class _OnHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operators on tensors of the host alone are carried out."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        if fake or (device is not None and torch.device(device).type == "cuda"):
+            return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+
+class _Indexing(TorchFunctionMode):
+    """Indexing and copies, for which builds for CPUs do not take tensors of a GPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+            return self._at(*args)
+        if func is torch.Tensor.__setitem__ and isinstance(args[0], FakeTensor):
+            at, value = self._at(*args[:2]), args[2]
+            copy = torch.ops.aten.copy_.default
+            return copy(at, value) if isinstance(value, Tensor) else at.fill_(value)
+        if func is torch.Tensor.copy_ and isinstance(args[0], FakeTensor):
+            return torch.ops.aten.copy_.default(*args[:2])
+        if func is torch.Tensor.to and len(args) > 1 and args[1] == CUDA:
+            tensor = args[0]
+            if isinstance(tensor, FakeTensor):
+                return tensor
+            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+            return torch.ops.aten.copy_.default(moved, tensor)
+        return func(*args, **kwargs)
+
+    def _at(self, tensor: Tensor, index: Any) -> Tensor:
+        dim = 0
+        for one in index if isinstance(index, tuple) else (index,):
+            if one is Ellipsis:
+                dim = tensor.ndim - 1  # one more index follows
+            elif one is None:
+                tensor, dim = tensor.unsqueeze(dim), dim + 1
+            elif isinstance(one, int):
+                tensor = tensor.select(dim, one)
+            elif isinstance(one, slice):
+                start, stop, _ = one.indices(tensor.shape[dim])
+                tensor, dim = tensor.narrow(dim, start, stop - start), dim + 1
+            else:
+                tensor = torch.ops.aten.index.Tensor(tensor, [None] * dim + [one])
+                dim += one.ndim
+        return tensor

@@ -1,0 +1,164 @@
+"""Counts what a pretended GPU has to do: kernels, FLOPs, bytes, transfers, memory, and what waits
+for what."""
+
+import weakref
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shampoo_fsdp.tools.launches import launches_of
+from shampoo_fsdp.tools.machine import Machine
+
+__all__ = ["Transfer", "Work"]
+
+
+@dataclass
+class Transfer:
+    """An exchange between ranks; times in ms since the step began, by the machine's rates."""
+
+    name: str
+    near: int
+    """Bytes to other ranks of the node."""
+    far: int
+    """Bytes to other nodes."""
+    begins: float
+    ends: float
+    waited: float = 0.0
+    """How long the GPU has nothing to do but wait for it."""
+
+
+class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it, and within :func:`pretended_gpu`, what the GPU does is counted."""
+
+    def __init__(self, machine: Machine | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        """For each part (see `part`) the numbers of "launches"; FLOPs of matrix products in "bf16",
+        "tf32" and "fp32"; "decompositions"; and "bytes": what all other operators read and write of
+        device memory, each tensor once for each operator."""
+        self.part = ""
+        """To which part of the work what follows belongs."""
+        self.now = 0.0
+        """Milliseconds since the start, by the machine's rates."""
+        self.busy: dict[str, float] = defaultdict(float)
+        """Milliseconds of each part's kernels."""
+        self.transfers: list[Transfer] = []
+        self.memory = 0
+        """Bytes that were allocated within, and still are."""
+        self.peaks: Counter[str] = Counter()
+        """The most that they were, in each part."""
+        self._machine = machine or Machine()
+        self._sizes: dict[int, int] = {}
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._holds(storage)
+            return result
+
+        self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", resized)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of any part."""
+        return max(self.peaks.values(), default=0)
+
+    @property
+    def total(self) -> Counter[str]:
+        """Of all parts."""
+        return sum(self.counts.values(), Counter())
+
+    def belongs(self, part: str) -> None:
+        """What has been counted without a part, is of this one."""
+        self.counts[part].update(self.counts.pop("", {}))
+        self.busy[part] += self.busy.pop("", 0.0)
+        self.peaks[part] = max(self.peaks[part], self.peaks.pop("", 0))
+
+    def __enter__(self) -> "Work":
+        self._resizing.start()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._resizing.stop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given, made = _storages((args, kwargs)), _storages(result)
+        if not given and not made:
+            return result  # of the host alone
+        for storage in made:
+            if all(storage._cdata != other._cdata for other in given):
+                self._holds(storage)
+        if launches := launches_of(func, args, kwargs):
+            done = Counter({"launches": launches}) + _work(func, args, kwargs, result)
+            self.counts[self.part].update(done)
+            took = self._machine.milliseconds(done)
+            self.busy[self.part] += took
+            self.now += took
+        return result
+
+    def send(self, name: str, near: int, far: int) -> Transfer:
+        """A transfer sets out; the network carries one after the other."""
+        free = max([self.now, *(transfer.ends for transfer in self.transfers)])
+        took = self._machine.transfer(near, far)
+        self.transfers.append(Transfer(name, near, far, free, free + took))
+        self.counts[self.part]["launches"] += 1
+        return self.transfers[-1]
+
+    def wait(self, transfer: Transfer) -> None:
+        """What follows needs what it brings."""
+        transfer.waited = max(0.0, transfer.ends - self.now)
+        self.now += transfer.waited
+
+    def _holds(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._sizes:
+            weakref.finalize(storage, self._release, key)
+        self.memory += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peaks[self.part] = max(self.peaks[self.part], self.memory)
+
+    def _release(self, key: int) -> None:
+        self.memory -= self._sizes.pop(key)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    """On the GPU."""
+    tensors = [t for t in tree_leaves(values) if isinstance(t, FakeTensor)]
+    return [t.untyped_storage() for t in tensors if t.device.type == "cuda"]
+
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_")
+
+
+def _work(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> Counter[str]:
+    name = func.overloadpacket.__name__
+    if name in _PRODUCTS:
+        a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        kind = "bf16" if a.dtype == torch.bfloat16 else "tf32" if tf32 else "fp32"
+        return Counter({kind: 2 * a.numel() * b.shape[-1]})
+    if name in ("_linalg_eigh", "linalg_qr"):
+        return Counter({"decompositions": len(args[0])})
+    # What is only written is no input: `out`, and the target of a copy.
+    copies = name in ("copy_", "fill_", "_foreach_copy_")
+    given = {key: value for key, value in kwargs.items() if key != "out"}
+    written = args[0] if name.startswith("_foreach_") and result in (None, ()) else result
+    return Counter({"bytes": _bytes((args[copies:], given)) + _bytes(written)})
+
+
+def _bytes(values: Any) -> int:
+    tensors = {id(t): t for t in tree_leaves(values) if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values() if 0 not in t.stride())

@@ -1,0 +1,46 @@
+"""What a GPU would multiply for a block, in which precision."""
+
+import pytest
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.rules.device import on_device
+from shampoo_fsdp.tools.block_work import work_of_block
+from shampoo_fsdp.tools.pretended_gpu import CUDA
+
+_PRODUCTS = ("bf16", "tf32", "fp32")
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 64), (96, 32)])
+def test_the_products_of_a_step_and_of_a_refresh(m, n):
+    """Tensors without values: reading one on the host would raise."""
+    every, refresh = work_of_block((m, n), on_device(ShampooConfig(), CUDA))
+    # Whitening, grams, direction.
+    assert {kind: every[kind] for kind in _PRODUCTS if every[kind]} == {
+        "bf16": 3 * 2 * m * n * (m + n)
+    }
+    cubes = m**3 + n**3
+    vectors = 2 * 2 * 4 * (m**2 + n**2)  # the check of the roots: 4 products with 2 vectors
+    # The first polynomial, with the square for the norm: 3 products, each as 3 of bf16.
+    assert {kind: refresh[kind] for kind in _PRODUCTS} == {
+        "bf16": 3 * 3 * 2 * cubes,
+        "tf32": 9 * 2 * cubes,
+        "fp32": vectors,
+    }
+    assert not refresh["decompositions"]
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap"])
+def test_other_rules_multiply_in_their_precision(preconditioner):
+    config = on_device(ShampooConfig(preconditioner=preconditioner), CUDA)
+    every, _ = work_of_block((64, 64), config)
+    used = {kind for kind in _PRODUCTS if every[kind]}
+    assert used == {"bf16" if preconditioner == "shampoo" else "tf32"}
+
+
+def test_passes_over_a_block():
+    """Bytes that move per parameter: what is no product costs a GPU more time than the products."""
+    every, refresh = work_of_block((256, 256), on_device(ShampooConfig(), CUDA))
+    assert every["bytes"] <= 140 * 256**2
+    assert refresh["bytes"] <= 580 * 256**2
+    assert every["launches"] <= 55
+    assert refresh["launches"] <= 120
