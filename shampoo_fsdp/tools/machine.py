@@ -1,6 +1,5 @@
 """A GPU and its network as a few rates: what a step would take by them."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,7 +35,7 @@ class Machine:
         rates = {"bf16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}
         products = sum(work.get(kind, 0) / rate for kind, rate in rates.items())
         moved = 1e3 * work.get("bytes", 0) / self.memory
-        return max((1e3 * products + moved) / 1e12, 1e-6 * self.launch * work.get("launches", 0))
+        return max((1e3 * products + moved) / 1e12, 1e-3 * self.launch * work.get("launches", 0))
 
     def transfer(self, near: float, far: float) -> float:
         """Milliseconds of a transfer, given the bytes that go to ranks of the node and to others;
@@ -46,7 +45,3 @@ class Machine:
     def training_step(self, parameters: float) -> float:
         """Milliseconds of forward and backward of a model on a GPU."""
         return 6.0 * parameters * self.tokens / (1e9 * self.training)
-
-    def assumptions(self) -> str:
-        """All rates, in one line."""
-        return ", ".join(f"{name} {value:g}" for name, value in dataclasses.asdict(self).items())

@@ -1,0 +1,29 @@
+"""What kernels and transfers take by assumed rates, in milliseconds."""
+
+import pytest
+
+from shampoo_fsdp.tools.machine import Machine
+
+MACHINE = Machine(bf16=500.0, tf32=250.0, memory=2.0, launch=4.0, node=200.0, network=50.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        ({"bf16": 5e12, "launches": 1}, 10.0),
+        ({"bf16": 5e11, "tf32": 5e11, "launches": 1}, 1.0 + 2.0),
+        ({"bytes": 2e9, "launches": 1}, 1.0),
+        ({"bytes": 8, "launches": 250}, 1.0),  # small kernels take 4 us each
+    ],
+)
+def test_kernels(work, expected):
+    assert MACHINE.milliseconds(work) == pytest.approx(expected)
+
+
+def test_a_transfer_takes_as_long_as_the_slower_of_both_ways():
+    assert MACHINE.transfer(near=2e8, far=0.0) == pytest.approx(1.0)
+    assert MACHINE.transfer(near=2e8, far=1e8) == pytest.approx(2.0)
+
+
+def test_forward_and_backward():
+    assert Machine(training=400.0, tokens=1000).training_step(1e9) == pytest.approx(15.0)
