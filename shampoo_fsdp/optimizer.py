@@ -179,7 +179,7 @@ class Shampoo(torch.optim.Optimizer):
         count(parameters.members, self.config.start_preconditioning_step)
         # While something travels, something else is computed: the excluded parameters; the first
         # half of a bucket's work, while the last one's updates travel; the second half, while the
-        # next one's gradients do. Two at once would take more memory, and the network's time twice.
+        # next one's gradients do. More at once would only take more memory.
         buckets = parameters.buckets
         for bucket in buckets[:1]:
             bucket.send_gradients(groups)
