@@ -83,7 +83,7 @@ def dry_run(
             tensor.nbytes
             for bucket in optimizer._parameters.buckets
             for way in (bucket._exchange._gather, bucket._exchange._scatter)
-            for tensor in (way.leaving, way.arrived)
+            for tensor in (way.staying, way.leaving, way.arrived)
         )
     parameters = sum(math.prod(spec.shape) for spec in specs)
     training = machine.training_step(parameters)
@@ -201,7 +201,7 @@ def _step(optimizer: Shampoo, machine: Machine) -> Work:
         me = dist.get_rank()
         near = sum(sent[r] for r in range(len(sent)) if r // node == me // node and r != me)
         far = sum(sent) - near - sent[me]
-        size = packed.element_size()
+        size = packed.element_size() * packed.shape[1]
         return _Travelling(work, work.send(name, near * size, far * size))
 
     def measured(part: str) -> None:

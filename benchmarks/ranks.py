@@ -96,6 +96,7 @@ def _rank_main(
     if sys.platform == "linux":
         # The end of the parent, even by a signal, is this process's: prctl(PR_SET_PDEATHSIG).
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        _keep_freed_memory()
     try:
         if init:
             dist.init_process_group(
@@ -106,3 +107,15 @@ def _rank_main(
     except BaseException:
         pipe.send((traceback.format_exc(), None))
     pipe.recv()  # a rank that left earlier would fail the others
+
+
+def _keep_freed_memory() -> None:
+    """As CUDA's allocator does. By glibc's own rules, in which chance has a part, memory would be
+    given back and fetched anew on each step, or not."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

@@ -1,7 +1,6 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
 import functools
-import itertools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -15,7 +14,6 @@ from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
-from shampoo_fsdp.runtime.exchange import allocate, release
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import check_entries, check_group, copied, given_in
 from shampoo_fsdp.runtime.parameters import (
@@ -26,6 +24,7 @@ from shampoo_fsdp.runtime.parameters import (
     warning_without_names,
 )
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
+from shampoo_fsdp.runtime.schedule import take_steps
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.runtime.team import make_parameters, refuse_nonfinite, summary
 from shampoo_fsdp.state import create_state, forget_reading, load_state
@@ -177,36 +176,13 @@ class Shampoo(torch.optim.Optimizer):
                     raise problem from None
                 raise
         count(parameters.members, self.config.start_preconditioning_step)
-        # While something travels, something else is computed: the excluded parameters; the first
-        # half of a bucket's work, while the last one's updates travel; the second half, while the
-        # next one's gradients do. More at once would only take more memory.
-        buckets = parameters.buckets
-        for bucket in buckets[:1]:
-            bucket.send_gradients(groups)
-        watch.lap("exchange")
-        self._excluded.step(self.param_groups)
-        watch.lap("excluded")
-        allocate(parameters.workspace)
-        last = None
-        for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
-            bucket.receive_gradients()
-            if last:
-                last.send_updates()
-            elif following:
-                following.send_gradients(groups)
-            watch.lap("exchange")
-            bucket.accumulate(groups, watch)
-            if last:
-                last.apply_updates(groups, watch)
-                if following:
-                    following.send_gradients(groups)
-                    watch.lap("exchange")
-            bucket.direct(watch)
-            last = bucket
-        release(parameters.workspace)
-        if last:
-            last.send_updates()
-            last.apply_updates(groups, watch)
+        take_steps(
+            parameters.buckets,
+            parameters.workspace,
+            groups,
+            watch,
+            meanwhile=lambda: self._excluded.step(self.param_groups),
+        )
         for member in parameters.members:
             member.gradient = None  # the caller may free them
         if problem:

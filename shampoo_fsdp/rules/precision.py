@@ -15,6 +15,7 @@ __all__ = [
     "fp32_product",
     "full_precision",
     "gram",
+    "gram_dtype",
     "has_fast_bfloat16",
     "products_in",
     "split",
@@ -92,13 +93,19 @@ def _sums_in_fp32(device_type: str) -> bool:
     return device_type == "cuda" and not torch.version.hip and has_fast_bfloat16("cuda")
 
 
+def gram_dtype(products: torch.dtype, device_type: str) -> torch.dtype:
+    """The type that :func:`gram` is best given, where products are in this one."""
+    return products if _sums_in_fp32(device_type) else torch.float32
+
+
 def gram(blocks: Tensor) -> Tensor:
-    """U U^T of blocks U [B, n, m] in bf16, as fp32 [B, n, n].
+    """U U^T of blocks U [B, n, m], as fp32 [B, n, n].
 
     Sums that are rounded to bf16 would make factors indefinite.
     """
     # (torch.compile forgets the type of the sums of one product.)
-    if _sums_in_fp32(blocks.device.type) and blocks.shape[2] > 1:
+    low = blocks.dtype == torch.bfloat16 and blocks.shape[2] > 1
+    if low and _sums_in_fp32(blocks.device.type):
         return torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
     blocks = blocks.float()  # in their precision by `products_in`
     return torch.bmm(blocks, blocks.mT)

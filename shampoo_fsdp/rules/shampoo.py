@@ -16,6 +16,7 @@ from shampoo_fsdp.rules.matrices import (
     scale_along,
     unfold,
 )
+from shampoo_fsdp.rules.precision import gram_dtype
 from shampoo_fsdp.rules.roots import (
     inverse_root,
     inverse_root_from_basis,
@@ -91,7 +92,7 @@ class Shampoo(Rule):
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
         """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""
-        low = gradient.to(self.products_in)
+        low = gradient.to(gram_dtype(self.products_in, gradient.device.type))
         for i in self.full:
             self._accumulate_gram(i, unfold(low, i), now)
         for i in self.diagonal:

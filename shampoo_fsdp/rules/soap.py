@@ -8,6 +8,7 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.factors import factor_kinds
 from shampoo_fsdp.rules.matrices import StateEntry, along, per_block, scale_along, unfold
+from shampoo_fsdp.rules.precision import gram_dtype
 from shampoo_fsdp.rules.roots import ridged_powers
 from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
 from shampoo_fsdp.validation import refuse
@@ -72,7 +73,7 @@ class Soap(Rule):
             self.state[f"eigenvectors_{i}"][where] = self._identity(self.factors[i].size)
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
-        low = gradient.to(self.products_in)
+        low = gradient.to(gram_dtype(self.products_in, gradient.device.type))
         for i in self.full:
             self._accumulate_gram(i, unfold(low, i), now)
 

@@ -22,8 +22,8 @@ class Exchange:
     In memory the shards of a rank, one after the other, are rows of one width that no piece cuts,
     and so are its blocks. Rows are picked in the order of the ranks that they go to, travel in one
     all-to-all, during which the caller may compute, and are picked again in the order of the memory
-    where they arrive. What stays on its rank goes the same way. So the kernels of a GPU are as few
-    as that, whatever the number of pieces.
+    where they arrive, together with those that stayed on their rank. So the kernels of a GPU are as
+    few as that, whatever the number of pieces.
     """
 
     def __init__(
@@ -69,12 +69,13 @@ class Exchange:
             ]
 
         def way(sources: list[Piece], targets: list[Piece]) -> Way:
-            return find_way(sources, targets, self._width, len(ranks.ranks), device)
+            return find_way(sources, targets, self._width, len(ranks.ranks), ranks.position, device)
 
         self._gather = way(in_shards("gather_out"), in_blocks("gather_in"))
         self._scatter = way(in_blocks("scatter_out"), in_shards("scatter_in"))
         self._work: dist.Work | None = None
         self._leaving = self._arriving = torch.empty(0)
+        """What travels, and the rows that stay with memory for those that come after them."""
 
     def send_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Let gradients set out for the owners of their blocks.
@@ -86,7 +87,7 @@ class Exchange:
         """
         # An interrupted step may have left something in flight.
         self._finish()
-        self._leaving = self._pick(self._staged(gradients), self._gather.leaving)
+        self._pack(self._staged(gradients), self._gather)
         self._set_out(self._gather)
 
     def receive_gradients(self, blocks: Tensor) -> None:
@@ -99,7 +100,7 @@ class Exchange:
 
     def pack_updates(self, blocks: Tensor) -> None:
         """Take the updates, which have replaced the gradients, out of the memory of all blocks."""
-        self._leaving = self._pick(blocks.to(self._dtype), self._scatter.leaving)
+        self._pack(blocks.to(self._dtype), self._scatter)
 
     def send_updates(self) -> None:
         """Let them set out for the shards."""
@@ -132,12 +133,17 @@ class Exchange:
     def _pick(self, memory: Tensor, rows: Tensor) -> Tensor:
         return memory.view(-1, self._width).index_select(0, rows).view(-1)
 
+    def _pack(self, memory: Tensor, way: Way) -> None:
+        rows = memory.view(-1, self._width)
+        stay = len(way.staying)
+        self._leaving = rows.index_select(0, way.leaving)
+        self._arriving = rows.new_empty(len(way.arrived), self._width)
+        torch.index_select(rows, 0, way.staying, out=self._arriving[:stay])
+
     def _set_out(self, way: Way) -> None:
-        self._arriving = self._leaving
         if self._travels:
-            self._arriving = self._leaving.new_empty(sum(way.received))
             self._work = dist.all_to_all_single(
-                self._arriving,
+                self._arriving[len(way.staying) :],
                 self._leaving,
                 way.received,
                 way.sent,
@@ -149,7 +155,7 @@ class Exchange:
         self._finish()
         arrived = self._arriving
         self._leaving = self._arriving = torch.empty(0)
-        return arrived.view(-1, self._width)
+        return arrived
 
     def _finish(self) -> None:
         # What is in flight is kept until here. Its memory may then be freed, since all that uses it

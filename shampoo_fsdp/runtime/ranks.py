@@ -29,6 +29,11 @@ class RankSet:
     group: dist.ProcessGroup | None
     """None for one rank."""
 
+    @property
+    def position(self) -> int:
+        """Of this rank."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
     def gather(self, mine: _T) -> list[_T]:
         """What each rank has, in the order of the ranks."""
         if self.group is None:

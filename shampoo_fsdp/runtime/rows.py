@@ -49,14 +49,17 @@ class Piece:
 class Way:
     """From the memory of one side to that of the other, for one rank."""
 
+    staying: Tensor
+    """Numbers of the rows whose other side is on this rank as well; int32."""
     leaving: Tensor
-    """Numbers of the rows that leave, in the order of the ranks that they go to; int32."""
+    """Numbers of the others, in the order of the ranks that they go to; int32."""
     arrived: Tensor
-    """For each row of the memory where they arrive, its number among those that do; int32."""
+    """For each row of the memory where they arrive its number among those that do, of which the
+    ones that stayed on this rank are first; int32."""
     sent: list[int]
-    """Elements that go to each rank."""
+    """Rows that go to each rank, to this one none."""
     received: list[int]
-    """Elements that come from each rank."""
+    """Rows that come from each rank, from this one none."""
 
 
 def find_way(
@@ -64,6 +67,7 @@ def find_way(
     targets: Sequence[Piece],
     width: int,
     ranks: int,
+    me: int,
     device: torch.device,
 ) -> Way:
     """
@@ -72,26 +76,35 @@ def find_way(
             the same in the same order. What arrives fills its memory.
         width: of a row, in elements.
         ranks: how many there are.
+        me: position of this one.
         device: where the numbers are needed.
     """
-    order = _rows(targets, width)
+    (stay, leave), (stayed, came) = (_apart(pieces, me) for pieces in (sources, targets))
+    order = _rows([*stayed, *came], width)
     arrived = torch.empty_like(order)
     arrived[order.long()] = torch.arange(len(order), dtype=order.dtype)
     return Way(
-        to_device(_rows(sources, width), device),
+        to_device(_rows(stay, width), device),
+        to_device(_rows(leave, width), device),
         to_device(arrived, device),
-        _elements(sources, ranks),
-        _elements(targets, ranks),
+        _numbers(leave, width, ranks),
+        _numbers(came, width, ranks),
     )
 
 
+def _apart(pieces: Sequence[Piece], me: int) -> tuple[list[Piece], list[Piece]]:
+    """Those of this rank, and the others by rank."""
+    own = [piece for piece in pieces if piece.peer == me]
+    others = [piece for piece in pieces if piece.peer != me]
+    return own, sorted(others, key=lambda piece: piece.peer)  # stable
+
+
 def _rows(pieces: Sequence[Piece], width: int) -> Tensor:
-    by_peer = sorted(pieces, key=lambda piece: piece.peer)  # stable
-    return torch.cat([torch.empty(0, dtype=torch.int32), *(p.rows(width) for p in by_peer)])
+    return torch.cat([torch.empty(0, dtype=torch.int32), *(p.rows(width) for p in pieces)])
 
 
-def _elements(pieces: Sequence[Piece], ranks: int) -> list[int]:
-    elements = [0] * ranks
+def _numbers(pieces: Sequence[Piece], width: int, ranks: int) -> list[int]:
+    numbers = [0] * ranks
     for piece in pieces:
-        elements[piece.peer] += piece.numel
-    return elements
+        numbers[piece.peer] += piece.numel // width
+    return numbers
