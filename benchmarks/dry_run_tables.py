@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shampoo_fsdp.tools.machine import Machine
+
 __all__ = ["print_tables"]
 
 
@@ -19,13 +21,13 @@ def print_tables(figures: Mapping[str, Any], console: Console) -> None:
     console.print(_table_of_parts(figures))
     console.print(_timeline(figures["timeline"]))
     muon, adamw = figures["Muon's share"], figures["AdamW's share"]
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in figures["machine"].items())
+    machine = Machine(**figures["machine"])
     console.print(
         f"Of a training step of {figures['training step, ms']:,.0f} ms Shampoo takes "
         f"[bold]{figures['share']:.2%}[/bold], Muon {muon:.2%} without its "
         f"communication, AdamW {adamw:.2%}. {_mib(figures['bytes sent'])} MiB "
         f"are sent; for {figures['ms waited']:.2f} ms the GPU waits for them. Numbers of rows take "
-        f"{_mib(figures['bytes of row numbers'])} MiB. Assumed: {rates}."
+        f"{_mib(figures['bytes of row numbers'])} MiB. Assumed: {machine}."
     )
 
 

@@ -32,7 +32,9 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_fsdp.runtime.parameters import describe
+from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.plan_figures import PlanReport
+from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan import job_config
 from shampoo_torchtitan.train import JobReader
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m shampoo_torchtitan.plan",
         usage="%(prog)s --job.config_file FILE --world-size N [--device cpu] [--json] "
-        "[any setting of the job]",
+        "[what is assumed of a GPU] [any setting of the job]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -64,10 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", "--world_size", type=int, required=True, help="ranks")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--json", action="store_true", help="figures as JSON instead of tables")
+    add_rates(parser)
+    parser.set_defaults(tokens=None)  # the job says
     options, of_job = parser.parse_known_args(arguments)
     logger.disabled = True  # TorchTitan tells how it goes; the report is all that is wanted
     try:
-        report = job_report(read_job(of_job), options.world_size, options.device)
+        job = read_job(of_job)
+        models = job_specs(job, options.world_size)
+        report = job_report(job, models, options.world_size, options.device)
+        step = None
+        if options.device == "cuda":
+            options.tokens = options.tokens or _tokens_per_rank(job, options.world_size)
+            step = model_step(report, models, machine_of(vars(options)))
     except (AssertionError, NotImplementedError, OSError, TypeError, ValueError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -75,9 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.disabled = False
     try:
         if options.json:
-            print(json.dumps(report.as_json(), indent=2), flush=True)
+            figures = report.as_json() | ({"step": step.as_json()} if step else {})
+            print(json.dumps(figures, indent=2), flush=True)
         else:
-            print_plan(report, Console())
+            print_plan(report, step, Console())
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -103,12 +114,16 @@ def read_job(arguments: Sequence[str]) -> Any:
     return _PlanReader().parse_args(list(arguments))
 
 
-def job_report(config: Any, world_size: int, device: str = "cuda") -> PlanReport:
+def job_report(
+    config: Any, models: Sequence[Sequence[ParameterSpec]], world_size: int, device: str = "cuda"
+) -> PlanReport:
     """The plan of a job.
 
+    Args:
+        models: as :func:`job_specs` returns them.
+
     Raises:
-        ValueError, AssertionError, NotImplementedError: ours and TorchTitan's, about degrees of
-            parallelism that cannot be, or a memory cap.
+        ValueError: about a parameter that cannot be planned.
     """
     dims = _parallel_dims(config, world_size)
     degrees = {name: getattr(dims, name) for name in _DEGREES}
@@ -117,7 +132,16 @@ def job_report(config: Any, world_size: int, device: str = "cuda") -> PlanReport
         f" ({mesh})" if mesh else ""
     )
     settings = getattr(config.optimizer, "shampoo", None) or ShampooConfig()
-    return PlanReport(title, job_specs(config, world_size), settings, device)
+    return PlanReport(title, models, settings, device)
+
+
+def _tokens_per_rank(config: Any, world_size: int) -> float:
+    """Of a step."""
+    dims, training = _parallel_dims(config, world_size), config.training
+    sequences = training.global_batch_size
+    if sequences <= 0:
+        sequences = training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    return float(sequences * training.seq_len / world_size)
 
 
 def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
@@ -125,7 +149,12 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
 
     Args:
         config: TorchTitan's JobConfig; settings that change no parameter are switched off in it.
+
+    Raises:
+        ValueError, AssertionError, NotImplementedError: ours and TorchTitan's, about degrees of
+            parallelism that cannot be, or a memory cap.
     """
+    _parallel_dims(config, world_size)  # before anything else sees what cannot be
     _leave_out_what_changes_no_parameter(config)
     stages = config.parallelism.pipeline_parallel_degree
     specs: list[list[ParameterSpec]] = []

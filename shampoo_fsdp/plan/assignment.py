@@ -38,6 +38,7 @@ class Assignment:
         """
         if config.owner_scope == "shard":
             parameters = replica_of_rank(parameters, rank)
+        self.parameters = parameters
         self.config = config
         self.costs = costs
         self.ranks = tuple(sorted(parameters[0].ranks))

@@ -21,8 +21,10 @@ from shampoo_fsdp.config import ShampooConfig, settings_from_keywords
 from shampoo_fsdp.tools.inspection import inspect_checkpoint
 from shampoo_fsdp.tools.inspection_plot import plot as draw
 from shampoo_fsdp.tools.inspection_report import as_json, print_report
+from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
 from shampoo_fsdp.tools.plan_figures import PlanReport
+from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_fsdp.validation import REMOVED, refuse_unknown
 
@@ -50,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) -> None:
+    machine = machine_of(settings)
     config = settings_from_keywords(settings)
-    report = PlanReport(f"{model} on {mesh}", [model_specs(model, mesh_of(mesh))], config, device)
+    models = [model_specs(model, mesh_of(mesh))]
+    report = PlanReport(f"{model} on {mesh}", models, config, device)
+    step = model_step(report, models, machine) if device == "cuda" else None
     if json:
-        _print_json(report.as_json())
+        _print_json(report.as_json() | ({"step": step.as_json()} if step else {}))
     else:
-        print_plan(report, Console())
+        print_plan(report, step, Console())
 
 
 def _inspect(
@@ -94,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     plan.add_argument("--json", action="store_true", default=False, help="figures as JSON")
+    add_rates(plan)
     settings = plan.add_argument_group("settings of Shampoo")
     for name, annotation in typing.get_type_hints(ShampooConfig).items():
         if annotation == list[str]:

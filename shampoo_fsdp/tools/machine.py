@@ -1,9 +1,12 @@
 """A GPU and its network as a few rates: what a step would take by them."""
 
+import argparse
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Machine"]
+__all__ = ["Machine", "add_rates", "machine_of"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class Machine:
     """GB/s that it sends to those of other nodes."""
     launch: float = 3.0
     """Microseconds that the smallest kernel takes."""
-    tokens: int = 8192
+    tokens: float = 8192.0
     """Of a step, for each GPU: those of all sequences over all GPUs."""
+    active: float = 1.0
+    """The part of all parameters that a token uses; mixtures of experts use less than all."""
 
     def milliseconds(self, work: Mapping[str, float]) -> float:
         """Of kernels, one after the other, given their FLOPs by precision, bytes and launches."""
@@ -44,4 +49,29 @@ class Machine:
 
     def training_step(self, parameters: float) -> float:
         """Milliseconds of forward and backward of a model on a GPU."""
-        return 6.0 * parameters * self.tokens / (1e9 * self.training)
+        return 6.0 * parameters * self.active * self.tokens / (1e9 * self.training)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {rate:,g}" for name, rate in dataclasses.asdict(self).items())
+
+
+def add_rates(parser: argparse.ArgumentParser) -> None:
+    """An option for each of them."""
+    options = parser.add_argument_group("assumed of a GPU and its network (TFLOP/s, TB/s, GB/s)")
+    for field in dataclasses.fields(Machine):
+        options.add_argument(
+            f"--{field.name}", type=float, default=field.default, help=f"default: {field.default}"
+        )
+
+
+def machine_of(options: dict[str, Any]) -> Machine:
+    """Takes the options of :func:`add_rates` out of those that a parser has found.
+
+    Raises:
+        ValueError: names a rate that is not positive.
+    """
+    rates = {field.name: options.pop(field.name) for field in dataclasses.fields(Machine)}
+    for name, rate in rates.items():
+        if not rate > 0.0:
+            raise ValueError(f"--{name} is {rate}; it must be positive.")
+    return Machine(**rates)

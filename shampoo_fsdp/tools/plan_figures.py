@@ -28,6 +28,8 @@ from shampoo_fsdp.tools.tables import times
 __all__ = ["EVEN", "PlanReport", "max_over_mean", "spread_of"]
 
 _GIB = 2**30
+# Rows below this cost over 1 byte per element.
+_NARROW = 16
 # Up to this ratio of the largest load to the mean the work counts as even.
 EVEN = 1.05
 
@@ -96,6 +98,13 @@ class PlanReport:
         """The same if every block were owned by a rank that holds most of it."""
         self.groups = len({plan.ranks for plan in plans})
         """How many sets of ranks share blocks among themselves; as many as stages of a pipeline."""
+        self.narrow_rows: dict[int, list[str]] = defaultdict(list)
+        """Names of parameters whose rows are narrow, by their width (see
+        :class:`shampoo_fsdp.plan.shards.ShardMap`): they cost 16 / width bytes per element."""
+        for assignment in assignments:
+            for spec, shard_map in zip(assignment.parameters, assignment.maps, strict=True):
+                if (width := shard_map.row_width) < _NARROW:
+                    self.narrow_rows[width].append(spec.name)
         loads = [x for plan in plans for x in (plan.load, *zip(*plan.phase_load, strict=True))]
         self.load_over_mean_in_groups = max(map(max_over_mean, loads), default=1.0)
         """The largest load of a rank over the mean of its own set, on average or in a phase."""
@@ -186,6 +195,7 @@ class PlanReport:
                 {"blocks_refreshed": n, "gflop": spread_of(loads)}
                 for n, loads in zip(self.refreshed, self.phases, strict=True)
             ],
+            "narrow_rows": {str(width): len(names) for width, names in self.narrow_rows.items()},
             "gib_sent_by_all_ranks": self.gib_sent,
             "least_gib_sent_by_all_ranks": self.least_gib_sent,
             "imbalance": self.imbalance,

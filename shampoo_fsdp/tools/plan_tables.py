@@ -1,12 +1,15 @@
 """A plan as tables for people."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.tools.plan_figures import EVEN, PlanReport, max_over_mean, spread_of
+from shampoo_fsdp.tools.plan_step import ModelledStep
 from shampoo_fsdp.tools.tables import four_digits, number_columns, times, titled_table
 
 __all__ = ["print_plan"]
@@ -23,8 +26,12 @@ _QUANTITIES = {
 }
 
 
-def print_plan(report: PlanReport, console: Console) -> None:
-    """Tables for people."""
+def print_plan(report: PlanReport, step: ModelledStep | None, console: Console) -> None:
+    """Tables for people.
+
+    Args:
+        step: on GPUs.
+    """
     say = partial(console.print, highlight=False)
     share = report.elements_preconditioned / max(report.elements, 1)
     nodes = len({rank // report.settings.ranks_per_node for rank in report.ranks})
@@ -48,6 +55,13 @@ def print_plan(report: PlanReport, console: Console) -> None:
             f"Sides without a factor, by the shape of the block ({named}); see the settings "
             "max_factor_ratio and large_dim."
         )
+    for width, names in sorted(report.narrow_rows.items()):
+        say(
+            f"{names[0]}{f' and {len(names) - 1:,} others' if len(names) > 1 else ''} travel in "
+            f"rows of {width} elements, since blocks and shards have no longer one in common: the "
+            f"numbers of the rows add {16 / width:.3g} bytes per element, in memory and to be read "
+            "on each step."
+        )
     above = report.gib_sent / report.least_gib_sent - 1.0 if report.least_gib_sent else 0.0
     say(
         f"All ranks send {four_digits(report.gib_sent)} GiB per step, {above:.1%} more than if "
@@ -56,6 +70,29 @@ def print_plan(report: PlanReport, console: Console) -> None:
     )
     color = "green" if report.worst[2] <= EVEN else "yellow"
     say(f"[{color}]Balance:[/{color}] {report.reason()}.")
+    if step is not None:
+        _print_step(step, report, say)
+
+
+def _print_step(step: ModelledStep, report: PlanReport, say: Callable[[Any], None]) -> None:
+    table = titled_table(f"A step of rank {step.rank}, as modelled", "", *number_columns("ms"))
+    for part, took in (step.parts | {"waiting for the network": step.waited}).items():
+        table.add_row(part, f"{took:,.2f}")
+    table.add_section()
+    table.add_row("optimizer", f"{step.total:,.2f}")
+    table.add_row("forward and backward", f"{step.training:,.1f}")
+    say(table)
+    frequency = report.settings.precondition_frequency
+    say(
+        f"The optimizer takes [bold]{step.share:.2%}[/bold] of the time of forward and backward; "
+        f"{step.share_with(period=2.0):.2%} with precondition_frequency = {2 * frequency} (now "
+        f"{frequency}), {step.share_with(tokens=2.0):.2%} with twice the tokens. It launches "
+        f"{step.kernels:,} kernels and needs {four_digits(step.peak_bytes / 2**30)} GiB at its "
+        "peak beside parameters, gradients and state."
+    )
+    if step.decompositions:
+        say(f"[yellow]Not in these times:[/yellow] {step.decompositions:,} decompositions.")
+    say(f"Assumed (options of these names): {step.machine}.")
 
 
 def _table_of_ranks(report: PlanReport) -> Table:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.dry_run import dry_run, main
+from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from shampoo_fsdp.tools.machine import Machine
 from tests.ranks import run_ranks
@@ -26,7 +27,12 @@ def figures(layers: int, ranks: int = 4, **settings):
     # Its process group is the only one of a process.
     settings = {"max_preconditioner_dim": 32, "root_method": "polynomial"} | settings
     (found,) = run_ranks(
-        1, dry_run, init=False, specs=specs(layers, ranks), settings=settings, machine=Machine()
+        1,
+        dry_run,
+        init=False,
+        specs=specs(layers, ranks),
+        config=ShampooConfig(**settings),
+        machine=Machine(),
     )
     return found
 

@@ -108,10 +108,13 @@ def test_settings_of_the_command_line_reach_the_plan():
             *("--optimizer.shampoo.max_preconditioner_dim", "2048"),
         ]
     )
-    report = job_report(config, 16)
+    specs = job_specs(config, 16)
+    report = job_report(config, specs, 16)
     given = ShampooConfig(max_preconditioner_dim=2048)
     assert report.settings == on_device(given, torch.device("cuda"))
-    assert job_report(config, 16, "cpu").settings == on_device(given, torch.device("cpu"))
+    assert job_report(config, job_specs(config, 16), 16, "cpu").settings == on_device(
+        given, torch.device("cpu")
+    )
     assert report.title == "llama3 8B on 16 ranks (dp_shard=16)"
     assert max(report.blocks_by_shape) == (2048, 2048)
 

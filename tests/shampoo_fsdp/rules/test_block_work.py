@@ -4,8 +4,8 @@ import pytest
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.rules.device import on_device
-from shampoo_fsdp.tools.block_work import work_of_block
 from shampoo_fsdp.tools.pretended_gpu import CUDA
+from tests.block_work import work_of_block
 
 _PRODUCTS = ("bf16", "tf32", "fp32")
 

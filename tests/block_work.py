@@ -21,7 +21,7 @@ def work_of_block(shape: Sequence[int], config: ShampooConfig) -> tuple[Counter[
 
     Args:
         shape: of the block, without batch dimensions.
-        config: that of a GPU, see :func:`shampoo_fsdp.rules.device.on_device`.
+        config: that of a GPU.
     """
     values = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     group = GroupSettings.of(values, config)
