@@ -1,0 +1,87 @@
+"""What is modelled of a step is what two ranks measure."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from benchmarks import llama
+from benchmarks.measure import Counts, Products, memory, state_bytes
+from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.runtime.parameters import describe
+from shampoo_fsdp.tools.dry_step import dry_optimizer, dry_step
+from shampoo_fsdp.tools.machine import Machine
+from tests.ranks import run_ranks
+
+_PERIOD = 2
+
+
+def measured(**settings) -> tuple[dict[str, float], list[ParameterSpec]]:
+    """Of rank 0, of a Llama of two layers."""
+    torch.manual_seed(0)
+    model = llama.build(llama.Sizes(dim=160, ffn=416, layers=2, vocab=256), sharded=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers = []
+
+    def build():
+        optimizers.append(Shampoo(model.named_parameters(), **settings))
+        return optimizers[0].step
+
+    alive, peak = memory(build, 2 * _PERIOD, _PERIOD)
+    (optimizer,) = optimizers
+    on_host = (value for state in optimizer.state.values() for value in state.values())
+    counts, products = Counts([value for value in on_host if value.ndim == 0]), Products()
+    for _ in range(_PERIOD):
+        with products, counts:
+            optimizer.step()
+    assert alive < state_bytes(optimizers) + 2**20
+    figures = {
+        "flops": products.flops,
+        "bytes sent": counts.bytes_sent,
+        "peak bytes": peak - alive,
+        "read back": counts.read_backs,
+    }
+    return figures, [describe(name, p, None) for name, p in model.named_parameters()]
+
+
+def modelled(specs: list[ParameterSpec], config: ShampooConfig) -> dict[str, float]:
+    with dry_optimizer(specs, config, rank=0) as optimizer:
+        steps = [dry_step(optimizer, Machine()) for _ in range(_PERIOD)]
+    # A GPU multiplies fp32 matrices as three products of bf16 ones where that is exact enough.
+    flops = {"bf16": 1 / 3, "tf32": 1.0, "fp32": 1.0}
+    return {
+        "flops": sum(step.total[kind] * share for step in steps for kind, share in flops.items()),
+        "bytes sent": sum(t.near + t.far for step in steps for t in step.transfers),
+        "peak bytes": max(step.peak for step in steps),
+        "read back": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preconditioner": "kl_shampoo", "root_method": "polynomial"},
+        {"preconditioner": "shampoo", "root_method": "coupled_newton", "buckets": 3},
+        {"preconditioner": "soap"},
+    ],
+    ids=lambda settings: settings["preconditioner"],
+)
+def test_flops_bytes_and_memory_of_two_ranks(settings):
+    # Sides of 80 over shards of 208 and 80 rows: some blocks have a part on either rank.
+    settings |= {
+        "max_preconditioner_dim": 96,
+        "precondition_frequency": _PERIOD,
+        "refresh_warmup_steps": 0,
+        "matmul_precision": "highest",
+        "root_dtype": "float32",
+    }
+    (found, specs), _ = run_ranks(2, measured, **settings)
+    (expected,) = run_ranks(1, modelled, init=False, specs=specs, config=ShampooConfig(**settings))
+    assert found["bytes sent"] == expected["bytes sent"] > 0
+    assert found["flops"] == pytest.approx(expected["flops"], rel=1e-6)
+    assert found["read back"] == 0
+    # Operators have temporary memory of their own.
+    assert found["peak bytes"] == pytest.approx(expected["peak bytes"], rel=0.1)
