@@ -269,8 +269,10 @@ def measure_warm_start() -> Rows:
 def trained_factors() -> dict[tuple[float, str], list[tuple[Tensor, Tensor]]]:
     """Factors [1, n, n] and unfolded gradients at the refreshes, after 30, 40, 50 and 60 steps of
     AdamW on Python source, of both sides of some weights of a small Llama; by beta2 and name."""
-    from shampoo_torchtitan.demo.data import python_source  # first: it makes torchtitan importable
+    import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan importable
     from torchtitan.models.llama3 import Transformer, llama3_args  # isort: skip
+
+    from shampoo_torchtitan.demo.data import python_source
 
     model = Transformer(llama3_args["small"])
     with torch.no_grad():

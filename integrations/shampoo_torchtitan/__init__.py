@@ -1,6 +1,6 @@
-"""Shampoo for TorchTitan: importing this package is all that a job needs.
+"""Shampoo for TorchTitan.
 
-TorchTitan imports it when the job file says so; the launcher `shampoo_torchtitan.train` does so
+TorchTitan 0.2 imports it when the job file says so; the launcher `shampoo_torchtitan.train` does so
 unasked:
 
     [job]
@@ -12,36 +12,32 @@ unasked:
     [optimizer]
     name = "shampoo"
 
-What helps the demo job alone is in `demo`.
+From 0.3 on a job is a function; see `shampoo_torchtitan.configs`.
+
+Jobs of other optimizers are TorchTitan's alone, whatever has been imported. What helps the demo job
+alone is in `demo`.
 """
 
-import gc
-
-_collects = gc.isenabled()
-gc.disable()  # there is nothing to collect while modules are read; looking takes a second
-try:
-    from shampoo_torchtitan.demo import cpu
-
-    if cpu.needed():
-        cpu.enable()  # first: TorchTitan reads the device when it is imported
-
-    from shampoo_torchtitan import checkpoint, demo, metrics, optimizer
-finally:
-    if _collects:
-        gc.enable()
+import sys
 
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Makes Shampoo, its metrics and checkpoints known to TorchTitan, and what the demo trains.
+    """Makes Shampoo known to TorchTitan, and what the demo trains.
 
     Calling it again changes nothing.
     """
-    optimizer.register()
-    metrics.register()
-    checkpoint.register()
+    # Here: without a GPU TorchTitan cannot be imported before `demo.cpu` is enabled.
+    from shampoo_torchtitan import demo
+    from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+
+    if not JOBS_ARE_FUNCTIONS:  # which name it themselves
+        from shampoo_torchtitan import optimizer
+
+        optimizer.register()
     demo.register()
 
 
-register()
+if "torchtitan" in sys.modules:  # which imports this package for a job, and says no more to it
+    register()

@@ -1,18 +1,14 @@
-"""TorchTitan's checkpoints: what loads in spite of other settings, and errors in a sentence.
-
-TorchTitan's CheckpointManager has no hooks, so that :func:`register` puts functions of this module
-in the place of its methods; each calls the one that was there.
-"""
+"""Checkpoints of TorchTitan jobs: what loads in spite of other settings, errors in a sentence."""
 
 import contextlib
 import functools
 import re
 import shutil
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -26,11 +22,17 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
-from shampoo_fsdp.checkpoint.fits import OnMismatch
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
 from shampoo_torchtitan.checkpoint_lock import FolderLock
+from shampoo_torchtitan.container import ShampooContainer
 
-__all__ = ["CheckpointError", "complete_checkpoints", "explain", "register"]
+__all__ = [
+    "CheckpointError",
+    "ShampooCheckpoints",
+    "complete_checkpoints",
+    "explain",
+    "look_after_shampoo",
+]
 
 
 _LITTLE_SPACE = 2**20  # bytes; what could not be written is still there
@@ -111,111 +113,129 @@ def _disk_is_full(folder: str) -> str:
     return ""
 
 
-# ------------------------------------------------------------- in the place of TorchTitan's methods
+class ShampooCheckpoints(CheckpointManager):
+    """TorchTitan's CheckpointManager for jobs of Shampoo."""
 
+    folder_lock: FolderLock | None = None
 
-_titan_init = CheckpointManager.__init__
-_titan_close = CheckpointManager.close
-_titan_load = CheckpointManager.load
-_titan_dcp_load = CheckpointManager.dcp_load
-_titan_dcp_save = CheckpointManager.dcp_save
-_titan_async_wait = CheckpointManager._async_wait
-_titan_purge = CheckpointManager._purge_stale_checkpoints
+    def lock_folder(self) -> None:
+        """Refuses a folder that another job saves its checkpoints in."""
+        if not self.enable or self.load_only or "://" in self.folder:
+            return
+        problem = [""]
+        if dist.get_rank() == 0:
+            try:
+                self.folder_lock = FolderLock(self.folder)
+            except ValueError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise CheckpointError(f"Cannot save checkpoints: {problem[0]}.", {})
 
+    def close(self) -> None:
+        super().close()
+        if self.folder_lock:
+            self.folder_lock.release()
 
-@functools.wraps(_titan_init)
-def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
-    _titan_init(self, *args, **kwargs)
-    if not self.enable or self.load_only or "://" in self.folder:
-        return
-    problem = [""]
-    if dist.get_rank() == 0:
+    def load(self, step: int = -1) -> bool:
+        if not self.enable:
+            return bool(super().load(step))
+        folder = self.folder
         try:
-            self.folder_lock = FolderLock(self.folder)
-        except ValueError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise CheckpointError(f"Cannot save checkpoints: {problem[0]}.", {})
+            if step == -1:
+                steps = _steps(folder)
+                complete = [number for number, path in steps.items() if _is_complete(path)]
+                for number in sorted(steps):
+                    if number > max(complete, default=-1):
+                        logger.warning(
+                            f"{steps[number]} is passed over: saving it has not finished"
+                        )
+                if not complete and self.initial_load_path:
+                    # TorchTitan would start from nothing, only because a folder is there.
+                    self.folder = f"{folder}/none"
+            return bool(super().load(step))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
+                f"{', '.join(complete_checkpoints(folder)) or 'none'}.",
+                {},
+            ) from None
+        finally:
+            self.folder = folder
 
+    def dcp_load(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        from_hf: bool,
+        from_quantized: bool,
+    ) -> None:
+        if from_hf:
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        if Path(checkpoint_id).is_dir() and not Path(checkpoint_id, ".metadata").exists():
+            raise CheckpointError(explain(CheckpointException("", {}), checkpoint_id), {})
+        before = _hyperparameters(self)
+        try:
+            load(
+                state_dict,
+                checkpoint_id=checkpoint_id,
+                storage_reader=None
+                if "://" in checkpoint_id
+                else SafeFileSystemReader(checkpoint_id),
+                planner=_JobPlanner(self.states[OPTIMIZER].shampoos[0].config.on_mismatch),
+            )
+        except CheckpointException as error:
+            raise CheckpointError(explain(error, checkpoint_id), error.failures) from None
+        if MODEL in self.states:
+            self.states[MODEL].load_state_dict(state_dict)
+        for name, now in _hyperparameters(self).items():
+            if now != before[name]:
+                logger.info(f"The checkpoint's {name} = {now} wins over the job's {before[name]}")
 
-def _close(self: CheckpointManager) -> None:
-    _titan_close(self)
-    if lock := vars(self).get("folder_lock"):
-        lock.release()
+    def dcp_save(self, state_dict: Any, checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint of this step may be there, if an older one was loaded. A crash while it is
+        # overwritten must not leave one that looks complete. No rank writes before rank 0 saves.
+        if dist.get_rank() == 0 and "://" not in checkpoint_id:
+            # Where it cannot be deleted saving fails as well, and that on every rank.
+            with contextlib.suppress(OSError):
+                Path(checkpoint_id, ".metadata").unlink(missing_ok=True)
+        with self._saving():
+            return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
+    def _async_wait(self) -> None:
+        with self._saving():
+            super()._async_wait()
 
-def _load(self: CheckpointManager, step: int = -1) -> bool:
-    if not self.enable:
-        return bool(_titan_load(self, step))
-    folder = self.folder
-    try:
-        if step == -1:
-            steps = _steps(folder)
-            complete = [number for number, path in steps.items() if _is_complete(path)]
-            for number in sorted(steps):
-                if number > max(complete, default=-1):
-                    logger.warning(f"{steps[number]} is passed over: saving it has not finished")
-            if not complete and self.initial_load_path:
-                # TorchTitan would start from nothing, only because a folder is there.
-                self.folder = f"{folder}/none"
-        return bool(_titan_load(self, step))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
-            f"{', '.join(complete_checkpoints(folder)) or 'none'}.",
-            {},
-        ) from None
-    finally:
-        self.folder = folder
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointException as error:
+            raise _cannot_save(error, self.folder) from None
 
+    def _purge_stale_checkpoints(self) -> None:
+        """Deletes what is older than the newest keep_latest_k complete checkpoints.
 
-def _dcp_load(
-    self: CheckpointManager,
-    state_dict: dict[str, Any],
-    checkpoint_id: str,
-    from_hf: bool,
-    from_quantized: bool,
-) -> None:
-    if from_hf:
-        _titan_dcp_load(self, state_dict, checkpoint_id, from_hf, from_quantized)
-        return
-    if Path(checkpoint_id).is_dir() and not Path(checkpoint_id, ".metadata").exists():
-        raise CheckpointError(explain(CheckpointException("", {}), checkpoint_id), {})
-    before = _hyperparameters(self)
-    config = getattr(next(iter(self.states[OPTIMIZER])), "config", None)
-    planner = _JobPlanner(getattr(config, "on_mismatch", "refuse"), trusting=config is None)
-    safely = config is not None and "://" not in checkpoint_id
-    try:
-        load(
-            state_dict,
-            checkpoint_id=checkpoint_id,
-            storage_reader=SafeFileSystemReader(checkpoint_id) if safely else None,
-            planner=planner,
-        )
-    except CheckpointException as error:
-        raise CheckpointError(explain(error, checkpoint_id), error.failures) from None
-    if MODEL in self.states:
-        self.states[MODEL].load_state_dict(state_dict)
-    for name, now in _hyperparameters(self).items():
-        if now != before[name]:
-            logger.info(f"The checkpoint's {name} = {now} wins over the job's {before[name]}")
+        TorchTitan counts unfinished ones as well, so that a few crashes could cost the complete
+        ones.
+        """
+        if self.keep_latest_k <= 0 or dist.get_rank() != 0:
+            super()._purge_stale_checkpoints()
+            return
+        steps = _steps(self.folder)
+        kept = sorted(step for step, path in steps.items() if _is_complete(path))
+        kept = kept[-self.keep_latest_k :]
+        if len(kept) == self.keep_latest_k:
+            for step in sorted(steps):
+                if step < kept[0]:
+                    self.purge_queue.put(str(steps[step]))
 
 
 class _JobPlanner(ShampooLoadPlanner):
-    """TorchTitan's data loader unpickles its state, which is a pickle inside of the checkpoint.
-
-    Args:
-        trusting: Whether values may be of any class, as in TorchTitan: for other optimizers' jobs.
-    """
-
-    def __init__(self, on_mismatch: OnMismatch, *, trusting: bool) -> None:
-        super().__init__(on_mismatch)
-        self._trusting = trusting
+    """TorchTitan's data loader unpickles its state, which is a pickle inside of the checkpoint."""
 
     def value_of(self, key: str, stream: BytesIO) -> Any:
-        if self._trusting:
-            return torch.load(stream, weights_only=False)
         value = super().value_of(key, stream)
         if key.startswith(f"{DATALOADER}.") and isinstance(value, bytes):
             return without_code(value, key)
@@ -232,50 +252,20 @@ def _hyperparameters(manager: CheckpointManager) -> dict[str, str]:
     return {name: " or ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}
 
 
-def _dcp_save(
-    self: CheckpointManager, state_dict: Any, checkpoint_id: str, *args: Any, **kwargs: Any
-) -> Any:
-    # A checkpoint of this step may be there, if an older one was loaded. A crash while it is
-    # overwritten must not leave one that looks complete. No rank writes before rank 0 saves.
-    if dist.get_rank() == 0 and "://" not in checkpoint_id:
-        # Where it cannot be deleted saving fails as well, and that on every rank.
-        with contextlib.suppress(OSError):
-            Path(checkpoint_id, ".metadata").unlink(missing_ok=True)
-    try:
-        return _titan_dcp_save(self, state_dict, checkpoint_id, *args, **kwargs)
-    except CheckpointException as error:
-        raise _cannot_save(error, self.folder) from None
+_titan_init = CheckpointManager.__init__
 
 
-def _async_wait(self: CheckpointManager) -> None:
-    try:
-        _titan_async_wait(self)
-    except CheckpointException as error:
-        raise _cannot_save(error, self.folder) from None
+@functools.wraps(_titan_init)
+def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
+    _titan_init(self, *args, **kwargs)
+    optimizers = getattr(self, "states", {}).get(OPTIMIZER)
+    if isinstance(optimizers, ShampooContainer) and optimizers.shampoos:
+        self.__class__ = ShampooCheckpoints
+        self.lock_folder()
 
 
-def _purge(self: CheckpointManager) -> None:
-    """Deletes what is older than the newest keep_latest_k complete checkpoints.
-
-    TorchTitan counts unfinished ones as well, so that a few crashes could cost the complete ones.
+def look_after_shampoo() -> None:
+    """Makes TorchTitan's CheckpointManager a :class:`ShampooCheckpoints` where the job is one of
+    Shampoo; calling it again changes nothing. (There is no hook: a job cannot choose its class.)
     """
-    if self.keep_latest_k <= 0 or self.ft_manager or dist.get_rank() != 0:
-        _titan_purge(self)
-        return
-    steps = _steps(self.folder)
-    kept = sorted(step for step, path in steps.items() if _is_complete(path))[-self.keep_latest_k :]
-    if len(kept) == self.keep_latest_k:
-        for step in sorted(steps):
-            if step < kept[0]:
-                self.purge_queue.put(str(steps[step]))
-
-
-def register() -> None:
-    """Makes TorchTitan's CheckpointManager use this module; calling it again changes nothing."""
-    CheckpointManager.__init__ = _init
-    CheckpointManager.close = _close
-    CheckpointManager.load = _load
-    CheckpointManager.dcp_load = _dcp_load
-    CheckpointManager.dcp_save = _dcp_save
-    CheckpointManager._async_wait = _async_wait
-    CheckpointManager._purge_stale_checkpoints = _purge
+    CheckpointManager.__init__ = _init  # type: ignore[method-assign]

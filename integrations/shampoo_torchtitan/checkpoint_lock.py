@@ -4,12 +4,11 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import IO
-
-from torchtitan.tools.logging import logger
 
 __all__ = ["FolderLock"]
 
@@ -41,7 +40,9 @@ class FolderLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _HELD_BY_ANOTHER:
-                logger.warning(f"{path} cannot be locked ({error}): let no other job write there")
+                logging.getLogger().warning(
+                    f"{path} cannot be locked ({error}): let no other job write there"
+                )
                 return
             self._file.seek(0)
             holder = self._file.read().strip()

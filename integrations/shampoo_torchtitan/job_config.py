@@ -1,8 +1,7 @@
 """The table `[optimizer.shampoo]` of a job, and the checks that need no GPU and no process group.
 
-TorchTitan merges this module's `JobConfig` into its own (`job.custom_config_module`). On import the
-reading of a job also learns to check every value of the TOML file, which TorchTitan only does for
-the command line.
+TorchTitan merges this module's `JobConfig` into its own (`job.custom_config_module`). TorchTitan
+checks types of the command line alone; those of the TOML file our launcher checks.
 """
 
 import dataclasses
@@ -11,8 +10,6 @@ import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
-
-from torchtitan.config import ConfigManager
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
@@ -128,30 +125,3 @@ def check_degrees(config: Any, ranks: int) -> None:
             f"[parallelism] {shown or 'data_parallel_shard_degree = 1'}: the degrees multiply to "
             f"{product}, which must {'divide' if rest else 'be'} the number of ranks, {ranks}"
         )
-
-
-def _check_when_read() -> None:
-    """Lets TorchTitan's ConfigManager call the checks; there is no hook for it."""
-    to_dataclass, validate = ConfigManager._dict_to_dataclass, ConfigManager._validate_config
-
-    def checked_to_dataclass(self: ConfigManager, cls: Any, data: dict[str, Any]) -> Any:
-        # It calls itself for the tables inside: their names are complete only the first time,
-        # when all of them are checked.
-        if dataclasses.is_dataclass(cls):
-            check_table(typing.cast(type, cls), data)
-        try:
-            return to_dataclass(self, cls, data)
-        except (TypeError, ValueError) as error:
-            if cls is ShampooConfig:
-                raise type(error)(f"[optimizer.shampoo] {error}") from None
-            raise
-
-    def checked_validate(self: ConfigManager) -> None:
-        validate(self)
-        check_job(self.config)
-
-    ConfigManager._dict_to_dataclass = checked_to_dataclass
-    ConfigManager._validate_config = checked_validate
-
-
-_check_when_read()

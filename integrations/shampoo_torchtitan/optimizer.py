@@ -1,4 +1,4 @@
-"""Builds Shampoo where a TorchTitan job says `[optimizer] name = "shampoo"`."""
+"""Builds Shampoo where a job of TorchTitan 0.2 says `[optimizer] name = "shampoo"`."""
 
 import dataclasses
 import sys
@@ -9,23 +9,19 @@ import torchtitan.components.optimizer as titan
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
-from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
-from shampoo_fsdp.runtime.diagnostics import Diagnostics
+from shampoo_torchtitan import checkpoint, metrics
+from shampoo_torchtitan.container import BadSetting, ShampooContainer
 
-__all__ = ["NAME", "BadSetting", "ShampooContainer", "build_optimizers", "register"]
+__all__ = ["NAME", "build_optimizers", "register"]
 
 NAME = "shampoo"
 
 _titan_build_optimizers = titan.build_optimizers
 
 
-class BadSetting(ValueError):
-    """Why the optimizer cannot be built, in a sentence; raised on every rank."""
-
-
-class ShampooContainer(OptimizersContainer):
+class _Container(ShampooContainer, OptimizersContainer):
     """TorchTitan's container of optimizers, with one Shampoo per model part.
 
     Its siblings make the optimizer from parameters alone; Shampoo is given their names too.
@@ -51,57 +47,6 @@ class ShampooContainer(OptimizersContainer):
             parameters.extend(p for _, p in named)
         self._validate_length(len(model_parts))
         self._post_init(parameters, {})
-
-    def counters(self) -> torch.Tensor:
-        """Root refreshes, failed roots, skipped blocks and skipped entries of other parameters so
-        far, of this rank: int64 [4].
-
-        The caller sums them over ranks.
-        """
-        return torch.stack([optimizer.counters() for optimizer in self.optimizers]).sum(0)
-
-    def diagnostics(self) -> list[Diagnostics]:
-        """Figures of the last step, of this rank's blocks, for each part of the model."""
-        return [optimizer.diagnostics() for optimizer in self.optimizers]
-
-    def mib_sent_per_step(self) -> float:
-        """What the rank that sends most sends on a step, in MiB."""
-        return sum(o.summary()["mib_sent_per_step_max"] for o in self.optimizers)
-
-    def log_summary(self) -> None:
-        """Says what is preconditioned, and what each rank pays for it."""
-        for number, optimizer in enumerate(self.optimizers):
-            part = f" (model part {number})" if len(self.optimizers) > 1 else ""
-            s = optimizer.summary()
-            share = s["elements_preconditioned"] / max(s["elements_total"], 1)
-            logger.info(
-                f"Shampoo{part} preconditions {s['parameters_preconditioned']:,} of "
-                f"{s['parameters_total']:,} parameters ({share:.1%} of the elements) "
-                f"in {s['blocks']:,} blocks"
-            )
-            if optimizer.chosen_by_device:
-                logger.info(f"Shampoo{part} chose {optimizer.chosen_by_device}")
-            if matrices := optimizer.matrices_left_to_grafting():
-                method = optimizer.config.elementwise_method
-                logger.info(
-                    f"Shampoo{part} leaves to the method '{method}': {', '.join(matrices)}, and "
-                    "vectors"
-                )
-            if sides := optimizer.sides_without_factor():
-                named = "; ".join(
-                    f"{' x '.join(map(str, shape))}: {', '.join(map(str, left_out))}"
-                    for shape, left_out in sides.items()
-                )
-                logger.info(
-                    f"Shampoo{part} has no factor for these sides of blocks ({named}); see the "
-                    "settings max_factor_ratio and large_dim"
-                )
-            logger.info(
-                f"Shampoo{part} per rank: largest load {s['load_max_over_mean']:.2f} x the mean; "
-                f"state {s['state_mib_max']:,.1f} MiB at most, {s['state_mib_mean']:,.1f} on "
-                f"average; sends {s['mib_sent_per_step_max']:,.1f} MiB per step at most, "
-                f"{s['mib_sent_per_step_mean']:,.1f} on average"
-            )
 
 
 def build_optimizers(
@@ -150,12 +95,15 @@ def build_optimizers(
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
     try:
-        container = ShampooContainer(
+        container = _Container(
             model_parts, settings, parallel_dims.get_mesh("dp_replicate") if ddp else None
         )
     except (TypeError, ValueError) as error:
         raise BadSetting(f"Cannot build Shampoo: {error}") from error
+    container.complete_groups(optimizer_config.implementation)
     container.log_summary()
+    checkpoint.look_after_shampoo()
+    metrics.look_after_shampoo()
     return container
 
 

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from shampoo_torchtitan.train import JobReader  # isort: skip  first: TorchTitan runs without a GPU
 from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
@@ -37,7 +39,6 @@ from shampoo_fsdp.tools.plan_figures import PlanReport
 from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan import job_config
-from shampoo_torchtitan.train import JobReader
 
 __all__ = ["job_report", "job_specs", "main", "read_job"]
 

@@ -12,56 +12,58 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torchtitan.train
-from torchtitan.config import ConfigManager
-from torchtitan.tools.logging import logger
 
-from shampoo_torchtitan import job_config
-from shampoo_torchtitan.checkpoint import CheckpointError
-from shampoo_torchtitan.demo import byte_tokenizer, cpu
-from shampoo_torchtitan.optimizer import BadSetting
+from shampoo_torchtitan.demo import cpu
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+
+_collects = gc.isenabled()
+gc.disable()  # there is nothing to collect while modules are read; looking takes a second
+try:
+    if cpu.needed():
+        cpu.enable()  # first: TorchTitan reads the device when it is imported
+
+    import torchtitan.train
+    from torchtitan.tools.logging import logger
+
+    from shampoo_torchtitan import job_config, register
+    from shampoo_torchtitan.checkpoint import CheckpointError
+    from shampoo_torchtitan.container import BadSetting
+
+    if JOBS_ARE_FUNCTIONS:
+        from torchtitan.config.override import derive
+
+        from shampoo_torchtitan.jobs_03 import Reader, TitanTrainer, fit_to_cpu
+    else:
+        from shampoo_torchtitan.jobs_02 import Reader, TitanTrainer, fit_to_cpu
+finally:
+    if _collects:
+        gc.enable()
+
+register()
 
 __all__ = ["JobReader", "Trainer", "main"]
 
 _BAD_SETTING = 2  # exit code, that of argparse; launch.py knows it
 
 
-class JobReader(ConfigManager):
+class JobReader(Reader):
     """Reads a job as TorchTitan does, with our settings in it even if it does not ask for them."""
-
-    def _maybe_load_toml(self, args: list[str]) -> Any:
-        logger.disabled = True  # it logs the traceback of what `parse_args` says in one line
-        try:
-            return super()._maybe_load_toml(args)
-        except ValueError as error:
-            raise ValueError(f"job.config_file is not TOML: {error}") from None
-        finally:
-            logger.disabled = False
-
-    def _maybe_add_custom_config(self, args: list[str], toml_values: Any) -> Any:
-        cls = super()._maybe_add_custom_config(args, toml_values)
-        if hasattr(cls().optimizer, "shampoo"):
-            return cls
-        return self._merge_configs(cls, job_config.JobConfig)
-
-    def _validate_config(self) -> None:
-        byte_tokenizer.write_default(self.config.model.hf_assets_path)
-        super()._validate_config()
 
     def parse_args(self, args: list[str] | None = None) -> Any:
         """Reads the job, or ends the process with one readable message."""
         try:
             config = super().parse_args(sys.argv[1:] if args is None else args)
-            changes = cpu.fit_job_config(config) if cpu.needed() else []
+            changes = fit_to_cpu(config) if cpu.needed() else []
             job_config.check_degrees(config, int(os.environ.get("WORLD_SIZE", "1")))
         except BrokenPipeError:  # --help | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        except (TypeError, ValueError, OSError) as error:
+        except (ImportError, TypeError, ValueError, OSError) as error:
             print(f"Bad job settings: {error}", file=sys.stderr, flush=True)
             _leave_after_the_rank_that_is_shown()
         except SystemExit as bad_argument:
@@ -70,11 +72,19 @@ class JobReader(ConfigManager):
             raise
         if changes:
             logger.info(f"No GPU: training on the CPU with {', '.join(changes)}")
+        if JOBS_ARE_FUNCTIONS and type(config) is TitanTrainer.Config:
+            config = derive(config, Trainer.Config)
         return config
 
 
-class Trainer(torchtitan.train.Trainer):
+class Trainer(TitanTrainer):
     """TorchTitan's Trainer; says at the end where the results are."""
+
+    if JOBS_ARE_FUNCTIONS:  # there a config builds the class that it is a part of
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(TitanTrainer.Config):
+            pass
 
     def __init__(self, config: Any) -> None:
         init = cpu.mesh_independent_init() if cpu.needed() else contextlib.nullcontext()
@@ -93,22 +103,20 @@ class Trainer(torchtitan.train.Trainer):
             self._say_where()
 
     def _say_where(self) -> None:
-        job, checkpoint, metrics = (
-            self.job_config.job,
-            self.job_config.checkpoint,
-            self.job_config.metrics,
-        )
-        folder = Path(job.dump_folder, checkpoint.folder)
+        config: Any = self.config if JOBS_ARE_FUNCTIONS else self.job_config
+        checkpoint, metrics = config.checkpoint, config.metrics
+        outputs = config.dump_folder if JOBS_ARE_FUNCTIONS else config.job.dump_folder
+        folder = Path(outputs, checkpoint.folder)
         if not self._trained:
             logger.warning(
                 f"Nothing to train: {folder} already has step {self.step} of "
-                f"training.steps = {self.job_config.training.steps}. Ask for more steps, or "
+                f"training.steps = {config.training.steps}. Ask for more steps, or "
                 "start anew with another --job.dump_folder"
             )
         if checkpoint.enable and not checkpoint.load_only:
             logger.info(f"Checkpoint: {folder / f'step-{self.step}'}")
         if metrics.enable_tensorboard and self._trained:
-            logger.info(f"TensorBoard: {Path(job.dump_folder, metrics.save_tb_folder)}")
+            logger.info(f"TensorBoard: {Path(outputs, metrics.save_tb_folder)}")
 
 
 @contextlib.contextmanager
@@ -137,7 +145,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     torchtitan.train.ConfigManager = JobReader  # type: ignore[misc]
     try:
-        torchtitan.train.main(Trainer)
+        torchtitan.train.main() if JOBS_ARE_FUNCTIONS else torchtitan.train.main(Trainer)
     finally:
         # A process that ends with gloo's threads running is now and then aborted (SIGABRT,
         # "terminate called without an active exception"), whatever it has said before.

@@ -1,6 +1,6 @@
 """Optimizers that TorchTitan does not have and the study compares with."""
 
-import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
+import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run without a GPU
 
 # isort: split
 

@@ -5,7 +5,7 @@ tokens. Its windows of seq_len + 1 tokens are shuffled by the seed: one epoch is
 them, and step s takes the next batch, whatever the optimizer.
 """
 
-import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
+import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run without a GPU
 
 # isort: split
 

@@ -6,7 +6,7 @@ then runs under the study, or by itself:
     torchrun --nproc_per_node 2 -m shampoo_torchtitan.train --job.config_file JOB.toml
 """
 
-import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
+import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run without a GPU
 
 # isort: split
 

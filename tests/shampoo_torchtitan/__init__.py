@@ -1,1 +1,1 @@
-import shampoo_torchtitan  # noqa: F401  before TorchTitan: without a GPU it cannot be imported alone
+import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run without a GPU

@@ -9,12 +9,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
-from torchtitan.models.moe import MoEArgs
 
 from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.train import JobReader, Trainer
 from tests.models import full_parameters
+
+if not JOBS_ARE_FUNCTIONS:
+    from tests.shampoo_torchtitan import tiny_moe  # noqa: F401  registers it
 
 TINY_JOB = """
 [model]
@@ -64,26 +66,6 @@ start_preconditioning_step = 2
 ).replace("lr = 1e-2", "lr = 3e-3")
 
 
-# A MoE model small enough for the CPU.
-deepseekv3_args.setdefault(
-    "tiny",
-    DeepSeekV3ModelArgs(
-        vocab_size=260,
-        dim=32,
-        inter_dim=64,
-        moe_inter_dim=24,
-        n_layers=3,
-        n_dense_layers=1,
-        n_heads=4,
-        moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=2),
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-    ),
-)
-
-
 def write_job(folder: Path, text: str = TINY_JOB) -> Path:
     """Writes a job file, the tokenizer and a few source files that it uses."""
     write_byte_tokenizer(folder / "tokenizer")
@@ -126,7 +108,8 @@ def give_batches(trainer: Trainer, sequences: int = 8) -> None:
     """
     text = "".join(map(inspect.getsource, (argparse, inspect, typing)))
     tokens = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8).long()
-    length = trainer.job_config.training.seq_len + 1
+    config = trainer.config if JOBS_ARE_FUNCTIONS else trainer.job_config
+    length = config.training.seq_len + 1
     batch = trainer.parallel_dims.get_optional_mesh("batch")
     ranks, rank = (batch.size(), batch.get_local_rank()) if batch else (1, 0)
     mine = slice(rank * sequences // ranks, (rank + 1) * sequences // ranks)

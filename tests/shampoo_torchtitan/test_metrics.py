@@ -3,35 +3,41 @@
 import logging
 from unittest import mock
 
-import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
-
-# isort: split
 import torch
-import torchtitan.components.metrics as titan
+from torchtitan.components.metrics import MetricsProcessor
 
-from shampoo_torchtitan.metrics import ShampooMetricsProcessor
-from shampoo_torchtitan.optimizer import ShampooContainer
+from shampoo_fsdp import Shampoo
+from shampoo_torchtitan import metrics
+from shampoo_torchtitan.container import ShampooContainer
+
+
+class Container(ShampooContainer):
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = list(optimizers)
+
+
+def logged(container: object) -> dict[str, float]:
+    """The metrics that TorchTitan is given beside its own."""
+    processor = object.__new__(MetricsProcessor)
+    processor.optimizers = container
+    with mock.patch.object(metrics, "_titan_log") as log:
+        metrics._log(processor, 4, 1.0, 1.0, 1.0, {"theirs": 2.0})
+    return log.call_args.args[-1]
 
 
 def test_figures_of_the_step_reach_the_metrics_and_its_times_the_log(caplog):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 4))
-    container = ShampooContainer([model], {"precondition_frequency": 2})
+    optimizer = Shampoo(model.named_parameters(), precondition_frequency=2)
     for _ in range(4):
-        container.zero_grad()
+        optimizer.zero_grad()
         model(torch.randn(16, 12)).square().mean().backward()
-        container.step()
-    processor = object.__new__(ShampooMetricsProcessor)
-    processor.optimizers = container
-    logger = logging.getLogger()
+        optimizer.step()
     with (
-        mock.patch.object(titan.MetricsProcessor.__mro__[1], "log") as log,
-        mock.patch.object(logger, "disabled", False),
+        mock.patch.object(logging.getLogger(), "disabled", False),
         caplog.at_level(logging.INFO),
     ):
-        processor.log(4, 1.0, 1.0, 1.0, {"theirs": 2.0})
-
-    figures = log.call_args.args[-1]
+        figures = logged(Container(torch.optim.SGD(model.parameters()), optimizer))
     assert figures["theirs"] == 2.0
     assert figures["shampoo/root_refreshes"] >= 4  # two factors of each matrix
     assert figures["shampoo/failed_roots"] == figures["shampoo/skipped_blocks"] == 0
@@ -42,3 +48,9 @@ def test_figures_of_the_step_reach_the_metrics_and_its_times_the_log(caplog):
     (line,) = (r.getMessage() for r in caplog.records if "last step" in r.getMessage())
     parts = [part.split()[0] for part in line.partition(": ")[2].split(", ")]
     assert parts == ["apply", "direction", "exchange", "excluded", "factors", "roots"]
+
+
+def test_metrics_of_other_optimizers_are_left_alone():
+    model = torch.nn.Linear(2, 2)
+    assert logged(Container(torch.optim.SGD(model.parameters()))) == {"theirs": 2.0}
+    assert logged(None) == {"theirs": 2.0}

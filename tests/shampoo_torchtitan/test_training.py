@@ -1,6 +1,8 @@
 """Whole TorchTitan jobs with Shampoo, on the CPU."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,7 +16,8 @@ import torchtitan.models.llama3
 from torchtitan.components.optimizer import OptimizersContainer
 
 import shampoo_torchtitan
-from shampoo_torchtitan import metrics, optimizer
+from shampoo_torchtitan import optimizer
+from shampoo_torchtitan.container import ShampooContainer
 from shampoo_torchtitan.demo import cpu
 from tests.ranks import RanksError, preload, run_ranks
 from tests.shampoo_torchtitan import jobs
@@ -185,7 +188,7 @@ def test_every_model_gets_our_builder_however_it_reaches_titans():
     model.layers["0"].moe = SimpleNamespace(load_balance_coeff=1e-3)
     build = torchtitan.models.deepseek_v3.get_train_spec().build_optimizers_fn
     container = build([model], _config(), _ONE_RANK)
-    assert isinstance(container, optimizer.ShampooContainer)
+    assert isinstance(container, ShampooContainer)
     assert len(container._optimizer_step_pre_hooks) == 1
 
 
@@ -223,10 +226,21 @@ def test_wrapped_modules_keep_their_names():
     assert container.optimizers[0].matrices_left_to_grafting() == ["output.weight"]
 
 
-def test_metrics_of_other_optimizers_are_left_alone():
-    processor = object.__new__(metrics.ShampooMetricsProcessor)
-    processor.optimizers = None
-    assert processor._counters() is None
+WATCHED = """
+import shampoo_torchtitan.train as train
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.config import ConfigManager
+for cls in (CheckpointManager, MetricsProcessor, ConfigManager, train.torchtitan.train.Trainer):
+    for method in vars(cls).values():
+        if code := getattr(method, "__code__", None):
+            assert "/shampoo_torchtitan/" not in code.co_filename, (cls, method)
+"""
+
+
+def test_importing_leaves_titan_as_it_is():
+    """Only a job whose optimizer is Shampoo sees anything of it."""
+    subprocess.run([sys.executable, "-c", WATCHED], check=True)
 
 
 def test_a_setting_that_does_not_fit_the_model_is_said_and_ends_the_job(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import shampoo_torchtitan  # noqa: F401  first: it makes TorchTitan run without a GPU
+import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run without a GPU
 
 # isort: split
 import torchtitan.models.llama3 as llama3

@@ -12,7 +12,13 @@ __all__ = ["register"]
 def register() -> None:
     """Makes our data sets and models known to TorchTitan. Calling it again changes nothing."""
     # Here: both import TorchTitan, and `cpu` must come before that.
-    from shampoo_torchtitan.demo import data, models
+    from shampoo_torchtitan.demo import data
+    from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+
+    if JOBS_ARE_FUNCTIONS:
+        from shampoo_torchtitan.demo import models_03 as models
+    else:
+        from shampoo_torchtitan.demo import models
 
     data.register()
     models.register()

@@ -18,15 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 
-__all__ = ["enable", "fit_job_config", "mesh_independent_init", "needed"]
+__all__ = ["enable", "fit_job_config", "fit_trainer_config", "mesh_independent_init", "needed"]
 
-_KERNELS = "torchtitan.models.moe.kernels"
+# The modules that want triton, in 0.2 and in 0.3.
+_KERNELS = (
+    "torchtitan.models.moe.kernels",
+    "torchtitan.distributed.minimal_async_ep.kernels",
+)
+_AT_LEAST_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 def needed() -> bool:
@@ -50,6 +56,8 @@ def enable() -> None:
             if hasattr(module, "device_module"):
                 module.device_module = cpu
     _reduce_by_sums_only()
+    if not hasattr(dist, "set_timeout"):  # TorchTitan 0.3 wants torch 2.14's
+        dist.set_timeout = lambda timeout, group=None: None  # type: ignore[attr-defined]
     _count_integers_in_histc()
     # There is none to measure against, and looking for a GPU's only prints warnings.
     torchtitan.tools.utils.get_peak_flops = lambda device_name: math.inf
@@ -70,12 +78,7 @@ def fit_job_config(config: Any) -> list[str]:
     Raises:
         ValueError: The job asks for what has no substitute.
     """
-    degree = config.parallelism.context_parallel_degree
-    if degree > 1:
-        raise ValueError(
-            f"parallelism.context_parallel_degree = {degree}: must be 1 without a GPU, where "
-            "PyTorch cannot split attention over ranks"
-        )
+    _refuse_context_parallel(config)
     wanted = {
         ("training", "mixed_precision_param"): "float32",  # bfloat16 is emulated: many times slower
         ("activation_checkpoint", "mode"): "none",  # it saves GPU memory and costs time
@@ -83,12 +86,55 @@ def fit_job_config(config: Any) -> list[str]:
         ("profiling", "enable_memory_snapshot"): False,  # of the GPU's allocator
         ("training", "enable_cpu_offload"): False,  # everything is on the CPU already
     }
+    return _changes(config, wanted)
+
+
+def fit_trainer_config(config: Any) -> list[str]:
+    """:func:`fit_job_config` for the Trainer.Config of TorchTitan 0.3."""
+    from torchtitan.models.common.attention import (
+        FlexAttention,
+        ScaledDotProductAttention,
+        VarlenAttention,
+    )
+
+    _refuse_context_parallel(config)
+    wanted = {
+        ("training", "mixed_precision_param"): "float32",
+        ("training", "disable_cuda_graphs"): True,
+        ("training", "enable_cpu_offload"): False,
+        ("comm", "trace_buf_size"): 0,
+        ("profiler", "enable_memory_snapshot"): False,
+        ("debug", "enable_structured_logging"): False,
+    }
+    if not _AT_LEAST_2_14:
+        wanted["parallelism", "spmd_backend"] = "partial_dtensor"  # the others need 2.14
+    changes = _changes(config, wanted)
+    if config.activation_checkpoint is not None:
+        config.activation_checkpoint = None
+        changes.append("activation_checkpoint.mode = none")
+    for kind in (FlexAttention.Config, VarlenAttention.Config):
+        for _, _, parent, name in list(config.model_spec.model.traverse(kind)):
+            setattr(parent, name, ScaledDotProductAttention.Config())
+    return changes
+
+
+def _refuse_context_parallel(config: Any) -> None:
+    degree = config.parallelism.context_parallel_degree
+    if degree > 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {degree}: must be 1 without a GPU, where "
+            "PyTorch cannot split attention over ranks"
+        )
+
+
+def _changes(config: Any, wanted: dict[tuple[str, str], Any]) -> list[str]:
+    """Makes them, and one of the checkpoint's."""
     changes = []
     for (table, key), value in wanted.items():
         if getattr(getattr(config, table), key) != value:
             setattr(getattr(config, table), key, value)
             changes.append(f"{table}.{key} = {value}")
-    if config.checkpoint.async_mode == "async_with_pinned_mem":
+    if getattr(config.checkpoint, "async_mode", "") == "async_with_pinned_mem":
         config.checkpoint.async_mode = "async"
         changes.append("checkpoint.async_mode = async")
     return changes
@@ -166,32 +212,39 @@ def _load_moe_kernels() -> None:
     The stand-in is gone again before anybody can ask whether triton is there: torch would believe
     it, and remember.
     """
-    if _KERNELS not in sys.modules:
-        torchtitan = importlib.util.find_spec("torchtitan")
-        if torchtitan is None or not torchtitan.submodule_search_locations:
-            raise ImportError("shampoo_torchtitan needs torchtitan: pip install torchtitan")
-        path = Path(torchtitan.submodule_search_locations[0], "models", "moe", "kernels.py")
-        spec = importlib.util.spec_from_file_location(_KERNELS, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        stand_ins = {} if importlib.util.find_spec("triton") else _stand_ins_for_triton()
-        sys.modules.update(stand_ins)
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            for name in stand_ins:
-                del sys.modules[name]
-        sys.modules[_KERNELS] = module
-    kernels: Any = sys.modules[_KERNELS]
-    # The token permutation has a slow form for the CPU, which nothing in TorchTitan asks for.
-    kernels.fill_indices_wrapper = kernels.fill_indices_cpu
+    torchtitan = importlib.util.find_spec("torchtitan")
+    if torchtitan is None or not torchtitan.submodule_search_locations:
+        raise ImportError("shampoo_torchtitan needs torchtitan: pip install torchtitan")
+    for name in _KERNELS:
+        path = Path(torchtitan.submodule_search_locations[0], *name.split(".")[1:])
+        path = path.with_suffix(".py")
+        if name not in sys.modules and path.exists():
+            sys.modules[name] = _load_without_triton(name, path)
+    # The token permutation of 0.2 has a slow form for the CPU, which nothing there asks for.
+    if kernels := sys.modules.get(_KERNELS[0]):
+        kernels.fill_indices_wrapper = kernels.fill_indices_cpu  # type: ignore[attr-defined]
+
+
+def _load_without_triton(name: str, path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    stand_ins = {} if importlib.util.find_spec("triton") else _stand_ins_for_triton()
+    sys.modules.update(stand_ins)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for stand_in in stand_ins:
+            del sys.modules[stand_in]
+    return module
 
 
 def _stand_ins_for_triton() -> dict[str, types.ModuleType]:
     triton: Any = types.ModuleType("triton")
     triton.language = types.ModuleType("triton.language")
-    triton.language.constexpr = object
-    triton.jit = lambda kernel: kernel
+    # Types, and functions that annotations call.
+    triton.language.__getattr__ = lambda name: lambda *_: None
+    triton.jit = lambda kernel=None, **_: kernel or (lambda kernel: kernel)
     return {"triton": triton, "triton.language": triton.language}
 
 

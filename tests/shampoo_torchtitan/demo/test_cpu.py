@@ -47,7 +47,7 @@ def test_torch_still_sees_that_triton_is_missing():
     """The stand-in that TorchTitan's import needs must not make torch compile for a GPU."""
     code = (
         "import importlib.util; there = importlib.util.find_spec('triton') is not None\n"
-        "import shampoo_torchtitan, torch.utils._triton as t\n"
+        "import shampoo_torchtitan.train, torch.utils._triton as t\n"
         "assert t.has_triton_package() == there"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

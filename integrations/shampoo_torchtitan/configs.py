@@ -1,0 +1,159 @@
+"""Shampoo in jobs that are functions, TorchTitan 0.3's.
+
+In a user's own registry function, in the place of `default_adamw(lr=3e-4)`:
+
+    from shampoo_torchtitan.configs import shampoo
+
+    config.optimizer = shampoo(lr=3e-4, precondition_frequency=20)
+
+or on the command line of any job, which keeps its groups, lr and weight decay:
+
+    --override.imports 'shampoo_torchtitan.configs.use_shampoo={"precondition_frequency": 20}'
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+from torchtitan.config.override import derive, override
+
+from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.config import settings_from_keywords
+from shampoo_fsdp.hyperparameters import validate_hyperparameters
+from shampoo_torchtitan import checkpoint, metrics
+from shampoo_torchtitan.container import BadSetting, ShampooContainer
+
+__all__ = ["NAME", "ShampooOptimizers", "shampoo", "use_shampoo"]
+
+NAME = "Shampoo"
+"""Of the optimizer, in the groups of a container."""
+
+_ADAM = ("Adam", "AdamW")
+_OF_ADAM = ("fused", "foreach")
+
+
+class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[type-arg]
+    """TorchTitan's container of optimizers, in which groups may be named "Shampoo"."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        """Either `param_groups`, or one group of all parameters with these hyperparameters."""
+
+        lr: float = 8e-4
+        beta1: float = 0.9
+        beta2: float = 0.95
+        eps: float = 1e-8
+        weight_decay: float = 0.1
+        shampoo: ShampooConfig = field(default_factory=ShampooConfig)
+        """Shampoo's own settings."""
+
+        def __post_init__(self) -> None:
+            validate_hyperparameters(
+                self.shampoo,
+                lr=self.lr,
+                betas=(self.beta1, self.beta2),
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+            )
+
+    def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
+        """
+        Raises:
+            BadSetting: Shampoo's settings do not fit the model.
+        """
+        settings = {
+            f.name: getattr(config.shampoo, f.name) for f in dataclasses.fields(ShampooConfig)
+        }
+        factories = config.optimizer_factory_kwargs_by_name | {NAME: settings}
+        complete = dataclasses.replace(
+            config,
+            param_groups=config.param_groups or [_group_of_all(config)],
+            optimizer_factory_kwargs_by_name=factories,
+        )
+        try:
+            super().__init__(complete, model_parts=model_parts)
+        except (TypeError, ValueError) as error:
+            raise BadSetting(f"Cannot build Shampoo: {error}") from error
+        if not self.shampoos:
+            return
+        self.complete_groups(config.implementation)
+        self.log_summary()
+        checkpoint.look_after_shampoo()
+        metrics.look_after_shampoo()
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
+        if name == NAME:
+            return _build_shampoo
+        return OptimizersContainer._resolve_optimizer_factory(name)  # type: ignore[no-any-return]
+
+
+def _group_of_all(config: ShampooOptimizers.Config) -> ParamGroupConfig:
+    return ParamGroupConfig(
+        pattern=".*",
+        optimizer_name=NAME,
+        optimizer_kwargs={
+            "lr": config.lr,
+            "betas": (config.beta1, config.beta2),
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        },
+    )
+
+
+def _build_shampoo(groups: list[dict[str, Any]], **settings: Any) -> Shampoo:
+    """What TorchTitan calls an optimizer factory; its groups carry `param_names`."""
+    named = []
+    for group in groups:
+        pairs = list(zip(group["param_names"], group["params"], strict=True))
+        kept = {k: v for k, v in group.items() if k not in (*_OF_ADAM, "param_names")}
+        named.append(kept | {"params": pairs})
+    optimizer = Shampoo(named, **settings)
+    for group, given in zip(optimizer.param_groups, groups, strict=True):
+        group["param_names"] = given["param_names"]  # TorchTitan's keys of checkpoints
+    return optimizer
+
+
+def shampoo(
+    lr: float = 8e-4,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    param_groups: list[ParamGroupConfig] | None = None,
+    **settings: Any,
+) -> ShampooOptimizers.Config:
+    """For `config.optimizer`, in the place of TorchTitan's `default_adamw(lr=...)`.
+
+    Args:
+        lr, betas, eps, weight_decay: Of all parameters, if there are no `param_groups`.
+        param_groups: TorchTitan's; those with `optimizer_name="Shampoo"` are Shampoo's.
+        **settings: Fields of ShampooConfig.
+
+    Raises:
+        ValueError, TypeError: Names the setting, what was found and what is allowed.
+    """
+    return ShampooOptimizers.Config(
+        param_groups=param_groups or [],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        shampoo=settings_from_keywords(settings),
+    )
+
+
+@override(target=OptimizersContainer.Config, description="Shampoo in the place of Adam and AdamW")
+def use_shampoo(config: OptimizersContainer.Config, **settings: Any) -> ShampooOptimizers.Config:
+    """For `--override.imports`: Shampoo in all groups of Adam and AdamW, whose lr, betas, eps and
+    weight decay stay."""
+    groups = [
+        dataclasses.replace(group, optimizer_name=NAME) if group.optimizer_name in _ADAM else group
+        for group in config.param_groups
+    ]
+    own = settings_from_keywords(settings)
+    return derive(config, ShampooOptimizers.Config, param_groups=groups, shampoo=own)

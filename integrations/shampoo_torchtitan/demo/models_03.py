@@ -1,0 +1,41 @@
+"""Small flavors of TorchTitan 0.3's Llama 3, for the byte tokenizer and machines without a GPU."""
+
+from functools import partial
+from typing import Any
+
+from torchtitan.models import llama3
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm, compute_ffn_hidden_dim
+
+__all__ = ["register"]
+
+_VOCABULARY = 260  # 256 bytes and the special tokens, and divisible by 4 for tensor parallelism
+
+
+def _llama(dim: int, n_layers: int, n_heads: int, multiple_of: int, **backends: Any) -> Any:
+    return llama3.Llama3Model.Config(
+        dim=dim,
+        vocab_size=_VOCABULARY,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=_VOCABULARY, embedding_dim=dim, param_init=llama3._EMBEDDING_INIT
+        ),
+        norm=RMSNorm.Config(normalized_shape=dim, param_init=llama3._NORM_INIT),
+        lm_head=Linear.Config(
+            in_features=dim, out_features=_VOCABULARY, param_init=llama3._output_linear_init(dim)
+        ),
+        layers=llama3._build_llama3_layers(
+            n_layers=n_layers,
+            dim=dim,
+            n_heads=n_heads,
+            hidden_dim=compute_ffn_hidden_dim(dim, multiple_of=multiple_of),
+            rope=ComplexRoPE.Config(dim=dim // n_heads, max_seq_len=131072, theta=10000),
+            **backends,
+        ),
+    )
+
+
+def register() -> None:
+    """Adds `tiny` (for tests) and `small` (a first run in about two minutes) to `llama3`."""
+    tiny = partial(_llama, dim=64, n_layers=2, n_heads=4, multiple_of=32)
+    small = partial(_llama, dim=192, n_layers=4, n_heads=6, multiple_of=64)
+    llama3.llama3_configs.setdefault("tiny", tiny)
+    llama3.llama3_configs.setdefault("small", small)
