@@ -87,6 +87,7 @@ def _new_gradients(model: nn.Module) -> None:
 
 
 def _allocated(device: str) -> int:
+    """Bytes that are in use; from now on the peak is measured."""
     if device != "cuda":
         return 0
     torch.cuda.synchronize()

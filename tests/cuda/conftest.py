@@ -7,6 +7,8 @@ import torch
 
 # Otherwise asking whether there is a GPU would keep forked ranks from using it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# Otherwise cuBLAS may round differently from run to run while several streams are busy.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

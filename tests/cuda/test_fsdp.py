@@ -14,11 +14,17 @@ pytestmark = pytest.mark.cuda
 
 STEPS = 12
 EXACT = {"matmul_precision": "highest", "root_method": "coupled_newton"}
+EXACT_SOAP = {
+    "preconditioner": "soap",
+    "matmul_precision": "highest",
+    "start_preconditioning_step": 8,
+}
 # What each rank multiplies together may be rounded otherwise: to bf16 and TF32 with the defaults.
 CASES = [
-    (EXACT | {"preconditioner": "shampoo"}, 1e-5),
-    (EXACT | {"buckets": 3}, 1e-5),
-    ({"preconditioner": "soap", "matmul_precision": "highest"}, 1e-3),
+    (EXACT | {"preconditioner": "shampoo"}, 1e-4),
+    (EXACT | {"buckets": 3}, 1e-4),
+    # Bases that few gradients determine turn on the last bit.
+    (EXACT_SOAP, 1e-3),
     ({}, 2e-2),
 ]
 
