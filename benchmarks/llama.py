@@ -12,9 +12,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from shampoo_fsdp.config import RULES
+from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from tests.models import deterministic_gradients, set_gradients
 
-__all__ = ["Sizes", "block_flops", "build", "gradient_sets", "least_bytes", "matrix_shapes"]
+__all__ = [
+    "Sizes",
+    "block_flops",
+    "build",
+    "gradient_sets",
+    "least_bytes",
+    "matrix_shapes",
+    "specs",
+]
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,13 @@ class _Llama(nn.Module):
         self.output = nn.Linear(sizes.dim, sizes.vocab, bias=False)
 
 
-def build(sizes: Sizes, *, sharded: bool = True) -> nn.Module:
+def build(sizes: Sizes, *, sharded: bool = True, device: str = "cpu") -> nn.Module:
     """The model, the same on every call; FSDP2 over all ranks, or a whole copy on each."""
     torch.manual_seed(0)
-    model = _Llama(sizes)
+    with torch.device(device):
+        model = _Llama(sizes)
     if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -79,6 +89,16 @@ def matrix_shapes(sizes: Sizes, exclude: Sequence[str] = ()) -> list[tuple[int, 
         (p.shape[0], p.shape[1])
         for name, p in model.named_parameters()
         if p.ndim == 2 and not any(re.search(pattern, name) for pattern in exclude)
+    ]
+
+
+def specs(sizes: Sizes) -> list[ParameterSpec]:
+    """The model's parameters under FSDP2 on one rank."""
+    with torch.device("meta"):
+        model = _Llama(sizes)
+    return [
+        ParameterSpec(name, tuple(p.shape), (0,), (1,), (Sharded(0),))
+        for name, p in model.named_parameters()
     ]
 
 

@@ -13,7 +13,8 @@ time, the more the larger n. "coupled_newton" is the more exact, 10 times and mo
 is asked for no more. A QR step from the last basis takes as long as eigh (0.8 to 1.6 times) and
 leaves an error of 14% with exponent -1/4.
 
-On CUDA, not measured here, torch.linalg.eigh makes the host wait (pytorch/pytorch#175585).
+On CUDA, which `python -m benchmarks.gpu` measures, torch.linalg.eigh makes the host wait
+(pytorch/pytorch#175585).
 """
 
 import argparse
@@ -101,11 +102,11 @@ def table(title: str, rows: Rows) -> Table:
     return result
 
 
-def measure_cost(n: int, blocks: int, exponent: float) -> Rows:
+def measure_cost(n: int, blocks: int, exponent: float, device: str = "cpu") -> Rows:
     """Time, FLOPs and operators of each method for a stack of n x n matrices."""
-    sources = torch.randn(blocks, n, n) * torch.logspace(0, -3, n)
+    sources = (torch.randn(blocks, n, n) * torch.logspace(0, -3, n)).to(device)
     matrices = sources @ sources.mT
-    _, basis = eigenbasis(matrices + 1e-3 * torch.eye(n))
+    _, basis = eigenbasis(matrices + 1e-3 * torch.eye(n, device=device))
 
     def calls(stack: Tensor, q: Tensor) -> dict[str, Callable[[], Tensor]]:
         def warm() -> Tensor:
@@ -116,7 +117,8 @@ def measure_cost(n: int, blocks: int, exponent: float) -> Rows:
             "one product": lambda: stack @ stack,
         }
 
-    seconds = in_turns(calls(matrices, basis))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = in_turns(calls(matrices, basis), wait)
     eight = torch.eye(8).unsqueeze(0)  # FLOPs grow with n^3, and operators are the same for all n
     counted = calls(eight, eight)
     flops = {name: count_flops(call) / 8**3 for name, call in counted.items()}
@@ -138,14 +140,18 @@ def measure_cost(n: int, blocks: int, exponent: float) -> Rows:
     ]
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each call."""
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], wait: Callable[[], object]
+) -> dict[str, float]:
+    """Median seconds of each call; `wait` waits for its end."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for turn in range(ROUNDS + 1):
         for name, call in calls.items():
+            wait()
             before = time.perf_counter()
             call()
+            wait()
             if turn:  # the first one warms up
                 times[name].append(time.perf_counter() - before)
         if turn >= FEWEST_ROUNDS and time.perf_counter() - start > SECONDS:
@@ -191,13 +197,14 @@ def cost_model(cost: Rows) -> Rows:
     return rows
 
 
-def measure_errors(n: int, spectrum: str, exponents: Sequence[float]) -> Rows:
+def measure_errors(n: int, spectrum: str, exponents: Sequence[float], device: str = "cpu") -> Rows:
     """Errors of each method for one n x n matrix."""
-    turn = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
-    matrix = ((turn * SPECTRA[spectrum](n)) @ turn.mT).float()
+    turn = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64).to(device)).Q
+    matrix = ((turn * SPECTRA[spectrum](n).to(device)) @ turn.mT).float()
     eigenvalues, vectors = torch.linalg.eigh(matrix.double())
     # All in the basis of A, where A is diagonal.
-    gradients = eigenvalues.clamp_min(0.0).sqrt().unsqueeze(1) * torch.randn(n, 16).double()
+    white = torch.randn(n, 16).double().to(device)
+    gradients = eigenvalues.clamp_min(0.0).sqrt().unsqueeze(1) * white
     rows = []
     for exponent, method in product(exponents, ROOT_METHODS):
         treated, kept = own_eigenvalues(eigenvalues, method)

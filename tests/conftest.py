@@ -1,5 +1,7 @@
 """Settings of the whole test session."""
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -9,6 +11,8 @@ import tests.arithmetic  # noqa: F401
 # The tests' tensors are small: threads cost more than they give, and one thread makes the
 # rounding of sums independent of the machine's number of cores.
 torch.set_num_threads(1)
+
+_CUDA = Path(__file__).parent / "cuda"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +31,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="EXAMPLES",
         help="draw so many other examples for each test that draws; --hypothesis-seed repeats",
     )
+
+    group = parser.getgroup("GPUs")
+    group.addoption(
+        "--cuda",
+        nargs="?",
+        const="cuda",
+        choices=("cuda", "cpu"),
+        help="run only the tests of GPUs; with 'cpu' on the CPU, which tests the tests",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests of GPUs run alone or not at all."""
+    if config.getoption("--cuda") is None:
+        return True if _CUDA in (collection_path, *collection_path.parents) else None
+    others = collection_path.is_file() and _CUDA not in collection_path.parents
+    return True if others else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

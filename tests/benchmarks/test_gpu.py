@@ -1,0 +1,47 @@
+"""The benchmark of GPUs, on the CPU: that it runs, and what it says where there is no GPU."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from shampoo_fsdp.rules.roots import ROOT_METHODS
+from tests.benchmarks.test_benchmarks import benchmark
+
+
+def test_a_tiny_model_on_the_cpu(tmp_path):
+    file = tmp_path / "gpu.json"
+    printed = benchmark(
+        "gpu",
+        *("--device", "cpu", "--dim", "64", "--layers", "1", "--ffn", "160", "--vocab", "100"),
+        *("--rows", "fused|^ours", "--seconds", "0", "--root-sizes", "24", "--study-steps", "0"),
+        *("--json", str(file)),
+    )
+    found = json.loads(file.read_text())
+    assert not [line for line in found["left_out"] if not line.startswith("No rows for")]
+    adamw, *ours = found["steps"]
+    assert [row["row"] for row in ours] == ["ours: kl_shampoo", "ours: shampoo", "ours: soap"]
+    assert adamw["timed_steps"] == 1 and adamw["dry_kernels"] < 10
+    assert adamw["state_bytes_per_parameter"] == pytest.approx(8.0, rel=0.05)
+    for row in ours:
+        assert row["row"] in printed
+        assert row["timed_steps"] == 10  # a period
+        assert 0.0 < row["median_ms"] <= row["slowest_ms"]
+        assert row["dry_kernels"] > 100 and row["model_ms"] > 0.0 and row["dry_peak_mb"] > 0.0
+        assert row["kernels"] is None and row["peak_mb"] is None
+    effects = {
+        row["method"]: row["effect, condition 1e4"]
+        for row in found["roots"]
+        if row["effect, condition 1e4"] != "-"
+    }
+    assert set(effects) == set(ROOT_METHODS)
+    assert all(0.0 < effect < 0.13 for effect in effects.values())
+
+
+def test_nothing_is_measured_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 0
+    said = capsys.readouterr()
+    assert said.err == "benchmarks.gpu needs a CUDA GPU; there is none here.\n"
+    assert said.out == ""

@@ -1,0 +1,58 @@
+"""FSDP2 over NCCL: the weights are those of one process."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from shampoo_fsdp import Shampoo
+from tests.cuda.meshes import SETTINGS, sharded_llama, start, step_with
+from tests.distributed.test_meshes import relative_difference
+from tests.models import TinyLlama, full_parameters
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.cuda
+
+STEPS = 12
+EXACT = {"matmul_precision": "highest", "root_method": "coupled_newton"}
+EXACT_SOAP = {
+    "preconditioner": "soap",
+    "matmul_precision": "highest",
+    "start_preconditioning_step": 8,
+}
+# What each rank multiplies together may be rounded otherwise: to bf16 and TF32 with the defaults.
+CASES = [
+    (EXACT | {"preconditioner": "shampoo"}, 1e-4),
+    (EXACT | {"buckets": 3}, 1e-4),
+    # Bases that few gradients determine turn on the last bit.
+    (EXACT_SOAP, 1e-3),
+    ({}, 2e-2),
+]
+
+
+def train(model: TinyLlama, settings: dict[str, object]) -> dict[str, Tensor]:
+    optimizer = Shampoo(model.named_parameters(), **SETTINGS, **settings)
+    for step in range(STEPS):
+        step_with(model, optimizer, step)
+    return {name: p.cpu() for name, p in full_parameters(model).items()}
+
+
+def train_on_ranks(device_type: str, settings: dict[str, object]) -> dict[str, Tensor]:
+    start(device_type)
+    return train(sharded_llama(device_type), settings)
+
+
+def compare(device: torch.device, ranks: int, settings: dict[str, object], most: float) -> None:
+    alone = train(TinyLlama().to(device), settings)
+    found = run_ranks(ranks, train_on_ranks, init=False, device_type=device.type, settings=settings)
+    for parameters in found:
+        assert relative_difference(parameters, alone) <= most
+
+
+@pytest.mark.parametrize(("settings", "most"), CASES)
+def test_one_rank_equals_one_process(device, settings, most):
+    compare(device, 1, settings, most)
+
+
+@pytest.mark.parametrize(("settings", "most"), CASES)
+def test_all_ranks_equal_one_process(device, gpus, settings, most):
+    compare(device, gpus, settings, most)
