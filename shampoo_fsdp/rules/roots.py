@@ -217,7 +217,7 @@ def root_residual(
 @functools.cache
 def _probes(n: int, dtype: torch.dtype) -> Tensor:
     """Two vectors of n numbers, [2, n], on the CPU."""
-    k = torch.arange(n, dtype=torch.float64)
+    k = torch.arange(n, dtype=torch.float64, device="cpu")
     phases = torch.stack((k * (0.618 * k + 1.0), k * (0.414 * k + 1.0)))
     # Rows: on CPUs a batch of row times matrix is several times as fast as of matrix times column.
     return phases.cos().to(dtype)

@@ -300,7 +300,7 @@ class BlockStack:
         self.skipped_blocks += skipped.sum()
 
     def _on_device(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-        return to_device(torch.tensor(values, dtype=dtype), self.device)
+        return to_device(torch.tensor(values, dtype=dtype, device="cpu"), self.device)
 
 
 def _compile(function: Callable[P, T]) -> Callable[P, T]:

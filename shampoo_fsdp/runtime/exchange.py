@@ -74,7 +74,7 @@ class Exchange:
         self._gather = way(in_shards("gather_out"), in_blocks("gather_in"))
         self._scatter = way(in_blocks("scatter_out"), in_shards("scatter_in"))
         self._work: dist.Work | None = None
-        self._leaving = self._arriving = torch.empty(0)
+        self._leaving = self._arriving = torch.empty(0, device="cpu")
         """What travels, and the rows that stay with memory for those that come after them."""
 
     def send_gradients(self, gradients: Sequence[Tensor | None]) -> None:
@@ -154,7 +154,7 @@ class Exchange:
     def _arrived(self) -> Tensor:
         self._finish()
         arrived = self._arriving
-        self._leaving = self._arriving = torch.empty(0)
+        self._leaving = self._arriving = torch.empty(0, device="cpu")
         return arrived
 
     def _finish(self) -> None:

@@ -56,7 +56,9 @@ class Member:
     def create_counters(self) -> None:
         """Zero, as tensors: checkpoints are read into them."""
         names = ("step", *(("factor_step", "refreshed") if self.part else ()))
-        self.state.update({name: torch.zeros((), dtype=torch.float32) for name in names})
+        self.state.update(
+            {name: torch.zeros((), dtype=torch.float32, device="cpu") for name in names}
+        )
 
     @property
     def step(self) -> int:

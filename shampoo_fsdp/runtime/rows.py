@@ -32,16 +32,15 @@ class Piece:
 
     def rows(self, width: int) -> Tensor:
         """Numbers of its rows, [numel / width], int32, on the CPU."""
-        numbers = torch.tensor(self.start // width, dtype=torch.int32)
+        numbers = torch.tensor(self.start // width, dtype=torch.int32, device="cpu")
         stride = math.prod(self.sizes) // width
         for size, part in zip(self.sizes[:-1], self.slices[:-1], strict=True):
             stride //= size
-            steps = torch.arange(part.start, part.stop, dtype=torch.int32) * stride
+            steps = torch.arange(part.start, part.stop, dtype=torch.int32, device="cpu") * stride
             numbers = numbers.unsqueeze(-1) + steps
-        last = self.slices[-1]
+        columns = self.slices[-1].start // width, self.slices[-1].stop // width
         return (
-            numbers.unsqueeze(-1)
-            + torch.arange(last.start // width, last.stop // width, dtype=torch.int32)
+            numbers.unsqueeze(-1) + torch.arange(*columns, dtype=torch.int32, device="cpu")
         ).flatten()
 
 
@@ -82,7 +81,7 @@ def find_way(
     (stay, leave), (stayed, came) = (_apart(pieces, me) for pieces in (sources, targets))
     order = _rows([*stayed, *came], width)
     arrived = torch.empty_like(order)
-    arrived[order.long()] = torch.arange(len(order), dtype=order.dtype)
+    arrived[order.long()] = torch.arange(len(order), dtype=order.dtype, device="cpu")
     return Way(
         to_device(_rows(stay, width), device),
         to_device(_rows(leave, width), device),
@@ -100,7 +99,9 @@ def _apart(pieces: Sequence[Piece], me: int) -> tuple[list[Piece], list[Piece]]:
 
 
 def _rows(pieces: Sequence[Piece], width: int) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.int32), *(p.rows(width) for p in pieces)])
+    return torch.cat(
+        [torch.empty(0, dtype=torch.int32, device="cpu"), *(p.rows(width) for p in pieces)]
+    )
 
 
 def _numbers(pieces: Sequence[Piece], width: int, ranks: int) -> list[int]:

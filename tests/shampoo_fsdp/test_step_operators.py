@@ -116,3 +116,16 @@ def test_all_that_a_step_makes_on_the_host_goes_that_way(monkeypatch):
     optimizer.load_state_dict(optimizer.state_dict())  # starts those factors anew
     assert {values.dtype for values in made} == {torch.bool, torch.int64, torch.float32}
     assert {id(values) for values in made} == {id(values) for values in moved}
+
+
+def test_a_default_device_of_the_program_is_no_business_of_ours():
+    model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=1)
+    with torch.device("meta"):
+        optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=8)
+    for step in range(3):
+        set_gradients(model, deterministic_gradients(model, step))
+        with torch.device("meta"):
+            optimizer.step()
+            state = optimizer.state_dict()
+            optimizer.load_state_dict(state)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
