@@ -112,6 +112,33 @@ def test_a_model_may_be_cast_to_another_type_on_a_mesh():
         assert relative_difference(parameters, alone) <= 1e-5
 
 
+def train_on_bf16_gradients(layout: str, kept_as: torch.dtype) -> dict[str, Tensor]:
+    built = build(layout)
+    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
+    for step in range(6):
+        gradients = deterministic_gradients(built.model, step, dtype=torch.bfloat16)
+        set_gradients(built.model, gradients)
+        for number, p in enumerate(built.model.parameters()):
+            if number % 3:
+                gradient = p.grad.to(kept_as)
+                p.grad, p.grad_dtype = None, kept_as
+                p.grad = gradient
+        optimizer.step()
+        for p in built.model.parameters():
+            p.grad, p.grad_dtype = None, p.dtype
+    return full_parameters(built.model)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch allows no other type")
+def test_gradients_of_another_type_than_their_parameters_travel_as_well():
+    for layout, world in (("fsdp", 2), ("tp_fsdp", 4)):
+        expected, found = (
+            run_ranks(world, train_on_bf16_gradients, layout=layout, kept_as=dtype)[0]
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        assert relative_difference(found, expected) == 0.0
+
+
 def test_blocks_cut_at_shards_are_trained_as_well():
     """Another grid, so another update; but the same one on every replica."""
     replicas = run_ranks(4, train, layout="hsdp", block_alignment="shard")
