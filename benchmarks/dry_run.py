@@ -25,7 +25,7 @@ from torch.optim.adamw import adamw
 
 from benchmarks.dry_run_tables import print_tables
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.config import settings_from_keywords
+from shampoo_fsdp.hyperparameters import settings_from_keywords
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.plan.totals import Totals

@@ -4,27 +4,17 @@
 ``[optimizer.shampoo]`` table of a TorchTitan job file.
 """
 
-import dataclasses
 import math
-import re
 import typing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
-from shampoo_fsdp.validation import (
-    TORCH_OPTIONS,
-    check_range,
-    check_torch_options,
-    misfit,
-    refuse,
-    refuse_unknown,
-)
+from shampoo_fsdp.validation import check_patterns, check_positive, check_range, misfit, refuse
 
 __all__ = [
     "RULES",
     "RuleSettings",
     "ShampooConfig",
-    "settings_from_keywords",
 ]
 
 # Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
@@ -42,6 +32,7 @@ _AT_LEAST = {
     "buckets": 1,
     "refresh_warmup_steps": 0,
     "ranks_per_node": 1,
+    "head_dim": 1,
 }
 _SHARES = ("grafting_beta2", "beta3", "momentum", "dampening")
 _POSITIVE = ("preconditioner_eps", "excluded_lr_factor", "max_factor_ratio")
@@ -87,6 +78,16 @@ class ShampooConfig:
     convolution) is the matrix [out, rest]; 'small': neighbours whose product is at most
     max_preconditioner_dim, as in the paper, in matrices too. A parameter of three dimensions is a
     batch of matrices in any case, as the experts of a MoE layer are."""
+
+    split_heads: list[str] = field(default_factory=list)
+    """Regular expressions; a matrix [rows, in], or each of a batch of them, whose name contains a
+    match is cut along its rows at every multiple of head_dim, so that no block has rows of two
+    heads: projections to queries, keys and values, also where they are fused."""
+
+    head_dim: int | None = None
+    """Rows of a head in what split_heads matches, or of several heads that share their blocks; it
+    must divide the rows. Where it is below 1 / max_factor_ratio of a block's other side, that side
+    has no factor."""
 
     preconditioner: str = "kl_shampoo"
     """The rule. 'shampoo': inverse roots of the gradient's second moment on each side; 'soap': Adam
@@ -235,8 +236,7 @@ class ShampooConfig:
             check_range(name, getattr(self, name), 0.0, 1.0)
         check_range("grafting_eps", self.grafting_eps, 0.0)
         for name in _POSITIVE:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
-                refuse(name, getattr(self, name), "a positive number")
+            check_positive(name, getattr(self, name))
         if self.nesterov and not (self.momentum > 0.0 and self.dampening == 0.0):
             refuse("nesterov", True, "false without a momentum > 0 or with dampening")
         for exponent in self.root_exponents:
@@ -250,13 +250,10 @@ class ShampooConfig:
                 methods = "no longer that: 'polynomial' takes fewer products, otherwise " + methods
             refuse("root_method", self.root_method, f"{methods} for {self.preconditioner}")
         self.rule.check(self)
-        for pattern in self.exclude:
-            if not pattern:
-                refuse("exclude", "", "no empty pattern, which is in every name ('.' says so)")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                refuse("exclude", pattern, f"regular expressions ({error})")
+        check_patterns("exclude", self.exclude)
+        check_patterns("split_heads", self.split_heads)
+        if self.split_heads and self.head_dim is None:
+            refuse("head_dim", None, "an integer >= 1 with 'split_heads', the rows of a head")
 
     @property
     def rule(self) -> type[RuleSettings]:
@@ -284,14 +281,3 @@ class ShampooConfig:
         least = max(1, warmup // frequency)
         period = step // least if step <= least**2 else math.isqrt(2 * step - least**2)
         return min(max(1, period), frequency)
-
-
-def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
-    """The configuration for keyword arguments; a TypeError names an unknown one.
-
-    Options of torch.optim's optimizers are checked and left out.
-    """
-    check_torch_options(keywords)
-    keywords = {name: value for name, value in keywords.items() if name not in TORCH_OPTIONS}
-    refuse_unknown(keywords, [f.name for f in dataclasses.fields(ShampooConfig)])
-    return ShampooConfig(**keywords)

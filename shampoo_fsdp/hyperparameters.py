@@ -1,13 +1,21 @@
-"""What parameter groups say: lr, betas, eps and weight_decay."""
+"""What keyword arguments say, and parameter groups: lr, betas, eps and weight_decay."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.validation import check_range, is_number, refuse
+from shampoo_fsdp.validation import (
+    TORCH_OPTIONS,
+    check_range,
+    check_torch_options,
+    is_number,
+    refuse,
+    refuse_unknown,
+)
 
-__all__ = ["GroupSettings", "validate_hyperparameters"]
+__all__ = ["GroupSettings", "settings_from_keywords", "validate_hyperparameters"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +91,14 @@ def validate_hyperparameters(
             f"a number below 1 here, since '{method}' averages the second moment{of} with it; to "
             "sum the factors all the same, set 'grafting_beta2', which it then takes",
         )
+
+
+def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
+    """The configuration for keyword arguments; a TypeError names an unknown one.
+
+    Options of torch.optim's optimizers are checked and left out.
+    """
+    check_torch_options(keywords)
+    keywords = {name: value for name, value in keywords.items() if name not in TORCH_OPTIONS}
+    refuse_unknown(keywords, [f.name for f in dataclasses.fields(ShampooConfig)])
+    return ShampooConfig(**keywords)

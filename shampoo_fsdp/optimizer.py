@@ -8,8 +8,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.config import ShampooConfig, settings_from_keywords
-from shampoo_fsdp.hyperparameters import GroupSettings
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
+from shampoo_fsdp.plan.grid import patterns_without_heads
 from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
@@ -28,6 +29,7 @@ from shampoo_fsdp.runtime.schedule import take_steps
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.runtime.team import make_parameters, refuse_nonfinite, summary
 from shampoo_fsdp.state import create_state, forget_reading, load_state
+from shampoo_fsdp.validation import name_some
 
 __all__ = ["Shampoo"]
 
@@ -122,6 +124,14 @@ class Shampoo(torch.optim.Optimizer):
         if self.config.exclude and not self._given.named and matrices:
             warnings.warn(
                 warning_without_names(len(self._parameters.members), matrices), stacklevel=3
+            )
+        names = [member.name for member in self._parameters.members if member.part]
+        # No error: a stage of a pipeline may have no attention.
+        if unmatched := patterns_without_heads(names, self.config):
+            warnings.warn(
+                f"setting 'split_heads' has {name_some(unmatched)}, which the name of no "
+                "preconditioned parameter matches; nothing is cut there.",
+                stacklevel=3,
             )
         self._watch = Stopwatch(self._parameters.device)
         self._seen_a_gradient = False

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any, Literal, NoReturn
 __all__ = [
     "REMOVED",
     "TORCH_OPTIONS",
+    "check_patterns",
+    "check_positive",
     "check_range",
     "check_torch_options",
     "is_number",
@@ -92,6 +95,22 @@ def check_range(name: str, value: float | None, least: float, below: float = mat
     if value is not None and not least <= value < below:
         kind = "an integer" if isinstance(least, int) else "a number"
         refuse(name, value, f"{kind} >= {least:g}" if below == math.inf else f"0 <= {name} < 1")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0.0):
+        refuse(name, value, "a positive number")
+
+
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """Raise a ValueError for the first that is empty or no regular expression."""
+    for pattern in patterns:
+        if not pattern:
+            refuse(name, "", "no empty pattern, which is in every name ('.' says so)")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            refuse(name, pattern, f"regular expressions ({error})")
 
 
 def name_some(names: Sequence[str]) -> str:

@@ -56,8 +56,8 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
     if MARKER in here and shape_of(saved[MARKER]) != shape_of(here[MARKER]):
         yield (
             f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
-            "'large_dim', 'merge_dims' and 'block_alignment' (batched_3d = false and merge_dims = "
-            "'none' have been removed)."
+            "'split_heads' with 'head_dim', 'large_dim', 'merge_dims' and 'block_alignment' "
+            "(batched_3d = false and merge_dims = 'none' have been removed)."
         )
     for entry, value in here.items():
         if entry not in saved:

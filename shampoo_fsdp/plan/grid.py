@@ -2,15 +2,16 @@
 
 A parameter is seen through a *view* of its shape in which small dimensions may be merged. Each
 dimension of the view is cut into tiles of nearly equal size; a block is one tile per dimension.
-The grid depends on the shape and on the settings alone (with block_alignment = "shard" on the
-shards as well).
+The grid depends on the name, the shape and the settings alone (with block_alignment = "shard" on
+the shards as well).
 """
 
 import itertools
 import math
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
@@ -20,7 +21,9 @@ __all__ = [
     "Rectangle",
     "cut_view",
     "even_cuts",
+    "head_rows",
     "make_grid",
+    "patterns_without_heads",
     "view_dims",
 ]
 
@@ -86,19 +89,45 @@ class BlockGrid:
         return tuple(stop - start for start, stop in self.rectangle(coordinate)[self.batch_dims :])
 
 
+def head_rows(name: str, shape: Sequence[int], config: ShampooConfig) -> int | None:
+    """Rows of a head if the parameter is cut between heads (see `split_heads`), else None.
+
+    Raises:
+        ValueError: names the parameter whose rows they do not divide.
+    """
+    if not any(re.search(pattern, name) for pattern in config.split_heads):
+        return None
+    assert config.head_dim is not None
+    _, batch_dims = view_dims(shape, config, config.head_dim)
+    if shape[batch_dims] % config.head_dim:
+        raise ValueError(
+            f"parameter '{name}' of {tuple(shape)}, which setting 'split_heads' matches, has "
+            f"{shape[batch_dims]:,} rows; allowed: a multiple of 'head_dim' = {config.head_dim}."
+        )
+    return config.head_dim
+
+
+def patterns_without_heads(names: Iterable[str], config: ShampooConfig) -> list[str]:
+    """The expressions of `split_heads` that match none of the names."""
+    names = list(names)
+    return [p for p in config.split_heads if not any(re.search(p, name) for name in names)]
+
+
 def view_dims(
-    shape: Sequence[int], config: ShampooConfig
+    shape: Sequence[int], config: ShampooConfig, head: int | None = None
 ) -> tuple[tuple[tuple[int, ...], ...], int]:
     """Which dimensions of a parameter make each dimension of its view, and how many are batches.
 
-    Experts [E, m, n] are E matrices; for the rest see `merge_dims`.
+    Experts [E, m, n] are E matrices; for the rest see `merge_dims`. Where there are heads, rows are
+    merged with nothing.
     """
     order = len(shape)
+    matrix = config.merge_dims == "matrix" or head is not None
     if order == 3:
         return ((0,), (1,), (2,)), 1
-    if config.merge_dims == "matrix" and order > 3:
+    if matrix and order > 3:
         return ((0,), tuple(range(1, order))), 0
-    if config.merge_dims == "matrix":
+    if matrix:
         return tuple((d,) for d in range(order)), 0
     # Shi et al. 2023 (arXiv 2309.06497), section 3.3.
     groups: list[list[int]] = []
@@ -114,16 +143,19 @@ def view_dims(
 
 
 def make_grid(
-    shape: Sequence[int], config: ShampooConfig, borders: Sequence[Sequence[int]] = ()
+    shape: Sequence[int],
+    config: ShampooConfig,
+    borders: Sequence[Sequence[int]] = (),
+    head: int | None = None,
 ) -> BlockGrid:
     """The grid of a parameter of at least one dimension and one element.
 
     `borders` are further borders along each dimension of the view that no block may cross (those
-    of the shards, with `block_alignment = "shard"`).
+    of the shards, with `block_alignment = "shard"`); `head` is what `head_rows` says.
     """
-    dims, batch_dims = view_dims(shape, config)
+    dims, batch_dims = view_dims(shape, config, head)
     view_shape = tuple(math.prod(shape[d] for d in group) for group in dims)
-    return cut_view(view_shape, batch_dims, config, borders)
+    return cut_view(view_shape, batch_dims, config, borders, head)
 
 
 def cut_view(
@@ -131,8 +163,9 @@ def cut_view(
     batch_dims: int,
     config: ShampooConfig,
     borders: Sequence[Sequence[int]] = (),
+    head: int | None = None,
 ) -> BlockGrid:
-    """The grid of a view, of which the first dimensions count batches."""
+    """The grid of a view, of which the first dimensions count batches and the next one rows."""
     whole = config.large_dim == "diagonal" or (
         config.large_dim == "one_sided"
         and any(size <= config.max_preconditioner_dim for size in view_shape[batch_dims:])
@@ -140,7 +173,8 @@ def cut_view(
     cuts = []
     for d, size in enumerate(view_shape):
         cap = 1 if d < batch_dims else size if whole else config.max_preconditioner_dim
-        fixed = sorted({0, size, *(borders[d] if borders else ())})
+        between_heads = range(0, size, head) if head and d == batch_dims else ()
+        fixed = sorted({0, size, *(borders[d] if borders else ()), *between_heads})
         pieces = [even_cuts(start, stop, cap) for start, stop in itertools.pairwise(fixed)]
         cuts.append((0, *itertools.chain.from_iterable(piece[1:] for piece in pieces)))
     return BlockGrid(view_shape, batch_dims, tuple(cuts))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.grid import BlockGrid, Rectangle, make_grid, view_dims
+from shampoo_fsdp.plan.grid import BlockGrid, Rectangle, head_rows, make_grid, view_dims
 
 __all__ = [
     "ParameterSpec",
@@ -83,8 +83,9 @@ class Site:
 class ShardMap:
     """The grid of a parameter and who holds which piece of its blocks.
 
-    Parameters of one shape and layout share one map, so that planning costs little more for a
-    hundred layers than for one. Ranks are positions among the ascending ranks of the mesh.
+    Parameters of one shape, layout and size of heads share one map, so that planning costs little
+    more for a hundred layers than for one. Ranks are positions among the ascending ranks of the
+    mesh.
     """
 
     grid: BlockGrid
@@ -99,9 +100,9 @@ class ShardMap:
     """Divides the length, along the last dimension, of every part of a block that a shard holds:
     blocks and shards are rows of this many elements, the same on every rank."""
 
-    def __init__(self, parameter: ParameterSpec, config: ShampooConfig) -> None:
+    def __init__(self, parameter: ParameterSpec, config: ShampooConfig, head: int | None) -> None:
         shape, mesh_shape, placements = parameter.shape, parameter.mesh_shape, parameter.placements
-        dims, _ = view_dims(shape, config)
+        dims, _ = view_dims(shape, config, head)
         position = {rank: i for i, rank in enumerate(sorted(parameter.ranks))}
         replicated = [d for d, p in enumerate(placements) if p is None]
         self.replicas = math.prod(mesh_shape[d] for d in replicated)
@@ -122,7 +123,8 @@ class ShardMap:
         self._holders = {rectangle: tuple(ranks) for rectangle, ranks in holders.items()}
         self._intervals = [sorted({r[d] for r in holders}) for d in range(len(dims))]
         borders = [sorted(set(itertools.chain(*pairs))) for pairs in self._intervals]
-        self.grid = make_grid(shape, config, borders if config.block_alignment == "shard" else ())
+        of_shards = borders if config.block_alignment == "shard" else ()
+        self.grid = make_grid(shape, config, of_shards, head)
         self.row_width = math.gcd(*self.grid.cuts[-1], *borders[-1])
         self.sites = [self._site(coordinate) for coordinate in self.grid.coordinates()]
 
@@ -160,15 +162,18 @@ def shard_maps(parameters: Sequence[ParameterSpec], config: ShampooConfig) -> li
     """The map of each parameter.
 
     Raises:
-        ValueError: names the parameter whose placement is not supported.
+        ValueError: names the parameter whose placement is not supported, or whose heads have other
+            rows than the setting `head_dim` says.
     """
     known: dict[tuple[object, ...], ShardMap] = {}
     maps = []
     for parameter in parameters:
-        layout = (parameter.shape, parameter.ranks, parameter.mesh_shape, parameter.placements)
+        head = head_rows(parameter.name, parameter.shape, config)
+        where = (parameter.ranks, parameter.mesh_shape, parameter.placements)
+        layout = (parameter.shape, head, *where)
         if layout not in known:
             try:
-                known[layout] = ShardMap(parameter, config)
+                known[layout] = ShardMap(parameter, config, head)
             except UnsupportedPlacement as error:
                 raise ValueError(
                     f"parameter '{parameter.name}' cannot be planned: {error}."

@@ -247,9 +247,20 @@ def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:
 
     Args:
         replicas: where plain tensors are replicated; without it this rank trains them alone.
+
+    Raises:
+        ValueError: names a DTensor whose mesh dimensions cut one of its dimensions in another order
+            than theirs, without saying so in its placements.
     """
     shape = tuple(parameter.shape)
     if isinstance(parameter, DTensor):
+        # Not every version of torch has it, and it is None where placements say all.
+        for dim, order in getattr(parameter._spec, "shard_order", None) or ():
+            if list(order) != sorted(order):
+                raise ValueError(
+                    f"dimension {dim} of parameter '{name}' is sharded by mesh dimensions "
+                    f"{tuple(order)} in this order; allowed: ascending (or _StridedShard)."
+                )
         mesh = parameter.device_mesh
         ranks = tuple(mesh.mesh.flatten().tolist())
         placements = tuple(map(placement_of, parameter.placements))

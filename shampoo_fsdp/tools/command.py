@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from shampoo_fsdp.config import ShampooConfig, settings_from_keywords
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.hyperparameters import settings_from_keywords
 from shampoo_fsdp.tools.inspection import inspect_checkpoint
 from shampoo_fsdp.tools.inspection_plot import plot as draw
 from shampoo_fsdp.tools.inspection_report import as_json, print_report

@@ -4,11 +4,12 @@ Everything is read piece by piece, so that a checkpoint of any size fits into on
 """
 
 import dataclasses
+import itertools
 import math
 import operator
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,11 +231,22 @@ def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
         raise ValueError(f"'{keys['exp_avg']}' is empty.")
     ends = [map(operator.add, *piece) for piece in reader.pieces(keys["exp_avg"])]
     cuts = tuple(tuple(sorted({0, *along})) for along in zip(*ends, strict=True))
-    guesses = [BlockGrid(view, batch_dims, cuts) for batch_dims in (0, 1)]
-    for large_dim in typing.get_args(typing.get_type_hints(ShampooConfig)["large_dim"]):
-        config = ShampooConfig(max_preconditioner_dim=cap, large_dim=large_dim)
-        guesses += [cut_view(view, batch_dims, config) for batch_dims in (0, 1)]
-    for grid in guesses:
+    guesses = (BlockGrid(view, batch_dims, cuts) for batch_dims in (0, 1))
+    for grid in itertools.chain(guesses, _grids(view, cap)):
         if grid.fingerprint == fingerprint:
             return grid
     raise ValueError(f"the blocks of '{keys['exp_avg']}' are cut in a way that is not known here.")
+
+
+def _grids(view: tuple[int, ...], cap: int) -> Iterator[BlockGrid]:
+    """Those that the settings give; those between heads of any size last, which take longer."""
+    choices = typing.get_args(typing.get_type_hints(ShampooConfig)["large_dim"])
+    configs = [ShampooConfig(max_preconditioner_dim=cap, large_dim=choice) for choice in choices]
+    kinds = list(itertools.product(range(min(2, len(view))), configs))
+    for batch_dims, config in kinds:
+        yield cut_view(view, batch_dims, config)
+    for batch_dims, config in kinds:
+        rows = view[batch_dims]
+        for head in range(1, rows):
+            if rows % head == 0:
+                yield cut_view(view, batch_dims, config, head=head)

@@ -30,6 +30,8 @@ CHECKPOINTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "kl_shampoo": ("fsdp", True, {"preconditioner": "kl_shampoo", "large_dim": "diagonal"}),
     "soap, packed": ("fsdp", True, {"preconditioner": "soap", "symmetric_packing": True}),
     "fewer factors": ("single", True, {"max_factor_ratio": 0.5}),
+    "heads": ("single", True, {"split_heads": ["wq"], "head_dim": 6}),
+    "heads, two ranks": ("fsdp", True, {"split_heads": ["wq"], "head_dim": 6}),
     "cut at shards": ("fsdp", True, {"block_alignment": "shard"}),
 }
 """Layout, whether the state dict is flat, and settings."""
@@ -99,6 +101,8 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
         ("kl_shampoo", {WQ: ["diagonal"] * 2, WQ.replace("wq", "wk"): ["full", "diagonal"]}),
         ("soap, packed", {WQ: ["packed", "packed"]}),
         ("fewer factors", {WQ: ["full", "full"], "layers.0.feed_forward.w1.weight": ["full"]}),
+        ("heads", {WQ: ["full", "full"]}),
+        ("heads, two ranks", {WQ: ["full", "full"]}),
         ("cut at shards", {WQ: ["full", "full"]}),
     ],
 )
@@ -114,6 +118,15 @@ def test_every_kind_of_factor_is_known(folder, capsys, name, kinds):
                 sides = [block["shape"][f["dimension"]] for f in factors]
                 assert [f["n"] for f in factors] == sides
                 assert all(f["condition_number"] >= 1.0 for f in block["factors"])
+
+
+@pytest.mark.parametrize("name", ["heads", "heads, two ranks"])
+def test_blocks_are_cut_between_heads(folder, capsys, name):
+    report = inspect(capsys, folder / name, "--parameter", "layers.0.attention.wq")
+    (wq,) = report["parameters"]
+    assert [b["offsets"] for b in wq["blocks"]] == [
+        [row, column] for row in (0, 6, 12, 18) for column in (0, 12)
+    ]
 
 
 def test_numbers_that_are_not_finite_are_found(folder, capsys, tmp_path):

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, str]] = {
     "smaller blocks": ("shampoo", {"max_preconditioner_dim": 8}, "'max_preconditioner_dim' is 16"),
     "large blocks": ("shampoo", {"max_preconditioner_dim": 64}, "in the checkpoint, but 64 here"),
     "diagonals": ("shampoo", {"large_dim": "diagonal"}, "'large_dim'"),
+    "heads": ("shampoo", {"split_heads": ["wq", "wk"], "head_dim": 6}, "'split_heads' with 'head_"),
     "packed": ("shampoo", {"symmetric_packing": True}, "'symmetric_packing'"),
     "fewer factors": ("shampoo", {"max_factor_ratio": 0.5}, "'max_factor_ratio'"),
     "qr": ("shampoo", {"root_method": "qr"}, "'root_method'"),
@@ -164,7 +165,16 @@ def same(before: dict[str, Any], after: dict[str, Any], *entries: str, name: str
 
 @pytest.mark.parametrize(
     "name",
-    ["smaller blocks", "large blocks", "diagonals", "packed", "qr", "to soap", "from adamw"],
+    [
+        "smaller blocks",
+        "large blocks",
+        "diagonals",
+        "heads",
+        "packed",
+        "qr",
+        "to soap",
+        "from adamw",
+    ],
 )
 def test_where_factors_do_not_fit_the_moments_do(results, name):
     before, after = results.before_and_after(name)

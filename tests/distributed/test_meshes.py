@@ -58,6 +58,42 @@ def test_every_mesh_equals_one_process(layout, world, sizes):
         assert relative_difference(parameters, alone) <= 1e-5
 
 
+HEADS = {"split_heads": [r"\.w[qkv]\."], "head_dim": 6}
+
+
+def train_with_heads(layout: str) -> tuple[dict[str, Tensor], list[tuple[object, ...]], float]:
+    """Parameters, the blocks of each matrix, and the state of all ranks together."""
+    built = build(layout)
+    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS, **HEADS)
+    for step in range(6):
+        set_gradients(built.model, deterministic_gradients(built.model, step))
+        optimizer.step()
+    parts = [part for team in optimizer._parameters.teams for part in team.parts.items()]
+    grids = sorted((member.name, part.grid.view_shape, part.grid.cuts) for member, part in parts)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return full_parameters(built.model), grids, ranks * optimizer.summary()["state_mib_mean"]
+
+
+def test_heads_are_split_alike_on_every_mesh():
+    parameters, grids, state = train_with_heads("single")
+    rows = {name: cuts[0] for name, _, cuts in grids}
+    assert rows["layers.1.attention.wq.weight"] == (0, 6, 12, 18, 24)
+    assert rows["layers.1.attention.wk.weight"] == (0, 6, 12)
+    assert rows["layers.1.attention.wo.weight"] == (0, 12, 24)
+    for layout, world in (("fsdp", 2), ("tp_fsdp", 4)):
+        for theirs, their_grids, their_state in run_ranks(world, train_with_heads, layout=layout):
+            assert relative_difference(theirs, parameters) <= 1e-5
+            assert their_grids == grids and their_state == pytest.approx(state)
+
+
+def test_heads_are_split_where_blocks_are_cut_at_shards_as_well():
+    settings = {**HEADS, "block_alignment": "shard"}
+    replicas = run_ranks(4, train, layout="hsdp", **settings)
+    for parameters in replicas[1:]:
+        assert relative_difference(parameters, replicas[0]) == 0.0
+    assert 0.0 < relative_difference(replicas[0], train("single", **HEADS)) < 0.5
+
+
 def train_after_casting(layout: str) -> dict[str, Tensor]:
     built = build(layout)
     optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
@@ -74,6 +110,33 @@ def test_a_model_may_be_cast_to_another_type_on_a_mesh():
     assert all(parameter.dtype == torch.float64 for parameter in alone.values())
     for parameters in run_ranks(2, train_after_casting, layout="fsdp"):
         assert relative_difference(parameters, alone) <= 1e-5
+
+
+def train_on_bf16_gradients(layout: str, kept_as: torch.dtype) -> dict[str, Tensor]:
+    built = build(layout)
+    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
+    for step in range(6):
+        gradients = deterministic_gradients(built.model, step, dtype=torch.bfloat16)
+        set_gradients(built.model, gradients)
+        for number, p in enumerate(built.model.parameters()):
+            if number % 3:
+                gradient = p.grad.to(kept_as)
+                p.grad, p.grad_dtype = None, kept_as
+                p.grad = gradient
+        optimizer.step()
+        for p in built.model.parameters():
+            p.grad, p.grad_dtype = None, p.dtype
+    return full_parameters(built.model)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch allows no other type")
+def test_gradients_of_another_type_than_their_parameters_travel_as_well():
+    for layout, world in (("fsdp", 2), ("tp_fsdp", 4)):
+        expected, found = (
+            run_ranks(world, train_on_bf16_gradients, layout=layout, kept_as=dtype)[0]
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        assert relative_difference(found, expected) == 0.0
 
 
 def test_blocks_cut_at_shards_are_trained_as_well():

@@ -3,13 +3,14 @@
 import itertools
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.assignment import refresh_phase
-from shampoo_fsdp.plan.grid import even_cuts, make_grid
+from shampoo_fsdp.plan.grid import even_cuts, head_rows, make_grid
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
@@ -51,6 +52,74 @@ def test_experts_are_separate_matrices_and_convolutions_one():
 def test_no_block_crosses_a_given_border():
     grid = make_grid((10, 6), ShampooConfig(max_preconditioner_dim=4), [(0, 7, 10), (0, 6)])
     assert grid.cuts == ((0, 4, 7, 10), (0, 3, 6))
+
+
+def head_of_each_row(shape: tuple[int, ...], head_dim: int) -> list[int]:
+    """Of a fused projection, by counting: row after row, matrix after matrix."""
+    rows = shape[-2]
+    return [row // head_dim for row in range(rows)]
+
+
+@given(
+    heads=st.integers(1, 5),
+    head_dim=st.integers(1, 7),
+    columns=st.integers(1, 12),
+    batch=st.sampled_from([(), (3,)]),
+    cap=st.integers(1, 16),
+    merge_dims=st.sampled_from(["matrix", "small"]),
+    large_dim=st.sampled_from(["block", "one_sided", "diagonal"]),
+    border=st.integers(0, 20),
+)
+def test_no_block_has_rows_of_two_heads(
+    heads, head_dim, columns, batch, cap, merge_dims, large_dim, border
+):
+    shape = (*batch, heads * head_dim, columns)
+    config = ShampooConfig(
+        split_heads=["wqkv"],
+        head_dim=head_dim,
+        max_preconditioner_dim=cap,
+        merge_dims=merge_dims,
+        large_dim=large_dim,
+    )
+    borders = [(0, size) for size in shape]
+    borders[-2] = (0, min(border, shape[-2]), shape[-2])
+    head = head_rows("layers.0.wqkv.weight", shape, config)
+    for further in ((), borders):
+        grid = make_grid(shape, config, further, head)
+        assert grid.view_shape == shape and grid.batch_dims == len(batch)
+        covered = torch.zeros(shape, dtype=torch.int64)
+        for coordinate in grid.coordinates():
+            rectangle = grid.rectangle(coordinate)
+            covered[tuple(slice(*interval) for interval in rectangle)] += 1
+            assert len(set(head_of_each_row(shape, head_dim)[slice(*rectangle[-2])])) == 1
+            assert large_dim != "block" or max(grid.block_shape(coordinate)) <= cap
+        assert covered.eq(1).all()
+        if not further and cap >= head_dim:  # none is cut for nothing
+            assert grid.cuts[-2] == tuple(range(0, shape[-2] + 1, head_dim))
+
+
+def test_each_head_of_a_fused_matrix_is_cut_as_if_it_were_alone():
+    config = ShampooConfig(split_heads=["qkv"], head_dim=10, max_preconditioner_dim=4)
+    rows, columns = make_grid((10, 6), config).cuts
+    fused = [0, *(start + stop for start in (0, 10, 20) for stop in rows[1:])]
+    assert make_grid((30, 6), config, head=10).cuts == (tuple(fused), columns)
+
+
+def test_names_decide_where_heads_are():
+    config = ShampooConfig(split_heads=[r"\.w[qk]\.", "q_proj"], head_dim=4)
+    assert head_rows("layers.0.attention.wq.weight", (8, 6), config) == 4
+    assert head_rows("model.q_proj.weight", (8, 6), config) == 4
+    assert head_rows("layers.0.attention.wo.weight", (7, 6), config) is None
+    assert head_rows("layers.0.attention.wq.weight", (7, 6), ShampooConfig(head_dim=4)) is None
+
+
+@pytest.mark.parametrize("shape", [(10, 6), (8, 10, 6), (10,), (2, 6, 4, 8)])
+def test_rows_that_are_no_whole_heads_are_refused_by_name(shape):
+    config = ShampooConfig(split_heads=["wqkv"], head_dim=4)
+    rows = 2 if len(shape) == 4 else 10
+    message = rf"'a\.wqkv' .*'split_heads'.* {rows} rows; allowed: a multiple of 'head_dim' = 4"
+    with pytest.raises(ValueError, match=message):
+        head_rows("a.wqkv", shape, config)
 
 
 def test_phases_spread_like_parameters_evenly_over_a_period():

@@ -1,13 +1,18 @@
 """What the optimizer is given: names, groups with options of torch.optim, models that move."""
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from shampoo_fsdp import Shampoo
+from shampoo_fsdp.runtime.parameters import describe
 from tests.models import TinyLlama, deterministic_gradients, set_gradients
+from tests.ranks import ranks
 
 SMALL = {"dim": 12, "hidden": 20, "vocab": 16, "n_layers": 1}
 
@@ -212,3 +217,42 @@ class TestMovedModels:
         weight.data = weight.data.to(torch.complex64)
         with pytest.raises(ValueError, match=r"'w' is of type torch\.complex64"):
             optimizer.step()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch allows no other type")
+@pytest.mark.parametrize("weight_decay_type", ["decoupled", "l2"])
+@pytest.mark.parametrize("grafting", ["adam", "sgd"])
+def test_gradients_may_be_of_another_type_than_their_parameters(weight_decay_type, grafting):
+    options = {"lr": 1e-2, "weight_decay_type": weight_decay_type, "grafting": grafting}
+    rounded, other = TinyLlama(**SMALL), TinyLlama(**SMALL)
+    one = Shampoo(rounded.named_parameters(), **options)
+    two = Shampoo(other.named_parameters(), **options)
+    for number, p in enumerate(other.parameters()):
+        p.grad_dtype = torch.bfloat16 if number % 3 else torch.float32
+    for step in range(4):
+        gradients = deterministic_gradients(rounded, step, dtype=torch.bfloat16)
+        set_gradients(rounded, gradients)
+        for name, p in other.named_parameters():
+            p.grad = gradients[name].to(p.grad_dtype)
+        one.step()
+        two.step()
+    for (name, expected), found in zip(rounded.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(found, expected) and found.dtype == torch.float32, name
+
+
+class ShardOrderEntry(NamedTuple):
+    """As torch's, which some versions lack."""
+
+    tensor_dim: int
+    mesh_dims: tuple[int, ...]
+
+
+@ranks(4)
+def test_shards_in_another_order_than_that_of_the_mesh_are_refused_by_name():
+    mesh = init_device_mesh("cpu", (2, 2))
+    weight = DTensor.from_local(torch.zeros(2, 4), mesh, (Shard(0), Shard(0)), run_check=False)
+    weight.requires_grad_()
+    assert describe("w", weight, None).shape == (8, 4)
+    weight._spec.shard_order = (ShardOrderEntry(0, (1, 0)),)
+    with pytest.raises(ValueError, match=r"dimension 0 of parameter 'w' .* mesh dimensions \(1, 0"):
+        Shampoo([("w", weight)])

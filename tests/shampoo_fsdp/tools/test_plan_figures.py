@@ -59,6 +59,22 @@ def test_bf16_halves_what_is_sent():
     assert half.least_gib_sent == full.least_gib_sent / 2
 
 
+def test_blocks_of_single_heads_lack_their_long_factor_and_those_of_two_heads_do_not(capsys):
+    arguments = ["--model", "llama3-8b", "--mesh", "dp_shard=8", "--split_heads", r"\.w[qkv]\."]
+    one = as_json(capsys, *arguments, "--head_dim", "128")
+    # 4096 + 2 * 1024 rows in 32 layers.
+    assert one["blocks_by_shape"] == {"128 x 1024": 48 * 4 * 32, "1024 x 1024": 5888}
+    assert one["sides_without_factor"] == {"128 x 1024": [1024]}
+    two = as_json(capsys, *arguments, "--head_dim", "256")
+    assert two["blocks_by_shape"] == {"256 x 1024": 24 * 4 * 32, "1024 x 1024": 5888}
+    assert two["sides_without_factor"] == {}
+    bytes_of = (8 * 256 * 1024 + (4 + 2) * (256**2 + 1024**2)) * 24 * 4 * 32
+    whole = report_of("llama3-8b", {"dp_shard": 8})
+    of_whole = (8 + 2 * (4 + 2)) * 1024**2 * (6656 - 5888)
+    more = (two["per_rank"]["state_gib"]["mean"] - sum(whole.per_rank["state_gib"]) / 8) * 8
+    assert more == pytest.approx((bytes_of - of_whole) / 2**30)
+
+
 def test_fewer_blocks_than_ranks_are_the_reason_given():
     report = report_of("llama3-8b", {"dp_shard": 512}, max_preconditioner_dim=16384)
     assert "224 blocks" in report.reason()
@@ -121,6 +137,15 @@ def test_tables_for_people(capsys):
         ("--model llama3-8b --mesh tp=2,tp=2", "is not understood at 'tp=2'"),
         ("--model llama3-8b --mesh fsdp=2", "unknown mesh dimension 'fsdp'"),
         ("--model llama3-8b --mesh tp=2 --max_preconditioner_dim 0", "'max_preconditioner_dim'"),
+        ("--model llama3-8b --mesh tp=2 --split_heads wq", "'head_dim' is None; allowed: an integ"),
+        (
+            "--model llama3-8b --mesh tp=2 --split_heads wqkv --head_dim 128",
+            "'split_heads' is 'wqkv'; allowed: what the name of a preconditioned parameter matches",
+        ),
+        (
+            "--model llama3-8b --mesh tp=2 --split_heads wq --head_dim 96",
+            "'layers.0.attention.wq.weight' of (4096, 4096), which setting 'split_heads' matches",
+        ),
         ("--model llama3-8b --mesh dp_shard=2 --memory_cap 1", "'memory_cap' has been removed"),
     ],
 )
