@@ -203,9 +203,13 @@ class ShampooCheckpoints(CheckpointManager):
         with self._saving():
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
-    def _async_wait(self) -> None:
+    def _async_wait(self) -> None:  # in 0.2
         with self._saving():
             super()._async_wait()
+
+    def _wait_for_saving(self) -> None:  # in 0.3
+        with self._saving():
+            super()._wait_for_saving()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:

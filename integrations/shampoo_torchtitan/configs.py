@@ -22,8 +22,7 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 from torchtitan.config.override import derive, override
 
 from shampoo_fsdp import Shampoo, ShampooConfig
-from shampoo_fsdp.config import settings_from_keywords
-from shampoo_fsdp.hyperparameters import validate_hyperparameters
+from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import BadSetting, ShampooContainer
 

@@ -6,7 +6,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer as TitanTrainer
 
 from shampoo_torchtitan import toml
-from shampoo_torchtitan.demo import byte_tokenizer
+from shampoo_torchtitan.demo import byte_tokenizer, cpu
 from shampoo_torchtitan.demo.cpu import fit_trainer_config as fit_to_cpu
 
 __all__ = ["Reader", "TitanTrainer", "fit_to_cpu"]
@@ -30,6 +30,8 @@ class Reader(ConfigManager):
                 overrides[name] = toml.value_of(value)
             else:
                 others += [key] if value is None else [key, value]
+        if cpu.needed():  # known already when settings of the command line are checked
+            overrides["training.disable_cuda_graphs"] = True
         return toml.read(file, overrides), others
 
     def _validate_config(self) -> None:

@@ -10,13 +10,20 @@ from unittest import mock
 
 import torch
 
+from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.train import JobReader, Trainer
 from tests.models import full_parameters
 
-if not JOBS_ARE_FUNCTIONS:
-    from tests.shampoo_torchtitan import tiny_moe  # noqa: F401  registers it
+if JOBS_ARE_FUNCTIONS:
+    from tests.shampoo_torchtitan import tiny_moe_03  # noqa: F401  registers it
+else:
+    from tests.shampoo_torchtitan import tiny_moe_02  # noqa: F401  registers it
+
+# TorchTitan 0.3 needs torch 2.14 for pipelines, and has no tensor parallelism of experts alone.
+PIPELINES = not JOBS_ARE_FUNCTIONS or cpu.AT_LEAST_2_14
+EXPERT_TENSORS = not JOBS_ARE_FUNCTIONS
 
 TINY_JOB = """
 [model]

@@ -58,6 +58,8 @@ EXPERTS = {
     "PP2": (2, [_DEGREE.format("pipeline", 2)]),
     "EP2xFSDP2": (4, [_DEGREE.format("expert", 2)]),
 }
+if not jobs.PIPELINES:
+    del DENSE["PP2"], EXPERTS["PP2"]
 MESHES = {"llama3": DENSE, "deepseek_v3": EXPERTS}
 BY_DEFAULT = {"llama3": list(DENSE), "deepseek_v3": ["FSDP2", "EP2"]}
 

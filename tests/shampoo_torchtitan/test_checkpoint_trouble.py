@@ -27,6 +27,7 @@ from shampoo_torchtitan import checkpoint
 from shampoo_torchtitan.checkpoint import CheckpointError
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 from shampoo_torchtitan.demo import cpu
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import logged_lines, run
@@ -73,7 +74,8 @@ def everything_that_goes_wrong(job: Path, small: Path) -> dict[str, str]:
 
     def save_and_wait(step: int, mode: AsyncMode) -> None:
         save(step, mode)
-        checkpoints._async_wait()
+        wait = "maybe_wait_for_saving" if JOBS_ARE_FUNCTIONS else "_async_wait"
+        getattr(checkpoints, wait)()
 
     def newest() -> int:
         """The step that is loaded if none is asked for."""

@@ -15,6 +15,7 @@ from tests.shampoo_torchtitan import jobs
 
 preload("shampoo_torchtitan.train", "torchtitan.models.llama3", "torchtitan.models.deepseek_v3")
 
+pipelines = pytest.mark.skipif(not jobs.PIPELINES, reason="needs torch 2.14 in TorchTitan 0.3")
 on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
 
 STEPS = 10
@@ -56,6 +57,14 @@ EXPERTS = {
     "HSDP2x2, EP2": (4, {REPLICAS: 2, EP: 2}),
     "PP2xEP2": (4, {PP: 2, EP: 2}),
 }
+
+MESHES = {"llama3": DENSE, "deepseek_v3": EXPERTS}
+CASES = [
+    (model, mesh)
+    for model, meshes in MESHES.items()
+    for mesh, (_, sizes) in meshes.items()
+    if (jobs.PIPELINES or PP not in sizes) and (jobs.EXPERT_TENSORS or ETP not in sizes)
+]
 
 
 def given_steps(job: Path, arguments: list[str]) -> dict[str, Tensor]:
@@ -101,6 +110,7 @@ def alone(tmp_path_factory):
 
 
 @on_cpu
+@pipelines
 def test_several_stages_on_a_rank_some_without_a_matrix(tmp_path, alone):
     stages = [
         "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
@@ -112,12 +122,9 @@ def test_several_stages_on_a_rank_some_without_a_matrix(tmp_path, alone):
 
 
 @on_cpu
-@pytest.mark.parametrize(
-    ("model", "mesh"),
-    [("llama3", mesh) for mesh in DENSE] + [("deepseek_v3", mesh) for mesh in EXPERTS],
-)
+@pytest.mark.parametrize(("model", "mesh"), CASES)
 def test_the_update_is_that_of_one_process(tmp_path, alone, model, mesh):
-    n, sizes = (DENSE if model == "llama3" else EXPERTS)[mesh]
+    n, sizes = MESHES[model][mesh]
     arguments = [f"--model.name={model}", *degrees(**sizes)]
     assert_equal(after_given_steps(n, jobs.write_job(tmp_path), *arguments), alone[model])
 

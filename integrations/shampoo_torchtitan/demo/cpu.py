@@ -32,7 +32,7 @@ _KERNELS = (
     "torchtitan.models.moe.kernels",
     "torchtitan.distributed.minimal_async_ep.kernels",
 )
-_AT_LEAST_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+AT_LEAST_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 def needed() -> bool:
@@ -106,7 +106,7 @@ def fit_trainer_config(config: Any) -> list[str]:
         ("profiler", "enable_memory_snapshot"): False,
         ("debug", "enable_structured_logging"): False,
     }
-    if not _AT_LEAST_2_14:
+    if not AT_LEAST_2_14:
         wanted["parallelism", "spmd_backend"] = "partial_dtensor"  # the others need 2.14
     changes = _changes(config, wanted)
     if config.activation_checkpoint is not None:
