@@ -1,9 +1,15 @@
-"""Jobs of TorchTitan 0.2: TOML files, and its trainer."""
+"""Jobs of TorchTitan 0.2: TOML files, its trainer, and what the plan asks for."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
-from torchtitan.config import ConfigManager
+import torch
+from torch import nn
+from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer as TitanTrainer
 
@@ -12,7 +18,19 @@ from shampoo_torchtitan import job_config
 from shampoo_torchtitan.demo import byte_tokenizer
 from shampoo_torchtitan.demo.cpu import fit_job_config as fit_to_cpu
 
-__all__ = ["Reader", "TitanTrainer", "fit_to_cpu"]
+__all__ = [
+    "Reader",
+    "TitanTrainer",
+    "check",
+    "fit_to_cpu",
+    "leave_out_what_changes_no_parameter",
+    "model_of",
+    "model_parts",
+    "of_dims",
+    "shampoo_of",
+]
+
+check = job_config.check_job
 
 
 class Reader(ConfigManager):
@@ -49,3 +67,56 @@ class Reader(ConfigManager):
         byte_tokenizer.write_default(self.config.model.hf_assets_path)
         super()._validate_config()
         job_config.check_job(self.config)
+
+
+def model_of(config: Any) -> str:
+    """Its name and flavor."""
+    return f"{config.model.name} {config.model.flavor}"
+
+
+def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
+    """The settings that parameters of these names get."""
+    return getattr(config.optimizer, "shampoo", None) or ShampooConfig()
+
+
+def leave_out_what_changes_no_parameter(config: Any) -> None:
+    config.compile.enable = False
+    config.activation_checkpoint.mode = "none"
+    config.model.converters = []
+
+
+def of_dims(config: Any) -> dict[str, Any]:
+    """What ParallelDims is told beside degrees."""
+    return {}
+
+
+def model_parts(config: Any, dims: ParallelDims) -> list[nn.Module]:
+    """The parts of the model on this rank, parallelized, without memory."""
+    train_spec = get_train_spec(config.model.name)
+    if config.model.flavor not in train_spec.model_args:
+        raise ValueError(
+            f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
+            f"{', '.join(train_spec.model_args)}."
+        )
+    model_args: Any = train_spec.model_args[config.model.flavor]
+    model_args.update_from_config(config)
+    dtype = TORCH_DTYPE_MAP[config.training.dtype]
+    with torch.device("meta"), utils.set_default_dtype(dtype):
+        model: Any = train_spec.model_cls(model_args)
+    if not dims.pp_enabled:
+        return [train_spec.parallelize_fn(model, dims, config)]
+    if train_spec.pipelining_fn is None:
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree = {dims.pp}: TorchTitan has no pipeline for "
+            f"{config.model.name}."
+        )
+    _, parts, _, _ = train_spec.pipelining_fn(
+        model,
+        dims,
+        config,
+        torch.device("cpu"),
+        model_args,
+        train_spec.parallelize_fn,
+        train_spec.build_loss_fn(config, parallel_dims=dims),
+    )
+    return parts

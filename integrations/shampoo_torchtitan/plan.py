@@ -16,21 +16,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo_torchtitan.train import JobReader  # isort: skip  first: TorchTitan runs without a GPU
-from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
+from torchtitan.config import ConfigManager
 from torchtitan.distributed import ParallelDims
-from torchtitan.protocols.train_spec import get_train_spec
-from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_fsdp.runtime.parameters import describe
@@ -38,7 +35,13 @@ from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.plan_figures import PlanReport
 from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
-from shampoo_torchtitan import job_config
+from shampoo_torchtitan.demo import cpu
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+
+if JOBS_ARE_FUNCTIONS:
+    from shampoo_torchtitan import jobs_03 as generation
+else:
+    from shampoo_torchtitan import jobs_02 as generation
 
 __all__ = ["job_report", "job_specs", "main", "read_job"]
 
@@ -100,14 +103,15 @@ class _PlanReader(JobReader):
     its tokenizer."""
 
     def parse_args(self, args: list[str] | None = None) -> Any:
-        return ConfigManager.parse_args(self, args or [])
+        with mock.patch.object(cpu, "needed", lambda: False):
+            return ConfigManager.parse_args(self, args or [])
 
     def _validate_config(self) -> None:
-        job_config.check_job(self.config)
+        generation.check(self.config)
 
 
 def read_job(arguments: Sequence[str]) -> Any:
-    """TorchTitan's JobConfig for its command line arguments.
+    """TorchTitan's configuration for its command line arguments.
 
     Raises:
         ValueError, TypeError, OSError: names the setting or the file.
@@ -127,13 +131,13 @@ def job_report(
         ValueError: about a parameter that cannot be planned.
     """
     dims = _parallel_dims(config, world_size)
-    degrees = {name: getattr(dims, name) for name in _DEGREES}
+    degrees = {name: getattr(dims, name) for name in _DEGREES if hasattr(dims, name)}
     mesh = ", ".join(f"{name}={n}" for name, n in degrees.items() if n > 1)
-    title = f"{config.model.name} {config.model.flavor} on {world_size:,} ranks" + (
+    title = f"{generation.model_of(config)} on {world_size:,} ranks" + (
         f" ({mesh})" if mesh else ""
     )
-    settings = getattr(config.optimizer, "shampoo", None) or ShampooConfig()
-    return PlanReport(title, models, settings, device)
+    names = [spec.name for specs in models for spec in specs]
+    return PlanReport(title, models, generation.shampoo_of(config, names), device)
 
 
 def _tokens_per_rank(config: Any, world_size: int) -> float:
@@ -156,7 +160,7 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             parallelism that cannot be, or a memory cap.
     """
     _parallel_dims(config, world_size)  # before anything else sees what cannot be
-    _leave_out_what_changes_no_parameter(config)
+    generation.leave_out_what_changes_no_parameter(config)
     stages = config.parallelism.pipeline_parallel_degree
     specs: list[list[ParameterSpec]] = []
     for stage in range(stages):
@@ -169,14 +173,8 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             warnings.filterwarnings("ignore", message="Parallelize plan key")
             dims = _parallel_dims(config, world_size)
             dims.build_mesh()
-            specs += [_specs(part, dims) for part in _model_parts(config, dims)]
+            specs += [_specs(part, dims) for part in generation.model_parts(config, dims)]
     return specs
-
-
-def _leave_out_what_changes_no_parameter(config: Any) -> None:
-    config.compile.enable = False
-    config.activation_checkpoint.mode = "none"
-    config.model.converters = []
 
 
 @contextmanager
@@ -191,40 +189,12 @@ def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
 def _parallel_dims(config: Any, world_size: int) -> ParallelDims:
     if world_size < 1:
         raise ValueError(f"--world-size is {world_size}; it must be at least 1.")
-    degrees = {name: getattr(config.parallelism, key) for name, key in _DEGREES.items()}
-    return ParallelDims(**degrees, world_size=world_size)
-
-
-def _model_parts(config: Any, dims: ParallelDims) -> list[nn.Module]:
-    """The parts of the model on this rank, parallelized, without memory."""
-    train_spec = get_train_spec(config.model.name)
-    if config.model.flavor not in train_spec.model_args:
-        raise ValueError(
-            f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
-            f"{', '.join(train_spec.model_args)}."
-        )
-    model_args: Any = train_spec.model_args[config.model.flavor]
-    model_args.update_from_config(config)
-    dtype = TORCH_DTYPE_MAP[config.training.dtype]
-    with torch.device("meta"), utils.set_default_dtype(dtype):
-        model: Any = train_spec.model_cls(model_args)
-    if not dims.pp_enabled:
-        return [train_spec.parallelize_fn(model, dims, config)]
-    if train_spec.pipelining_fn is None:
-        raise ValueError(
-            f"parallelism.pipeline_parallel_degree = {dims.pp}: TorchTitan has no pipeline for "
-            f"{config.model.name}."
-        )
-    _, parts, _, _ = train_spec.pipelining_fn(
-        model,
-        dims,
-        config,
-        torch.device("cpu"),
-        model_args,
-        train_spec.parallelize_fn,
-        train_spec.build_loss_fn(config, parallel_dims=dims),
-    )
-    return parts
+    degrees = {
+        name: getattr(config.parallelism, key)
+        for name, key in _DEGREES.items()
+        if hasattr(config.parallelism, key)
+    }
+    return ParallelDims(**degrees, world_size=world_size, **generation.of_dims(config))
 
 
 def _specs(part: nn.Module, dims: ParallelDims) -> list[ParameterSpec]:

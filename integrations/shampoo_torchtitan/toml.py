@@ -68,10 +68,12 @@ _GONE = {
     "your own registry, [job] module and config",
     "fault_tolerance": "TorchFT is an experiment of its own there",
     "memory_estimation": "see `python -m shampoo_torchtitan.plan`",
-    "optimizer.early_step_in_backward": "Shampoo needs all gradients at once",
+    "optimizer.early_step_in_backward": 'optimizer.name = "shampoo" needs all gradients at once',
     "validation.local_batch_size": "validation takes that of the training",
     "validation.seq_len": "validation takes that of the training",
 }
+# What 0.3 always does.
+_ALWAYS = {"activation_checkpoint.selective_ac_option": "op"}
 _RECOMPUTE: dict[str, Any] = {
     "selective": SelectiveAC.Config,
     "full": FullAC.Config,
@@ -106,15 +108,16 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
     """The job that a file describes.
 
     Args:
+        path: Of the file; "" for an empty one.
         overrides: What settings are instead, by name with dots.
 
     Raises:
         OSError, ValueError, TypeError: Names the file, or the setting and what is allowed.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text())
+        tables = tomllib.loads(Path(path).read_text() if path else "")
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+        raise ValueError(f"job.config_file {path} is not TOML: {error}") from None
     for name, value in (overrides or {}).items():
         *parents, last = name.split(".")
         functools.reduce(lambda table, key: table.setdefault(key, {}), parents, tables)[last] = (
@@ -129,6 +132,8 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
         config.activation_checkpoint = _RECOMPUTE[mode]()
     _choose_optimizer(config, settings)
     for key, value in settings.items():
+        if key in _ALWAYS and _ALWAYS[key] == value:
+            continue
         if (instead := _instead(key)) is None:
             _set(config, _moved(key), value, key)
         elif instead:
@@ -181,17 +186,22 @@ def _module(*names: str) -> Any:
 
 def _choose_optimizer(config: Trainer.Config, settings: dict[str, Any]) -> None:
     name = settings.pop("optimizer.name", None)
-    own = {
+    of_shampoo = {
         key.removeprefix("optimizer.shampoo."): settings.pop(key)
         for key in list(settings)
         if key.startswith("optimizer.shampoo.")
     }
+    if "optimizer.shampoo" in settings:
+        value = settings["optimizer.shampoo"]
+        raise TypeError(f"optimizer.shampoo = {value!r}: must be a table, [optimizer.shampoo]")
+    shampoo = _shampoo_settings(of_shampoo)  # also if the job has AdamW just now
     if name is not None and name.lower() == "shampoo":
-        config.optimizer = ShampooOptimizers.Config(shampoo=_shampoo_settings(own))
+        config.optimizer = ShampooOptimizers.Config(shampoo=shampoo)
     elif name not in (None, "Adam", "AdamW"):
         raise ValueError(f"optimizer.name = {name!r}: must be one of shampoo, Adam, AdamW")
     else:
-        given = {k: settings.pop(f"optimizer.{k}", None) for k in _OF_ADAM}
+        own = [key for key in _OF_ADAM if f"optimizer.{key}" in settings]
+        given = {key: _checked(key, settings.pop(f"optimizer.{key}")) for key in own}
         _change_adam(config.optimizer.param_groups, name, given)
 
 
@@ -206,16 +216,18 @@ def _shampoo_settings(own: dict[str, Any]) -> ShampooConfig:
         raise type(error)(f"[optimizer.shampoo] {error}") from None
 
 
+def _checked(key: str, value: Any) -> Any:
+    _check(ShampooOptimizers.Config, key, value, "optimizer")
+    return value
+
+
 def _change_adam(groups: list[Any], name: str | None, given: dict[str, Any]) -> None:
     for group in groups:
         group.optimizer_name = name or group.optimizer_name
         kept = group.optimizer_kwargs
-        for key in ("lr", "eps", "weight_decay"):
-            if given[key] is not None:
-                kept[key] = given[key]
-        old = kept.get("betas", (0.9, 0.95))
-        new = given["beta1"], given["beta2"]
-        kept["betas"] = tuple(n if n is not None else o for n, o in zip(new, old, strict=True))
+        kept |= {key: value for key, value in given.items() if key not in ("beta1", "beta2")}
+        beta1, beta2 = kept.get("betas", (0.9, 0.95))
+        kept["betas"] = given.get("beta1", beta1), given.get("beta2", beta2)
 
 
 def _leaves(tables: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

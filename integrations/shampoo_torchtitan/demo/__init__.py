@@ -18,7 +18,7 @@ def register() -> None:
     if JOBS_ARE_FUNCTIONS:
         from shampoo_torchtitan.demo import models_03 as models
     else:
-        from shampoo_torchtitan.demo import models
+        from shampoo_torchtitan.demo import models_02 as models
 
     data.register()
     models.register()

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-__all__ = ["write_byte_tokenizer", "write_default"]
+__all__ = ["VOCABULARY", "write_byte_tokenizer", "write_default"]
+
+VOCABULARY = 260
+"""Of a model for it: 256 bytes, the special tokens, and divisible by 4 for tensor parallelism."""
 
 _DEFAULT_FOLDER = "./outputs/byte_tokenizer"  # where the demo job expects it
 _BEGIN, _END = "<|begin_of_text|>", "<|end_of_text|>"

@@ -6,21 +6,21 @@ from typing import Any
 from torchtitan.models import llama3
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm, compute_ffn_hidden_dim
 
-__all__ = ["register"]
+from shampoo_torchtitan.demo.byte_tokenizer import VOCABULARY
 
-_VOCABULARY = 260  # 256 bytes and the special tokens, and divisible by 4 for tensor parallelism
+__all__ = ["register"]
 
 
 def _llama(dim: int, n_layers: int, n_heads: int, multiple_of: int, **backends: Any) -> Any:
     return llama3.Llama3Model.Config(
         dim=dim,
-        vocab_size=_VOCABULARY,
+        vocab_size=VOCABULARY,
         tok_embeddings=Embedding.Config(
-            num_embeddings=_VOCABULARY, embedding_dim=dim, param_init=llama3._EMBEDDING_INIT
+            num_embeddings=VOCABULARY, embedding_dim=dim, param_init=llama3._EMBEDDING_INIT
         ),
         norm=RMSNorm.Config(normalized_shape=dim, param_init=llama3._NORM_INIT),
         lm_head=Linear.Config(
-            in_features=dim, out_features=_VOCABULARY, param_init=llama3._output_linear_init(dim)
+            in_features=dim, out_features=VOCABULARY, param_init=llama3._output_linear_init(dim)
         ),
         layers=llama3._build_llama3_layers(
             n_layers=n_layers,
