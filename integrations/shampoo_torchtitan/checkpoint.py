@@ -23,8 +23,11 @@ from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
+from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 from shampoo_torchtitan.container import ShampooContainer
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+from shampoo_torchtitan.names import ReaderOfOldNames
 
 __all__ = [
     "CheckpointError",
@@ -180,9 +183,7 @@ class ShampooCheckpoints(CheckpointManager):
             load(
                 state_dict,
                 checkpoint_id=checkpoint_id,
-                storage_reader=None
-                if "://" in checkpoint_id
-                else SafeFileSystemReader(checkpoint_id),
+                storage_reader=None if "://" in checkpoint_id else self._reader(checkpoint_id),
                 planner=_JobPlanner(self.states[OPTIMIZER].shampoos[0].config.on_mismatch),
             )
         except CheckpointException as error:
@@ -192,6 +193,13 @@ class ShampooCheckpoints(CheckpointManager):
         for name, now in _hyperparameters(self).items():
             if now != before[name]:
                 logger.info(f"The checkpoint's {name} = {now} wins over the job's {before[name]}")
+
+    def _reader(self, folder: str) -> SafeFileSystemReader:
+        if not JOBS_ARE_FUNCTIONS:
+            return SafeFileSystemReader(folder)
+        model = self.states[MODEL]
+        names = [name for part in model.model for name, _ in part.named_parameters()]
+        return ReaderOfOldNames(folder, [*map(plain_name, names), *model.state_dict()])
 
     def dcp_save(self, state_dict: Any, checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         # A checkpoint of this step may be there, if an older one was loaded. A crash while it is
