@@ -1,26 +1,30 @@
-# Makes ./.venv, if it is missing or older than pyproject.toml. Source it, then call:
+# Makes a virtual environment, if it is missing or older than pyproject.toml. Source it, then call:
 #   make_venv [EXTRA]     EXTRA: an optional dependency group of pyproject.toml
-# The interpreter is $PYTHON, or python3.
+# Its folder is in $venv then: .venv, or for another TorchTitan than the newest .venv-$TITAN.
+# The interpreter is $PYTHON, or python3; the version of TorchTitan $TITAN, or the newest.
 
 make_venv() {
-  local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
-  stamp=".venv/made-from${extra:+-$extra}"
+  local extra="${1:-}" newest=0.3.0 python="${PYTHON:-python3}" titan stamp wanted
+  titan="${TITAN:-$newest}"
+  venv=".venv"
+  if [ "$titan" != "$newest" ]; then venv=".venv-$titan"; fi
+  stamp="$venv/made-from${extra:+-$extra}"
   wanted="$(sha256sum pyproject.toml make_venv.sh)"
-  if .venv/bin/python -c '' 2>/dev/null && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+  if "$venv/bin/python" -c '' 2>/dev/null && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     return
   fi
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "Python 3.10 or newer is needed, found: $("$python" --version 2>&1). Set PYTHON=..." >&2
     return 1
   }
-  echo "Installing into ./.venv (once; a few minutes)"
-  if ! .venv/bin/python -c '' 2>/dev/null; then
-    rm -rf .venv
-    "$python" -m venv .venv
+  echo "Installing into ./$venv (once; a few minutes)"
+  if ! "$venv/bin/python" -c '' 2>/dev/null; then
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
   fi
   # torch first and pinned, or the resolver is free to choose another one for TorchTitan.
-  .venv/bin/python -m pip install -q --disable-pip-version-check "torch==2.13.0"
-  .venv/bin/python -m pip install -q --disable-pip-version-check "torchtitan==0.2.2"
-  .venv/bin/python -m pip install -q --disable-pip-version-check -e ".${extra:+[$extra]}"
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check "torch==2.13.0"
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check "torchtitan==$titan"
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check -e ".[torchtitan${extra:+,$extra}]"
   echo "$wanted" > "$stamp"
 }

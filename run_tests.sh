@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
 # All checks: style, types, tests. Sets everything up on the first call.
 # Arguments go to pytest: ./run_tests.sh tests/shampoo_torchtitan -k tokenizer
+# TITAN=0.2.2 ./run_tests.sh: with that TorchTitan. Without either what depends on TorchTitan is run
+# with both.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 source ./make_venv.sh
 make_venv test
 
-export PATH="$PWD/.venv/bin:$PATH"
-ruff check -q .
-ruff format -q --check .
-mypy --strict shampoo_fsdp
-imports="$(lint-imports --no-cache)" || { echo "$imports"; exit 1; }
-pytest -q "$@"
+(
+  export PATH="$PWD/$venv/bin:$PATH"
+  ruff check -q .
+  ruff format -q --check .
+  mypy --strict shampoo_fsdp
+  imports="$(lint-imports --no-cache)" || { echo "$imports"; exit 1; }
+  pytest -q "$@"
+)
+if [ -z "${TITAN:-}" ] && [ $# -eq 0 ]; then
+  echo "The same with TorchTitan 0.2.2, as far as it depends on it"
+  TITAN=0.2.2 ./run_tests.sh tests/shampoo_torchtitan tests/studies tests/benchmarks
+fi

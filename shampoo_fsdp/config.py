@@ -86,8 +86,8 @@ class ShampooConfig:
 
     head_dim: int | None = None
     """Rows of a head in what split_heads matches, or of several heads that share their blocks; it
-    must divide the rows. Where it is below 1 / max_factor_ratio of a block's other side, that side
-    has no factor."""
+    must divide the rows. In TorchTitan jobs the model says, if it is not given. Where it is
+    below 1 / max_factor_ratio of a block's other side, that side has no factor."""
 
     preconditioner: str = "kl_shampoo"
     """The rule. 'shampoo': inverse roots of the gradient's second moment on each side; 'soap': Adam
@@ -252,8 +252,6 @@ class ShampooConfig:
         self.rule.check(self)
         check_patterns("exclude", self.exclude)
         check_patterns("split_heads", self.split_heads)
-        if self.split_heads and self.head_dim is None:
-            refuse("head_dim", None, "an integer >= 1 with 'split_heads', the rows of a head")
 
     @property
     def rule(self) -> type[RuleSettings]:

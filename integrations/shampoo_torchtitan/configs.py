@@ -24,7 +24,7 @@ from torchtitan.config.override import derive, override
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_torchtitan import checkpoint, metrics
-from shampoo_torchtitan.container import BadSetting, ShampooContainer
+from shampoo_torchtitan.container import BadSetting, ShampooContainer, with_heads
 
 __all__ = ["NAME", "ShampooOptimizers", "shampoo", "use_shampoo"]
 
@@ -64,16 +64,15 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         Raises:
             BadSetting: Shampoo's settings do not fit the model.
         """
-        settings = {
-            f.name: getattr(config.shampoo, f.name) for f in dataclasses.fields(ShampooConfig)
-        }
-        factories = config.optimizer_factory_kwargs_by_name | {NAME: settings}
-        complete = dataclasses.replace(
-            config,
-            param_groups=config.param_groups or [_group_of_all(config)],
-            optimizer_factory_kwargs_by_name=factories,
-        )
         try:
+            own = with_heads(config.shampoo, model_parts)
+            settings = {f.name: getattr(own, f.name) for f in dataclasses.fields(ShampooConfig)}
+            factories = config.optimizer_factory_kwargs_by_name | {NAME: settings}
+            complete = dataclasses.replace(
+                config,
+                param_groups=config.param_groups or [_group_of_all(config)],
+                optimizer_factory_kwargs_by_name=factories,
+            )
             super().__init__(complete, model_parts=model_parts)
         except (TypeError, ValueError) as error:
             raise BadSetting(f"Cannot build Shampoo: {error}") from error

@@ -1,14 +1,17 @@
 """What TorchTitan's containers of optimizers can do where Shampoo is in them."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torchtitan.tools.logging import logger
 
-from shampoo_fsdp import Shampoo
+from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.runtime.diagnostics import Diagnostics
 
-__all__ = ["BadSetting", "ShampooContainer"]
+__all__ = ["BadSetting", "ShampooContainer", "with_heads"]
 
 # What groups of AdamW have beside ours: TorchTitan asks every checkpoint for all of them, so that a
 # job of AdamW can go on from one of Shampoo.
@@ -23,6 +26,23 @@ _OF_ADAMW = {
 
 class BadSetting(ValueError):
     """Why the optimizer cannot be built, in a sentence; raised on every rank."""
+
+
+def with_heads(config: ShampooConfig, model_parts: Sequence[nn.Module]) -> ShampooConfig:
+    """The settings, with the rows of a head as the model's attention has them, if `split_heads`
+    asks for them and they are not given.
+
+    Raises:
+        ValueError: The model has heads of several sizes.
+    """
+    if not config.split_heads or config.head_dim is not None:
+        return config
+    modules = (module for part in model_parts for module in part.modules())
+    sizes = {getattr(module, "head_dim", None) for module in modules}
+    found = sorted(size for size in sizes if isinstance(size, int))
+    if len(found) > 1:
+        raise ValueError(f"'split_heads' without 'head_dim', and heads of {found} rows: set it.")
+    return dataclasses.replace(config, head_dim=found[0]) if found else config
 
 
 class ShampooContainer:

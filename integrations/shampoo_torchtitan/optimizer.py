@@ -12,7 +12,7 @@ from torchtitan.distributed import ParallelDims
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_torchtitan import checkpoint, metrics
-from shampoo_torchtitan.container import BadSetting, ShampooContainer
+from shampoo_torchtitan.container import BadSetting, ShampooContainer, with_heads
 
 __all__ = ["NAME", "build_optimizers", "register"]
 
@@ -85,6 +85,10 @@ def build_optimizers(
 
     # Without the custom config module there is no such table: all defaults.
     config = getattr(optimizer_config, "shampoo", None) or ShampooConfig()
+    try:
+        config = with_heads(config, model_parts)
+    except ValueError as error:
+        raise BadSetting(f"Cannot build Shampoo: {error}") from error
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(ShampooConfig)}
     settings |= {
         "lr": optimizer_config.lr,

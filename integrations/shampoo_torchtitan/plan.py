@@ -35,6 +35,7 @@ from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.plan_figures import PlanReport
 from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
+from shampoo_torchtitan.container import with_heads
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 
@@ -173,7 +174,10 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             warnings.filterwarnings("ignore", message="Parallelize plan key")
             dims = _parallel_dims(config, world_size)
             dims.build_mesh()
-            specs += [_specs(part, dims) for part in generation.model_parts(config, dims)]
+            parts = generation.model_parts(config, dims)
+            if settings := getattr(config.optimizer, "shampoo", None):
+                config.optimizer.shampoo = with_heads(settings, parts)
+            specs += [_specs(part, dims) for part in parts]
     return specs
 
 

@@ -93,11 +93,15 @@ def head_rows(name: str, shape: Sequence[int], config: ShampooConfig) -> int | N
     """Rows of a head if the parameter is cut between heads (see `split_heads`), else None.
 
     Raises:
-        ValueError: names the parameter whose rows they do not divide.
+        ValueError: names the parameter whose rows they do not divide, or if they are not known.
     """
     if not any(re.search(pattern, name) for pattern in config.split_heads):
         return None
-    assert config.head_dim is not None
+    if config.head_dim is None:
+        raise ValueError(
+            f"setting 'split_heads' matches parameter '{name}', and 'head_dim' is None; allowed: "
+            "an integer >= 1, the rows of a head."
+        )
     _, batch_dims = view_dims(shape, config, config.head_dim)
     if shape[batch_dims] % config.head_dim:
         raise ValueError(

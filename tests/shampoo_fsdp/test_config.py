@@ -36,7 +36,6 @@ def build(**settings):
         ({"split_heads": "wq"}, "split_heads.*'wq'.*a list, each a string"),
         ({"split_heads": ["("], "head_dim": 4}, r"split_heads.*'\('.*regular expressions"),
         ({"split_heads": [""], "head_dim": 4}, "split_heads.*no empty pattern"),
-        ({"split_heads": ["wq"]}, "head_dim.* None; allowed: an integer >= 1 with 'split_heads'"),
         ({"head_dim": 0}, "head_dim.* 0; allowed: an integer >= 1"),
         ({"split_heads": ["0"], "head_dim": 3}, "parameter '0' .* 4 rows; .* 'head_dim' = 3"),
         ({"communication_dtype": "fp8"}, "communication_dtype.*'float32' or 'bfloat16'"),

@@ -111,6 +111,8 @@ def test_names_decide_where_heads_are():
     assert head_rows("model.q_proj.weight", (8, 6), config) == 4
     assert head_rows("layers.0.attention.wo.weight", (7, 6), config) is None
     assert head_rows("layers.0.attention.wq.weight", (7, 6), ShampooConfig(head_dim=4)) is None
+    with pytest.raises(ValueError, match=r"'a\.wq'.* 'head_dim' is None; allowed: an integer >= 1"):
+        head_rows("a.wq", (8, 6), ShampooConfig(split_heads=["wq"]))
 
 
 @pytest.mark.parametrize("shape", [(10, 6), (8, 10, 6), (10,), (2, 6, 4, 8)])

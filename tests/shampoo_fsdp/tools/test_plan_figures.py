@@ -137,7 +137,7 @@ def test_tables_for_people(capsys):
         ("--model llama3-8b --mesh tp=2,tp=2", "is not understood at 'tp=2'"),
         ("--model llama3-8b --mesh fsdp=2", "unknown mesh dimension 'fsdp'"),
         ("--model llama3-8b --mesh tp=2 --max_preconditioner_dim 0", "'max_preconditioner_dim'"),
-        ("--model llama3-8b --mesh tp=2 --split_heads wq", "'head_dim' is None; allowed: an integ"),
+        ("--model llama3-8b --mesh tp=2 --split_heads wq", "'head_dim' is None; allowed: an "),
         (
             "--model llama3-8b --mesh tp=2 --split_heads wqkv --head_dim 128",
             "'split_heads' is 'wqkv'; allowed: what the name of a preconditioned parameter matches",

@@ -1,0 +1,49 @@
+"""What is found in the model for Shampoo."""
+
+import pytest
+from torch import nn
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_torchtitan.container import with_heads
+from shampoo_torchtitan.demo import cpu
+from tests.ranks import preload, run_ranks
+from tests.shampoo_torchtitan import jobs
+
+preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
+
+
+class Attention(nn.Module):
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+
+def test_the_rows_of_a_head_come_from_the_model():
+    config = ShampooConfig(split_heads=["wq"])
+    part = nn.Sequential(Attention(16), nn.Linear(2, 2), Attention(16))
+    assert with_heads(config, [part]).head_dim == 16
+    assert with_heads(config, [nn.Linear(2, 2)]).head_dim is None  # a stage without attention
+    assert with_heads(ShampooConfig(), [part]).head_dim is None
+    given = ShampooConfig(split_heads=["wq"], head_dim=32)
+    assert with_heads(given, [part]).head_dim == 32
+    with pytest.raises(ValueError, match=r"heads of \[8, 16\] rows: set it"):
+        with_heads(config, [part, Attention(8)])
+
+
+def blocks(job, arguments) -> dict[str, tuple[int, ...]]:
+    trainer = jobs.make_trainer(job, *arguments)
+    (optimizer,) = trainer.optimizers.optimizers
+    members = [member for member in optimizer._parameters.members if member.part]
+    shapes = {m.name: tuple(m.part.grid.tiles) for m in members if "attention.w" in m.name}
+    shapes |= {m.name: tuple(m.part.grid.tiles) for m in members if "wqkv" in m.name}
+    trainer.close()
+    return shapes
+
+
+@pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+def test_attention_of_a_job_is_cut_between_heads(tmp_path):
+    arguments = ["--optimizer.shampoo.split_heads", r"\.w[qkv]\.,wqkv"]
+    found = run_ranks(2, blocks, init=False, job=jobs.write_job(tmp_path), arguments=arguments)[0]
+    # 4 heads of 16 rows each for queries, keys and values, in one matrix or three.
+    assert sum(tiles[0] for name, tiles in found.items() if "layers.0" in name) in (12, 13)
+    assert max(tiles[0] for tiles in found.values()) in (4, 12)
