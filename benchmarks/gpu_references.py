@@ -11,6 +11,7 @@ from benchmarks.dry_run import dry_run
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.tools.machine import Machine
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 
 __all__ = ["ADAMW", "dry_runs", "study_losses"]
 
@@ -55,6 +56,8 @@ def study_losses(steps: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _study_loss(steps: int, seed: int) -> dict[str, Any]:
+    if JOBS_ARE_FUNCTIONS:
+        raise RuntimeError("the study trains models of TorchTitan 0.2")
     from studies import arithmetic  # what it imports sets torch up for TorchTitan
     from studies.pretrain.job import run
     from studies.pretrain.results import Results

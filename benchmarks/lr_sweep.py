@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import run_on_ranks
+from shampoo_torchtitan.generation import need_02
 
 __all__ = ["main"]
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the job"
     )
     options = parser.parse_args(arguments)
+    need_02("benchmarks.lr_sweep")
     import shampoo_torchtitan.train  # noqa: F401  (once, before ranks are forked, after --help)
 
     table = Table(title="Loss of AdamW and Shampoo, by lr", title_justify="left")

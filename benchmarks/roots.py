@@ -39,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Counts
 from shampoo_fsdp.rules.eigenbasis import eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, inverse_root_from_basis
+from shampoo_torchtitan.generation import need_02
 
 EPS = 1e-12
 RESOLUTION = torch.finfo(torch.float32).eps
@@ -276,6 +277,7 @@ def measure_warm_start() -> Rows:
 def trained_factors() -> dict[tuple[float, str], list[tuple[Tensor, Tensor]]]:
     """Factors [1, n, n] and unfolded gradients at the refreshes, after 30, 40, 50 and 60 steps of
     AdamW on Python source, of both sides of some weights of a small Llama; by beta2 and name."""
+    need_02("benchmarks.roots, with factors of a training,")
     import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan importable
     from torchtitan.models.llama3 import Transformer, llama3_args  # isort: skip
 

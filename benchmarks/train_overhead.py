@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.llama import block_flops
 from benchmarks.ranks import run_on_ranks
+from shampoo_torchtitan.generation import need_02
 
 __all__ = ["main"]
 
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if any(tokens % SEQUENCE for tokens in options.tokens):
         parser.error(f"--tokens must be multiples of {SEQUENCE}")
+    need_02("benchmarks.train_overhead")
     # Here, so that ranks do not each import it, and after --help.
     import shampoo_torchtitan.train  # noqa: F401
 

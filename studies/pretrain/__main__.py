@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shampoo_torchtitan.generation import need_02
 from studies.pretrain.plan import STAGES, Study
 from studies.pretrain.results import Results
 from studies.pretrain.toml_files import read_toml
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     print(estimate(study, sizes, contestants, options.stages, results, options.jobs), flush=True)
     if options.what == "run":
+        need_02("studies.pretrain run")
         execute(study, sizes, contestants, options.stages, results, options.jobs, options.threads)
 
 
