@@ -19,5 +19,6 @@ make_venv test
 )
 if [ -z "${TITAN:-}" ] && [ $# -eq 0 ]; then
   echo "The same with TorchTitan 0.2.2, as far as it depends on it"
-  TITAN=0.2.2 ./run_tests.sh tests/shampoo_torchtitan tests/studies tests/benchmarks
+  TITAN=0.2.2 ./run_tests.sh tests/shampoo_torchtitan tests/studies \
+    tests/benchmarks/test_benchmarks.py::test_train_overhead_compares_whole_steps
 fi

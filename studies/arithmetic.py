@@ -1,4 +1,5 @@
-"""What cheaper arithmetic and smaller state do to the loss: the study's 1M model, KL-Shampoo.
+"""What cheaper arithmetic, smaller state and blocks between heads do to the loss: the study's 1M
+model, KL-Shampoo.
 
     python -m studies.arithmetic run --steps 240 2000     # a killed study goes on where it was
     python -m studies.arithmetic report
@@ -41,6 +42,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "root_dtype": "bfloat16",
         "momentum_dtype": "bfloat16",
         "factor_dtype": "bfloat16",
+    },
+    # The model has four heads of 32 rows, and no matrix is cut otherwise.
+    "fp32, blocks of one head": {
+        "matmul_precision": "highest",
+        "split_heads": [r"attention\.w[qkv]\."],
+        "head_dim": 32,
+    },
+    "fp32, blocks of two heads": {
+        "matmul_precision": "highest",
+        "split_heads": [r"attention\.w[qkv]\."],
+        "head_dim": 64,
+    },
+    "fp32, w1 and w3 cut alike": {
+        "matmul_precision": "highest",
+        "split_heads": [r"feed_forward\.w[13]\."],
+        "head_dim": 32,
     },
 }
 
