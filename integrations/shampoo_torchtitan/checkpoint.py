@@ -256,7 +256,7 @@ class _JobPlanner(ShampooLoadPlanner):
 
 def _hyperparameters(manager: CheckpointManager) -> dict[str, str]:
     """What each of them is, in all parameter groups."""
-    groups = [g for optimizer in manager.states[OPTIMIZER] for g in optimizer.param_groups]
+    groups = [g for optimizer in manager.states[OPTIMIZER].shampoos for g in optimizer.param_groups]
     schedulers = manager.states[LR_SCHEDULER].schedulers
     values = {name: [g[name] for g in groups] for name in ("betas", "eps", "weight_decay")}
     # Warm-up and decay change the groups' lr; the schedule is a multiple of this one.
