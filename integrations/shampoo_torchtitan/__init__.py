@@ -20,6 +20,8 @@ alone is in `demo`.
 
 import sys
 
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+
 __all__ = ["register"]
 
 
@@ -30,7 +32,6 @@ def register() -> None:
     """
     # Here: without a GPU TorchTitan cannot be imported before `demo.cpu` is enabled.
     from shampoo_torchtitan import demo
-    from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 
     if not JOBS_ARE_FUNCTIONS:  # which name it themselves
         from shampoo_torchtitan import optimizer
@@ -39,5 +40,5 @@ def register() -> None:
     demo.register()
 
 
-if "torchtitan" in sys.modules:  # which imports this package for a job, and says no more to it
-    register()
+if "torchtitan" in sys.modules and not JOBS_ARE_FUNCTIONS:
+    register()  # TorchTitan imports this package for a job, and says no more to it

@@ -12,13 +12,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
-from torchtitan.components.checkpoint import (
-    DATALOADER,
-    LR_SCHEDULER,
-    MODEL,
-    OPTIMIZER,
-    CheckpointManager,
-)
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
@@ -28,6 +21,23 @@ from shampoo_torchtitan.checkpoint_lock import FolderLock
 from shampoo_torchtitan.container import ShampooContainer
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.names import ReaderOfOldNames
+
+if JOBS_ARE_FUNCTIONS:
+    from torchtitan.components.checkpointer import (
+        DATALOADER,
+        LR_SCHEDULER,
+        MODEL,
+        OPTIMIZER,
+        CheckpointManager,
+    )
+else:
+    from torchtitan.components.checkpoint import (
+        DATALOADER,
+        LR_SCHEDULER,
+        MODEL,
+        OPTIMIZER,
+        CheckpointManager,
+    )
 
 __all__ = [
     "CheckpointError",

@@ -26,6 +26,7 @@ from torchtitan.trainer import Trainer
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.validation import REMOVED, misfit
+from shampoo_torchtitan import demo
 from shampoo_torchtitan.configs import ShampooOptimizers
 
 if sys.version_info >= (3, 11):
@@ -34,6 +35,8 @@ else:
     import tomli as tomllib
 
 __all__ = ["is_of_files", "read", "value_of"]
+
+demo.register()  # files may name what is in it
 
 # What 0.2 calls so has another name in 0.3.
 _MOVED = {
