@@ -6,16 +6,25 @@ import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run wi
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.optim._muon
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torchtitan.components.optimizer import OptimizersContainer
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 
 __all__ = ["Muon", "MuonContainer", "ShardedShampooContainer"]
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+_orthogonalize = torch.optim._muon._zeropower_via_newtonschulz
 
 
 @dataclass
@@ -29,13 +38,19 @@ class Muon:
     eq. 4), so that both share one lr; "original": sqrt(max(1, rows / columns))."""
     adamw_lr: float = 1.0
     """lr of AdamW, for embeddings, output layer and vectors, relative to Muon's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the Newton-Schulz products on CPUs; on GPUs it is bfloat16. CPUs without bf16 arithmetic
+    emulate it, 20 times as slow."""
 
 
 class MuonContainer(OptimizersContainer):  # type: ignore[type-arg]
     """`torch.optim.Muon` for the hidden matrices, `torch.optim.AdamW` for all other parameters."""
 
     def __init__(self, model_parts: list[nn.Module], config: Any) -> None:
-        _orthogonalize_in_fp32_on_cpu()
+        in_fp32 = config.muon.dtype == "float32"
+        torch.optim._muon._zeropower_via_newtonschulz = (
+            _orthogonalize_in_fp32_on_cpu if in_fp32 else _orthogonalize
+        )
         self.model_parts = model_parts
         self.optimizers = []
         for part in model_parts:
@@ -63,6 +78,14 @@ class MuonContainer(OptimizersContainer):  # type: ignore[type-arg]
                 ),
             ]
         self._post_init([p for part in model_parts for p in part.parameters()], {})
+
+    def state_dict(self) -> dict[str, Any]:
+        (part,) = self.model_parts
+        return get_optimizer_state_dict(part, tuple(self.optimizers), options=_FLAT)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        (part,) = self.model_parts
+        set_optimizer_state_dict(part, tuple(self.optimizers), state_dict, options=_FLAT)
 
 
 class ShardedShampooContainer(OptimizersContainer):  # type: ignore[type-arg]
@@ -108,24 +131,16 @@ class ShardedShampooContainer(OptimizersContainer):  # type: ignore[type-arg]
                 piece.grad = None
 
 
-def _orthogonalize_in_fp32_on_cpu() -> None:
-    """Without this Muon takes 20 times as long: CPUs without bfloat16 units emulate it."""
-    original = torch.optim._muon._zeropower_via_newtonschulz
-    if original.__name__ == "_orthogonalize":
-        return
-
-    def _orthogonalize(
-        grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-    ) -> torch.Tensor:
-        if grad.device.type != "cpu":
-            return original(grad, coefficients, steps, eps)
-        a, b, c = coefficients
-        tall = grad.size(0) > grad.size(1)
-        x = grad.T if tall else grad
-        x = x / x.norm().clamp(min=eps)
-        for _ in range(steps):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.T if tall else x
-
-    torch.optim._muon._zeropower_via_newtonschulz = _orthogonalize
+def _orthogonalize_in_fp32_on_cpu(
+    grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    if grad.device.type != "cpu":
+        return _orthogonalize(grad, coefficients, steps, eps)
+    a, b, c = coefficients
+    tall = grad.size(0) > grad.size(1)
+    x = grad.T if tall else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x

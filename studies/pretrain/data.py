@@ -14,6 +14,7 @@ import itertools
 import sysconfig
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -28,23 +29,41 @@ __all__ = ["batches", "held_out", "register", "tokens"]
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 _TUNING_EVERY = 20
+_PACKAGES = {"site-packages", "dist-packages"}
 
 
 def register() -> None:
     """Splits the training files of `python_source` into two data sets.
 
     `python_source_tuning` (every 20th file) is what settings are chosen by, so that the files of
-    `python_source_validation` stay unseen until the end; `python_source_study` is the rest.
+    `python_source_validation` stay unseen until the end; `python_source_study` is the rest, and
+    `python_source_long` this rest and the library's tests, for one pass of a full length.
     """
     library = sysconfig.get_paths()["stdlib"]
-    for name, tuning in (("python_source_study", False), ("python_source_tuning", True)):
-        load = partial(_part_of_python_source, tuning=tuning)
+    for name, load in (
+        ("python_source_study", partial(_part_of_python_source, tuning=False)),
+        ("python_source_tuning", partial(_part_of_python_source, tuning=True)),
+        ("python_source_long", _python_source_and_tests),
+    ):
         DATASETS.setdefault(name, DatasetConfig(library, load, lambda document: document["text"]))
 
 
 def _part_of_python_source(folder: str, tuning: bool) -> Dataset:
     files = python_source(folder)
     return files.select([i for i in range(len(files)) if (i % _TUNING_EVERY == 0) == tuning])
+
+
+def _python_source_and_tests(folder: str) -> Dataset:
+    known = python_source(folder), python_source(folder, validation=True)
+    library = {text for part in known for text in part["text"]}
+    texts = list(_part_of_python_source(folder, tuning=False)["text"])
+    for path in sorted(Path(folder).rglob("*.py")):
+        if not _PACKAGES & set(path.parts):
+            text = path.read_text("utf-8", errors="replace")
+            # What is not a file of the library itself, or a copy of one, is a test.
+            if text and text not in library:
+                texts.append(text)
+    return Dataset.from_dict({"text": texts})
 
 
 @functools.lru_cache(maxsize=8)

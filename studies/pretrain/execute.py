@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 from studies.pretrain.plan import LR, Loss, Study
@@ -84,7 +85,7 @@ def execute(
     jobs: int,
     threads: int,
 ) -> None:
-    """Runs until nothing is missing. Ending it loses the runs that are under way."""
+    """Runs until nothing is missing. Runs that are under way when it is ended go on next time."""
     # Read when torch is imported, which is when a process starts.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     running: dict[Future[dict[str, Any]], Run] = {}
@@ -94,7 +95,7 @@ def execute(
             under_way = {run.id for run in running.values()}
             for run in [run for run in waiting.values() if run.id not in under_way]:
                 if len(running) < jobs:
-                    running[pool.submit(_run, run.settings)] = run
+                    running[pool.submit(_run, run)] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -103,10 +104,10 @@ def execute(
                 _say(run, results)
 
 
-def _run(settings: dict[str, Any]) -> dict[str, Any]:
-    from studies.pretrain.job import run  # in the process that trains
+def _run(run: Run) -> dict[str, Any]:
+    from studies.pretrain import job  # in the process that trains
 
-    return run(settings)
+    return job.run(run.settings, Path(run.settings["job.dump_folder"], run.id))
 
 
 def _say(run: Run, results: Results) -> None:

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -23,8 +24,13 @@ from studies.pretrain.toml_files import toml_text
 
 __all__ = ["run"]
 
-_TRAINING_TOKENS = 4_000_000  # at most: several times what these runs need
+_TRAINING_TOKENS = 40_000_000  # at most: large data sets are not read to their end
 _HELD_OUT_TOKENS = 500_000
+_CHECKPOINTS = {  # after each validation: the last step gets none, as the run is over
+    "checkpoint.enable": True,
+    "checkpoint.interval": 1,
+    "checkpoint.keep_latest_k": 2,
+}
 _HOPELESS = 20.0  # nats; no run comes back from there
 _VERSIONS = versions()  # of the code that this process has read, whatever is there when a run ends
 
@@ -33,6 +39,7 @@ class StudyTrainer(Trainer):
     """TorchTitan's Trainer on batches that depend on the seed and the step alone.
 
     Validation is on the same text each time. Training is timed without it and without start-up.
+    With checkpoints on, there is one after each validation, and `curve` begins at the last.
     """
 
     def __init__(self, config: Any) -> None:
@@ -46,9 +53,12 @@ class StudyTrainer(Trainer):
         self._held_out = data.held_out(
             text, validation.local_batch_size, validation.seq_len, validation.steps
         )
-        self._optimizer_seconds = 0.0
         self.optimizers.step = self._timed(self.optimizers.step)
         self._training_losses: list[torch.Tensor] = []
+        self._curve: dict[str, Any] = {
+            **{name: [] for name in ("step", "loss", "training_loss", "seconds", "cpu_seconds")},
+            "optimizer_seconds": 0.0,
+        }
 
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         loss = super().forward_backward_step(**batch)
@@ -58,8 +68,11 @@ class StudyTrainer(Trainer):
     def curve(self) -> dict[str, Any]:
         """Trains; the losses (nats per token) and the seconds so far at each validation."""
         freq = self.job_config.validation.freq
-        steps, losses, training, seconds, cpu_seconds = [], [], [], [], []
-        wall = cpu = 0.0
+        self.checkpointer.load()
+        for _ in range(self.step):
+            next(self._batches)
+        curve = self._curve
+        wall, cpu = (curve[name][-1] if self.step else 0.0 for name in ("seconds", "cpu_seconds"))
         while self.should_continue_training():
             self.step += 1
             self.gc_handler.run(self.step)
@@ -68,23 +81,25 @@ class StudyTrainer(Trainer):
             wall += time.perf_counter() - started[0]
             cpu += time.process_time() - started[1]
             if self.step % freq == 0 or not self.should_continue_training():
-                steps.append(self.step)
-                losses.append(round(self._validation_loss(), 4))
-                training.append(round(torch.stack(self._training_losses).mean().item(), 4))
+                loss = self._validation_loss()
+                curve["step"].append(self.step)
+                curve["loss"].append(round(loss, 4) if loss < _HOPELESS else math.inf)
+                training = torch.stack(self._training_losses).mean().item()
+                curve["training_loss"].append(round(training, 4))
                 self._training_losses.clear()
-                seconds.append(round(wall, 3))
-                cpu_seconds.append(round(cpu, 3))
-                if not losses[-1] < _HOPELESS:
-                    losses[-1] = math.inf
+                curve["seconds"].append(round(wall, 3))
+                curve["cpu_seconds"].append(round(cpu, 3))
+                if not loss < _HOPELESS:
                     break
-        return {
-            "step": steps,
-            "loss": losses,
-            "training_loss": training,
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
-            "optimizer_seconds": round(self._optimizer_seconds, 3),
-        }
+                self.checkpointer.save(self.step)
+        return {**curve, "optimizer_seconds": round(curve["optimizer_seconds"], 3)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "curve": self._curve}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._curve = state_dict["curve"]
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
@@ -92,8 +107,9 @@ class StudyTrainer(Trainer):
         model.eval()
         total, n = 0.0, 0
         for inputs, labels in self._held_out:
-            prediction = model(inputs["input"].to(self.device))
-            total += self.loss_fn(prediction, labels.to(self.device)).item()
+            with self.maybe_enable_amp:
+                prediction = model(inputs["input"].to(self.device))
+                total += self.loss_fn(prediction, labels.to(self.device)).item()
             n += labels.numel()
         model.train()
         return total / n
@@ -102,31 +118,41 @@ class StudyTrainer(Trainer):
         def timed_step(*args: Any, **kwargs: Any) -> None:
             started = time.process_time()
             step(*args, **kwargs)
-            self._optimizer_seconds += time.process_time() - started
+            self._curve["optimizer_seconds"] += time.process_time() - started
 
         return timed_step
 
 
-def run(settings: dict[str, Any]) -> dict[str, Any]:
+def run(settings: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
     """Trains the job that the settings describe.
 
     Args:
         settings: The job's TOML file with dots in the names: {"optimizer.lr": 1e-3, ...}.
+        folder: For checkpoints, from which a run that was killed goes on; it is deleted at the end
+            of the run. None: it has none.
 
     Returns:
         What `StudyTrainer.curve` returns, how long the start took in seconds, the device, and the
         versions of the code.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, _one_process(), _quiet():
-        job = Path(folder, "job.toml")
+    if folder is not None:
+        settings = {**settings, **_CHECKPOINTS, "job.dump_folder": str(folder.absolute())}
+    with tempfile.TemporaryDirectory() as temporary, _one_process(), _quiet():
+        job = Path(temporary, "job.toml")
         job.write_text(toml_text(settings))
-        trainer = StudyTrainer(JobReader().parse_args(["--job.config_file", str(job)]))
+        config = JobReader().parse_args(["--job.config_file", str(job)])
+        # The launcher's own choice on CPUs is fp32, for all CPUs.
+        precision = settings.get("training.mixed_precision_param", "float32")
+        config.training.mixed_precision_param = precision
+        trainer = StudyTrainer(config)
         start = time.perf_counter() - started
         try:
             curve = trainer.curve()
         finally:
             trainer.close()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     return {
         **curve,
         "start_seconds": round(start, 3),

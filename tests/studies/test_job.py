@@ -102,6 +102,33 @@ def test_a_run_that_diverges_is_ended_and_counts_as_lost(small):
     assert curve["loss"][-1] == float("inf")
 
 
+@pytest.mark.parametrize("contestant", ["Muon", "KL-Shampoo"])
+def test_a_killed_run_goes_on_where_it_was(small, contestant, tmp_path, monkeypatch):
+    settings = Study(_STUDY).job("1M", contestant) | small
+    whole = job.run(settings)
+
+    folder, save = tmp_path / "run", job.StudyTrainer.train_step
+
+    def killed(self, batches):
+        if self.step == 4:
+            raise KeyboardInterrupt
+        save(self, batches)
+
+    monkeypatch.setattr(job.StudyTrainer, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(settings, folder)
+    monkeypatch.undo()
+    steps = []
+    monkeypatch.setattr(
+        job.StudyTrainer, "train_step", lambda self, b: (steps.append(self.step), save(self, b))
+    )
+    again = job.run(settings, folder)
+    assert steps == [3, 4, 5, 6]  # the last checkpoint was that of step 2
+    for name in ("step", "loss", "training_loss"):
+        assert again[name] == whole[name]
+    assert not folder.exists()
+
+
 def test_a_run_leaves_the_process_as_it_was(small):
     environment = dict(os.environ)
     job.run({**Study(_STUDY).job("1M", "AdamW"), **small, "training.steps": 1})
