@@ -1,35 +1,23 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
-import functools
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.build import Built, build, check, may_be_replaced
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
-from shampoo_fsdp.plan.grid import patterns_without_heads
-from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
-from shampoo_fsdp.runtime.excluded import ExcludedParameters
-from shampoo_fsdp.runtime.groups import check_entries, check_group, copied, given_in
-from shampoo_fsdp.runtime.parameters import (
-    check_parameters,
-    count,
-    find_gradients,
-    refuse_moved,
-    warning_without_names,
-)
+from shampoo_fsdp.runtime.groups import check_entries, check_group, copied
+from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.schedule import take_steps
-from shampoo_fsdp.runtime.stopwatch import Stopwatch
-from shampoo_fsdp.runtime.team import make_parameters, refuse_nonfinite, summary
-from shampoo_fsdp.state import create_state, forget_reading, load_state
-from shampoo_fsdp.validation import name_some
+from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
+from shampoo_fsdp.state import forget_reading, load_state
 
 __all__ = ["Shampoo"]
 
@@ -65,9 +53,10 @@ class Shampoo(torch.optim.Optimizer):
     ) -> None:
         """
         Args:
-            params: `model.named_parameters()`, `model.parameters()` (then named by position, so
-                that `exclude` cannot find embeddings: a warning says so), or groups of either with
-                their own lr, betas, eps and weight_decay.
+            params: `shampoo_fsdp.param_groups(model)`, `model.named_parameters()`, or groups of
+                these, or of plain parameters and 'param_names', with their own lr, betas, eps and
+                weight_decay. Parameters without names are refused where embeddings among them could
+                not be told, unless `exclude` is [].
             lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor, on the CPU. betas[1] also
                 averages the factors; 1.0 sums them. For the kind of weight decay see
                 `weight_decay_type`.
@@ -83,58 +72,75 @@ class Shampoo(torch.optim.Optimizer):
                 allowed. Raised on every rank if the ranks' plans differ.
         """
         self.config: ShampooConfig = settings_from_keywords(settings)
+        """The settings; once parameters are planned, with the device's defaults."""
+        self._asked, self._replicas = self.config, replicas
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(self.config, defaults)
-        self._built = False
+        check_replicas(replicas)
+        self._built: Built | None = None
+        self._constructed = False
         super().__init__(copied(params), defaults)
-        self._build(replicas)
-        self._built = True
+        self._constructed = True
+        self._seen_a_gradient = False
+        if may_be_replaced(self.param_groups, replicas):
+            check(self.param_groups, self.config)
+        else:
+            self._ready()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; only while constructing."""
-        if getattr(self, "_built", False):
+        """Add a group of parameters, as long as no step has been taken.
+
+        Raises:
+            RuntimeError: one has.
+        """
+        if self._built is not None and self._built.has_values:
             raise RuntimeError(
-                "Shampoo plans its blocks when it is built: pass all parameter groups to the "
-                "constructor instead of add_param_group()."
+                "add_param_group() after a step: Shampoo plans its blocks when training begins. "
+                'Build another one with all groups and on_mismatch = "rebuild", and '
+                "load_state_dict() the state_dict() of this one into it."
             )
         check_entries(param_group)
         super().add_param_group(param_group)
-        check_group(self.config, self.param_groups[-1])
+        check_group(self._asked, self.param_groups[-1])
 
-    def _build(self, replicas: Replicas) -> None:
-        check_replicas(replicas)
-        self._given = given_in(self.param_groups)
-        check_parameters(self._given.parameters)
-        device = next((p.device for _, p, _ in self._given.trained), torch.device("cpu"))
-        self.chosen_by_device = reasons(self.config, device)
+    def _ready(self) -> Built:
+        """What is built for the parameters in the groups: at the latest now, and anew if other
+        tensors have taken their place, as Accelerate does when it shards a model."""
+        built = self._built
+        if built is not None:
+            if built.fits(self.param_groups) and (built.has_values or not built.moved):
+                return built
+            if built.has_values:
+                raise RuntimeError(
+                    "the parameters in 'param_groups' are no longer those that this optimizer has "
+                    "state for: build another one for the new ones, with named parameters, and "
+                    "load_state_dict() the state_dict() of this one, taken before, into it."
+                )
+        self._built = None
+        self._state.clear()  # before the new one is made: there may be no memory for both
+        built = self._built = build(self.param_groups, self._state, self._replicas, self._asked)
+        self.config = built.config
+        return built
+
+    @property
+    def state(self) -> Any:
+        """Of each parameter, by name; it is there from the first look at it."""
+        if self._constructed:
+            self._ready()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state = state
+
+    @property
+    def chosen_by_device(self) -> str:
         """Which settings were not given and follow from the device, and why: one line, or ""."""
-        self.config = on_device(self.config, device)
-        self._parameters = make_parameters(self._given.trained, self.state, replicas, self.config)
-        create_state(self._parameters, self.config)
-        self._excluded = ExcludedParameters(
-            [member for member in self._parameters.members if member.part is None],
-            self.config,
-            self._parameters.device,
-        )
-        matrices = [
-            tuple(member.parameter.shape)
-            for member in self._parameters.members
-            if member.part and member.parameter.ndim > 1
-        ]
-        if self.config.exclude and not self._given.named and matrices:
-            warnings.warn(
-                warning_without_names(len(self._parameters.members), matrices), stacklevel=3
-            )
-        names = [member.name for member in self._parameters.members if member.part]
-        # No error: a stage of a pipeline may have no attention.
-        if unmatched := patterns_without_heads(names, self.config):
-            warnings.warn(
-                f"setting 'split_heads' has {name_some(unmatched)}, which the name of no "
-                "preconditioned parameter matches; nothing is cut there.",
-                stacklevel=3,
-            )
-        self._watch = Stopwatch(self._parameters.device)
-        self._seen_a_gradient = False
+        return self._ready().chosen_by_device
+
+    @property
+    def _parameters(self) -> Parameters:
+        return self._ready().parameters
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -164,18 +170,21 @@ class Shampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with full_precision(self._parameters.device.type):
-            self._step()
+        built = self._ready()
+        with full_precision(built.parameters.device.type):
+            self._step(built)
         return loss
 
-    def _step(self) -> None:
-        parameters, watch = self._parameters, self._watch
+    def _step(self, built: Built) -> None:
+        parameters, watch = built.parameters, built.watch
         watch.start()
-        refuse_moved(parameters.members, self._parameters.device)
-        self._excluded.follow_the_model()
+        refuse_moved(parameters.members, parameters.device)
+        built.excluded.follow_the_model()
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
-        problem = find_gradients(parameters.members, self._given.frozen)
-        self._warn_without_gradients()
+        problem = find_gradients(parameters.members, built.given.frozen)
+        if not self._seen_a_gradient:
+            refuse_without_gradients(parameters)
+            self._seen_a_gradient = True
         if problem and all(ranks.group is None for ranks in parameters.rank_sets):
             raise problem
         if self.config.on_nonfinite == "raise":
@@ -191,22 +200,12 @@ class Shampoo(torch.optim.Optimizer):
             parameters.workspace,
             groups,
             watch,
-            meanwhile=lambda: self._excluded.step(self.param_groups),
+            meanwhile=lambda: built.excluded.step(self.param_groups),
         )
         for member in parameters.members:
             member.gradient = None  # the caller may free them
         if problem:
             raise problem
-
-    def _warn_without_gradients(self) -> None:
-        if not self._seen_a_gradient:
-            self._seen_a_gradient = any(m.gradient is not None for m in self._parameters.members)
-            if not self._seen_a_gradient:
-                warnings.warn(
-                    "no parameter of this optimizer has a gradient; was it built before "
-                    "fully_shard(), which replaces the parameters?",
-                    stacklevel=4,
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's: all tensors are those of the optimizer.
@@ -240,8 +239,9 @@ class Shampoo(torch.optim.Optimizer):
                 result = hook(self, result) or result
             return result
 
-        strangers = load_state(self._parameters, self._given, self.param_groups, self.config, read)
-        self.state.update(strangers)
+        built = self._ready()
+        strangers = load_state(built.parameters, built.given, self.param_groups, self.config, read)
+        self._state.update(strangers)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -255,25 +255,29 @@ class Shampoo(torch.optim.Optimizer):
         """[inverse roots taken, roots that failed, blocks skipped for a bad gradient, entries of
         other parameters skipped for one] so far, for this rank's blocks and shards; int64, on the
         parameters' device. Of replicas one counts, so that ranks may add theirs."""
-        counts = torch.zeros(4, dtype=torch.int64, device=self._parameters.device)
-        for bucket in self._parameters.buckets:
+        built = self._ready()
+        counts = torch.zeros(4, dtype=torch.int64, device=built.parameters.device)
+        for bucket in built.parameters.buckets:
             for owned in bucket.stacks:
                 counts[0] += owned.stack.refreshes
                 counts[1] += owned.stack.failed_roots
                 counts[2] += owned.stack.skipped_blocks
-        counts[3] += self._excluded.skipped_entries
+        counts[3] += built.excluded.skipped_entries
         return counts
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:
         """Figures of the last step, for this rank's blocks; the host waits for the device."""
-        stacks = [owned for bucket in self._parameters.buckets for owned in bucket.stacks]
+        built = self._ready()
+        stacks = [owned for bucket in built.parameters.buckets for owned in bucket.stacks]
         betas = [group["betas"][1] for group in self.param_groups]
-        return diagnose(stacks, self._watch.milliseconds(), betas)
+        return diagnose(stacks, built.watch.milliseconds(), betas)
 
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""
-        return [member.name for member in self._excluded.members if member.parameter.ndim > 1]
+        return [
+            member.name for member in self._ready().excluded.members if member.parameter.ndim > 1
+        ]
 
     def sides_without_factor(self) -> dict[tuple[int, ...], list[int]]:
         """For each shape of block, of all ranks, the sides that have no factor; see
@@ -285,8 +289,4 @@ class Shampoo(torch.optim.Optimizer):
 
     def summary(self) -> dict[str, float]:
         """Figures about the plan, the same on every rank of a mesh."""
-        return dict(self._summary)
-
-    @functools.cached_property
-    def _summary(self) -> dict[str, float]:
-        return summary(self._parameters, self.config)
+        return dict(self._ready().summary)

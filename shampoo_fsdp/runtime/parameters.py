@@ -29,7 +29,7 @@ __all__ = [
     "is_preconditioned",
     "local_shard",
     "refuse_moved",
-    "warning_without_names",
+    "refuse_nameless",
 ]
 
 
@@ -170,11 +170,6 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
                 f"parameter '{name}' is of type {parameter.dtype}; only real floating-point "
                 "parameters can be trained."
             )
-        if parameter.is_meta:
-            raise ValueError(
-                f"parameter '{name}' is on the meta device; materialise the model (to_empty, "
-                "then initialise) before building the optimizer."
-            )
         if parameter.device != named[0][1].device:
             raise ValueError(
                 f"parameter '{name}' is on {parameter.device} but '{named[0][0]}' is on "
@@ -211,22 +206,25 @@ def refuse_frozen(frozen: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def warning_without_names(parameters: int, shapes: Sequence[tuple[int, ...]]) -> str:
-    """What to say where all matrices are preconditioned because none has a name.
+def refuse_nameless(parameters: int, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise a ValueError where embeddings cannot be told, because no parameter has a name.
 
     Args:
         parameters: how many there are.
-        shapes: of the matrices that are preconditioned.
+        shapes: of the matrices that would be preconditioned.
     """
+    if not shapes:
+        return
     # The largest first: embeddings are among them.
     kinds = sorted(Counter(shapes).items(), key=lambda kind: -math.prod(kind[0]))
     said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
     more = len(kinds) - 4
     rest = f" and {more} more shape{'s' if more > 1 else ''}" if more > 0 else ""
-    return (
-        f"{parameters} parameters have no names, so that Shampoo cannot tell embeddings and the "
-        f"output layer apart and preconditions {len(shapes)} matrices: {said}{rest}. Build it with "
-        "model.named_parameters(), or with exclude=[] if that is meant."
+    raise ValueError(
+        f"{parameters} parameters have no names, so that Shampoo cannot tell which of "
+        f"{len(shapes)} matrices are embeddings and the output layer: {said}{rest}. Give it "
+        "shampoo_fsdp.param_groups(model) or model.named_parameters(), or groups with "
+        "'param_names'; or set exclude = [] to precondition all matrices."
     )
 
 

@@ -27,7 +27,14 @@ from shampoo_fsdp.runtime.parameters import Member, describe, is_preconditioned,
 from shampoo_fsdp.runtime.ranks import RankSet, Replicas, is_first_replica, make_rank_set
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Parameters", "Team", "make_parameters", "refuse_nonfinite", "summary"]
+__all__ = [
+    "Parameters",
+    "Team",
+    "make_parameters",
+    "refuse_nonfinite",
+    "refuse_without_gradients",
+    "summary",
+]
 
 
 @dataclass(frozen=True)
@@ -200,12 +207,7 @@ def refuse_nonfinite(parameters: Parameters) -> None:
     bad = torch.zeros(len(mine), dtype=torch.bool, device=parameters.device)
     for k, (_, gradient) in enumerate(mine):
         bad[k] = gradient.isfinite().all().logical_not_()
-    anywhere = bad.any().int()
-    # Twice, since a set may hear of the trouble in another one through a third.
-    for ranks in (*parameters.rank_sets, *parameters.rank_sets):
-        if ranks.group is not None:
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=ranks.group)
-    if not anywhere:
+    if not _anywhere(bad.any(), parameters):
         return
     found = {name for (name, _), is_bad in zip(mine, bad.tolist(), strict=True) if is_bad}
     for ranks in parameters.rank_sets:
@@ -215,6 +217,29 @@ def refuse_nonfinite(parameters: Parameters) -> None:
         f"the gradient of {where} is not finite, and setting 'on_nonfinite' is 'raise'; nothing "
         "has been changed."
     )
+
+
+def refuse_without_gradients(parameters: Parameters) -> None:
+    """Raise a RuntimeError on all ranks if none of them has a gradient: nothing would be trained,
+    which is what an optimizer does that has kept the tensors of before `fully_shard`."""
+    members = parameters.members
+    some = torch.tensor(any(m.gradient is not None for m in members), device=parameters.device)
+    if members and not _anywhere(some, parameters):
+        raise RuntimeError(
+            f"none of the {len(members)} parameters of this optimizer has a gradient on its first "
+            "step. Call backward() before step(); if the optimizer was built before fully_shard() "
+            "or another wrapper, which replaces the parameters of a model, build it after that."
+        )
+
+
+def _anywhere(here: Tensor, parameters: Parameters) -> bool:
+    """Whether something is true on any of the ranks that parameters live on; the host waits."""
+    anywhere = here.int()
+    # Twice, since a set may hear of it in another one through a third.
+    for ranks in (*parameters.rank_sets, *parameters.rank_sets):
+        if ranks.group is not None:
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=ranks.group)
+    return bool(anywhere)
 
 
 def summary(parameters: Parameters, config: ShampooConfig) -> dict[str, float]:

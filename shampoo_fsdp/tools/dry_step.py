@@ -74,7 +74,7 @@ def dry_step(optimizer: Shampoo, machine: Machine) -> Work:
     """What a step of a :func:`dry_optimizer` is."""
     work = Work(machine)
     setting_out: tuple[str, tuple[int, ...]] = "", ()
-    lap, set_out = optimizer._watch.lap, Exchange._set_out
+    lap, set_out = optimizer._ready().watch.lap, Exchange._set_out
     node = optimizer.config.ranks_per_node
     known: dict[Way, tuple[str, tuple[int, ...]]] = {}
     number = 0
@@ -103,7 +103,7 @@ def dry_step(optimizer: Shampoo, machine: Machine) -> Work:
     with (
         mock.patch.object(Exchange, "_set_out", named),
         mock.patch("torch.distributed.all_to_all_single", sent),
-        mock.patch.object(optimizer._watch, "lap", measured),
+        mock.patch.object(optimizer._ready().watch, "lap", measured),
         work,
     ):
         optimizer.step()

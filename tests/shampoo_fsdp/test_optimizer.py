@@ -528,10 +528,18 @@ class TestAsATorchOptimizer:
         with pytest.raises(ValueError, match=r"'layers\.0\.attention\.wq\.weight'.*exclude"):
             Shampoo(model.named_parameters(), exclude=[]).load_state_dict(state)
 
-    def test_a_group_cannot_be_added_later(self):
-        optimizer = Shampoo([("w", nn.Parameter(torch.zeros(2, 2)))])
-        with pytest.raises(RuntimeError, match="pass all parameter groups to the constructor"):
-            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+    def test_a_group_can_be_added_until_there_is_something_to_lose(self):
+        a, b, c = (nn.Parameter(torch.eye(2)) for _ in range(3))
+        optimizer = Shampoo([("a", a)], weight_decay=0.0)
+        assert set(optimizer.state) == {a}
+        optimizer.add_param_group({"params": [("b", b)], "lr": 1e-2})
+        for parameter in (a, b):
+            parameter.grad = torch.ones(2, 2)
+        optimizer.step()
+        assert set(optimizer.state) == {a, b} and not torch.equal(b, torch.eye(2))
+        with pytest.raises(RuntimeError, match=r"after a step.*Build another one"):
+            optimizer.add_param_group({"params": [("c", c)]})
+        assert len(optimizer.param_groups) == 2
 
 
 class TestBadParameters:
@@ -540,8 +548,9 @@ class TestBadParameters:
             Shampoo([("w", nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)))])
 
     def test_meta(self):
+        optimizer = Shampoo([("w", nn.Parameter(torch.zeros(2, 2, device="meta")))])
         with pytest.raises(ValueError, match="'w' is on the meta device; materialise"):
-            Shampoo([("w", nn.Parameter(torch.zeros(2, 2, device="meta")))])
+            optimizer.state_dict()
 
     def test_two_names(self):
         one, other = (("w", nn.Parameter(torch.zeros(2, 2))) for _ in range(2))
@@ -567,8 +576,14 @@ class TestBadParameters:
             optimizer.step()
 
     def test_no_gradient_at_all(self):
-        with pytest.warns(UserWarning, match=r"built before fully_shard\(\)"):
-            Shampoo([("w", nn.Parameter(torch.zeros(2, 2)))]).step()
+        weight = nn.Parameter(torch.zeros(2, 2))
+        optimizer = Shampoo([("w", weight)])
+        with pytest.raises(RuntimeError, match=r"built before fully_shard\(\)"):
+            optimizer.step()
+        weight.grad = torch.ones(2, 2)
+        optimizer.step()
+        weight.grad = None
+        optimizer.step()  # later it may be meant
 
     @pytest.mark.parametrize(
         ("params", "message"),

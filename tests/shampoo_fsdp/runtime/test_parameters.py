@@ -22,16 +22,14 @@ def matrix(*shape: int) -> nn.Parameter:
 
 
 class TestNames:
-    def test_without_names_what_is_preconditioned_is_said_once(self):
+    def test_without_names_embeddings_could_not_be_told(self):
         model = TinyLlama(**SMALL)
-        with pytest.warns(UserWarning) as caught:
+        with pytest.raises(ValueError, match="no names") as refused:
             Shampoo(model.parameters())
-        (warning,) = caught
-        said = str(warning.message)
-        assert warning.filename == __file__
+        said = str(refused.value)
         assert "12 parameters have no names" in said and "9 matrices" in said
         assert "(20, 12) x 2" in said and "(16, 12) x 2" in said and "1 more shape" in said
-        assert "model.named_parameters()" in said
+        assert "model.named_parameters()" in said and "exclude = []" in said
 
     @pytest.mark.parametrize(
         "make",
@@ -204,12 +202,28 @@ class TestMovedModels:
         model = TinyLlama(**SMALL)
         optimizer = Shampoo(model.named_parameters())
         self.gradients(model, 0)
+        optimizer.step()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         moved = dict(model.named_parameters())[name]
         torch.utils.swap_tensors(moved, nn.Parameter(torch.empty(moved.shape, device="meta")))
         with pytest.raises(ValueError, match=rf"'{name}' is on meta, .* on cpu .*load_state_dict"):
             optimizer.step()
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n != name)
+
+    def test_before_the_first_step_the_state_goes_along(self):
+        model = TinyLlama(**SMALL)
+        optimizer = Shampoo(model.named_parameters())
+        here = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+        for parameter in model.parameters():
+            moved = nn.Parameter(torch.empty(parameter.shape, device="meta"))
+            torch.utils.swap_tensors(parameter, moved)
+        with pytest.raises(ValueError, match="on the meta device; materialise"):
+            optimizer.step()
+        for parameter, back in zip(model.parameters(), here, strict=True):
+            torch.utils.swap_tensors(parameter, back)
+        self.gradients(model, 0)
+        optimizer.step()
+        assert {int(state["step"]) for state in optimizer.state.values()} == {1}
 
     def test_complex_parameters_are_refused(self):
         weight = matrix()

@@ -1,0 +1,103 @@
+"""Parameters that others put in the place of those that the optimizer was built with."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from shampoo_fsdp import Shampoo, param_groups
+from tests.models import TinyLlama, deterministic_gradients, full_parameters, set_gradients
+from tests.ranks import ranks
+
+SMALL = {"dim": 12, "hidden": 20, "vocab": 16}
+
+
+def model():
+    torch.manual_seed(0)
+    return TinyLlama(**SMALL)
+
+
+def shard(model):
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def put_in(optimizer, model):
+    """As Accelerate does it."""
+    now = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [now[name] for name in group["param_names"]]
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        set_gradients(model, deterministic_gradients(model, step))
+        optimizer.step()
+
+
+@ranks(2)
+def test_the_next_step_trains_the_new_ones(tmp_path):
+    after = model()
+    shard(after)
+    expected = Shampoo(param_groups(after), lr=1e-2)
+    train(after, expected, range(4))
+
+    before = model()
+    optimizer = Shampoo(param_groups(before), lr=1e-2)
+    shard(before)
+    put_in(optimizer, before)
+    train(before, optimizer, range(4))
+    found = full_parameters(before)
+    for name, value in full_parameters(after).items():
+        assert torch.equal(found[name], value), name
+    assert optimizer.summary() == expected.summary()
+
+
+@ranks(2)
+def test_state_is_not_made_for_a_whole_model_that_is_still_to_be_sharded(tmp_path):
+    whole = model()
+    optimizer = Shampoo(param_groups(whole))
+    assert optimizer._built is None
+    shard(whole)
+    put_in(optimizer, whole)
+    # Without state torch would take a step to make some.
+    saved = get_optimizer_state_dict(whole, optimizer)
+    assert {float(state["step"]) for state in saved["state"].values()} == {0.0}
+    assert set(saved["state"]) == {name for name, _ in whole.named_parameters()}
+
+
+@ranks(2)
+def test_state_of_steps_is_not_lost_in_silence(tmp_path):
+    sharded = model()
+    shard(sharded)
+    optimizer = Shampoo(param_groups(sharded), lr=1e-2)
+    train(sharded, optimizer, range(1))
+    other = model()
+    shard(other)
+    put_in(optimizer, other)
+    set_gradients(other, deterministic_gradients(other, 1))
+    for use in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict({})):
+        with pytest.raises(RuntimeError, match=r"no longer those.*load_state_dict\(\)"):
+            use()
+
+
+@ranks(2)
+def test_a_step_that_would_update_nothing_is_an_error(tmp_path):
+    sharded = model()
+    optimizer = Shampoo(param_groups(sharded), lr=1e-2)
+    shard(sharded)  # and nobody tells the optimizer
+    set_gradients(sharded, deterministic_gradients(sharded, 0))
+    with pytest.raises(RuntimeError, match=r"none of the 21 .* build it after that"):
+        optimizer.step()
+
+
+@ranks(2)
+def test_a_rank_may_be_without_gradients(tmp_path):
+    sharded = model()
+    shard(sharded)
+    optimizer = Shampoo(param_groups(sharded), lr=1e-2)
+    set_gradients(sharded, deterministic_gradients(sharded, 0))
+    if dist.get_rank() == 1:
+        sharded.zero_grad()
+    optimizer.step()
