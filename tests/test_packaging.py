@@ -6,6 +6,8 @@ from pathlib import Path
 import setuptools
 import tomli
 
+import shampoo_fsdp
+
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomli.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = SETTINGS["project"]
@@ -14,6 +16,13 @@ PROJECT = SETTINGS["project"]
 def test_an_index_can_show_what_it_is():
     assert (ROOT / PROJECT["readme"]).read_text().startswith("# shampoo_fsdp")
     assert PROJECT["urls"] and PROJECT["classifiers"]
+
+
+def test_there_is_one_version():
+    assert (
+        SETTINGS["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "shampoo_fsdp.__version__"
+    )
+    assert f"\nversion: {shampoo_fsdp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_module_is_installed():

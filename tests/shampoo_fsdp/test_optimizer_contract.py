@@ -1,0 +1,257 @@
+"""What programs expect of any torch.optim.Optimizer, after the cases of PyTorch's own tests."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedulers
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from shampoo_fsdp import Shampoo, param_groups
+from tests.models import TinyLlama, deterministic_gradients, set_gradients
+
+SMALL = {"dim": 12, "hidden": 20, "vocab": 16}
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda step: 0.95),
+    "StepLR": lambda o: schedulers.StepLR(o, 3, gamma=0.7),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [2, 5], gamma=0.7),
+    "ConstantLR": lambda o: schedulers.ConstantLR(o, factor=0.5, total_iters=3),
+    "LinearLR": lambda o: schedulers.LinearLR(o, start_factor=0.4, total_iters=4),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, gamma=0.95),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, total_iters=20),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=20),
+    "WarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=4),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=1),
+    # These two turn beta1 as well.
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 1e-3, 1e-2, step_size_up=3),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=1e-2, total_steps=20),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o,
+        [schedulers.LinearLR(o, total_iters=3), schedulers.ExponentialLR(o, 0.9)],
+        milestones=[3],
+    ),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ExponentialLR(o, 0.95), schedulers.ConstantLR(o, total_iters=3)]
+    ),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=1e-3),
+}
+
+
+def problem(seed=0):
+    """A model and a function that makes its gradients and returns its loss."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs, targets = torch.randn(64, 6), torch.randn(64, 3)
+
+    def loss():
+        model.zero_grad()
+        value = (model(inputs) - targets).square().mean()
+        value.backward()
+        return value.detach()
+
+    return model, loss
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_loss_falls_under_each_scheduler(name, as_tensor):
+    model, loss = problem()
+    lr = torch.tensor(1e-2) if as_tensor else 1e-2  # schedulers change it in place
+    optimizer = Shampoo(model.named_parameters(), lr=lr)
+    scheduler = SCHEDULERS[name](optimizer)
+    first, seen = loss(), set()
+    for _ in range(12):
+        value = loss()
+        optimizer.step()
+        seen.add(float(optimizer.param_groups[0]["lr"]))
+        scheduler.step(value) if name == "ReduceLROnPlateau" else scheduler.step()
+    assert loss() < 0.97 * first
+    assert len(seen) > 1 or name == "ReduceLROnPlateau"
+
+
+def test_zero_gradients_and_no_decay_change_nothing():
+    model, _ = problem()
+    optimizer = Shampoo(model.named_parameters(), weight_decay=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_it_can_be_printed():
+    model, _ = problem()
+    text = repr(Shampoo(model.named_parameters(), lr=3e-3))
+    assert "Shampoo" in text and "lr: 0.003" in text and "weight_decay: 0.1" in text
+
+
+def test_steps_are_deterministic():
+    weights = []
+    for _ in range(2):
+        model, loss = problem()
+        optimizer = Shampoo(model.named_parameters(), lr=1e-2)
+        for _ in range(5):
+            optimizer.step(lambda loss=loss: loss())
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize("dim", [12, 24])
+def test_a_file_of_torch_save_loads_with_weights_only(dim):
+    def build():
+        torch.manual_seed(1)
+        model = TinyLlama(**{**SMALL, "dim": dim})
+        optimizer = Shampoo(param_groups(model), lr=1e-2, max_preconditioner_dim=8)
+        return model, optimizer
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            set_gradients(model, deterministic_gradients(model, step))
+            optimizer.step()
+
+    model, optimizer = build()
+    train(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, range(3, 5))
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again, other = build()
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(again, other, range(3, 5))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("named", [(True, False), (False, True)])
+def test_a_state_dict_goes_between_optimizers_with_and_without_names(named):
+    model, loss = problem()
+    optimizers = [
+        Shampoo(model.named_parameters() if names else model.parameters(), exclude=[])
+        for names in named
+    ]
+    loss()
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for state in zip(*(o.state_dict()["state"].values() for o in optimizers), strict=True):
+        one, other = state
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_state_dict_loads_into_a_model_of_another_type(dtype):
+    model, loss = problem()
+    optimizer = Shampoo(model.named_parameters(), lr=1e-2)
+    loss()
+    optimizer.step()
+    other, _ = problem()
+    other = other.to(dtype)
+    loaded = Shampoo(other.named_parameters(), lr=1e-2)
+    loaded.load_state_dict(optimizer.state_dict())
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [p.detach().clone() for p in other.parameters()]
+    loaded.step()
+    assert all(p.dtype == dtype and p.isfinite().all() for p in other.parameters())
+    assert not any(map(torch.equal, before, other.parameters()))
+    assert {float(state["step"]) for state in loaded.state.values()} == {2.0}
+
+
+def test_gradient_scaling_skips_infinite_steps_and_undoes_the_scale():
+    plain, plain_loss = problem()
+    scaled, scaled_loss = problem()
+    one = Shampoo(plain.named_parameters(), lr=1e-2)
+    other = Shampoo(scaled.named_parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(6):
+        plain_loss()
+        scaled_loss()
+        for parameter in scaled.parameters():
+            parameter.grad *= scaler.get_scale() if scaler.get_scale() else 1.0
+        scaler.scale(torch.ones(()))  # it starts with the first loss
+        if step == 2:
+            scaled[0].weight.grad[0, 0] = torch.inf
+        else:
+            one.step()
+        scaler.step(other)
+        scaler.update()
+        for parameter in scaled.parameters():
+            parameter.grad = None
+    for expected, found in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert other.counters()[2:].tolist() == [0, 0]  # the scaler saw it first
+
+
+def test_frozen_groups_and_parameters_without_elements_are_along():
+    model, loss = problem()
+    frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    empty = nn.Parameter(torch.zeros(0, 5))
+    groups = [
+        {"params": list(model.named_parameters())},
+        {"params": [("frozen", frozen)], "lr": 1.0},
+        {"params": [("empty", empty)]},
+    ]
+    optimizer = Shampoo(groups, lr=1e-2)
+    first = loss()
+    for _ in range(5):
+        loss()
+        empty.grad = torch.zeros(0, 5)
+        optimizer.step()
+    assert loss() < first and torch.equal(frozen, torch.ones(3, 3))
+    again = Shampoo(groups, lr=1e-2)
+    again.load_state_dict(optimizer.state_dict())
+    assert float(again.state[empty]["step"]) == 5.0 and frozen not in again.state
+
+
+def test_global_and_own_hooks_run_around_a_step():
+    model, loss = problem()
+    optimizer = Shampoo(model.named_parameters())
+    loss()
+    called = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: called.append("all+")),
+        register_optimizer_step_post_hook(lambda *_: called.append("all-")),
+        optimizer.register_step_pre_hook(lambda *_: called.append("own+")),
+        optimizer.register_step_post_hook(lambda *_: called.append("own-")),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == ["all+", "own+", "own-", "all-"]
+
+
+def test_averaged_weights_and_clipping_work_beside_it():
+    model, loss = problem()
+    optimizer = Shampoo(model.named_parameters(), lr=1e-2)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(4):
+        loss()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        averaged.update_parameters(model)
+    assert not torch.equal(averaged.module[0].weight, model[0].weight)
+
+
+def test_a_copy_is_refused_with_what_to_do_instead():
+    model, _ = problem()
+    with pytest.raises(TypeError, match=r"build another one and load_state_dict\(\)"):
+        copy.deepcopy(Shampoo(model.named_parameters()))
+
+
+def test_importing_it_imports_torch_alone():
+    code = "import shampoo_fsdp, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" in found.stdout.split()
+    assert not {"rich", "matplotlib", "torchtitan", "tomli"} & set(found.stdout.split())
