@@ -83,6 +83,7 @@ class Bucket:
             travels: whether any rank of the plan sends anything.
         """
         self.members = list(parts)
+        self.ranks = ranks.ranks
         self._shapes = [part.shard_shape for part in parts.values()]
         self._config = config
         self._workspace = workspace[: elements(parts)]

@@ -38,11 +38,12 @@ def take_steps(
     meanwhile()
     watch.lap("excluded")
     allocate(workspace)
-    unfinished: list[Bucket] = []
+    unfinished, held = list[Bucket](), list[Bucket]()
     for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
         bucket.receive_gradients()
-        for last in unfinished:
+        for last in held:
             last.send_updates()
+        held.clear()
         if following and not unfinished:
             following.send_gradients(groups)
         watch.lap("exchange")
@@ -53,8 +54,14 @@ def take_steps(
             watch.lap("exchange")
         bucket.direct(watch)
         unfinished.append(bucket)
+        # Updates wait until memory of the next gradients is free. Not where these come from other
+        # ranks: they may be waiting for such updates before they send.
+        if following is None or following.ranks == bucket.ranks:
+            held.append(bucket)
+        else:
+            bucket.send_updates()
     release(workspace)
-    for last in unfinished[-1:]:
+    for last in held:
         last.send_updates()
     for last in unfinished:
         last.apply_updates(groups, watch)
