@@ -5,6 +5,8 @@
 
 make_venv() {
   local extra="${1:-}" newest=0.3.0 python="${PYTHON:-python3}" titan stamp wanted
+  # TorchTitan 0.3 wants Python 3.11.
+  if "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then newest=0.2.2; fi
   titan="${TITAN:-$newest}"
   venv=".venv"
   if [ "$titan" != "$newest" ]; then venv=".venv-$titan"; fi

@@ -17,7 +17,7 @@ make_venv test
   imports="$(lint-imports --no-cache)" || { echo "$imports"; exit 1; }
   pytest -q "$@"
 )
-if [ -z "${TITAN:-}" ] && [ $# -eq 0 ]; then
+if [ -z "${TITAN:-}" ] && [ $# -eq 0 ] && [ "$titan" != 0.2.2 ]; then
   echo "The same with TorchTitan 0.2.2, as far as it depends on it"
   TITAN=0.2.2 ./run_tests.sh tests/shampoo_torchtitan tests/studies \
     tests/benchmarks/test_benchmarks.py::test_train_overhead_compares_whole_steps

@@ -282,12 +282,20 @@ def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
     _titan_init(self, *args, **kwargs)
     optimizers = getattr(self, "states", {}).get(OPTIMIZER)
     if isinstance(optimizers, ShampooContainer) and optimizers.shampoos:
-        self.__class__ = ShampooCheckpoints
+        self.__class__ = _class_for(type(self))
         self.lock_folder()
+
+
+@functools.cache
+def _class_for(manager: type[CheckpointManager]) -> type[CheckpointManager]:
+    """What a manager becomes; one of a user's own, as 0.3 allows, stays that as well."""
+    if manager is CheckpointManager:
+        return ShampooCheckpoints
+    return type(manager.__name__, (ShampooCheckpoints, manager), {})
 
 
 def look_after_shampoo() -> None:
     """Makes TorchTitan's CheckpointManager a :class:`ShampooCheckpoints` where the job is one of
-    Shampoo; calling it again changes nothing. (There is no hook: a job cannot choose its class.)
+    Shampoo; calling it again changes nothing. (0.2 has no hook: a job cannot choose its class.)
     """
     CheckpointManager.__init__ = _init  # type: ignore[method-assign]

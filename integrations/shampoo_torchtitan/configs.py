@@ -24,14 +24,24 @@ from torchtitan.config.override import derive, override
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_torchtitan import checkpoint, metrics
-from shampoo_torchtitan.container import BadSetting, ShampooContainer, with_heads
+from shampoo_torchtitan.container import ShampooContainer, alike_on_all_ranks, with_heads
 
-__all__ = ["NAME", "ShampooOptimizers", "shampoo", "use_shampoo"]
+__all__ = [
+    "ADAM",
+    "HYPERPARAMETERS",
+    "NAME",
+    "ShampooOptimizers",
+    "complete_groups",
+    "shampoo",
+    "use_shampoo",
+]
 
 NAME = "Shampoo"
 """Of the optimizer, in the groups of a container."""
 
-_ADAM = ("Adam", "AdamW")
+ADAM = ("Adam", "AdamW")
+"""Of the optimizers whose place it takes."""
+HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 _OF_ADAM = ("fused", "foreach")
 
 
@@ -40,7 +50,8 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
-        """Either `param_groups`, or one group of all parameters with these hyperparameters."""
+        """These hyperparameters are those of Shampoo's `param_groups` that do not bring their own;
+        without any groups there is one of all parameters."""
 
         lr: float = 8e-4
         beta1: float = 0.9
@@ -62,20 +73,23 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         """
         Raises:
-            BadSetting: Shampoo's settings do not fit the model.
+            BadSetting: The settings do not fit the model, on this rank or on another.
         """
-        try:
+        with alike_on_all_ranks():
             own = with_heads(config.shampoo, model_parts)
             settings = {f.name: getattr(own, f.name) for f in dataclasses.fields(ShampooConfig)}
-            factories = config.optimizer_factory_kwargs_by_name | {NAME: settings}
+            factories = config.optimizer_factory_kwargs_by_name
+            if factories.get(NAME):
+                raise ValueError(
+                    f"optimizer_factory_kwargs_by_name has {factories[NAME]} for {NAME}: give "
+                    "these in `shampoo`"
+                )
             complete = dataclasses.replace(
                 config,
-                param_groups=config.param_groups or [_group_of_all(config)],
-                optimizer_factory_kwargs_by_name=factories,
+                param_groups=complete_groups(config),
+                optimizer_factory_kwargs_by_name=factories | {NAME: settings},
             )
             super().__init__(complete, model_parts=model_parts)
-        except (TypeError, ValueError) as error:
-            raise BadSetting(f"Cannot build Shampoo: {error}") from error
         if not self.shampoos:
             return
         self.complete_groups(config.implementation)
@@ -90,17 +104,35 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         return OptimizersContainer._resolve_optimizer_factory(name)  # type: ignore[no-any-return]
 
 
-def _group_of_all(config: ShampooOptimizers.Config) -> ParamGroupConfig:
-    return ParamGroupConfig(
-        pattern=".*",
-        optimizer_name=NAME,
-        optimizer_kwargs={
-            "lr": config.lr,
-            "betas": (config.beta1, config.beta2),
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-        },
-    )
+def complete_groups(config: ShampooOptimizers.Config) -> list[ParamGroupConfig]:
+    """With what Shampoo's groups do not say themselves.
+
+    Raises:
+        ValueError: The job sets what all of them say themselves.
+    """
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    groups = config.param_groups or [ParamGroupConfig(pattern=".*", optimizer_name=NAME)]
+    ours = [group for group in groups if group.optimizer_name == NAME]
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in HYPERPARAMETERS:
+        key = "betas" if name.startswith("beta") else name
+        value = getattr(config, name)
+        if value != defaults[name] and ours and all(key in g.optimizer_kwargs for g in ours):
+            raise ValueError(
+                f"optimizer.{name} = {value} would change nothing: all param_groups of {NAME} have "
+                f"{key!r} of their own"
+            )
+    return [
+        dataclasses.replace(group, optimizer_kwargs=common | group.optimizer_kwargs)
+        if group.optimizer_name == NAME
+        else group
+        for group in groups
+    ]
 
 
 def _build_shampoo(groups: list[dict[str, Any]], **settings: Any) -> Shampoo:
@@ -127,7 +159,8 @@ def shampoo(
     """For `config.optimizer`, in the place of TorchTitan's `default_adamw(lr=...)`.
 
     Args:
-        lr, betas, eps, weight_decay: Of all parameters, if there are no `param_groups`.
+        lr, betas, eps, weight_decay: Of all parameters, or of those of Shampoo's `param_groups`
+            that do not bring their own.
         param_groups: TorchTitan's; those with `optimizer_name="Shampoo"` are Shampoo's.
         **settings: Fields of ShampooConfig.
 
@@ -148,10 +181,22 @@ def shampoo(
 @override(target=OptimizersContainer.Config, description="Shampoo in the place of Adam and AdamW")
 def use_shampoo(config: OptimizersContainer.Config, **settings: Any) -> ShampooOptimizers.Config:
     """For `--override.imports`: Shampoo in all groups of Adam and AdamW, whose lr, betas, eps and
-    weight decay stay."""
+    weight decay stay.
+
+    Raises:
+        ValueError, TypeError: The job's container is of another kind, or a setting is not allowed.
+    """
+    known = (OptimizersContainer.Config, ShampooOptimizers.Config)
+    if type(config) not in known:
+        raise ValueError(
+            f"use_shampoo: the job's optimizers are a {type(config).__qualname__}, which Shampoo "
+            "would replace; allowed: TorchTitan's own OptimizersContainer.Config"
+        )
     groups = [
-        dataclasses.replace(group, optimizer_name=NAME) if group.optimizer_name in _ADAM else group
+        dataclasses.replace(group, optimizer_name=NAME) if group.optimizer_name in ADAM else group
         for group in config.param_groups
     ]
     own = settings_from_keywords(settings)
+    if isinstance(config, ShampooOptimizers.Config):
+        own = dataclasses.replace(config.shampoo, **settings)
     return derive(config, ShampooOptimizers.Config, param_groups=groups, shampoo=own)

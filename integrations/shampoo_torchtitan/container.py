@@ -1,17 +1,19 @@
 """What TorchTitan's containers of optimizers can do where Shampoo is in them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.runtime.diagnostics import Diagnostics
 
-__all__ = ["BadSetting", "ShampooContainer", "with_heads"]
+__all__ = ["BadSetting", "ShampooContainer", "alike_on_all_ranks", "with_heads"]
 
 # What groups of AdamW have beside ours: TorchTitan asks every checkpoint for all of them, so that a
 # job of AdamW can go on from one of Shampoo.
@@ -26,6 +28,27 @@ _OF_ADAMW = {
 
 class BadSetting(ValueError):
     """Why the optimizer cannot be built, in a sentence; raised on every rank."""
+
+
+@contextlib.contextmanager
+def alike_on_all_ranks() -> Iterator[None]:
+    """What is refused on one rank, as by the parameters of a stage of a pipeline, is on all.
+
+    Raises:
+        BadSetting: On every rank, if what is within raises a TypeError, ValueError or
+            NotImplementedError on any.
+    """
+    problem, cause = None, None
+    try:
+        yield
+    except (NotImplementedError, TypeError, ValueError) as error:
+        problem, cause = str(error), error
+    if dist.is_initialized():
+        everyone = [problem] * dist.get_world_size()
+        dist.all_gather_object(everyone, problem)
+        problem = next((theirs for theirs in everyone if theirs is not None), None)
+    if problem is not None:
+        raise BadSetting(f"Cannot build the optimizer: {problem}") from cause
 
 
 def with_heads(config: ShampooConfig, model_parts: Sequence[nn.Module]) -> ShampooConfig:

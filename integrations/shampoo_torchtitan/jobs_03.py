@@ -23,6 +23,7 @@ __all__ = [
     "Reader",
     "TitanTrainer",
     "check",
+    "complete",
     "fit_to_cpu",
     "leave_out_what_changes_no_parameter",
     "model_of",
@@ -45,7 +46,9 @@ class Reader(ConfigManager):
         file, overrides, others = "", {}, list[str]()
         for key, value in pairs:
             if key == _FILE:
-                file = value or ""
+                if not value:
+                    raise ValueError("job.config_file: the name of a file is missing")
+                file = value
             elif _is_of_files(key) and value is not None:
                 overrides[_name(key)] = toml.value_of(value)
             else:
@@ -73,6 +76,8 @@ def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
     pairs: list[tuple[str, str | None]] = []
     for arg in args:
         key, equals, value = arg.partition("=")
+        if key == "--job.config-file":
+            key = _FILE
         if arg.startswith("--"):
             pairs.append((key, value if equals else None))
         elif pairs and pairs[-1][0].startswith("--") and pairs[-1][1] is None:
@@ -93,8 +98,6 @@ def model_of(config: Any) -> str:
 
 def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
     """The settings that parameters of these names get; those of other optimizers are excluded."""
-    if config.override.imports:
-        apply_overrides(config.override, config)
     optimizer = config.optimizer
     if not isinstance(optimizer, configs.ShampooOptimizers.Config):
         return ShampooConfig()
@@ -107,6 +110,13 @@ def _is_shampoos(name: str, groups: Sequence[Any]) -> bool:
     """The first group that matches has it."""
     found = (g.optimizer_name for g in groups if re.search(g.pattern, name))
     return next(found, configs.NAME) == configs.NAME
+
+
+def complete(config: Any) -> None:
+    """Does what the trainer does first."""
+    if config.override.imports:
+        apply_overrides(config.override, config)
+        config.override.imports = []
 
 
 def leave_out_what_changes_no_parameter(config: Any) -> None:

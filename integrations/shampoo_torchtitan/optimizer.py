@@ -12,7 +12,11 @@ from torchtitan.distributed import ParallelDims
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_torchtitan import checkpoint, metrics
-from shampoo_torchtitan.container import BadSetting, ShampooContainer, with_heads
+from shampoo_torchtitan.container import (
+    ShampooContainer,
+    alike_on_all_ranks,
+    with_heads,
+)
 
 __all__ = ["NAME", "build_optimizers", "register"]
 
@@ -85,25 +89,19 @@ def build_optimizers(
 
     # Without the custom config module there is no such table: all defaults.
     config = getattr(optimizer_config, "shampoo", None) or ShampooConfig()
-    try:
-        config = with_heads(config, model_parts)
-    except ValueError as error:
-        raise BadSetting(f"Cannot build Shampoo: {error}") from error
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(ShampooConfig)}
-    settings |= {
-        "lr": optimizer_config.lr,
-        "betas": (optimizer_config.beta1, optimizer_config.beta2),
-        "eps": optimizer_config.eps,
-        "weight_decay": optimizer_config.weight_decay,
-    }
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
-    try:
-        container = _Container(
-            model_parts, settings, parallel_dims.get_mesh("dp_replicate") if ddp else None
-        )
-    except (TypeError, ValueError) as error:
-        raise BadSetting(f"Cannot build Shampoo: {error}") from error
+    replicas = parallel_dims.get_mesh("dp_replicate") if ddp else None
+    with alike_on_all_ranks():
+        config = with_heads(config, model_parts)
+        settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(ShampooConfig)}
+        settings |= {
+            "lr": optimizer_config.lr,
+            "betas": (optimizer_config.beta1, optimizer_config.beta2),
+            "eps": optimizer_config.eps,
+            "weight_decay": optimizer_config.weight_decay,
+        }
+        container = _Container(model_parts, settings, replicas)
     container.complete_groups(optimizer_config.implementation)
     container.log_summary()
     checkpoint.look_after_shampoo()

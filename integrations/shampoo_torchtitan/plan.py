@@ -81,9 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = job_report(job, models, options.world_size, options.device)
         step = None
         if options.device == "cuda":
-            options.tokens = options.tokens or _tokens_per_rank(job, options.world_size)
+            if options.tokens is None:
+                options.tokens = _tokens_per_rank(job, options.world_size)
             step = model_step(report, models, machine_of(vars(options)))
-    except (AssertionError, NotImplementedError, OSError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        ImportError,
+        NotImplementedError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
@@ -161,6 +169,7 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             parallelism that cannot be, or a memory cap.
     """
     _parallel_dims(config, world_size)  # before anything else sees what cannot be
+    generation.complete(config)
     generation.leave_out_what_changes_no_parameter(config)
     stages = config.parallelism.pipeline_parallel_degree
     specs: list[list[ParameterSpec]] = []

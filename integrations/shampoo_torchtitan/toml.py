@@ -8,15 +8,13 @@ registry to start from, else `[model] name` and `flavor` the model, the rest bei
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib
-import sys
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomllib
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
@@ -24,15 +22,10 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.trainer import Trainer
 
-from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.validation import REMOVED, misfit
 from shampoo_torchtitan import demo
-from shampoo_torchtitan.configs import ShampooOptimizers
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from shampoo_torchtitan.configs import HYPERPARAMETERS
+from shampoo_torchtitan.fields import set_field
+from shampoo_torchtitan.toml_optimizer import choose_optimizer
 
 __all__ = ["is_of_files", "read", "value_of"]
 
@@ -53,37 +46,53 @@ _MOVED = {
     "validation": "validator",
     "parallelism.enable_async_tensor_parallel": "compile.enable_async_tensor_parallel",
 }
-# What 0.3 has no place for, and what to do instead; "" changes nothing.
-_GONE = {
-    "job.custom_config_module": "",
-    "job.description": "",
-    "experimental.custom_import": "",
-    "experimental.custom_args_module": "subclass Trainer.Config in a registry of your own",
-    "model.converters": "quantization is part of the model: start from a function of your own "
-    "registry, [job] module and config",
-    "model.tokenizer_path": "set hf_assets_path",
-    "quantize": "start from a function of your own registry, [job] module and config",
-    "activation_checkpoint": "set activation_checkpoint.mode alone, or start from a function of "
-    "your own registry, [job] module and config",
-    "parallelism.disable_loss_parallel": "the loss is always parallel",
-    "parallelism.expert_tensor_parallel_degree": "set expert_parallel_degree alone",
-    "parallelism.expert_parallel_comm_backend": "it is part of the model: start from a function of "
-    "your own registry, [job] module and config",
-    "fault_tolerance": "TorchFT is an experiment of its own there",
-    "memory_estimation": "see `python -m shampoo_torchtitan.plan`",
-    "optimizer.early_step_in_backward": 'optimizer.name = "shampoo" needs all gradients at once',
-    "validation.local_batch_size": "validation takes that of the training",
-    "validation.seq_len": "validation takes that of the training",
+_ANY = object()
+_OWN_FUNCTION = "start from a function of your own registry, [job] module and config"
+# What 0.3 has no place for: the value that changes nothing there, and what to do about others.
+_GONE: dict[str, tuple[Any, str]] = {
+    "job.custom_config_module": (
+        "shampoo_torchtitan.job_config",
+        "subclass Trainer.Config in a registry of your own",
+    ),
+    "job.description": (_ANY, ""),
+    "experimental.custom_args_module": ("", "subclass Trainer.Config in a registry of your own"),
+    "model.converters": ([], f"quantization is part of the model: {_OWN_FUNCTION}"),
+    "model.tokenizer_path": (None, "set hf_assets_path"),
+    "quantize": (None, _OWN_FUNCTION),
+    "activation_checkpoint.selective_ac_option": (
+        "op",
+        f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
+    ),
+    "activation_checkpoint": (
+        None,
+        f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
+    ),
+    "parallelism.disable_loss_parallel": (False, "the loss is always parallel"),
+    "parallelism.expert_tensor_parallel_degree": (1, "set expert_parallel_degree alone"),
+    "parallelism.expert_parallel_comm_backend": (
+        "standard",
+        f"it is part of the model: {_OWN_FUNCTION}",
+    ),
+    "parallelism.context_parallel_rotate_method": ("allgather", "it is part of the model"),
+    "fault_tolerance.enable": (False, "TorchFT is an experiment of its own there"),
+    "fault_tolerance": (None, "TorchFT is an experiment of its own there"),
+    "memory_estimation.enabled": (False, "see `python -m shampoo_torchtitan.plan`"),
+    "memory_estimation": (None, "see `python -m shampoo_torchtitan.plan`"),
+    "optimizer.early_step_in_backward": (
+        False,
+        "no optimizer steps in the backward pass, and shampoo needs all gradients at once",
+    ),
+    "validation.local_batch_size": (None, "validation takes that of the training"),
+    "validation.seq_len": (None, "validation takes that of the training"),
 }
-# What 0.3 always does.
-_ALWAYS = {"activation_checkpoint.selective_ac_option": "op"}
+_IMPORT = "experimental.custom_import"
+_OURS = ("", "shampoo_torchtitan", "shampoo_torchtitan.optimizer")  # is there without an import
 _RECOMPUTE: dict[str, Any] = {
     "selective": SelectiveAC.Config,
     "full": FullAC.Config,
     "memory_budget": MemoryBudgetAC.Config,
     "none": lambda: None,
 }
-_OF_ADAM = ("lr", "eps", "weight_decay", "beta1", "beta2")
 
 
 def __getattr__(name: str) -> Any:
@@ -94,9 +103,14 @@ def __getattr__(name: str) -> Any:
 
 def is_of_files(name: str) -> bool:
     """Whether a setting has a place in files alone, or another name there than in 0.3."""
-    chosen = ("optimizer.name", "model.name", "model.flavor", "activation_checkpoint.mode")
-    adam = (f"optimizer.{key}" for key in _OF_ADAM)
-    return name in (*chosen, *adam) or _moved(name) != name or _instead(name) is not None
+    chosen: tuple[str, ...] = (
+        "optimizer.name",
+        "model.name",
+        "model.flavor",
+        "activation_checkpoint.mode",
+    )
+    chosen = (*chosen, *(f"optimizer.{key}" for key in HYPERPARAMETERS), _IMPORT)
+    return name in chosen or _moved(name) != name or _gone(name) is not None
 
 
 def value_of(text: str) -> Any:
@@ -126,21 +140,21 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
         functools.reduce(lambda table, key: table.setdefault(key, {}), parents, tables)[last] = (
             value
         )
+    _import(_table(tables, "experimental").pop("custom_import", ""))
+    of_function = not {"module", "config"}.isdisjoint(_table(tables, "job"))
     config = _base(tables)
     settings = dict(_leaves(tables))
     if (mode := settings.pop("activation_checkpoint.mode", None)) is not None:
-        if mode not in _RECOMPUTE:
+        if not isinstance(mode, str) or mode not in _RECOMPUTE:
             allowed = ", ".join(_RECOMPUTE)
             raise ValueError(f"activation_checkpoint.mode = {mode!r}: must be one of {allowed}")
         config.activation_checkpoint = _RECOMPUTE[mode]()
-    _choose_optimizer(config, settings)
+    config.optimizer = choose_optimizer(config.optimizer, settings, of_user=of_function)
     for key, value in settings.items():
-        if key in _ALWAYS and _ALWAYS[key] == value:
-            continue
-        if (instead := _instead(key)) is None:
-            _set(config, _moved(key), value, key)
-        elif instead:
-            raise ValueError(f"{key} is not known to TorchTitan 0.3: {instead}")
+        if (gone := _gone(key)) is None:
+            set_field(config, _moved(key), value, key)
+        elif gone[0] is not _ANY and value != gone[0]:
+            raise ValueError(f"{key} = {value!r} is not known to TorchTitan 0.3: {gone[1]}")
     for name in (field.name for field in dataclasses.fields(config)):
         check = getattr(getattr(config, name), "__post_init__", None)
         if check is not None:
@@ -151,21 +165,24 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
 
 def _base(tables: dict[str, Any]) -> Trainer.Config:
     """What the file's settings change."""
-    job, model = tables.get("job", {}), tables.get("model", {})
+    job, model = _table(tables, "job"), _table(tables, "model")
     if "config" in job or "module" in job:
         module, function = job.pop("module", None), job.pop("config", None)
         if module is None or function is None:
             raise ValueError("[job] module and config name a function of a registry: give both")
-        registry = _module(f"torchtitan.models.{module}.config_registry", module)
-        if not callable(getattr(registry, function, None)):
+        registry = _module(f"torchtitan.models.{module}.config_registry", f"{module}")
+        if not callable(getattr(registry, f"{function}", None)):
             raise ValueError(
                 f"[job] config = {function!r}: {registry.__name__} has no such function"
             )
-        return getattr(registry, function)()
+        return getattr(registry, function)()  # type: ignore[no-any-return]
     name, flavor = model.pop("name", "llama3"), model.pop("flavor", "debugmodel")
+    registry = _module(f"torchtitan.models.{name}", f"{name}")
+    if not hasattr(registry, "model_registry"):
+        raise ValueError(f"model.name = {name!r}: {registry.__name__} has no model")
     try:
-        spec = _module(f"torchtitan.models.{name}", name).model_registry(flavor)
-    except KeyError:
+        spec = registry.model_registry(flavor)
+    except (KeyError, TypeError):
         raise ValueError(f"model.flavor = {flavor!r}: {name} has no such flavor") from None
     loss = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
     return Trainer.Config(
@@ -176,6 +193,13 @@ def _base(tables: dict[str, Any]) -> Trainer.Config:
     )
 
 
+def _table(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise TypeError(f"{name} = {table!r}: must be a table, [{name}]")
+    return table
+
+
 def _module(*names: str) -> Any:
     """The first that there is."""
     for name in names:
@@ -184,53 +208,7 @@ def _module(*names: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
                 raise  # it is there, and lacks something
-    raise ValueError(f"there is no module {' or '.join(names)}")
-
-
-def _choose_optimizer(config: Trainer.Config, settings: dict[str, Any]) -> None:
-    name = settings.pop("optimizer.name", None)
-    of_shampoo = {
-        key.removeprefix("optimizer.shampoo."): settings.pop(key)
-        for key in list(settings)
-        if key.startswith("optimizer.shampoo.")
-    }
-    if "optimizer.shampoo" in settings:
-        value = settings["optimizer.shampoo"]
-        raise TypeError(f"optimizer.shampoo = {value!r}: must be a table, [optimizer.shampoo]")
-    shampoo = _shampoo_settings(of_shampoo)  # also if the job has AdamW just now
-    if name is not None and name.lower() == "shampoo":
-        config.optimizer = ShampooOptimizers.Config(shampoo=shampoo)
-    elif name not in (None, "Adam", "AdamW"):
-        raise ValueError(f"optimizer.name = {name!r}: must be one of shampoo, Adam, AdamW")
-    else:
-        own = [key for key in _OF_ADAM if f"optimizer.{key}" in settings]
-        given = {key: _checked(key, settings.pop(f"optimizer.{key}")) for key in own}
-        _change_adam(config.optimizer.param_groups, name, given)
-
-
-def _shampoo_settings(own: dict[str, Any]) -> ShampooConfig:
-    for key, value in own.items():
-        if key in REMOVED:
-            raise ValueError(f"setting optimizer.shampoo.{key} has been removed: {REMOVED[key]}")
-        _check(ShampooConfig, key, value, "optimizer.shampoo")
-    try:
-        return ShampooConfig(**own)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"[optimizer.shampoo] {error}") from None
-
-
-def _checked(key: str, value: Any) -> Any:
-    _check(ShampooOptimizers.Config, key, value, "optimizer")
-    return value
-
-
-def _change_adam(groups: list[Any], name: str | None, given: dict[str, Any]) -> None:
-    for group in groups:
-        group.optimizer_name = name or group.optimizer_name
-        kept = group.optimizer_kwargs
-        kept |= {key: value for key, value in given.items() if key not in ("beta1", "beta2")}
-        beta1, beta2 = kept.get("betas", (0.9, 0.95))
-        kept["betas"] = given.get("beta1", beta1), given.get("beta2", beta2)
+    raise ValueError(f"there is no module {' or '.join(map(repr, names))}")
 
 
 def _leaves(tables: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -239,11 +217,16 @@ def _leaves(tables: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
         yield from _leaves(value, name) if isinstance(value, dict) else [(name, value)]
 
 
-def _instead(key: str) -> str | None:
-    """What to do about a setting that is no more; None if it still is, "" for nothing."""
+def _gone(key: str) -> tuple[Any, str] | None:
+    """What changes nothing and what to do about a setting that is no more; None if it still is."""
     parts = key.split(".")
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((_GONE[prefix] for prefix in prefixes if prefix in _GONE), None)
+
+
+def _import(module: Any) -> None:
+    if module not in _OURS:
+        _module(f"{module}")
 
 
 def _moved(key: str) -> str:
@@ -251,31 +234,3 @@ def _moved(key: str) -> str:
         if key == old or key.startswith(f"{old}."):
             return new + key[len(old) :]
     return key
-
-
-def _set(config: Any, key: str, value: Any, said: str) -> None:
-    *tables, last = key.split(".")
-    for table in tables:
-        _known(type(config), table, said, whole=True)
-        config = getattr(config, table)
-    _check(type(config), last, value, said.rpartition(".")[0])
-    setattr(config, last, value)
-
-
-def _check(cls: type, key: str, value: Any, path: str) -> None:
-    hint, name = _known(cls, key, path), f"{path}.{key}" if path else key
-    if dataclasses.is_dataclass(hint):
-        raise TypeError(f"{name} = {value!r}: must be a table, [{name}]")
-    if allowed := misfit(key, value, hint):
-        raise TypeError(f"{name} = {value!r}: must be {allowed}")
-
-
-def _known(cls: type, key: str, path: str, *, whole: bool = False) -> Any:
-    """The type of a field."""
-    hints = typing.get_type_hints(cls)
-    if key not in hints:
-        name = path if whole else f"{path}.{key}" if path else key
-        close = difflib.get_close_matches(key, hints, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown setting {name}.{hint} Allowed: {', '.join(sorted(hints))}")
-    return hints[key]

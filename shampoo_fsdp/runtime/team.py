@@ -223,8 +223,10 @@ def refuse_without_gradients(parameters: Parameters) -> None:
     """Raise a RuntimeError on all ranks if none of them has a gradient: nothing would be trained,
     which is what an optimizer does that has kept the tensors of before `fully_shard`."""
     members = parameters.members
-    some = torch.tensor(any(m.gradient is not None for m in members), device=parameters.device)
-    if members and not _anywhere(some, parameters):
+    some = any(member.gradient is not None for member in members)
+    if any(ranks.group is not None for ranks in parameters.rank_sets):
+        some = _anywhere(torch.tensor(some, device=parameters.device), parameters)
+    if members and not some:
         raise RuntimeError(
             f"none of the {len(members)} parameters of this optimizer has a gradient on its first "
             "step. Call backward() before step(); if the optimizer was built before fully_shard() "

@@ -63,6 +63,7 @@ def dry_optimizer(
                 for name, value in (("step", _STEPS), ("factor_step", _STEPS), ("refreshed", 1.0)):
                     if name in state:
                         state[name].fill_(value)
+            optimizer._seen_a_gradient = True  # else the step would wait, as the first one does
             for parameter in named.values():
                 parameter.grad = _like(parameter)
             yield optimizer

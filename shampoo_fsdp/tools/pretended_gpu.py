@@ -1,5 +1,6 @@
 """A GPU that is not there: tensors on it have a shape and no values or memory."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,12 +23,20 @@ CUDA = torch.device("cuda")
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """Within it tensors can be made on CUDA; reading a value of one on the host is an error. Those
-    of the host are what they always are."""
+    of the host are what they always are.
+
+    Raises:
+        ValueError: the process uses a GPU that is there.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise ValueError("this process has used a GPU, where none can be pretended: use another.")
     # Builds for CPUs have no memory that is pinned, and no events.
     pinned = mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor)
     events = mock.patch("torch.cuda.Event", _Event)
     pretended = FakeTensorMode(allow_non_fake_inputs=True), _OnHost(), _Indexing()  # type: ignore[no-untyped-call]
+    hidden = mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="")  # what there is
     with ExitStack() as stack:
+        stack.enter_context(hidden)
         for context in (*pretended, pinned, events, full_precision("cuda"), torch.no_grad()):
             stack.enter_context(context)
         yield

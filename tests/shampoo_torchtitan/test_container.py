@@ -1,10 +1,13 @@
 """What is found in the model for Shampoo."""
 
 import pytest
+import torch.distributed as dist
 from torch import nn
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_torchtitan.container import with_heads
+from shampoo_torchtitan import checkpoint
+from shampoo_torchtitan.checkpoint import CheckpointManager
+from shampoo_torchtitan.container import BadSetting, alike_on_all_ranks, with_heads
 from shampoo_torchtitan.demo import cpu
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs
@@ -47,3 +50,27 @@ def test_attention_of_a_job_is_cut_between_heads(tmp_path):
     # 4 heads of 16 rows each for queries, keys and values, in one matrix or three.
     assert sum(tiles[0] for name, tiles in found.items() if "layers.0" in name) in (12, 13)
     assert max(tiles[0] for tiles in found.values()) in (4, 12)
+
+
+def refused_on_one_rank() -> str:
+    with pytest.raises(BadSetting) as refused, alike_on_all_ranks():
+        if dist.get_rank() == 1:
+            raise ValueError("'exclude' of this stage")
+    return str(refused.value)
+
+
+def test_what_a_stage_refuses_is_refused_on_all_ranks():
+    assert set(run_ranks(2, refused_on_one_rank)) == {
+        "Cannot build the optimizer: 'exclude' of this stage"
+    }
+
+
+def test_a_users_own_checkpoint_manager_stays_one():
+    class Mine(CheckpointManager):
+        def save(self, step: int, last_step: bool = False) -> str:  # type: ignore[override]
+            return f"mine, step {step}"
+
+    found = checkpoint._class_for(Mine)
+    assert issubclass(found, Mine) and issubclass(found, checkpoint.ShampooCheckpoints)
+    assert found is checkpoint._class_for(Mine)
+    assert checkpoint._class_for(CheckpointManager) is checkpoint.ShampooCheckpoints

@@ -191,7 +191,7 @@ _DEGREES = [
         ('[activation_checkpoint]\nmode = "some"', "must be one of selective, full, "),
         ('[model]\nconverters = ["float8"]', "[job] module and config"),
         ('[model]\nflavor = "9B"', "model.flavor = '9B': llama3 has no such flavor"),
-        ('[model]\nname = "llama9"', "there is no module torchtitan.models.llama9"),
+        ('[model]\nname = "llama9"', "there is no module 'torchtitan.models.llama9'"),
         ('[job]\nmodule = "llama3"', "give both"),
         (
             '[job]\nmodule = "llama3"\nconfig = "x"',

@@ -176,4 +176,4 @@ def test_a_setting_that_does_not_fit_the_model_is_said_and_ends_the_job(tmp_path
     assert outcome.exit_code == 2  # as for all bad settings: without a traceback
     first = "qkv_linear.wqkv" if JOBS_ARE_FUNCTIONS else "wq"
     parameter = f"parameter 'layers.0.attention.{first}.weight'"
-    assert f"Cannot build Shampoo: {parameter}: root_method = " in outcome.logged
+    assert f"Cannot build the optimizer: {parameter}: root_method = " in outcome.logged
