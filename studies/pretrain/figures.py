@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter
 
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
@@ -19,6 +20,7 @@ from studies.pretrain.summary import (
     Summary,
     ablation_losses,
     by_lr,
+    reached,
     seconds,
     summaries,
     target,
@@ -32,13 +34,15 @@ _SHOWN = 0.7  # nats above the best; ablations beyond are written at the edge
 def draw(
     study: Study, sizes: Iterable[str], contestants: list[str], results: Results, folder: Path
 ) -> None:
-    """Writes loss.png, to_target.png, lr.png and ablations_SIZE.png, if there are results."""
+    """Writes loss.png, ratio.png, to_target.png, lr.png and ablations_SIZE.png, if there are
+    results."""
     folder.mkdir(parents=True, exist_ok=True)
     colors = {name: f"C{i}" for i, name in enumerate(study.contestants)}
     by_size = {size: summaries(study, size, contestants, results) for size in sizes}
     done = {size: found for size, found in by_size.items() if target(found) is not None}
     if done:
         _loss(done, colors, folder / "loss.png")
+        _ratio(done, colors, folder / "ratio.png")
         _to_target(done, colors, folder / "to_target.png")
     _lr(study, list(by_size), contestants, results, colors, folder / "lr.png")
     for size in by_size:
@@ -56,16 +60,52 @@ def _loss(done: dict[str, list[Summary]], colors: dict[str, str], path: Path) ->
             length = min(len(record["loss"]) for record in summary.final)
             losses = np.array([record["loss"][:length] for record in summary.final], dtype=float)
             times = np.mean([seconds(record)[:length] for record in summary.final], axis=0)
-            for axis, x in zip(row, (summary.final[0]["step"][:length], times), strict=True):
+            tokens = np.multiply(summary.final[0]["step"][:length], _tokens(summary.settings))
+            for axis, x in zip(row, (tokens, times), strict=True):
                 axis.plot(x, losses.mean(0), color=color, label=name, lw=1.2)
                 axis.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.2, lw=0)
-        for axis, label in zip(row, ("steps", "seconds of training"), strict=True):
+        for axis, label in zip(row, ("tokens", "seconds of training"), strict=True):
             axis.axhline(aim, color="0.4", lw=0.8, ls=":", label=f"{BASELINE}'s best seed")
             axis.set_ylim(_lowest(found) - 0.03, aim + 0.8)
-            axis.set(xlabel=label, ylabel="held-out loss, nats per token")
+            axis.set(xscale="log", xlabel=label, ylabel="held-out loss, nats per token")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(f"{size}; mean, and range of {len(found[0].final)} seeds", size=10)
             axis.legend(fontsize=8)
     _save(figure, path)
+
+
+def _tokens(settings: dict[str, Any]) -> int:
+    """Of a step."""
+    return int(settings["training.local_batch_size"] * settings["training.seq_len"])
+
+
+def _ratio(done: dict[str, list[Summary]], colors: dict[str, str], path: Path) -> None:
+    """Steps to a loss as a part of the baseline's steps to the same: how an early lead shrinks."""
+    figure, axes = plt.subplots(1, len(done), figsize=(5.5 * len(done), 3.9), squeeze=False)
+    for axis, (size, found) in zip(axes[0], done.items(), strict=True):
+        aim = target(found)
+        baseline = next(summary for summary in found if summary.contestant == BASELINE)
+        first = max(record["loss"][1] for record in baseline.final)
+        losses = np.linspace(aim or first, first, 60)
+        of_baseline = _steps_to(losses, baseline)
+        for summary in found:
+            if summary is not baseline:
+                ratio = _steps_to(losses, summary) / of_baseline
+                axis.plot(losses, ratio, color=colors[summary.contestant], label=summary.contestant)
+        axis.axhline(1.0, color="0.4", lw=0.8, ls=":")
+        axis.set(ylim=(0, 1.1), xlabel="held-out loss, nats per token (training goes to the right)")
+        axis.set_ylabel(f"steps to it, {BASELINE} = 1")
+        axis.invert_xaxis()
+        axis.set_title(f"{size}; mean of {len(baseline.final)} seeds", size=10)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _steps_to(losses: Any, summary: Summary) -> Any:
+    """Mean of the seeds; NaN where one does not get there."""
+    of_seeds = [[reached(record, loss) for loss in losses] for record in summary.final]
+    steps = [[np.nan if r is None else r[0] for r in found] for found in of_seeds]
+    return np.mean(steps, axis=0)
 
 
 def _lowest(found: list[Summary]) -> float:
