@@ -1,0 +1,172 @@
+"""Compares optimizers on convolutions: a small ResNet on 5,000 images of digits.
+
+    python -m studies.vision run         # a killed study goes on where it was
+    python -m studies.vision report      # table and figure from the results
+
+Each contestant's lr is chosen of the same number of values by the loss on 500 images; then three
+more seeds are compared on 1,000 others.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from studies.pretrain.results import Results, Run
+
+_RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
+_EPOCHS = 12
+_SEEDS = (1, 2, 3)
+_SGD_LR = [0.0125, 0.025, 0.05, 0.1, 0.2]
+_ADAM_LR = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+_SHAMPOO = {"preconditioner": "shampoo", "betas": (0.9, 0.95)}
+
+# What each is called, torch's or our class, its settings, and the values of lr.
+CONTESTANTS: dict[str, tuple[str, dict[str, Any], list[float]]] = {
+    "SGD, Nesterov": ("SGD", {"weight_decay": 5e-4}, _SGD_LR),
+    "AdamW": ("AdamW", {"weight_decay": 0.05}, _ADAM_LR),
+    "Shampoo, SGD's size": (
+        "Shampoo",
+        {**_SHAMPOO, "weight_decay": 5e-4, "weight_decay_type": "l2", "grafting": "sgd"},
+        # SGD's momentum sums gradients, ours averages them: ten times the lr for the same step.
+        [10 * lr for lr in _SGD_LR],
+    ),
+    "Shampoo, Adam's size": ("Shampoo", {**_SHAMPOO, "weight_decay": 0.05}, _ADAM_LR),
+    "KL-Shampoo, Adam's size": ("Shampoo", {"weight_decay": 0.05}, _ADAM_LR),
+}
+
+
+def run_of(contestant: str, lr: float, seed: int, images: str) -> Run:
+    """A training of a contestant."""
+    optimizer, options, _ = CONTESTANTS[contestant]
+    settings = {
+        "optimizer": optimizer,
+        "options": {**options, "lr": lr},
+        "epochs": _EPOCHS,
+        "seed": seed,
+        "images": images,
+    }
+    return Run(size="digits", contestant=contestant, stage=images, settings=settings)
+
+
+def best_lr(contestant: str, results: Results) -> float | None:
+    """By the loss on the tuning images; None until all values have been tried."""
+    values = CONTESTANTS[contestant][2]
+    losses = [results.loss(run_of(contestant, lr, 0, "tuning")) for lr in values]
+    if any(loss is None for loss in losses):
+        return None
+    return min(zip(losses, values, strict=True))[1]  # type: ignore[type-var]
+
+
+def run(results: Results) -> None:
+    """All that is missing."""
+    from studies.vision.training import train
+
+    torch.set_num_threads(1)
+    for contestant, (_, _, values) in CONTESTANTS.items():
+        for lr in values:
+            _complete(run_of(contestant, lr, 0, "tuning"), results, train)
+        chosen = best_lr(contestant, results)
+        assert chosen is not None
+        for seed in _SEEDS:
+            _complete(run_of(contestant, chosen, seed, "test"), results, train)
+
+
+def _complete(run: Run, results: Results, train: Any) -> None:
+    if run not in results:
+        results.add(run, train(run.settings))
+        record = results[run]
+        print(
+            f"{run.contestant}, lr {run.settings['options']['lr']:g}, {run.stage}: training loss "
+            f"{record['training_loss'][-1]}, loss {record['loss'][-1]}, accuracy "
+            f"{record['accuracy'][-1]:.1%}",
+            flush=True,
+        )
+
+
+def finals(results: Results) -> dict[str, tuple[float, list[dict[str, Any]]]]:
+    """lr and records of the seeds, of the contestants that have them all."""
+    found = {}
+    for contestant in CONTESTANTS:
+        lr = best_lr(contestant, results)
+        if lr is not None:
+            runs = [run_of(contestant, lr, seed, "test") for seed in _SEEDS]
+            if all(run in results for run in runs):
+                found[contestant] = lr, [results[run] for run in runs]
+    return found
+
+
+def markdown(results: Results) -> str:
+    """The table."""
+    lines = [
+        "| optimizer | lr | accuracy after 3 epochs | after all | loss | training loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for contestant, (lr, records) in finals(results).items():
+        cells = [
+            f"{100 * _mean(r['accuracy'][2] for r in records):.1f}%",
+            f"{100 * _mean(r['accuracy'][-1] for r in records):.1f}%",
+            f"{_mean(r['loss'][-1] for r in records):.4f}",
+            f"{_mean(r['training_loss'][-1] for r in records):.4f}",
+        ]
+        lines.append(f"| {' | '.join([contestant, f'{lr:g}', *cells])} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Any) -> float:
+    return statistics.fmean(values)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Accuracy and training loss by epoch, and the final loss by lr."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    for contestant, (_, records) in finals(results).items():
+        for axis, name in zip(axes, ("accuracy", "training_loss"), strict=False):
+            values = np.array([record[name] for record in records], dtype=float)
+            if name == "accuracy":
+                values = 100 * (1 - values)
+            x = np.arange(1, values.shape[1] + 1)
+            (line,) = axis.plot(x, values.mean(0), label=contestant)
+            axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+    for contestant, (_, _, values) in CONTESTANTS.items():
+        found = [results.loss(run_of(contestant, lr, 0, "tuning")) for lr in values]
+        axes[2].plot(range(5), [np.nan if x is None else x for x in found], "o-", label=contestant)
+    axes[0].set(xlabel="epoch", ylabel="errors on the test images, %", yscale="log")
+    axes[1].set(xlabel="epoch", ylabel="training loss", yscale="log")
+    axes[2].set(xlabel="lr, from the smallest to the largest that was tried", ylabel="tuning loss")
+    for axis in axes:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.vision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--results", type=Path, default=_RESULTS)
+    options = parser.parse_args(arguments)
+    results = Results(options.results)
+    if options.what == "run":
+        run(results)
+        return
+    print(markdown(results))
+    draw(results, options.results.parent / "digits.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
