@@ -45,13 +45,25 @@ class JobConfig:
 
 
 def register() -> None:
-    """Adds `study_1M`, `study_3M` and `study_10M` to `llama3`, and the study's optimizers."""
+    """Adds `study_1M`, ..., `study_w64`, ... to `llama3`, and the study's optimizers."""
     for name, dim, layers in (("1M", 128, 5), ("3M", 192, 6), ("10M", 256, 13)):
         llama3.llama3_args.setdefault(
             f"study_{name}",
             llama3.TransformerModelArgs(
                 dim=dim,
                 n_layers=layers,
+                n_heads=dim // 32,
+                vocab_size=_VOCABULARY,
+                multiple_of=32,
+                rope_theta=10000,
+            ),
+        )
+    for dim in (64, 128, 256, 512):  # fixed depth and size of heads, as widths are compared
+        llama3.llama3_args.setdefault(
+            f"study_w{dim}",
+            llama3.TransformerModelArgs(
+                dim=dim,
+                n_layers=2,
                 n_heads=dim // 32,
                 vocab_size=_VOCABULARY,
                 multiple_of=32,

@@ -34,8 +34,8 @@ _SHOWN = 0.7  # nats above the best; ablations beyond are written at the edge
 def draw(
     study: Study, sizes: Iterable[str], contestants: list[str], results: Results, folder: Path
 ) -> None:
-    """Writes loss.png, ratio.png, to_target.png, lr.png and ablations_SIZE.png, if there are
-    results."""
+    """Writes loss.png, ratio.png, to_target.png, lr.png, lr_by_size.png and ablations_SIZE.png, if
+    there are results."""
     folder.mkdir(parents=True, exist_ok=True)
     colors = {name: f"C{i}" for i, name in enumerate(study.contestants)}
     by_size = {size: summaries(study, size, contestants, results) for size in sizes}
@@ -45,6 +45,7 @@ def draw(
         _ratio(done, colors, folder / "ratio.png")
         _to_target(done, colors, folder / "to_target.png")
     _lr(study, list(by_size), contestants, results, colors, folder / "lr.png")
+    _lr_by_size(study, list(by_size), contestants, results, folder / "lr_by_size.png")
     for size in by_size:
         _ablations(study, size, results, folder / f"ablations_{size}.png")
 
@@ -165,6 +166,32 @@ def _lr(
         axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text")
         axis.set_title(f"{size}, before the other settings are chosen", size=10)
         axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _lr_by_size(
+    study: Study, sizes: list[str], contestants: list[str], results: Results, path: Path
+) -> None:
+    """For each contestant the curves of all sizes, above their lowest: does the best lr move?"""
+    curves = {
+        name: {size: by_lr(study, size, name, results) for size in sizes} for name in contestants
+    }
+    curves = {name: found for name, found in curves.items() if sum(map(bool, found.values())) > 1}
+    if not curves:
+        return
+    shape = (4.5 * len(curves), 3.6)
+    figure, axes = plt.subplots(1, len(curves), figsize=shape, squeeze=False, sharey=True)
+    for axis, (name, found) in zip(axes[0], curves.items(), strict=True):
+        for size, points in found.items():
+            if points:
+                lr, losses = zip(*points, strict=True)
+                above = np.subtract(losses, min(losses))
+                (line,) = axis.plot(lr, above, "o-", label=size, ms=3)
+                axis.plot(lr[losses.index(min(losses))], 0.0, "*", color=line.get_color(), ms=12)
+        axis.set(xscale="log", xlabel="lr", ylim=(-0.02, 0.3))
+        axis.set_title(f"{name} (stars: the best)", size=10)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("final loss above the lowest of that size")
     _save(figure, path)
 
 

@@ -36,6 +36,8 @@ class Study:
         self.general: dict[str, Any] = tables["study"]
         self.seconds_per_step: dict[str, float] = tables["seconds_per_step"]
         self.contestants: dict[str, dict[str, Any]] = tables["contestants"]
+        self.of_size: dict[str, dict[str, Any]] = tables.get("size", {})
+        """Where a size has no job file of its own: that of `job`, and what is other in it."""
         self.ablations: list[dict[str, Any]] = tables.get("ablation", [])
         self._file, self._changes = file, changes or {}
 
@@ -46,7 +48,9 @@ class Study:
 
     def job(self, size: str, contestant: str) -> dict[str, Any]:
         """The settings of a contestant's job before anything is chosen."""
-        common = read_toml((self._file.parent / "jobs" / f"{size}.toml").read_text())
+        of_size = dict(self.of_size.get(size, {}))
+        file = self._file.parent / "jobs" / f"{of_size.pop('job', size)}.toml"
+        common = read_toml(file.read_text()) | flat(of_size)
         own = flat(self.contestants[contestant]["job"])
         return {**common, "debug.seed": self.general["seed"], **own, **self._changes}
 
@@ -109,9 +113,9 @@ class Study:
 
     def shorter(self, size: str, contestant: str, best: dict[str, Any]) -> list[Run]:
         """The first of these runs with a schedule of fewer steps."""
-        settings = self.final(size, contestant, best)[0].settings
-        fewer = _with_steps(settings, self.general["shorter"])
-        return [self._run(size, contestant, SHORTER, fewer)]
+        first = self.final(size, contestant, best)[:1]
+        fewer = [_with_steps(run.settings, self.general["shorter"]) for run in first]
+        return [self._run(size, contestant, SHORTER, settings) for settings in fewer]
 
     def ablation(
         self, size: str, ablation: dict[str, Any], best: dict[str, Any]
