@@ -164,6 +164,7 @@ def _lr(
         losses = [loss for points in curves[size].values() for _, loss in points]
         axis.set_ylim(min(losses) - 0.03, min(losses) + 0.8)
         axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(f"{size}, before the other settings are chosen", size=10)
         axis.legend(fontsize=8)
     _save(figure, path)
@@ -189,6 +190,7 @@ def _lr_by_size(
                 (line,) = axis.plot(lr, above, "o-", label=size, ms=3)
                 axis.plot(lr[losses.index(min(losses))], 0.0, "*", color=line.get_color(), ms=12)
         axis.set(xscale="log", xlabel="lr", ylim=(-0.02, 0.3))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(f"{name} (stars: the best)", size=10)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("final loss above the lowest of that size")
