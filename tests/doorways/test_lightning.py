@@ -1,0 +1,23 @@
+"""examples/lightning_fsdp2.py: it trains, and goes on from a checkpoint on fewer ranks."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.doorways.launch import losses, torchrun
+
+pytest.importorskip("lightning")
+
+_SCRIPT = "examples/lightning_fsdp2.py"
+
+
+def test_it_trains_and_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoint")
+    first = losses(torchrun(_SCRIPT, 2, "--steps", "39", "--folder", folder))
+    # Whoever knows how often each byte occurs, and no more, is at 3.15.
+    assert len(first) == 3 and first[-1] < 2.8
+
+    rest = losses(torchrun(_SCRIPT, 1, "--steps", "50", "--folder", folder, "--resume"))
+    # Its first line is of its first step. Lightning begins the epoch's texts again, so that they
+    # are no others than those of the first steps.
+    assert len(rest) == 2 and max(rest) < first[-1] + 0.2
