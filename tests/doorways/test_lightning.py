@@ -18,6 +18,6 @@ def test_it_trains_and_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     assert len(first) == 3 and first[-1] < 2.8
 
     rest = losses(torchrun(_SCRIPT, 1, "--steps", "50", "--folder", folder, "--resume"))
-    # Its first line is of its first step. Lightning begins the epoch's texts again, so that they
-    # are no others than those of the first steps.
+    # Its first line is of its first step. Lightning does not go on where it was in the data: the
+    # batches are not those of a run without a break.
     assert len(rest) == 2 and max(rest) < first[-1] + 0.2
