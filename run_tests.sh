@@ -13,7 +13,7 @@ make_venv test
   export PATH="$PWD/$venv/bin:$PATH"
   ruff check -q .
   ruff format -q --check .
-  mypy --strict shampoo_fsdp
+  mypy --strict shampoo_fsdp tests/typed_use.py
   imports="$(lint-imports --no-cache)" || { echo "$imports"; exit 1; }
   pytest -q "$@"
 )
