@@ -12,12 +12,12 @@ from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
-from shampoo_fsdp.runtime.groups import check_entries, check_group, copied
+from shampoo_fsdp.runtime.groups import check_entries, check_group, copied, given_in
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.schedule import take_steps
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
-from shampoo_fsdp.state import forget_reading, load_state
+from shampoo_fsdp.state import forget_reading, load_settings, load_state
 
 __all__ = ["Shampoo"]
 
@@ -78,7 +78,7 @@ class Shampoo(torch.optim.Optimizer):
         check_group(self.config, defaults)
         check_replicas(replicas)
         self._built: Built | None = None
-        self._constructed = False
+        self._constructed = self._packing = False
         super().__init__(copied(params), defaults)
         self._constructed = True
         self._seen_a_gradient = False
@@ -123,9 +123,14 @@ class Shampoo(torch.optim.Optimizer):
         return built
 
     @property
+    def _waits(self) -> bool:
+        """Whether nothing is built, for a model that may still be sharded or materialised."""
+        return self._built is None and may_be_replaced(self.param_groups, self._replicas)
+
+    @property
     def state(self) -> Any:
         """Of each parameter, by name; it is there from the first look at it."""
-        if self._constructed:
+        if self._constructed and not self._packing:
             self._ready()
         return self._state
 
@@ -213,9 +218,16 @@ class Shampoo(torch.optim.Optimizer):
         Where several ranks share blocks, their state is in ShardedBlocks, a DTensor, for
         torch.distributed.checkpoint, also with `full_state_dict`. In one process tensors are plain
         or, where they consist of several blocks, behave so (see OwnedBlocks).
+
+        As long as the model may still have to be sharded or materialised there is no state in it:
+        Accelerate asks before it shards, when state would be that of the whole model on each rank.
         """
-        forget_reading(self.state)
-        return super().state_dict()
+        self._packing = self._waits
+        try:
+            forget_reading(self.state)
+            return super().state_dict()
+        finally:
+            self._packing = False
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -239,9 +251,13 @@ class Shampoo(torch.optim.Optimizer):
                 result = hook(self, result) or result
             return result
 
-        built = self._ready()
-        strangers = load_state(built.parameters, built.given, self.param_groups, self.config, read)
-        self._state.update(strangers)
+        if self._waits and state_dict.get("state") == {}:
+            load_settings(given_in(self.param_groups), self.param_groups, self._asked, read())
+        else:
+            built = self._ready()
+            self._state.update(
+                load_state(built.parameters, built.given, self.param_groups, self.config, read)
+            )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

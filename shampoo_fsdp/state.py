@@ -20,7 +20,7 @@ from shampoo_fsdp.runtime.ranks import tell_all
 from shampoo_fsdp.runtime.team import Parameters
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["create_state", "forget_reading", "load_state"]
+__all__ = ["create_state", "forget_reading", "load_settings", "load_state"]
 
 _logger = getLogger(__name__)
 
@@ -51,6 +51,30 @@ def forget_reading(state: Mapping[Any, Any]) -> None:
                 local.forget_reading()
 
 
+def load_settings(
+    given: Given,
+    param_groups: list[dict[str, Any]],
+    config: ShampooConfig,
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Take over the settings of a state dict, as :func:`load_state` does; nothing is exchanged."""
+    _, saved_groups = find_saved(given, state_dict["param_groups"])
+    groups = _settings(config, param_groups, saved_groups)
+    for group, settings in zip(param_groups, groups, strict=True):
+        group.update(settings)
+
+
+def _settings(
+    config: ShampooConfig,
+    param_groups: list[dict[str, Any]],
+    saved_groups: list[Mapping[str, Any] | None],
+) -> list[dict[str, Any]]:
+    return [
+        settings_to_load(config, group, saved_group)
+        for group, saved_group in zip(param_groups, saved_groups, strict=True)
+    ]
+
+
 def load_state(
     parameters: Parameters,
     given: Given,
@@ -78,10 +102,7 @@ def load_state(
         state = state_dict["state"]
         keys, saved_groups = find_saved(given, state_dict["param_groups"])
         entries = {m.name: state.get(keys.get(m.name), {}) for m in parameters.members}
-        groups = [
-            settings_to_load(config, group, saved_group)
-            for group, saved_group in zip(param_groups, saved_groups, strict=True)
-        ]
+        groups = _settings(config, param_groups, saved_groups)
         saved = flat(entries)
         decision = decide(here, saved, config.on_mismatch)
         other = other_pieces(here, saved, decision)

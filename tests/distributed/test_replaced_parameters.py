@@ -68,6 +68,24 @@ def test_state_is_not_made_for_a_whole_model_that_is_still_to_be_sharded(tmp_pat
 
 
 @ranks(2)
+def test_a_state_dict_of_before_makes_no_state(tmp_path):
+    whole = model()
+    optimizer = Shampoo(param_groups(whole), lr=1e-2)
+    # Accelerate moves it to the device and loads it again, before it shards the model.
+    state_dict = optimizer.state_dict()
+    assert state_dict["state"] == {}
+    for group in state_dict["param_groups"]:
+        group["lr"] = 2e-2
+    optimizer.load_state_dict(state_dict)
+    assert optimizer._built is None
+    assert {group["lr"] for group in optimizer.param_groups} == {2e-2}
+    shard(whole)
+    put_in(optimizer, whole)
+    train(whole, optimizer, range(1))
+    assert optimizer.state_dict()["state"]
+
+
+@ranks(2)
 def test_state_of_steps_is_not_lost_in_silence(tmp_path):
     sharded = model()
     shard(sharded)

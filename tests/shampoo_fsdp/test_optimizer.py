@@ -550,7 +550,7 @@ class TestBadParameters:
     def test_meta(self):
         optimizer = Shampoo([("w", nn.Parameter(torch.zeros(2, 2, device="meta")))])
         with pytest.raises(ValueError, match="'w' is on the meta device; materialise"):
-            optimizer.state_dict()
+            optimizer.step()
 
     def test_two_names(self):
         one, other = (("w", nn.Parameter(torch.zeros(2, 2))) for _ in range(2))
