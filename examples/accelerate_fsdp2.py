@@ -20,14 +20,12 @@ arguments = parser.parse_args()
 
 if not torch.cuda.is_available():  # Accelerate shards on no CPUs: these pass for GPUs.
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+wrap = "transformer_based_wrap"
 accelerator = Accelerator(
-    fsdp_plugin=FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
-    ),
+    fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap),
     dataloader_config=DataLoaderConfiguration(split_batches=True),  # 8 lines on all ranks together
     gradient_accumulation_steps=2,
 )
-
 torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=4, **sizes))

@@ -31,8 +31,7 @@ heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
 config = hf.AutoConfig.for_model(arguments.model, **sizes, **heads)
 model = hf.AutoModelForCausalLM.from_config(config)
 text = b"".join(f.read_bytes() for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
-text = text[: 100 * 16 * 128]
-lines = torch.frombuffer(bytearray(text), dtype=torch.uint8).view(-1, 128).long()
+lines = torch.frombuffer(bytearray(text[: 100 * 16 * 128]), dtype=torch.uint8).view(-1, 128).long()
 
 settings = hf.TrainingArguments(
     arguments.folder,

@@ -20,8 +20,8 @@ from studies.pretrain.results import Results, Run
 _RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
 _EPOCHS = 12
 _SEEDS = (1, 2, 3)
-_SGD_LR = [0.0125, 0.025, 0.05, 0.1, 0.2]
-_ADAM_LR = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+_SGD_LR = [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4]
+_ADAM_LR = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
 _SHAMPOO = {"preconditioner": "shampoo", "betas": (0.9, 0.95)}
 
 # What each is called, torch's or our class, its settings, and the values of lr.
@@ -139,10 +139,11 @@ def draw(results: Results, path: Path) -> None:
             axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
     for contestant, (_, _, values) in CONTESTANTS.items():
         found = [results.loss(run_of(contestant, lr, 0, "tuning")) for lr in values]
-        axes[2].plot(range(5), [np.nan if x is None else x for x in found], "o-", label=contestant)
+        losses = [np.nan if x is None else x for x in found]
+        axes[2].plot(np.divide(values, values[0]), losses, "o-", label=contestant)
     axes[0].set(xlabel="epoch", ylabel="errors on the test images, %", yscale="log")
     axes[1].set(xlabel="epoch", ylabel="training loss", yscale="log")
-    axes[2].set(xlabel="lr, from the smallest to the largest that was tried", ylabel="tuning loss")
+    axes[2].set(xlabel="lr over the smallest that was tried", ylabel="tuning loss", xscale="log")
     for axis in axes:
         axis.legend(fontsize=8)
     figure.tight_layout()

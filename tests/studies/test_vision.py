@@ -46,7 +46,7 @@ def test_seeds_are_compared_once_all_values_of_lr_have_been_tried(tmp_path, monk
     assert study.best_lr("AdamW", results) == study.CONTESTANTS["AdamW"][2][1]
     number = len(asked)
     study.run(Results(tmp_path / "runs.jsonl"))  # nothing is missing
-    assert len(asked) == number == len(study.CONTESTANTS) * 8
+    assert len(asked) == number == len(study.CONTESTANTS) * 9
     final = [s for s in asked if s["images"] == "test"]
     assert {s["seed"] for s in final} == {1, 2, 3}
     text = study.markdown(results)
