@@ -34,10 +34,10 @@ optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=1e-2, **head_setti
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
 
 text = b"".join(f.read_bytes() for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
-text = bytearray(text[: arguments.steps * 2 * 8 * 128])
-lines = torch.frombuffer(text, dtype=torch.uint8).view(-1, 128).long()
+lines = torch.frombuffer(bytearray(text[:204_800]), dtype=torch.uint8).view(-1, 128).long()
+order = torch.randperm(len(lines))[: arguments.steps * 2 * 8]
 model, optimizer, schedule, batches = accelerator.prepare(
-    model, optimizer, schedule, DataLoader(lines, batch_size=8)
+    model, optimizer, schedule, DataLoader(lines[order], batch_size=8)
 )
 if arguments.resume:
     accelerator.load_state(arguments.resume)

@@ -20,6 +20,6 @@ def test_it_trains_and_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     assert len(first) == 6 and first[-1] < 2.8
 
     rest = losses(torchrun(_SCRIPT, 1, "--steps", "40", "--folder", after, "--resume", before))
-    assert len(rest) == 2 and max(rest) < 3.3  # the batches are of unlike difficulty
+    assert len(rest) == 2 and max(rest) < first[-1] + 0.3  # of a single batch
     weights = "pytorch_model_fsdp_0"
     assert changed(tmp_path / "before" / weights, tmp_path / "after" / weights) == 21
