@@ -7,7 +7,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 source ./make_venv.sh
-make_venv test
+# The frameworks of the examples once.
+if [ -z "${TITAN:-}" ]; then make_venv test,doorways; else make_venv test; fi
+
+everything=()
+if [ $# -eq 0 ]; then everything=(-n 2 --dist loadfile); fi  # two files at a time
 
 (
   export PATH="$PWD/$venv/bin:$PATH"
@@ -15,10 +19,10 @@ make_venv test
   ruff format -q --check .
   mypy --strict shampoo_fsdp tests/typed_use.py
   imports="$(lint-imports --no-cache)" || { echo "$imports"; exit 1; }
-  pytest -q "$@"
+  pytest -q "${everything[@]}" "$@"
 )
 if [ -z "${TITAN:-}" ] && [ $# -eq 0 ] && [ "$titan" != 0.2.2 ]; then
   echo "The same with TorchTitan 0.2.2, as far as it depends on it"
-  TITAN=0.2.2 ./run_tests.sh tests/shampoo_torchtitan tests/studies \
+  TITAN=0.2.2 ./run_tests.sh -n 2 --dist loadfile tests/shampoo_torchtitan tests/studies \
     tests/benchmarks/test_benchmarks.py::test_train_overhead_compares_whole_steps
 fi

@@ -90,10 +90,10 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
                 optimizer_factory_kwargs_by_name=factories | {NAME: settings},
             )
             super().__init__(complete, model_parts=model_parts)
+            self.log_summary()  # with it all are planned, which is what may be refused
         if not self.shampoos:
             return
         self.complete_groups(config.implementation)
-        self.log_summary()
         checkpoint.look_after_shampoo()
         metrics.look_after_shampoo()
 

@@ -102,8 +102,8 @@ def build_optimizers(
             "weight_decay": optimizer_config.weight_decay,
         }
         container = _Container(model_parts, settings, replicas)
+        container.log_summary()  # with it all are planned, which is what may be refused
     container.complete_groups(optimizer_config.implementation)
-    container.log_summary()
     checkpoint.look_after_shampoo()
     metrics.look_after_shampoo()
     return container

@@ -167,6 +167,7 @@ def test_nothing_crosses_replicas_that_repeat_the_work():
             built.model.named_parameters(), replicas=replicas, owner_scope="shard", **SETTINGS
         )
         set_gradients(built.model, deterministic_gradients(built.model, 0))
+        optimizer.step()  # the first one asks whether anyone has a gradient
         with Collectives() as collectives:
             optimizer.step()
         assert sorted(set(collectives.group_sizes)) == groups
@@ -226,6 +227,7 @@ def check_bytes(layout: str) -> None:
     built = build(layout)
     optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
     set_gradients(built.model, deterministic_gradients(built.model, 0))
+    optimizer.step()  # the first one asks whether anyone has a gradient
     with Collectives() as collectives:
         optimizer.step()
     names = [name for name, _ in collectives.calls]
@@ -253,6 +255,7 @@ def test_no_collective_where_nothing_moves():
         built.model.named_parameters(), block_alignment="shard", max_preconditioner_dim=16
     )
     set_gradients(built.model, deterministic_gradients(built.model, 0))
+    optimizer.step()  # the first one asks whether anyone has a gradient
     with Collectives() as collectives:
         optimizer.step()
     assert collectives.calls == []
