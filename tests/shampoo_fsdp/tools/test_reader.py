@@ -118,7 +118,8 @@ class Twice:
         return collections.OrderedDict, ((1, self.value), (2, self.value))
 
 
-def test_values_that_are_none_for_people_are_not_shown(tmp_path, capsys):
+def test_values_that_are_none_for_people_are_not_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     huge: object = "x" * 1000
     for _ in range(40):
         huge = Twice(huge)
