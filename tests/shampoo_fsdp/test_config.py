@@ -37,7 +37,10 @@ def build(**settings):
         ({"split_heads": ["("], "head_dim": 4}, r"split_heads.*'\('.*regular expressions"),
         ({"split_heads": [""], "head_dim": 4}, "split_heads.*no empty pattern"),
         ({"head_dim": 0}, "head_dim.* 0; allowed: an integer >= 1"),
-        ({"split_heads": ["0"], "head_dim": 3, "exclude": []}, "parameter '0' .* 4 rows; .* 'head_dim' = 3"),
+        (
+            {"split_heads": ["0"], "head_dim": 3, "exclude": []},
+            "parameter '0' .* 4 rows; .* 'head_dim' = 3",
+        ),
         ({"communication_dtype": "fp8"}, "communication_dtype.*'float32' or 'bfloat16'"),
         ({"owner_scope": "node"}, r"owner_scope.*'all' or 'shard'\."),
         ({"owner_scope": "auto"}, r"owner_scope.*'all' or 'shard' \('auto' has been removed\)"),
