@@ -1,10 +1,11 @@
 # Makes a virtual environment, if it is missing or older than pyproject.toml. Source it, then call:
 #   make_venv [EXTRA]     EXTRA: an optional dependency group of pyproject.toml
-# Its folder is in $venv then: .venv, or for another TorchTitan than the newest .venv-$TITAN.
+# Its folder is in $venv then: .venv, or for another TorchTitan than the newest .venv-$TITAN; the
+# version of TorchTitan in $titan.
 # The interpreter is $PYTHON, or python3; the version of TorchTitan $TITAN, or the newest.
 
 make_venv() {
-  local extra="${1:-}" newest=0.3.0 python="${PYTHON:-python3}" titan stamp wanted
+  local extra="${1:-}" newest=0.3.0 python="${PYTHON:-python3}" stamp wanted
   # TorchTitan 0.3 wants Python 3.11.
   if "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then newest=0.2.2; fi
   titan="${TITAN:-$newest}"
