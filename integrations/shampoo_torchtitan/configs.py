@@ -31,7 +31,7 @@ __all__ = [
     "HYPERPARAMETERS",
     "NAME",
     "ShampooOptimizers",
-    "complete_groups",
+    "groups_with_defaults",
     "shampoo",
     "use_shampoo",
 ]
@@ -86,7 +86,7 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
                 )
             complete = dataclasses.replace(
                 config,
-                param_groups=complete_groups(config),
+                param_groups=groups_with_defaults(config),
                 optimizer_factory_kwargs_by_name=factories | {NAME: settings},
             )
             super().__init__(complete, model_parts=model_parts)
@@ -104,7 +104,7 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         return OptimizersContainer._resolve_optimizer_factory(name)  # type: ignore[no-any-return]
 
 
-def complete_groups(config: ShampooOptimizers.Config) -> list[ParamGroupConfig]:
+def groups_with_defaults(config: ShampooOptimizers.Config) -> list[ParamGroupConfig]:
     """With what Shampoo's groups do not say themselves.
 
     Raises:

@@ -35,18 +35,20 @@ def alike_on_all_ranks() -> Iterator[None]:
     """What is refused on one rank, as by the parameters of a stage of a pipeline, is on all.
 
     Raises:
-        BadSetting: On every rank, if what is within raises a TypeError, ValueError or
-            NotImplementedError on any.
+        BadSetting: On every rank, if what is within raises on any; an error that is not about
+            settings stays itself where it happened.
     """
     problem, cause = None, None
     try:
         yield
-    except (NotImplementedError, TypeError, ValueError) as error:
-        problem, cause = str(error), error
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        problem, cause = str(error) or repr(error), error
     if dist.is_initialized():
         everyone = [problem] * dist.get_world_size()
         dist.all_gather_object(everyone, problem)
         problem = next((theirs for theirs in everyone if theirs is not None), None)
+    if cause is not None and not isinstance(cause, NotImplementedError | TypeError | ValueError):
+        raise cause
     if problem is not None:
         raise BadSetting(f"Cannot build the optimizer: {problem}") from cause
 

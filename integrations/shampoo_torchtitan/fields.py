@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable
 from typing import Any
 
 from shampoo_fsdp.validation import misfit
@@ -31,14 +30,13 @@ def set_field(config: Any, key: str, value: Any, said: str) -> None:
     setattr(config, last, value)
 
 
-def check_field(cls: type, key: str, value: Any, path: str, others: Iterable[str] = ()) -> None:
+def check_field(cls: type, key: str, value: Any, path: str) -> None:
     """Raises a ValueError or TypeError if a configuration cannot have this.
 
     Args:
         path: Of the table, in messages.
-        others: Settings that the table has beside the fields.
     """
-    hint, name = _known(cls, key, path, others), f"{path}.{key}" if path else key
+    hint, name = _known(cls, key, path), f"{path}.{key}" if path else key
     if dataclasses.is_dataclass(hint):
         raise TypeError(f"{name} = {value!r}: must be a table, [{name}]")
     if allowed := misfit(key, value, hint):
@@ -49,14 +47,12 @@ def _has_tables(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
-def _known(
-    cls: type, key: str, path: str, others: Iterable[str] = (), *, whole: bool = False
-) -> Any:
+def _known(cls: type, key: str, path: str, *, whole: bool = False) -> Any:
     """The type of a field."""
     hints = {n: h for n, h in typing.get_type_hints(cls).items() if not n.startswith("_")}
     if key not in hints:
         name = path if whole else f"{path}.{key}" if path else key
-        known = sorted({*hints, *others})
+        known = sorted(hints)
         close = difflib.get_close_matches(key, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown setting {name}.{hint} Allowed: {', '.join(known)}")

@@ -94,8 +94,16 @@ def _in_groups(
         for group in groups
     ]
     if any(group.optimizer_name == NAME for group in groups):
-        return derive(old, ShampooOptimizers.Config, param_groups=groups, shampoo=shampoo)
+        # What the job said of all groups is in each of them now, and asks for nothing itself.
+        return derive(
+            old, ShampooOptimizers.Config, param_groups=groups, shampoo=shampoo, **_defaults()
+        )
     return derive(old, OptimizersContainer.Config, param_groups=groups)
+
+
+def _defaults() -> dict[str, Any]:
+    fields = dataclasses.fields(ShampooOptimizers.Config)
+    return {field.name: field.default for field in fields if field.name in HYPERPARAMETERS}
 
 
 def _is_ours(group: ParamGroupConfig) -> bool:

@@ -84,6 +84,7 @@ class Bucket:
         """
         self.members = list(parts)
         self.ranks = ranks.ranks
+        """That share its blocks."""
         self._shapes = [part.shard_shape for part in parts.values()]
         self._config = config
         self._workspace = workspace[: elements(parts)]

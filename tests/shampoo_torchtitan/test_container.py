@@ -59,6 +59,20 @@ def refused_on_one_rank() -> str:
     return str(refused.value)
 
 
+def failed_on_one_rank() -> str:
+    with pytest.raises((BadSetting, MemoryError)) as refused, alike_on_all_ranks():
+        if dist.get_rank() == 1:
+            raise MemoryError("no memory")
+    return f"{type(refused.value).__name__}: {refused.value}"
+
+
+def test_what_fails_on_a_rank_ends_all_of_them():
+    assert run_ranks(2, failed_on_one_rank) == [
+        "BadSetting: Cannot build the optimizer: no memory",
+        "MemoryError: no memory",
+    ]
+
+
 def test_what_a_stage_refuses_is_refused_on_all_ranks():
     assert set(run_ranks(2, refused_on_one_rank)) == {
         "Cannot build the optimizer: 'exclude' of this stage"

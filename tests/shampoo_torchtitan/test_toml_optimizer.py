@@ -13,7 +13,7 @@ if not JOBS_ARE_FUNCTIONS:
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
 from shampoo_torchtitan import toml
-from shampoo_torchtitan.configs import ShampooOptimizers, complete_groups, shampoo, use_shampoo
+from shampoo_torchtitan.configs import ShampooOptimizers, groups_with_defaults, shampoo, use_shampoo
 
 REGISTRY = """
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig, default_adamw
@@ -37,6 +37,10 @@ def group(pattern, name, lr):
 def muon():
     groups = [group("layers", "DistMuon", 0.02), group(".*", "AdamW", 3e-4)]
     return job(OptimizersContainer.Config(param_groups=groups))
+
+def in_groups():
+    groups = [ParamGroupConfig(pattern=".*", optimizer_name="Shampoo")]
+    return job(shampoo(lr=1e-3, weight_decay=0.2, param_groups=groups))
 
 def only_muon():
     config = muon()
@@ -67,6 +71,13 @@ def test_settings_change_a_shampoo_that_is_there(optimizer):
     assert changed.shampoo.max_preconditioner_dim == 64
     assert changed.shampoo.precondition_frequency == 20
     assert optimizer("of_shampoo", 'name = "shampoo"').lr == 1e-3
+
+
+@pytest.mark.parametrize(("lines", "lr"), [([], 1e-3), (["lr = 5e-3"], 5e-3)])
+def test_groups_that_took_their_lr_from_the_job_still_do(optimizer, lines, lr):
+    (group,) = groups_with_defaults(optimizer("in_groups", *lines))
+    expected = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.2}
+    assert group.optimizer_kwargs == expected
 
 
 def test_a_shampoo_that_is_there_becomes_adamw(optimizer):
@@ -143,10 +154,10 @@ def test_a_module_of_the_user_is_imported(tmp_path, monkeypatch):
 def test_groups_take_what_they_do_not_say_from_the_job():
     group = ParamGroupConfig(pattern=".*", optimizer_name="Shampoo")
     own = ParamGroupConfig(pattern="x", optimizer_name="Shampoo", optimizer_kwargs={"lr": 1.0})
-    found = complete_groups(shampoo(lr=7e-3, param_groups=[own, group]))
+    found = groups_with_defaults(shampoo(lr=7e-3, param_groups=[own, group]))
     assert [g.optimizer_kwargs["lr"] for g in found] == [1.0, 7e-3]
     with pytest.raises(ValueError, match=r"optimizer\.lr = 0\.007 would change nothing"):
-        complete_groups(shampoo(lr=7e-3, param_groups=[own]))
+        groups_with_defaults(shampoo(lr=7e-3, param_groups=[own]))
 
 
 def test_a_container_of_another_kind_is_not_replaced_in_silence():
