@@ -1,4 +1,5 @@
-"""What only a GPU can tell: time, kernels and memory of steps, inverse roots, the loss of a run.
+"""What only a GPU can tell: time, kernels and memory of optimizers' steps, whole training steps,
+inverse roots, the loss of a run.
 
     python -m benchmarks.gpu --json gpu.json                    # one GPU, at most 10 minutes
     python -m benchmarks.gpu --device cpu --dim 64 --layers 1   # tests the benchmark itself
@@ -6,7 +7,8 @@
 A Llama's parameters under FSDP2 on one rank, gradients given. Steps are measured by CUDA events,
 over whole periods of refreshes; memory is the peak beside parameters, gradients and state. Beside
 them is what a dry run of the same step expects (see benchmarks.dry_run; a decomposition is one
-kernel there, and many on a GPU). Without a GPU it says so and does nothing.
+kernel there, and many on a GPU). Whole steps are those of the Llama of `transformers`, of the same
+sizes, where it is installed. Without a GPU it says so and does nothing.
 """
 
 import argparse
@@ -15,8 +17,9 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from rich.table import Table
 from benchmarks import llama, roots
 from benchmarks.gpu_references import dry_runs, study_losses
 from benchmarks.gpu_steps import measure_row
+from benchmarks.gpu_training import measure_training
 from benchmarks.peers import peer_rows
 from benchmarks.rows import Row, shampoo_row, torch_rows
 from benchmarks.step_time import add_size_arguments, sizes_of
@@ -35,9 +39,18 @@ from shampoo_fsdp import ShampooConfig
 __all__ = ["main"]
 
 _SIZES = llama.Sizes(dim=1536, layers=20, ffn=4096, vocab=32000)  # 665 M parameters
-_ROWS = "^AdamW, fused|Muon|^ours|^Meta 1024"
+_ROWS = "^AdamW, fused|Muon|^ours"  # decompositions of the others would take all of the time
 _ROOT_ELEMENTS = 2**24  # of a stack, as the optimizer takes them at once
 _SPECTRA = ("condition 1e4", "condition 1e12")
+_COLUMNS_OF_TRAINING = {
+    "optimizer": ("row", "{}"),
+    "tokens": ("tokens", "{:,}"),
+    "step, ms": ("step_ms", "{:.1f}"),
+    "slowest": ("slowest_ms", "{:.1f}"),
+    "of it optimizer": ("optimizer_ms", "{:.1f}"),
+    "tokens per second": ("tokens_per_second", "{:,.0f}"),
+    "peak, MB": ("peak_mb", "{:,.0f}"),
+}
 _COLUMNS = {
     "optimizer": ("row", "{}"),
     "median, ms": ("median_ms", "{:.1f}"),
@@ -65,13 +78,15 @@ class _Session:
         if time.monotonic() > self.deadline:
             self.left_out.append(f"{name}: no time left")
             return None
-        print(name, file=sys.stderr, flush=True)
+        start = time.monotonic()
         try:
             return measurement(*arguments)
         except Exception as error:
             traceback.print_exc()
             self.left_out.append(f"{name}: {type(error).__name__}: {error}")
             return None
+        finally:
+            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,21 +101,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
         "sizes": vars(sizes_of(options)),
     }
-    steps = session.figures["steps"] = _measure_steps(session, options)
-    found_roots = session.figures["roots"] = _measure_roots(session, options)
-    if options.study_steps:
-        session.figures["study"] = session.measure(
-            "study", study_losses, options.study_steps, options.study_seeds
-        )
     session.figures["left_out"] = session.left_out
-    if options.json:
-        Path(options.json).write_text(json.dumps(session.figures, indent=2), encoding="utf-8")
     console = Console(width=None if Console().is_terminal else 180)
-    console.print(_table_of_steps(steps, session.figures["device"]))
-    if found_roots:
-        console.print(roots.table("inverse roots", found_roots))
-    if session.figures.get("study"):
-        console.print(roots.table("1M study", session.figures["study"]))
+    of_device = f"on one {session.figures['device']}"
+    parts = {
+        "steps": (_measure_steps, partial(_table, "The optimizer's part of a step", _COLUMNS)),
+        "training": (_measure_training, partial(_table, "Training steps", _COLUMNS_OF_TRAINING)),
+        "roots": (_measure_roots, partial(roots.table, "Inverse roots")),
+        "study": (_measure_study, partial(roots.table, "The study's 1M model")),
+    }
+    for name, (measure, table) in parts.items():
+        found = session.figures[name] = measure(session, options)
+        if options.json:  # at once: whoever lends a GPU may take it back
+            Path(options.json).write_text(json.dumps(session.figures, indent=2), encoding="utf-8")
+        if found:
+            console.print(table(found), f"({of_device})\n")
     for line in session.left_out:
         console.print(f"Left out: {line}", markup=False)
     return 0
@@ -117,6 +132,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(**vars(_SIZES))
     parser.add_argument("--rows", default=_ROWS, help="regular expression: which optimizers")
     parser.add_argument("--seconds", type=float, default=15.0, help="timing of a row, about")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[8192, 32768], help="of whole training steps"
+    )
     parser.add_argument("--root-sizes", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--study-steps", type=int, default=240, help="240, 2000, or 0 for none")
     parser.add_argument("--study-seeds", type=int, nargs="+", default=[1, 2])
@@ -146,7 +164,7 @@ def _measure_steps(session: _Session, options: argparse.Namespace) -> list[dict[
     ours = _our_rows()
     others, missing = peer_rows()
     session.left_out += missing
-    rows = [*torch_rows(), *(row for row, _ in ours.values()), *others]
+    rows = [*_torch_rows(), *(row for row, _ in ours.values()), *others]
     sizes = sizes_of(options)
     configs = {name: config for name, (_, config) in ours.items()}
     expected = session.measure("dry runs", dry_runs, llama.specs(sizes), configs) or {}
@@ -166,11 +184,35 @@ def _measure_steps(session: _Session, options: argparse.Namespace) -> list[dict[
     return found
 
 
+def _torch_rows() -> list[Row]:
+    return torch_rows(ShampooConfig().exclude)
+
+
+def _measure_training(session: _Session, options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = [*_torch_rows(), *(row for row, _ in _our_rows().values())]
+    found = []
+    for tokens in options.tokens:
+        for row in rows:
+            if re.search(options.rows, row.name):
+                name = f"training with {row.name}, {tokens:,} tokens"
+                arguments = row, sizes_of(options), options.device, tokens
+                if figures := session.measure(name, measure_training, *arguments):
+                    found.append(figures)
+    return found
+
+
 def _measure_roots(session: _Session, options: argparse.Namespace) -> roots.Rows:
     found: roots.Rows = []
     for n in options.root_sizes:
         found += session.measure(f"roots of {n} x {n}", _roots, n, options.device) or []
     return found
+
+
+def _measure_study(session: _Session, options: argparse.Namespace) -> roots.Rows:
+    if not options.study_steps:
+        return []
+    steps, seeds = options.study_steps, options.study_seeds
+    return session.measure("study", study_losses, steps, seeds) or []
 
 
 def _roots(n: int, device: str) -> roots.Rows:
@@ -190,12 +232,14 @@ def _roots(n: int, device: str) -> roots.Rows:
     ]
 
 
-def _table_of_steps(steps: Sequence[dict[str, Any]], device: str) -> Table:
-    table = Table(title=f"Steps on one {device}", title_justify="left")
-    for k, heading in enumerate(_COLUMNS):
+def _table(
+    title: str, columns: Mapping[str, tuple[str, str]], rows: Sequence[dict[str, Any]]
+) -> Table:
+    table = Table(title=title, title_justify="left")
+    for k, heading in enumerate(columns):
         table.add_column(heading, justify="right" if k else "left")
-    for figures in steps:
-        values = [(figures[key], form) for key, form in _COLUMNS.values()]
+    for figures in rows:
+        values = [(figures[key], form) for key, form in columns.values()]
         table.add_row(*("-" if v is None else form.format(v) for v, form in values))
     return table
 

@@ -5,7 +5,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from benchmarks.rows import Row
 from shampoo_fsdp.runtime.parameters import local_shard
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 
-__all__ = ["measure_row"]
+__all__ = ["alone", "measure_row"]
 
 _WARM_UP = 3  # the first refresh of all blocks is on the second step
 _STEPS = 30  # timed, at most, or a period
@@ -34,12 +35,19 @@ def measure_row(row: Row, sizes: llama.Sizes, device: str, seconds: float) -> di
     Args:
         seconds: after which no other period of refreshes is begun.
     """
+    with alone(device):
+        return _measure(row, sizes, device, seconds)
+
+
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    """This process is the only rank; what it has taken on the device is free afterwards."""
     own_group = not dist.is_initialized()
     if own_group:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        return _measure(row, sizes, device, seconds)
+        yield
     finally:
         if own_group:
             dist.destroy_process_group()

@@ -1,8 +1,10 @@
 """The optimizers that are compared: ours and torch's; peers.py has the others."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,18 +108,24 @@ def our_rows() -> list[Row]:
     ]
 
 
-def matrices_and_vectors(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """For optimizers that take matrices alone."""
-    parameters = list(model.parameters())
-    return [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+def matrices_and_vectors(
+    model: nn.Module, exclude: Sequence[str] = ()
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """For optimizers that take matrices alone; matrices whose names the patterns find are among the
+    others."""
+    found: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for name, p in model.named_parameters():
+        other = p.ndim != 2 or any(re.search(pattern, name) for pattern in exclude)
+        found[other].append(p)
+    return found
 
 
-def torch_rows() -> list[Row]:
-    """torch.optim's."""
+def torch_rows(exclude: Sequence[str] = ()) -> list[Row]:
+    """torch.optim's; Muon leaves vectors to AdamW, and matrices whose names these patterns find."""
     return [
         Row("AdamW, fused", lambda m: [_adamw(list(m.parameters()))]),
         Row("AdamW, foreach", lambda m: [_adamw(list(m.parameters()), foreach=True)]),
-        Row("torch.optim.Muon", _muon),
+        Row("torch.optim.Muon", partial(_muon, exclude=exclude)),
     ]
 
 
@@ -125,7 +133,7 @@ def _adamw(parameters: list[nn.Parameter], *, foreach: bool = False) -> Optimize
     return torch.optim.AdamW(parameters, foreach=foreach, fused=not foreach, **HYPERPARAMETERS)
 
 
-def _muon(model: nn.Module) -> list[Optimizer]:
-    matrices, vectors = matrices_and_vectors(model)
+def _muon(model: nn.Module, exclude: Sequence[str]) -> list[Optimizer]:
+    matrices, others = matrices_and_vectors(model, exclude)
     muon = torch.optim.Muon(matrices, lr=LR, weight_decay=WEIGHT_DECAY)
-    return [muon, _adamw(vectors)]
+    return [muon, _adamw(others)]

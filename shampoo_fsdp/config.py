@@ -212,7 +212,7 @@ class ShampooConfig:
     buckets: int | None = None
     """In how many parts the gradients of parameters on the same ranks travel, so that one part is
     on its way while another is computed, and only a part is in memory. Default: as many as make
-    2^26 numbers per rank each, 256 MiB in fp32."""
+    2^26 numbers per rank each, 256 MiB in fp32; on one rank alone 2^28."""
 
     compile: bool = False
     """Whether torch.compile fuses the step's elementwise work, once for each shape of block."""

@@ -64,16 +64,21 @@ def full_precision(device_type: str) -> Iterator[None]:
                 matmul.fp32_precision = precision
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Whether products of bf16 matrices are faster there than of fp32 ones; of a GPU that is not
-    there, that it is none of before 2020."""
-    if device_type == "cuda" and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    """Whether products of bf16 matrices are faster there than of fp32 ones; of a GPU that this
+    process has not used so far, that it is none of before 2020 (to ask it would be to use it)."""
+    if device_type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return _gpus_have_bfloat16()
     if device_type == "cpu":
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, test, bool)() for test in tests)
     return True
+
+
+@functools.cache
+def _gpus_have_bfloat16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @contextmanager

@@ -23,6 +23,10 @@ __all__ = ["Bucket", "OwnedStack", "elements", "fill_buckets"]
 _BUCKET_ELEMENTS = 64 * 2**20
 """A rank's share of the gradients of one bucket, where `buckets` is not set: 256 MiB in fp32."""
 
+_BUCKET_ELEMENTS_ALONE = 256 * 2**20
+"""The same where nothing travels beside the work: each stack of each bucket has kernels of its own,
+and with nine buckets in the place of three a GPU waited for the host half of the time."""
+
 _ROW_WIDTHS = (64, 8, 1)
 """In elements. A row has four numbers of 4 bytes: next to nothing, 2 bytes per element, or 16."""
 
@@ -200,10 +204,11 @@ def fill_buckets(
         width = next(width for width in _ROW_WIDTHS if part.row_width % width == 0)
         alike[width].append((member, part, math.prod(member.spec.shape)))
     everything = sum(size for like in alike.values() for _, _, size in like)
+    most = _BUCKET_ELEMENTS if len(ranks.ranks) > 1 else _BUCKET_ELEMENTS_ALONE
     buckets = []
     for _, like in sorted(alike.items(), reverse=True):
         total = sum(size for _, _, size in like)
-        number = math.ceil(total / len(ranks.ranks) / _BUCKET_ELEMENTS)
+        number = math.ceil(total / len(ranks.ranks) / most)
         if config.buckets:
             number = max(1, round(config.buckets * total / everything))
         chosen: dict[int, dict[Member, Part]] = defaultdict(dict)

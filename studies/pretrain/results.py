@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import shampoo_fsdp
+
 __all__ = ["Results", "Run", "versions"]
 
 _CHANGE_NOTHING = ("job.description", "job.dump_folder", "metrics.log_freq")
@@ -83,11 +85,12 @@ class Results:
 
 def versions() -> dict[str, str]:
     """Of what decides the result, and of the machine, which decides the time."""
-    found = {name: metadata.version(name) for name in ("torch", "torchtitan", "shampoo_fsdp")}
+    found = {name: metadata.version(name) for name in ("torch", "torchtitan")}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         **found,
+        "shampoo_fsdp": shampoo_fsdp.__version__,
         "commit": git.stdout.strip(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {_processor()}",
