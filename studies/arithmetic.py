@@ -2,6 +2,7 @@
 model, KL-Shampoo.
 
     python -m studies.arithmetic run --steps 240 2000     # a killed study goes on where it was
+    python -m studies.arithmetic run --size 3M --steps 240 --only "fp32, eigh"
     python -m studies.arithmetic report
 
 Each variant trains with the same weights and batches as the others, for each seed, and is
@@ -43,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "momentum_dtype": "bfloat16",
         "factor_dtype": "bfloat16",
     },
-    # The model has four heads of 32 rows, and no matrix is cut otherwise.
+    # The model has four heads of 32 rows (3M: six), and no matrix is cut otherwise.
     "fp32, blocks of one head": {
         "matmul_precision": "highest",
         "split_heads": [r"attention\.w[qkv]\."],
@@ -62,9 +63,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def job(variant: str, steps: int, seed: int) -> Run:
-    """The run of a variant: the study's 1M job with KL-Shampoo's settings for this length."""
-    settings = read_toml((_HERE / "pretrain" / "jobs" / "1M.toml").read_text())
+def job(variant: str, steps: int, seed: int, size: str = "1M") -> Run:
+    """The run of a variant: the study's job of this size with KL-Shampoo's settings for this
+    length."""
+    settings = read_toml((_HERE / "pretrain" / "jobs" / f"{size}.toml").read_text())
     settings |= {
         "optimizer.name": "shampoo",
         # Long runs want half the lr of the study's.
@@ -78,7 +80,7 @@ def job(variant: str, steps: int, seed: int) -> Run:
         "debug.seed": seed,
         **{_SHAMPOO + name: value for name, value in VARIANTS[variant].items()},
     }
-    return Run(size="1M", contestant=variant, stage=f"{steps} steps", settings=settings)
+    return Run(size=size, contestant=variant, stage=f"{steps} steps", settings=settings)
 
 
 def emulate_gpu() -> None:
@@ -107,14 +109,14 @@ def emulate_gpu() -> None:
     polynomial.tf32_product = tf32_product
 
 
-def report(steps: list[int], seeds: list[int]) -> Table:
+def report(size: str, steps: list[int], seeds: list[int]) -> Table:
     """Final losses by variant and commit, as two versions of the code may round differently."""
     columns = [(length, seed) for length in steps for seed in seeds]
     table = Table("variant", "commit", *(f"{n} steps, seed {seed}" for n, seed in columns))
     of_commits = {path.stem: Results(path) for path in sorted(_RESULTS.glob("*.jsonl"))}
     for variant in VARIANTS:
         for commit, results in of_commits.items():
-            losses = [results.loss(job(variant, *column)) for column in columns]
+            losses = [results.loss(job(variant, *column, size)) for column in columns]
             if any(loss is not None for loss in losses):
                 shown = ("-" if loss is None else f"{loss:.4f}" for loss in losses)
                 table.add_row(variant, commit, *shown)
@@ -127,19 +129,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--size", default="1M", choices=("1M", "3M"))
     parser.add_argument("--steps", type=int, nargs="+", default=[240, 2000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     if options.what == "report":
-        Console(width=160).print(report(options.steps, options.seeds))
+        Console(width=160).print(report(options.size, options.steps, options.seeds))
         return
     results = Results(_RESULTS / f"{versions()['commit']}.jsonl")
     emulate_gpu()
     for seed in options.seeds:
         for steps in options.steps:
             for variant in options.only:
-                if (run := job(variant, steps, seed)) not in results:
+                if (run := job(variant, steps, seed, options.size)) not in results:
                     from studies.pretrain.job import run as train
 
                     results.add(run, train(run.settings))

@@ -155,8 +155,18 @@ def _work(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> Counter
     # What is only written is no input: `out`, and the target of a copy.
     copies = name in ("copy_", "fill_", "_foreach_copy_")
     given = {key: value for key, value in kwargs.items() if key != "out"}
-    written = args[0] if name.startswith("_foreach_") and result in (None, ()) else result
+    written = _changed(func, args) if result in (None, ()) else result
     return Counter({"bytes": _bytes((args[copies:], given)) + _bytes(written)})
+
+
+def _changed(func: Any, args: tuple[Any, ...]) -> list[Any]:
+    """What an operator changes that returns nothing. (Fused AdamW changes gradients if they are
+    scaled, which they are not.)"""
+    return [
+        value
+        for value, argument in zip(args, func._schema.arguments, strict=False)
+        if argument.is_write and argument.name != "grads"
+    ]
 
 
 def _bytes(values: Any) -> int:

@@ -11,11 +11,13 @@ from tests.benchmarks.test_benchmarks import benchmark
 
 
 def test_a_tiny_model_on_the_cpu(tmp_path):
+    pytest.importorskip("transformers", reason="the Llama of whole steps is theirs")
     file = tmp_path / "gpu.json"
     printed = benchmark(
         "gpu",
         *("--device", "cpu", "--dim", "64", "--layers", "1", "--ffn", "160", "--vocab", "100"),
         *("--rows", "fused|^ours", "--seconds", "0", "--root-sizes", "24", "--study-steps", "0"),
+        *("--tokens", "64"),
         *("--json", str(file)),
     )
     found = json.loads(file.read_text())
@@ -30,6 +32,10 @@ def test_a_tiny_model_on_the_cpu(tmp_path):
         assert 0.0 < row["median_ms"] <= row["slowest_ms"]
         assert row["dry_kernels"] > 100 and row["model_ms"] > 0.0 and row["dry_peak_mb"] > 0.0
         assert row["kernels"] is None and row["peak_mb"] is None
+    adamw, *ours = found["training"]
+    assert adamw["tokens"] == 64 and len(ours) == 3
+    for row in (adamw, *ours):
+        assert 0.0 < row["optimizer_ms"] < row["step_ms"] <= row["slowest_ms"]
     effects = {
         row["method"]: row["effect, condition 1e4"]
         for row in found["roots"]

@@ -6,6 +6,7 @@ import torch
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.rules import device as production
 from shampoo_fsdp.rules.device import on_device, reasons
+from shampoo_fsdp.rules.precision import has_fast_bfloat16
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,6 +27,19 @@ def test_cpus_decompose_and_multiply_in_16_bits_where_they_can(monkeypatch):
     monkeypatch.setattr(production, "has_fast_bfloat16", lambda _: True)
     assert chosen(CPU) == ("eigh", "medium")
     assert chosen(CPU, preconditioner="soap") == ("qr", "highest")  # no TF32
+
+
+def test_a_gpu_is_not_used_to_be_asked(monkeypatch):
+    """A plan on a login node would take a GPU, with some hundred MB, from who works there."""
+
+    def asked(**_: object) -> bool:
+        torch.cuda.init()
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
+    monkeypatch.setattr(torch.cuda, "init", lambda: pytest.fail("it has been used"))
+    assert has_fast_bfloat16("cuda")
 
 
 def test_roots_are_kept_as_products_read_them():
