@@ -8,10 +8,11 @@ from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm, co
 
 from shampoo_torchtitan.demo.byte_tokenizer import VOCABULARY
 
-__all__ = ["register"]
+__all__ = ["llama", "register"]
 
 
-def _llama(dim: int, n_layers: int, n_heads: int, multiple_of: int, **backends: Any) -> Any:
+def llama(dim: int, n_layers: int, n_heads: int, multiple_of: int, **layers: Any) -> Any:
+    """A config of TorchTitan's Llama 3; `layers` go to what makes its layers."""
     return llama3.Llama3Model.Config(
         dim=dim,
         vocab_size=VOCABULARY,
@@ -28,14 +29,14 @@ def _llama(dim: int, n_layers: int, n_heads: int, multiple_of: int, **backends: 
             n_heads=n_heads,
             hidden_dim=compute_ffn_hidden_dim(dim, multiple_of=multiple_of),
             rope=ComplexRoPE.Config(dim=dim // n_heads, max_seq_len=131072, theta=10000),
-            **backends,
+            **layers,
         ),
     )
 
 
 def register() -> None:
     """Adds `tiny` (for tests) and `small` (a first run in about two minutes) to `llama3`."""
-    tiny = partial(_llama, dim=64, n_layers=2, n_heads=4, multiple_of=32)
-    small = partial(_llama, dim=192, n_layers=4, n_heads=6, multiple_of=64)
+    tiny = partial(llama, dim=64, n_layers=2, n_heads=4, multiple_of=32)
+    small = partial(llama, dim=192, n_layers=4, n_heads=6, multiple_of=64)
     llama3.llama3_configs.setdefault("tiny", tiny)
     llama3.llama3_configs.setdefault("small", small)

@@ -1,0 +1,165 @@
+"""What blocks between heads do to the loss, with wq, wk and wv fused as in TorchTitan 0.3, or not.
+
+    python -m studies.heads run --size 1M --steps 240 960     # a killed study goes on where it was
+    python -m studies.heads report
+
+Small Llamas with grouped queries, KL-Shampoo, for each seed the same weights and batches; loss on
+65,536 bytes of files that nothing is trained on.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from studies.pretrain.results import Results, Run
+
+_RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
+_SEEDS = (1, 2, 3)
+_HEAD = 32
+# Two heads' queries for each head of keys and values, three for 3M.
+_SIZES: dict[str, dict[str, int]] = {
+    "1M": {"dim": 128, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32},
+    "3M": {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "multiple_of": 32},
+}
+
+
+def _group(sizes: dict[str, int]) -> int:
+    """Rows of a head of keys and values with its queries, as they lie in a fused matrix."""
+    return _HEAD * (sizes["n_heads"] // sizes["n_kv_heads"] + 2)
+
+
+VARIANTS = {
+    "separate": (False, None),
+    "fused": (True, None),
+    "fused, a group": (True, "group"),
+    "fused, a head": (True, "head"),
+}
+"""Whether wq, wk and wv are one matrix, and what shares a block. (Cut at each head, those that are
+separate have the same blocks as fused ones, and the same losses.)"""
+
+
+def run_of(size: str, variant: str, steps: int, seed: int) -> Run:
+    """A training of a variant."""
+    fused, cut = VARIANTS[variant]
+    sizes, shampoo = _SIZES[size], dict[str, Any](matmul_precision="medium")
+    if cut is not None:
+        shampoo["split_heads"] = [r"\.wqkv\."]
+        shampoo["head_dim"] = _group(sizes) if cut == "group" else _HEAD
+    settings = {
+        "model": {**sizes, "fuse_qkv": fused},
+        "steps": steps,
+        "lr": 1.6e-2 if steps <= 480 else 8e-3,
+        "seed": seed,
+        "shampoo": shampoo,
+    }
+    return Run(size=size, contestant=variant, stage=f"{steps} steps", settings=settings)
+
+
+def markdown(results: Results, lengths: list[int]) -> str:
+    """Means of the seeds, and how far they are from that of the matrices that are not cut."""
+    columns = [(size, steps) for size in _SIZES for steps in lengths]
+    found = {
+        (variant, *column): losses
+        for variant in VARIANTS
+        for column in columns
+        if (losses := _losses(results, variant, *column))
+    }
+    columns = [c for c in columns if any((variant, *c) in found for variant in VARIANTS)]
+    heads = [f"{size}, {steps} steps" for size, steps in columns]
+    lines = [f"| {' | '.join(['wq, wk, wv', *heads])} |", "|" + "---|" * (1 + len(heads))]
+    for variant in VARIANTS:
+        cells = [_cell(found.get((variant, *c)), found.get(("separate", *c))) for c in columns]
+        lines.append(f"| {' | '.join([variant, *cells])} |")
+    return "\n".join(lines)
+
+
+def _losses(results: Results, variant: str, size: str, steps: int) -> list[float]:
+    found = [results.loss(run_of(size, variant, steps, seed)) for seed in _SEEDS]
+    return [loss for loss in found if loss is not None]
+
+
+def _cell(losses: list[float] | None, separate: list[float] | None) -> str:
+    if losses is None:
+        return "-"
+    text = f"{statistics.fmean(losses):.4f}"
+    if separate is None or len(separate) != len(losses):
+        return text
+    over = [loss - other for loss, other in zip(losses, separate, strict=True)]
+    return f"{text} ({', '.join(f'{x:+.3f}' for x in over)})" if any(over) else text
+
+
+def draw(results: Results, path: Path) -> None:
+    """The loss of each variant above that of separate matrices, along a training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    panels = sorted({(record["size"], record["settings"]["steps"]) for record in results})
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
+    for axis, (size, steps) in zip(axes[0], panels, strict=True):
+        for variant in VARIANTS:
+            pairs = [
+                (results[own], results[other])
+                for seed in _SEEDS
+                if (own := run_of(size, variant, steps, seed)) in results
+                and (other := run_of(size, "separate", steps, seed)) in results
+            ]
+            if pairs:
+                over = np.array([np.subtract(own["loss"], other["loss"]) for own, other in pairs])
+                (line,) = axis.plot(pairs[0][0]["step"], over.mean(0), "o-", ms=3, label=variant)
+                low, high = over.min(0), over.max(0)
+                axis.fill_between(
+                    pairs[0][0]["step"], low, high, color=line.get_color(), alpha=0.15
+                )
+        axis.set(xlabel="step", title=f"{size}, {steps} steps; mean, and range of the seeds")
+        axis.title.set_size(9)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("held-out loss above separate, uncut")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.heads",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--size", nargs="+", choices=_SIZES, default=list(_SIZES))
+    parser.add_argument("--steps", type=int, nargs="+", default=[240, 960])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--results", type=Path, default=_RESULTS)
+    options = parser.parse_args(arguments)
+    results = Results(options.results)
+    if options.what == "report":
+        print(markdown(results, options.steps))
+        draw(results, options.results.parent / "heads.png")
+        return
+    from studies.heads.training import train
+
+    torch.set_num_threads(1)
+    wanted = [
+        run_of(size, variant, steps, seed)
+        for steps in options.steps
+        for size in options.size
+        for seed in _SEEDS
+        for variant in options.only
+    ]
+    for run in wanted:
+        if run not in results:
+            results.add(run, train(run.settings))
+            seed, loss = run.settings["seed"], results.loss(run)
+            print(f"{run.size}, {run.stage}, seed {seed}, {run.contestant}: {loss}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
