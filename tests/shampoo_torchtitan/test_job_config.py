@@ -225,6 +225,7 @@ def test_keys_of_02_go_where_they_are_now(tmp_path):
     [activation_checkpoint]
     mode = "full"
     selective_ac_option = "op"
+    per_op_sac_force_recompute_mm_shapes_by_fqns = ""
     """
     config = read(tmp_path, text, "--job.dump_folder=there", "--optimizer.weight_decay", "0.25")
     assert config.dump_folder == "there" and config.profiler.enable_profiling
