@@ -33,6 +33,7 @@ _AT_LEAST = {
     "refresh_warmup_steps": 0,
     "ranks_per_node": 1,
     "head_dim": 1,
+    "base_width": 1,
 }
 _SHARES = ("grafting_beta2", "beta3", "momentum", "dampening")
 _POSITIVE = ("preconditioner_eps", "excluded_lr_factor", "max_factor_ratio")
@@ -197,6 +198,10 @@ class ShampooConfig:
     excluded_lr_factor: float = 1.0
     """lr of the parameters that are not preconditioned (excluded ones, and vectors), as a multiple
     of lr; below 1 if lr is above what AdamW bears."""
+
+    base_width: int | None = None
+    """Width for which lr is meant: a preconditioned weight [out, in] moves by sqrt(base_width / in)
+    times what lr says, so that lr of a narrow model is that of a wide one. Default: by lr."""
 
     precondition_1d: bool = False
     """Whether parameters of one dimension (biases, norms; matrices of one row or column) are

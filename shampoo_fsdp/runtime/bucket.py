@@ -1,5 +1,6 @@
 """Which gradients travel together, and their way through a step: the stacks of their blocks."""
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,15 +184,16 @@ class Bucket:
     def _active(
         self, groups: Sequence[GroupSettings]
     ) -> Iterator[tuple[GroupSettings, list[int], list[Tensor]]]:
-        """By parameter group the positions of members with a gradient, and views of their shards
-        of the parameter."""
-        active: dict[int, list[int]] = defaultdict(list)
+        """By parameter group, and lr in it, the positions of members with a gradient, and views of
+        their shards of the parameter."""
+        active: dict[tuple[int, float], list[int]] = defaultdict(list)
         for k, member in enumerate(self.members):
             if member.gradient is not None:
-                active[member.group].append(k)
-        for group, chosen in active.items():
+                active[member.group, member.lr_scale].append(k)
+        for (group, scale), chosen in active.items():
             shards = [self.members[k].shard().view(self._shapes[k]) for k in chosen]
-            yield groups[group], chosen, shards
+            settings = groups[group]
+            yield dataclasses.replace(settings, lr=scale * settings.lr), chosen, shards
 
 
 def fill_buckets(

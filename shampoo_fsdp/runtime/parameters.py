@@ -44,6 +44,8 @@ class Member:
     spec: ParameterSpec
     part: Part | None
     """What this rank does for it; None if it is not preconditioned."""
+    lr_scale: float
+    """Of lr, if it is preconditioned."""
     counts: bool
     """Whether this rank counts what it does to its shard, not another replica."""
     state: dict[str, Any]

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
+from shampoo_fsdp.plan.grid import lr_scale
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.plan.transfers import Part, Plan, make_plan
@@ -95,7 +96,16 @@ def make_parameters(
         for name, part in zip(chosen, plan.parts, strict=True)
     }
     members = [
-        Member(name, p, g, specs[name], part_of.get(name), is_first_replica(p, replicas), states[p])
+        Member(
+            name,
+            p,
+            g,
+            specs[name],
+            part_of.get(name),
+            lr_scale(specs[name].shape, config),
+            is_first_replica(p, replicas),
+            states[p],
+        )
         for name, p, g in named
     ]
     parts = {member.name: (member, member.part) for member in members if member.part}

@@ -37,6 +37,7 @@ VARIANTS = {
     "fused": (True, None),
     "fused, a group": (True, "group"),
     "fused, a head": (True, "head"),
+    "fused, a head with both factors": (True, "whole head"),
 }
 """Whether wq, wk and wv are one matrix, and what shares a block. (Cut at each head, those that are
 separate have the same blocks as fused ones, and the same losses.)"""
@@ -49,6 +50,8 @@ def run_of(size: str, variant: str, steps: int, seed: int) -> Run:
     if cut is not None:
         shampoo["split_heads"] = [r"\.wqkv\."]
         shampoo["head_dim"] = _group(sizes) if cut == "group" else _HEAD
+    if cut == "whole head":
+        shampoo["max_factor_ratio"] = 8.0
     settings = {
         "model": {**sizes, "fuse_qkv": fused},
         "steps": steps,

@@ -38,6 +38,7 @@ MEMBERS = {
         "root_method": "coupled_newton",
         "grafting": "rmsprop",
         "momentum": 0.8,
+        "base_width": 16,
         "weight_decay_type": "l2",
     },
     "shampoo of sums, polynomial, adagrad, nesterov, independent, packed": {

@@ -83,6 +83,9 @@ class ReferenceShampoo:
             "one_sided" (no factor), "diagonal" (a diagonal one).
         max_factor_ratio: a side of a block has a factor if that has at most so many times the
             block's elements, or if the side is the shortest one.
+        base_width: the lr of a weight [m, n] that is preconditioned is multiplied by the root of
+            base_width / n (experts [E, m, n] the same, [m, n_1, n_2, ...] with the product). None:
+            by 1.
         precondition_1d: blocks of one row or column are vectors, with all of their factors.
         merge_dims: "matrix": shapes of order 4 and more count as [out, rest]; "small": neighbouring
             dimensions are merged up to max_preconditioner_dim; "none".
@@ -138,6 +141,7 @@ class ReferenceShampoo:
         phase: Callable[[str, tuple[int, ...]], int] | None = None,
         batched_3d: bool = True,
         precondition_1d: bool = False,
+        base_width: int | None = None,
     ) -> None:
         grafting_beta2 = betas[1] if grafting_beta2 is None else grafting_beta2
         for name, value, allowed in (
@@ -173,6 +177,7 @@ class ReferenceShampoo:
         self.excluded_method = dataclasses.replace(
             self.method, name="adam" if grafting == "none" else grafting, beta3=betas[0]
         )
+        self.base_width = base_width
         self.cap = max_preconditioner_dim
         self.frequency = precondition_frequency
         self.start = start_preconditioning_step
@@ -244,9 +249,15 @@ class ReferenceShampoo:
                 param *= 1 - self.lr * self.weight_decay
             elif self.weight_decay_type == "independent":
                 param *= 1 - self.weight_decay * self.lr / self.initial_lr
-            param -= self.lr * direction
+            param -= self.lr * self._scale(name, param.shape) * direction
             if name in self.excluded:
                 param.copy_(torch.where(_usable(grad), param, before))
+
+    def _scale(self, name: str, shape: torch.Size) -> float:
+        if self.base_width is None or name in self.excluded or len(shape) == 1:
+            return 1.0
+        n = shape[2] if len(shape) == 3 else torch.Size(shape[1:]).numel()
+        return (self.base_width / n) ** 0.5
 
     def _direction(self, name: str, grad: Tensor) -> Tensor:
         """D of a whole parameter."""

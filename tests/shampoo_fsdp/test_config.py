@@ -46,6 +46,7 @@ def build(**settings):
         ({"owner_scope": "auto"}, r"owner_scope.*'all' or 'shard' \('auto' has been removed\)"),
         ({"merge_dims": "none"}, r"merge_dims.*'matrix' or 'small' \('none' has been removed\)"),
         ({"ranks_per_node": 0}, "ranks_per_node.* 0; allowed: an integer >= 1"),
+        ({"base_width": 0}, r"base_width.* 0; allowed: "),
         ({"excluded_lr_factor": 0.0}, r"excluded_lr_factor.* 0\.0; allowed: a positive number"),
         ({"precondition_1d": "no"}, "precondition_1d.*'no'.*true or false"),
         ({"lr": -1.0}, r"lr.* -1\.0"),

@@ -398,6 +398,25 @@ def test_gradients_that_are_zero_until_after_the_first_refresh(
     assert error <= tolerance(preconditioner, root_method)
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_lr_by_width(decay):
+    assert relative_error(base_width=8, weight_decay_type=decay, weight_decay=0.1) <= 1e-4
+
+
+def test_lr_by_width_is_that_of_the_width_for_all_matrices_as_wide():
+    shapes = {"layers.0.w": (24, 32)}
+    found = []
+    for lr, width in ((0.01, None), (0.02, 8)):
+        parameter = nn.Parameter(torch.zeros(shapes["layers.0.w"]))
+        optimizer = Shampoo([("layers.0.w", parameter)], lr=lr, weight_decay=0.0, base_width=width)
+        for step in range(3):
+            parameter.grad = spread_gradients(shapes, step)["layers.0.w"].float()
+            optimizer.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(*found)
+    assert found[0].any()
+
+
 @pytest.mark.parametrize("preconditioner", RULES)
 def test_packed_matrices_change_nothing(preconditioner):
     assert relative_error(preconditioner=preconditioner, symmetric_packing=True) <= 1e-4

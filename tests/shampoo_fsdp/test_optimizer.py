@@ -53,6 +53,7 @@ def reference_for(
         merge_dims=config.merge_dims,
         precondition_1d=config.precondition_1d,
         max_factor_ratio=config.max_factor_ratio,
+        base_width=config.base_width,
     )
 
 
