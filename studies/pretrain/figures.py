@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
@@ -164,7 +164,7 @@ def _lr(
         losses = [loss for points in curves[size].values() for _, loss in points]
         axis.set_ylim(min(losses) - 0.03, min(losses) + 0.8)
         axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        _lr_ticks(axis)
         axis.set_title(f"{size}, before the other settings are chosen", size=10)
         axis.legend(fontsize=8)
     _save(figure, path)
@@ -190,11 +190,17 @@ def _lr_by_size(
                 (line,) = axis.plot(lr, above, "o-", label=size, ms=3)
                 axis.plot(lr[losses.index(min(losses))], 0.0, "*", color=line.get_color(), ms=12)
         axis.set(xscale="log", xlabel="lr", ylim=(-0.02, 0.3))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        _lr_ticks(axis)
         axis.set_title(f"{name} (stars: the best)", size=10)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("final loss above the lowest of that size")
     _save(figure, path)
+
+
+def _lr_ticks(axis: Any) -> None:
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _ablations(study: Study, size: str, results: Results, path: Path) -> None:
