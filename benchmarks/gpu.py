@@ -12,6 +12,7 @@ sizes, where it is installed. Without a GPU it says so and does nothing.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -78,6 +79,7 @@ class _Session:
         if time.monotonic() > self.deadline:
             self.left_out.append(f"{name}: no time left")
             return None
+        print(name, end="", file=sys.stderr, flush=True)
         start = time.monotonic()
         try:
             return measurement(*arguments)
@@ -86,7 +88,7 @@ class _Session:
             self.left_out.append(f"{name}: {type(error).__name__}: {error}")
             return None
         finally:
-            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            print(f": {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, (measure, table) in parts.items():
         found = session.figures[name] = measure(session, options)
-        if options.json:  # at once: whoever lends a GPU may take it back
+        if options.json:  # at once, so that a benchmark that is cut off keeps its figures
             Path(options.json).write_text(json.dumps(session.figures, indent=2), encoding="utf-8")
         if found:
             console.print(table(found), f"({of_device})\n")
@@ -133,9 +135,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default=_ROWS, help="regular expression: which optimizers")
     parser.add_argument("--seconds", type=float, default=15.0, help="timing of a row, about")
     parser.add_argument(
-        "--tokens", type=int, nargs="*", default=[8192, 32768], help="of whole training steps"
+        "--tokens", type=int, nargs="*", default=[16384], help="of whole training steps"
     )
-    parser.add_argument("--root-sizes", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--root-sizes", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--study-steps", type=int, default=240, help="240, 2000, or 0 for none")
     parser.add_argument("--study-seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing is begun after that")
@@ -189,7 +191,10 @@ def _torch_rows() -> list[Row]:
 
 
 def _measure_training(session: _Session, options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = [*_torch_rows(), *(row for row, _ in _our_rows().values())]
+    if importlib.util.find_spec("transformers") is None:
+        session.left_out.append("training: there is no `transformers`, whose Llama is trained")
+        return []
+    rows = [*(row for row, _ in _our_rows().values()), *_torch_rows()]
     found = []
     for tokens in options.tokens:
         for row in rows:

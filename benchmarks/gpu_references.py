@@ -23,7 +23,7 @@ def dry_runs(
     specs: Sequence[ParameterSpec], configs: Mapping[str, ShampooConfig]
 ) -> dict[str, dict[str, float]]:
     """By row what is expected of a step: kernels, milliseconds and the peak of memory."""
-    # This one uses a GPU, where none can be pretended.
+    # Of this one's memory on a GPU none shall be taken.
     return _in_own_process(_dry_runs, specs, configs)
 
 

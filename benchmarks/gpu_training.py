@@ -24,10 +24,11 @@ _HEAD = 128
 
 
 def measure_training(row: Row, sizes: llama.Sizes, device: str, tokens: int) -> dict[str, Any]:
-    """Means over whole periods of refreshes.
+    """Means over whole periods of refreshes: of a step and of the optimizer in it, the slowest step
+    (milliseconds), tokens per second, and MB at the peak.
 
     Args:
-        tokens: of a step; sequences have 2,048 of them, or as many as there are.
+        tokens: of a step, about; sequences have 2,048 of them, or as many as there are.
 
     Raises:
         ImportError: There is no `transformers`, whose Llama it is.
@@ -56,11 +57,11 @@ def _measure(row: Row, sizes: llama.Sizes, device: str, tokens: int) -> dict[str
     steps = [sum(lap.values()) for lap in laps]
     return {
         "row": row.name,
-        "tokens": tokens,
+        "tokens": len(batch) * length,
         "step_ms": statistics.fmean(steps),
         "optimizer_ms": statistics.fmean(lap["optimizer"] for lap in laps),
         "slowest_ms": max(steps),
-        "tokens_per_second": 1e3 * tokens / statistics.fmean(steps),
+        "tokens_per_second": 1e3 * len(batch) * length / statistics.fmean(steps),
         "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else None,
     }
 

@@ -63,6 +63,10 @@ _GONE: dict[str, tuple[Any, str]] = {
         "op",
         f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
     ),
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
+        "",
+        f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
+    ),
     "activation_checkpoint": (
         None,
         f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
@@ -153,7 +157,7 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
     for key, value in settings.items():
         if (gone := _gone(key)) is None:
             set_field(config, _moved(key), value, key)
-        elif gone[0] is not _ANY and value not in (gone[0], ""):  # 0.2's word for none
+        elif gone[0] is not _ANY and value != gone[0]:
             raise ValueError(f"{key} = {value!r} is not known to TorchTitan 0.3: {gone[1]}")
     for name in (field.name for field in dataclasses.fields(config)):
         check = getattr(getattr(config, name), "__post_init__", None)

@@ -118,14 +118,15 @@ def patterns_without_heads(names: Iterable[str], config: ShampooConfig) -> list[
 
 
 def lr_scale(shape: Sequence[int], config: ShampooConfig) -> float:
-    """What lr of a preconditioned parameter is multiplied by (see `base_width`): vectors have none,
-    convolutions [out, in, ...] and experts [E, out, in] the width of their matrices.
+    """What lr of a preconditioned parameter is multiplied by (see `base_width`): that of vectors, also
+    of matrices of one row or column, by 1; convolutions [out, in, ...] and experts [E, out, in]
+    have the width of their matrices.
 
     An update of entries of one size grows, as a matrix, with the roots of its sides, and what it
-    does to activations with the root of the columns; measured for widths of 64 to 512 (see the
-    study of widths), the best lr then stays.
+    does to activations with the root of the columns; for widths of 64 to 512 (docs/tuning.md) the
+    best lr then stays.
     """
-    if config.base_width is None or len(shape) < 2:
+    if config.base_width is None or sum(side > 1 for side in shape) < 2:
         return 1.0
     columns = shape[2] if len(shape) == 3 else math.prod(shape[1:])
     return math.sqrt(config.base_width / columns)

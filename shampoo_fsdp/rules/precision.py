@@ -1,6 +1,5 @@
 """Arithmetic of the step, whatever the program around it has chosen for its model."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -64,21 +63,24 @@ def full_precision(device_type: str) -> Iterator[None]:
                 matmul.fp32_precision = precision
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# By device type, once it has been asked: torch.compile cannot follow the question into a graph.
+_fast_bfloat16: dict[str, bool] = {}
+
+
 def has_fast_bfloat16(device_type: str) -> bool:
     """Whether products of bf16 matrices are faster there than of fp32 ones; of a GPU that this
     process has not used so far, that it is none of before 2020 (to ask it would be to use it)."""
+    if device_type in _fast_bfloat16:
+        return _fast_bfloat16[device_type]
     if device_type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return _gpus_have_bfloat16()
-    if device_type == "cpu":
+        fast = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    elif device_type == "cpu":
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, test, bool)() for test in tests)
-    return True
-
-
-@functools.cache
-def _gpus_have_bfloat16() -> bool:
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        fast = any(getattr(torch.cpu, test, bool)() for test in tests)
+    else:
+        return True
+    _fast_bfloat16[device_type] = fast
+    return fast
 
 
 @contextmanager

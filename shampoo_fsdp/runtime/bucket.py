@@ -25,8 +25,8 @@ _BUCKET_ELEMENTS = 64 * 2**20
 """A rank's share of the gradients of one bucket, where `buckets` is not set: 256 MiB in fp32."""
 
 _BUCKET_ELEMENTS_ALONE = 256 * 2**20
-"""The same where nothing travels beside the work: each stack of each bucket has kernels of its own,
-and with nine buckets in the place of three a GPU waited for the host half of the time."""
+"""The same where nothing travels beside the work, 1 GiB: each stack of each bucket has kernels of
+its own; with nine buckets in the place of three a GPU waited for the host a third of the time."""
 
 _ROW_WIDTHS = (64, 8, 1)
 """In elements. A row has four numbers of 4 bytes: next to nothing, 2 bytes per element, or 16."""

@@ -60,7 +60,9 @@ class Machine:
 
 def add_rates(parser: argparse.ArgumentParser) -> None:
     """An option for each of them."""
-    options = parser.add_argument_group("assumed of a GPU and its network (TFLOP/s, TB/s, GB/s)")
+    options = parser.add_argument_group(
+        "of a GPU, its network and its host (TFLOP/s, TB/s, GB/s, microseconds)"
+    )
     for field in dataclasses.fields(Machine):
         options.add_argument(
             f"--{field.name}", type=float, default=field.default, help=f"default: {field.default}"

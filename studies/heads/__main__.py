@@ -40,7 +40,8 @@ VARIANTS = {
     "fused, a head with both factors": (True, "whole head"),
 }
 """Whether wq, wk and wv are one matrix, and what shares a block. (Cut at each head, those that are
-separate have the same blocks as fused ones, and the same losses.)"""
+separate have the same blocks as fused ones, and the same losses. "Both factors" differ for 3M only,
+whose matrices are six times as wide as a head: above 4 there is no factor for that side.)"""
 
 
 def run_of(size: str, variant: str, steps: int, seed: int) -> Run:
@@ -144,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results = Results(options.results)
     if options.what == "report":
+        if not list(results):
+            parser.error(f"there are no results in {options.results}")
         print(markdown(results, options.steps))
         draw(results, options.results.parent / "heads.png")
         return

@@ -46,7 +46,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         excluded_lr_factor=0.5,
         **settings["shampoo"],
     )
-    warmup = max(1, steps // 8 if steps <= 480 else steps // 20)
+    warmup = max(1, steps // 8 if steps <= 480 else steps // 20)  # as in studies.arithmetic
     batches = _batches(settings["seed"])
     record: dict[str, Any] = {"step": [], "loss": []}
     start = time.perf_counter()
@@ -57,7 +57,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         _loss(model, next(batches)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % (steps // 8) == 0:
+        if (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps:
             record["step"].append(step + 1)
             record["loss"].append(round(_held_out_loss(model), 4))
     seconds = round(time.perf_counter() - start, 1)

@@ -254,7 +254,7 @@ class ReferenceShampoo:
                 param.copy_(torch.where(_usable(grad), param, before))
 
     def _scale(self, name: str, shape: torch.Size) -> float:
-        if self.base_width is None or name in self.excluded or len(shape) == 1:
+        if self.base_width is None or name in self.excluded or _is_vector(shape):
             return 1.0
         n = shape[2] if len(shape) == 3 else torch.Size(shape[1:]).numel()
         return (self.base_width / n) ** 0.5
@@ -334,6 +334,10 @@ class ReferenceShampoo:
                 break
             period = longer
         return period
+
+
+def _is_vector(shape: torch.Size) -> bool:
+    return sum(side > 1 for side in shape) < 2
 
 
 def _usable(grad: Tensor) -> Tensor:

@@ -403,6 +403,11 @@ def test_lr_by_width(decay):
     assert relative_error(base_width=8, weight_decay_type=decay, weight_decay=0.1) <= 1e-4
 
 
+def test_vectors_have_no_width():
+    shapes = {"layers.0.column": (12, 1), "layers.0.row": (1, 12), "layers.0.bias": (7,)}
+    assert relative_error(shapes, base_width=64, precondition_1d=True) <= 1e-3
+
+
 def test_lr_by_width_is_that_of_the_width_for_all_matrices_as_wide():
     shapes = {"layers.0.w": (24, 32)}
     found = []

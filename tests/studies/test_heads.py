@@ -39,7 +39,7 @@ def test_cut_at_heads_fused_projections_are_the_separate_ones(small):
     cut |= {"matmul_precision": "highest"}  # products in bf16 would turn on how blocks are stacked
     separate = losses("separate", shampoo=cut | {"split_heads": [r"\.w[qkv]\."]})
     assert losses("fused, a head", shampoo=cut) == pytest.approx(separate, abs=2e-3)
-    found = [losses(variant)[-1] for variant in heads.VARIANTS]
+    found = [losses(variant)[-1] for variant in heads.VARIANTS if "both" not in variant]
     assert min(abs(a - b) for a, b in itertools.combinations(found, 2)) > 4e-3
 
 

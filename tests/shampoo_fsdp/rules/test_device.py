@@ -5,6 +5,7 @@ import torch
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.rules import device as production
+from shampoo_fsdp.rules import precision
 from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
 
@@ -40,6 +41,14 @@ def test_a_gpu_is_not_used_to_be_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
     monkeypatch.setattr(torch.cuda, "init", lambda: pytest.fail("it has been used"))
     assert has_fast_bfloat16("cuda")
+
+
+def test_an_old_gpu_multiplies_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(precision, "_fast_bfloat16", {})
+    monkeypatch.setattr(production, "has_fast_bfloat16", has_fast_bfloat16)
+    assert chosen(CUDA) == ("polynomial", "highest")
 
 
 def test_roots_are_kept_as_products_read_them():
