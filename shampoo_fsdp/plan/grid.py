@@ -118,9 +118,9 @@ def patterns_without_heads(names: Iterable[str], config: ShampooConfig) -> list[
 
 
 def lr_scale(shape: Sequence[int], config: ShampooConfig) -> float:
-    """What lr of a preconditioned parameter is multiplied by (see `base_width`): that of vectors, also
-    of matrices of one row or column, by 1; convolutions [out, in, ...] and experts [E, out, in]
-    have the width of their matrices.
+    """What lr of a preconditioned parameter is multiplied by (see `base_width`): that of vectors,
+    also of matrices of one row or column, by 1; convolutions [out, in, ...] and experts
+    [E, out, in] have the width of their matrices.
 
     An update of entries of one size grows, as a matrix, with the roots of its sides, and what it
     does to activations with the root of the columns; for widths of 64 to 512 (docs/tuning.md) the
