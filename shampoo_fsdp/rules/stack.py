@@ -18,7 +18,7 @@ from shampoo_fsdp.rules.grafting import (
 )
 from shampoo_fsdp.rules.kept import saved_entries, split_rows
 from shampoo_fsdp.rules.matrices import per_block, to_device
-from shampoo_fsdp.rules.precision import products_in
+from shampoo_fsdp.rules.precision import has_fast_bfloat16, products_in
 from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = ["BlockStack"]
@@ -70,6 +70,7 @@ class BlockStack:
         """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
         self._compiled = self._accumulate, self._direct
         if config.compile:
+            has_fast_bfloat16(self.device.type)  # a graph knows the answer, and cannot ask
             self._compiled = (_compile(self._accumulate), _compile(self._direct))
         self._precision = config.matmul_precision or "highest"
         self._accumulated: _Accumulated | None = None
