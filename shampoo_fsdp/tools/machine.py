@@ -31,7 +31,7 @@ class Machine:
     """GB/s that it sends to those of other nodes."""
     launch: float = 3.0
     """Microseconds that the smallest kernel takes."""
-    host: float = 18.0
+    host_launch: float = 18.0
     """Microseconds that the host takes for a kernel, while the GPU is busy with others."""
     tokens: float = 8192.0
     """Of a step, for each GPU: those of all sequences over all GPUs."""

@@ -88,7 +88,7 @@ def _print_step(step: ModelledStep, report: PlanReport, say: Callable[[Any], Non
         f"{step.share_with(period=2.0):.2%} with precondition_frequency = {2 * frequency} (now "
         f"{frequency}), {step.share_with(tokens=2.0):.2%} with twice the tokens. It launches "
         f"{step.kernels:,} kernels, for which the host takes "
-        f"{1e-3 * step.machine.host * step.kernels:,.0f} ms, and needs "
+        f"{1e-3 * step.machine.host_launch * step.kernels:,.0f} ms, and needs "
         f"{four_digits(step.peak_bytes / 2**30)} GiB at its peak beside parameters, gradients "
         "and state."
     )

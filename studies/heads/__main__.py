@@ -1,6 +1,6 @@
 """What blocks between heads do to the loss, with wq, wk and wv fused as in TorchTitan 0.3, or not.
 
-    python -m studies.heads run --size 1M --steps 240 720     # a killed study goes on where it was
+    python -m studies.heads run --size 1M --steps 120 240     # a killed study goes on where it was
     python -m studies.heads report
 
 Small Llamas with grouped queries, KL-Shampoo, for each seed the same weights and batches; loss on
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--size", nargs="+", choices=_SIZES, default=list(_SIZES))
-    parser.add_argument("--steps", type=int, nargs="+", default=[240, 720])
+    parser.add_argument("--steps", type=int, nargs="+", default=[120, 240])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--results", type=Path, default=_RESULTS)
     options = parser.parse_args(arguments)
