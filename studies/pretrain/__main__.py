@@ -2,6 +2,7 @@
 
     python -m studies.pretrain run --size 1M --jobs 2     # a killed study goes on where it was
     python -m studies.pretrain report                     # table and figures from the results
+    python -m studies.pretrain flops --size 1M            # what they cost in products, as on GPUs
 
 study.toml says who takes part and what is tried, jobs/SIZE.toml what all runs have in common.
 """
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("run", "estimate", "report"))
+    parser.add_argument("what", choices=("run", "estimate", "report", "flops"))
     parser.add_argument("--study", type=Path, default=_HERE / "study.toml", help="its file")
     parser.add_argument("--results", type=Path, default=_HERE / "results" / "runs.jsonl")
     parser.add_argument("--size", nargs="+", help="of the study's sizes; default: all")
@@ -54,6 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(report.markdown(study, sizes, contestants, results))
         figures.draw(study, sizes, contestants, results, options.results.parent)
+        return
+    if options.what == "flops":
+        need_02("studies.pretrain flops")
+        from studies.pretrain import flops
+
+        for size in sizes:
+            print("\n".join(flops.table(study, size, contestants, results)))
         return
     from studies.pretrain.execute import estimate, execute
 

@@ -22,7 +22,7 @@ from studies.pretrain import data
 from studies.pretrain.results import versions
 from studies.pretrain.toml_files import toml_text
 
-__all__ = ["run"]
+__all__ = ["StudyTrainer", "run", "trainer_of"]
 
 _TRAINING_TOKENS = 40_000_000  # at most: large data sets are not read to their end
 _HELD_OUT_TOKENS = 500_000
@@ -48,7 +48,7 @@ class StudyTrainer(Trainer):
         folder = config.model.hf_assets_path
         text = data.tokens(training.dataset, training.dataset_path, folder, _TRAINING_TOKENS)
         batches = data.batches(text, training.local_batch_size, training.seq_len, config.debug.seed)
-        self._batches = self.batch_generator(batches)
+        self.batches = self.batch_generator(batches)
         text = data.tokens(validation.dataset, validation.dataset_path, folder, _HELD_OUT_TOKENS)
         self._held_out = data.held_out(
             text, validation.local_batch_size, validation.seq_len, validation.steps
@@ -70,14 +70,14 @@ class StudyTrainer(Trainer):
         freq = self.job_config.validation.freq
         self.checkpointer.load()
         for _ in range(self.step):
-            next(self._batches)
+            next(self.batches)
         curve = self._curve
         wall, cpu = (curve[name][-1] if self.step else 0.0 for name in ("seconds", "cpu_seconds"))
         while self.should_continue_training():
             self.step += 1
             self.gc_handler.run(self.step)
             started = time.perf_counter(), time.process_time()
-            self.train_step(self._batches)
+            self.train_step(self.batches)
             wall += time.perf_counter() - started[0]
             cpu += time.process_time() - started[1]
             if self.step % freq == 0 or not self.should_continue_training():
@@ -138,19 +138,9 @@ def run(settings: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     if folder is not None:
         settings = {**settings, **_CHECKPOINTS, "job.dump_folder": str(folder.absolute())}
-    with tempfile.TemporaryDirectory() as temporary, _one_process(), _quiet():
-        job = Path(temporary, "job.toml")
-        job.write_text(toml_text(settings))
-        config = JobReader().parse_args(["--job.config_file", str(job)])
-        # The launcher's own choice on CPUs is fp32, for all CPUs.
-        precision = settings.get("training.mixed_precision_param", "float32")
-        config.training.mixed_precision_param = precision
-        trainer = StudyTrainer(config)
+    with trainer_of(settings) as trainer:
         start = time.perf_counter() - started
-        try:
-            curve = trainer.curve()
-        finally:
-            trainer.close()
+        curve = trainer.curve()
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return {
@@ -159,6 +149,23 @@ def run(settings: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
         "device": trainer.device.type,
         "versions": _VERSIONS,
     }
+
+
+@contextlib.contextmanager
+def trainer_of(settings: dict[str, Any]) -> Iterator[StudyTrainer]:
+    """The trainer of a job, which is closed afterwards."""
+    with tempfile.TemporaryDirectory() as temporary, _one_process(), _quiet():
+        job = Path(temporary, "job.toml")
+        job.write_text(toml_text(settings))
+        config = JobReader().parse_args(["--job.config_file", str(job)])
+        # The launcher's own choice on CPUs is fp32, for all CPUs.
+        precision = settings.get("training.mixed_precision_param", "float32")
+        config.training.mixed_precision_param = precision
+        trainer = StudyTrainer(config)
+        try:
+            yield trainer
+        finally:
+            trainer.close()
 
 
 @contextlib.contextmanager

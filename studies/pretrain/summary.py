@@ -1,7 +1,7 @@
 """What the runs of a contestant amount to: losses, and steps and seconds to a target."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ __all__ = [
     "BASELINE",
     "Summary",
     "ablation_losses",
+    "at",
     "by_lr",
     "optimizer_ms",
     "reached",
@@ -82,6 +83,18 @@ def reached(record: dict[str, Any], target: float) -> tuple[float, float] | None
             part = (before[0] - target) / (before[0] - loss)
             return before[1] + part * (step - before[1]), before[2] + part * (time - before[2])
     return None
+
+
+def at(record: dict[str, Any], along: Sequence[float], where: float) -> float:
+    """The loss in the middle of a run, linear between two evaluations.
+
+    Args:
+        along: What `where` is one of, at each evaluation: steps, seconds; ascending.
+    """
+    k = max(1, next((k for k, x in enumerate(along) if x >= where), len(along) - 1))
+    part = min(1.0, (where - along[k - 1]) / (along[k] - along[k - 1]))
+    before, after = record["loss"][k - 1], record["loss"][k]
+    return float(before + part * (after - before))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import torchtitan.models.llama3 as llama3
 
 from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
 from studies.pretrain import data, job
+from studies.pretrain.flops import flops_of_a_step
 from studies.pretrain.plan import Study
 
 _STUDY = Path(job.__file__).parent / "study.toml"
@@ -127,6 +128,25 @@ def test_a_killed_run_goes_on_where_it_was(small, contestant, tmp_path, monkeypa
     for name in ("step", "loss", "training_loss"):
         assert again[name] == whole[name]
     assert not folder.exists()
+
+
+def test_flops_are_those_of_the_matrices(small):
+    passes, nothing = flops_of_a_step({**Study(_STUDY).job("1M", "AdamW"), **small})
+    # 5 layers of 4 matrices of 128 x 128 and 3 of 128 x 352, and the output layer: 2 FLOPs for a
+    # weight and token in forward and 4 in backward.
+    matrices = 5 * (4 * 128**2 + 3 * 128 * 352) + 128 * 260
+    assert passes == 6 * matrices * 2 * 16
+    assert nothing == 0
+    same, muon = flops_of_a_step({**Study(_STUDY).job("1M", "Muon"), **small})
+    # Five times the Gram matrix, its square, and its product with the matrix.
+    square, long = 128**3, 128**2 * 352
+    assert muon == 2 * 5 * 5 * (4 * 3 * square + 3 * (2 * long + square))
+    settings = {**Study(_STUDY).job("1M", "KL-Shampoo"), **small}
+    again, ours = flops_of_a_step(settings)
+    # On each step two products for the factors of each side and two for the direction.
+    each_step = 2 * 5 * (4 * 6 * square + 3 * 3 * (long + 128 * 352**2))
+    assert ours > each_step
+    assert passes == same == again
 
 
 def test_a_run_leaves_the_process_as_it_was(small):

@@ -8,7 +8,7 @@ from studies.pretrain import summary
 from studies.pretrain.execute import missing
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
-from studies.pretrain.summary import Summary, reached, summaries, target
+from studies.pretrain.summary import Summary, at, reached, summaries, target
 
 _FILE = Path(summary.__file__).parent / "study.toml"
 
@@ -34,6 +34,13 @@ def test_one_lucky_evaluation_does_not_reach_the_target():
     # Means of neighbours: 2, 2.33, 2, 2, 1.33, 1; linear between them.
     found = reached(_record([3.0, 1.0, 3.0, 2.0, 1.0, 1.0]), 1.5)
     assert found == pytest.approx((47.5, 4.75))
+
+
+def test_the_loss_in_the_middle_of_a_run():
+    record = _record([3.0, 2.0, 1.0])  # at 10, 20 and 30
+    assert at(record, record["step"], 25.0) == pytest.approx(1.5)
+    assert at(record, record["cpu_seconds"], 1.5) == pytest.approx(2.5)
+    assert at(record, record["step"], 40.0) == 1.0  # its end
 
 
 def test_a_diverged_run_never_reaches_it():
