@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["losses", "torchrun"]
+__all__ = ["half_way", "losses", "torchrun"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,12 @@ def torchrun(script: str, ranks: int, *arguments: str) -> str:
 def losses(text: str) -> list[float]:
     """Of the lines like "step 10: loss 3.21", in their order."""
     return [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", text, re.MULTILINE)]
+
+
+def half_way(losses: list[float]) -> float:
+    """Between the first and the last: a run that has not been resumed begins above it. (Single
+    batches differ by more than what one more step changes.)"""
+    return (losses[0] + losses[-1]) / 2
 
 
 def _run_on_this_rank(script: str) -> None:

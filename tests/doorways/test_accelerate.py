@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.doorways.checkpoints import changed
-from tests.doorways.launch import losses, torchrun
+from tests.doorways.launch import half_way, losses, torchrun
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -20,6 +20,6 @@ def test_it_trains_and_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     assert len(first) == 6 and first[-1] < 2.8
 
     rest = losses(torchrun(_SCRIPT, 1, "--steps", "40", "--folder", after, "--resume", before))
-    assert len(rest) == 2 and max(rest) < first[-1] + 0.3  # of a single batch
+    assert len(rest) == 2 and max(rest) < half_way(first)
     weights = "pytorch_model_fsdp_0"
     assert changed(tmp_path / "before" / weights, tmp_path / "after" / weights) == 21

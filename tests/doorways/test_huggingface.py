@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.doorways.checkpoints import changed
-from tests.doorways.launch import losses, torchrun
+from tests.doorways.launch import half_way, losses, torchrun
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -23,6 +23,6 @@ def test_it_trains_and_goes_on_with_fewer_ranks(tmp_path: Path, model: str, weig
 
     saved = tmp_path / "checkpoint-20"
     rest = losses(torchrun(_SCRIPT, 1, *same, "--steps", "30", "--resume", str(saved)))
-    assert len(rest) == 2 and max(rest) < first[-1] + 0.1
+    assert len(rest) == 2 and max(rest) < half_way(first)
     folder = "pytorch_model_fsdp_0"
     assert changed(saved / folder, tmp_path / "checkpoint-30" / folder) >= weights
