@@ -59,7 +59,8 @@ def estimate(
 
 def _distance(study: Study, run: Run) -> float:
     """From the middle of the list of lr: as losses they let no list grow."""
-    middle = statistics.median_low(study.contestants[run.contestant]["tune"][LR])
+    tried = study.contestants[run.contestant]["tune"].get(LR, [run.settings[LR]])
+    middle = statistics.median_low(tried)
     return abs(math.log(run.settings[LR] / middle))
 
 

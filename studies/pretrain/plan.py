@@ -35,7 +35,9 @@ class Study:
         tables = tomllib.loads(file.read_text())
         self.general: dict[str, Any] = tables["study"]
         self.seconds_per_step: dict[str, float] = tables["seconds_per_step"]
-        self.contestants: dict[str, dict[str, Any]] = tables["contestants"]
+        self.contestants: dict[str, dict[str, Any]] = {
+            name: {"tune": {}, **contestant} for name, contestant in tables["contestants"].items()
+        }
         self.of_size: dict[str, dict[str, Any]] = tables.get("size", {})
         """Where a size has no job file of its own: that of `job`, and what is other in it."""
         self.ablations: list[dict[str, Any]] = tables.get("ablation", [])
