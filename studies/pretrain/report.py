@@ -55,18 +55,21 @@ def _comparison(study: Study, size: str, found: list[Summary], aim: float) -> It
     shorter = f"loss of one run of {study.general['shorter']:.0%} of the steps"
     yield (
         "| optimizer | chosen | final loss | steps to target | time to target "
-        f"| {shorter} | optimizer, ms per step |"
+        f"| steps to {BASELINE}'s end, seed by seed | {shorter} | optimizer, ms per step |"
     )
-    yield "|---|---|---|---|---|---|---|"
-    steps, time = next(s.whole() for s in found if s.contestant == BASELINE)
+    yield "|---|---|---|---|---|---|---|---|"
+    baseline = next(s for s in found if s.contestant == BASELINE)
+    steps, time = baseline.whole()
     for summary in found:
         reached = summary.to_target(aim)
         saved = [
             _saving([None if r is None else r[0] for r in reached], steps, "{:.0f}"),
             _saving([None if r is None else r[1] for r in reached], time, "{:.0f} s"),
         ]
-        if summary.contestant == BASELINE:  # its full run, which the others are compared with
-            saved = [f"{steps:.0f}", f"{time:.0f} s"]
+        pairs = summary.seed_by_seed(baseline)
+        saved.append(_saving([None if r is None else r[0] for r in pairs], steps, "{:.0f}"))
+        if summary is baseline:  # its full run, which the others are compared with
+            saved = [f"{steps:.0f}", f"{time:.0f} s", f"{steps:.0f}"]
         cells = [
             summary.contestant,
             _chosen(study, summary),

@@ -115,6 +115,12 @@ class Summary:
         """Steps and seconds to the target, of each seed."""
         return [reached(record, target) for record in self.final]
 
+    def seed_by_seed(self, other: "Summary") -> list[tuple[float, float] | None]:
+        """Steps and seconds to where the other ends that began with the same weights and has had
+        the same batches, for each seed."""
+        pairs = zip(self.final, other.losses(), strict=True)
+        return [reached(record, loss) for record, loss in pairs]
+
     def whole(self) -> tuple[float, float]:
         """Steps and seconds of a full run, mean of the seeds."""
         return (

@@ -45,6 +45,8 @@ def test_the_table_says_how_many_steps_are_saved(finished):
     assert steps["KL-Shampoo"] == "150 (-50%)"
     assert steps["Muon"] == "188 (-37%)"
     assert rows["KL-Shampoo"][4] == "15 s (-50%)"
+    assert rows["KL-Shampoo"][5] == "150 (-50%)"  # as all seeds are alike
+    assert rows["AdamW"][5] == "300"
     assert "Ablations, 1M" in lines
     assert any("start_preconditioning_step | never (lr 0.008)" in line for line in lines)
 

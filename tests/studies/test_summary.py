@@ -73,3 +73,10 @@ def test_the_target_is_the_best_seed_of_adamw():
     found = [_summary("AdamW", [2.0, 1.5], [2.0, 1.4]), _summary("Shampoo", [1.0], [1.0])]
     assert target(found) == pytest.approx(1.4)
     assert target(found[1:]) is None
+
+
+def test_seeds_are_compared_in_pairs():
+    adamw = _summary("AdamW", [3.0, 3.0, 2.0], [3.0, 2.0, 1.0])
+    ours = _summary("Shampoo", [3.0, 2.0, 1.0], [3.0, 2.0, 1.0])
+    # Means of neighbours: 2.5, 2, 1.5. The second seed of AdamW ends lower than they get.
+    assert ours.seed_by_seed(adamw) == [(20.0, 2.0), None]
