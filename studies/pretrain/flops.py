@@ -7,6 +7,7 @@ from unittest import mock
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from shampoo_fsdp import ShampooConfig
 from studies.pretrain.job import trainer_of
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
@@ -14,9 +15,8 @@ from studies.pretrain.summary import BASELINE, at, seconds, summaries, target
 
 __all__ = ["flops_of_a_step", "table"]
 
-_PERIOD = 10  # steps between two refreshes of a matrix, on which the optimizer's cost repeats
+_PERIOD = "optimizer.shampoo.precondition_frequency"  # in steps, after which the cost repeats
 _AS_ON_GPUS = {
-    "optimizer.shampoo.precondition_frequency": _PERIOD,
     "optimizer.shampoo.refresh_warmup_steps": 0,  # as in the long run
     "optimizer.shampoo.root_method": "polynomial",  # `eigh` does not consist of products
 }
@@ -32,6 +32,7 @@ def flops_of_a_step(settings: dict[str, Any]) -> tuple[float, float]:
     """
     if settings["optimizer.name"] == "shampoo":
         settings = settings | _AS_ON_GPUS
+    period = settings.get(_PERIOD, ShampooConfig.precondition_frequency)
     with trainer_of(settings) as trainer:
         counted = {"forward_backward_step": 0, "step": 0}
 
@@ -41,16 +42,16 @@ def flops_of_a_step(settings: dict[str, Any]) -> tuple[float, float]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 with FlopCounterMode(display=False) as counter:
                     result = original(*args, **kwargs)
-                if trainer.step > _PERIOD:  # the first refresh is of all matrices at once
+                if trainer.step > period:  # the first refresh is of all matrices at once
                     counted[name] += counter.get_total_flops()
                 return result
 
             return mock.patch.object(owner, name, call)
 
         with watched(trainer, "forward_backward_step"), watched(trainer.optimizers, "step"):
-            for trainer.step in range(1, 2 * _PERIOD + 1):
+            for trainer.step in range(1, 2 * period + 1):
                 trainer.train_step(trainer.batches)
-    return counted["forward_backward_step"] / _PERIOD, counted["step"] / _PERIOD
+    return counted["forward_backward_step"] / period, counted["step"] / period
 
 
 def table(study: Study, size: str, contestants: list[str], results: Results) -> Iterator[str]:
