@@ -2,7 +2,7 @@
 
     python -m studies.pretrain run --size 1M --jobs 2     # a killed study goes on where it was
     python -m studies.pretrain report                     # table and figures from the results
-    python -m studies.pretrain flops --size 1M            # what they cost in products, as on GPUs
+    python -m studies.pretrain flops --size 1M            # what they cost in matrix products
 
 study.toml says who takes part and what is tried, jobs/SIZE.toml what all runs have in common.
 """

@@ -1,13 +1,17 @@
-"""What a run costs in FLOPs of matrix products, which is most of what it costs on a GPU."""
+"""What a run costs in FLOPs of matrix products. Memory traffic, which takes most of an optimizer's
+step on a GPU, is not in it."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 from torch.utils.flop_counter import FlopCounterMode
 
 from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.tools.dry_step import dry_optimizer, dry_step
+from shampoo_fsdp.tools.machine import Machine
 from studies.pretrain.job import trainer_of
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
@@ -15,43 +19,62 @@ from studies.pretrain.summary import BASELINE, at, seconds, summaries, target
 
 __all__ = ["flops_of_a_step", "table"]
 
-_PERIOD = "optimizer.shampoo.precondition_frequency"  # in steps, after which the cost repeats
-_AS_ON_GPUS = {
-    "optimizer.shampoo.refresh_warmup_steps": 0,  # as in the long run
-    "optimizer.shampoo.root_method": "polynomial",  # `eigh` does not consist of products
-}
+_SHAMPOO = "optimizer.shampoo."
 
 
-def flops_of_a_step(settings: dict[str, Any]) -> tuple[float, float]:
+def flops_of_a_step(settings: Mapping[str, Any]) -> tuple[float, float]:
     """FLOPs of forward and backward, without attention's own, which PyTorch does not count on CPUs,
-    and of the optimizer, mean of a period of refreshes.
+    and of the optimizer.
+
+    Of Shampoo they are those of a GPU, mean of a period of refreshes in the long run: a product in
+    16 bits is three of bf16 there. Decompositions are not counted.
 
     Args:
-        settings: A job's, see :func:`studies.pretrain.job.run`; what depends on the device is
-            counted as on a GPU.
+        settings: A job's, see :func:`studies.pretrain.job.run`.
     """
+    with trainer_of(dict(settings)) as trainer:
+        passes = _counted(trainer, "forward_backward_step")
+        optimizer = _counted(trainer.optimizers, "step")
+        with passes, optimizer:
+            trainer.step = 1
+            trainer.train_step(trainer.batches)
+        (model,) = trainer.model_parts
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if settings["optimizer.name"] == "shampoo":
-        settings = settings | _AS_ON_GPUS
-    period = settings.get(_PERIOD, ShampooConfig.precondition_frequency)
-    with trainer_of(settings) as trainer:
-        counted = {"forward_backward_step": 0, "step": 0}
+        return passes.flops, _of_shampoo(shapes, settings)
+    return passes.flops, optimizer.flops
 
-        def watched(owner: Any, name: str) -> Any:
-            original = getattr(owner, name)
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with FlopCounterMode(display=False) as counter:
-                    result = original(*args, **kwargs)
-                if trainer.step > period:  # the first refresh is of all matrices at once
-                    counted[name] += counter.get_total_flops()
-                return result
+class _counted:
+    """Within it calls of a method are counted."""
 
-            return mock.patch.object(owner, name, call)
+    def __init__(self, owner: Any, name: str) -> None:
+        self.flops = 0
+        self._original = getattr(owner, name)
+        self._patch = mock.patch.object(owner, name, self._call)
 
-        with watched(trainer, "forward_backward_step"), watched(trainer.optimizers, "step"):
-            for trainer.step in range(1, 2 * period + 1):
-                trainer.train_step(trainer.batches)
-    return counted["forward_backward_step"] / period, counted["step"] / period
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = self._original(*args, **kwargs)
+        self.flops += counter.get_total_flops()
+        return result
+
+    def __enter__(self) -> None:
+        self._patch.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._patch.__exit__(*exception)
+
+
+def _of_shampoo(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> float:
+    config = ShampooConfig(
+        **{name[len(_SHAMPOO) :]: x for name, x in settings.items() if name.startswith(_SHAMPOO)}
+    )
+    specs = [ParameterSpec(name, shape, (0,), (), ()) for name, shape in shapes.items()]
+    with dry_optimizer(specs, config, 0) as optimizer:
+        period = range(config.precondition_frequency)
+        steps = [dry_step(optimizer, Machine()).total for _ in period]
+    return statistics.fmean(step["bf16"] + step["tf32"] + step["fp32"] for step in steps)
 
 
 def table(study: Study, size: str, contestants: list[str], results: Results) -> Iterator[str]:

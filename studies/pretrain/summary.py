@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from studies.pretrain.plan import LR, Study
 from studies.pretrain.results import Results, Run
 
@@ -86,15 +88,13 @@ def reached(record: dict[str, Any], target: float) -> tuple[float, float] | None
 
 
 def at(record: dict[str, Any], along: Sequence[float], where: float) -> float:
-    """The loss in the middle of a run, linear between two evaluations.
+    """The loss in the middle of a run, linear between two evaluations, those at the ends beyond.
 
     Args:
         along: What `where` is one of, at each evaluation: steps, seconds; ascending.
     """
-    k = max(1, next((k for k, x in enumerate(along) if x >= where), len(along) - 1))
-    part = min(1.0, (where - along[k - 1]) / (along[k] - along[k - 1]))
-    before, after = record["loss"][k - 1], record["loss"][k]
-    return float(before + part * (after - before))
+    losses = [float("inf") if loss is None else loss for loss in record["loss"]]
+    return float(np.interp(where, along, losses))
 
 
 @dataclass(frozen=True, kw_only=True)

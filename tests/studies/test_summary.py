@@ -41,6 +41,9 @@ def test_the_loss_in_the_middle_of_a_run():
     assert at(record, record["step"], 25.0) == pytest.approx(1.5)
     assert at(record, record["cpu_seconds"], 1.5) == pytest.approx(2.5)
     assert at(record, record["step"], 40.0) == 1.0  # its end
+    assert at(record, record["step"], 1.0) == 3.0
+    diverged = _record([3.0, None])
+    assert at(diverged, diverged["step"], 20.0) == float("inf")
 
 
 def test_a_diverged_run_never_reaches_it():
