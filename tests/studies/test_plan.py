@@ -27,6 +27,10 @@ name = "AdamW"
 "optimizer.lr" = [1e-3, 1e-2, 1e-1]
 "optimizer.weight_decay" = [0.3]
 
+[contestants.Given.job.optimizer]
+name = "AdamW"
+lr = 2e-3
+
 [[ablation]]
 contestant = "AdamW"
 setting = "optimizer.eps"
@@ -86,6 +90,14 @@ def test_later_choices_wait_for_earlier_ones(study):
     runs, best = study.tuning("tiny", "AdamW", lambda run: None)
     assert best is None
     assert len(runs) == 3
+
+
+def test_a_contestant_whose_settings_are_given_is_only_compared(study, tmp_path):
+    runs = study.runs("tiny", "Given", ("final", "ablations"), lambda run: None)
+    assert [(run.stage, run.settings[LR]) for run in runs] == 2 * [("final", 2e-3)]
+    results = Results(tmp_path / "runs.jsonl")
+    text = estimate(study, ["tiny"], ["Given"], ["final"], results, 1)
+    assert text.startswith("tiny: 2 runs")
 
 
 def test_only_the_runs_that_are_compared_see_the_held_out_text(study):
