@@ -33,8 +33,8 @@ def flops_of_a_step(settings: Mapping[str, Any]) -> tuple[float, float]:
         settings: A job's, see :func:`studies.pretrain.job.run`.
     """
     with trainer_of(dict(settings)) as trainer:
-        passes = _counted(trainer, "forward_backward_step")
-        optimizer = _counted(trainer.optimizers, "step")
+        passes = _Counted(trainer, "forward_backward_step")
+        optimizer = _Counted(trainer.optimizers, "step")
         with passes, optimizer:
             trainer.step = 1
             trainer.train_step(trainer.batches)
@@ -45,7 +45,7 @@ def flops_of_a_step(settings: Mapping[str, Any]) -> tuple[float, float]:
     return passes.flops, optimizer.flops
 
 
-class _counted:
+class _Counted:
     """Within it calls of a method are counted."""
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -89,7 +89,7 @@ def table(study: Study, size: str, contestants: list[str], results: Results) -> 
     whole = steps * sum(each[BASELINE])
     yield (
         f"{size}: {BASELINE}'s whole run takes {whole / 1e15:.3f} PFLOP of matrix products "
-        f"(attention's own left out) and {time:.0f} s"
+        f"(without attention's own and decompositions) and {time:.0f} s"
     )
     yield ""
     yield (
