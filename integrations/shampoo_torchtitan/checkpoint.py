@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -259,9 +260,27 @@ class _JobPlanner(ShampooLoadPlanner):
 
     def value_of(self, key: str, stream: BytesIO) -> Any:
         value = super().value_of(key, stream)
-        if key.startswith(f"{DATALOADER}.") and isinstance(value, bytes):
-            return without_code(value, key)
+        return _inert(value, key) if key.partition(".")[0] == DATALOADER else value
+
+
+def _inert(value: Any, key: str) -> Any:
+    """Such a value, if it is one that TorchTitan saves or holds some; pickles in it call nothing.
+
+    Raises:
+        UnsafeCheckpoint: It is of another type: one that could be unpickled as well.
+    """
+    if type(value) is bytes:
+        return without_code(value, key)
+    if type(value) is dict:
+        return {name: _inert(part, key) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_inert(part, key) for part in value)
+    if value is None or type(value) in (bool, int, float, str, torch.Tensor):
         return value
+    raise UnsafeCheckpoint(
+        f"{key!r} holds a {type(value).__name__}, where a data loader's state has bytes and plain "
+        "values; nothing was run. --checkpoint.exclude_from_loading dataloader leaves it out"
+    )
 
 
 def _hyperparameters(manager: CheckpointManager) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, unfinished or cannot be written: said in a sentence, and older ones
 stay as they are."""
 
+import collections
 import contextlib
 import io
 import os
@@ -261,12 +262,42 @@ def test_a_damaged_checkpoint_is_named_with_what_is_wrong(said, trouble, what):
         assert "--checkpoint.load_step; there are: step-1." in said[trouble]
 
 
-def test_no_code_of_a_data_loader_is_run():
+@pytest.mark.parametrize("key", ["dataloader.dp_rank_0", "dataloader.world_size", "dataloader"])
+@pytest.mark.parametrize(
+    "held",
+    [
+        bytes,
+        bytearray,
+        lambda data: [[data]],
+        lambda data: {"dp_rank_0": (bytearray(data),)},
+        lambda data: {data},
+        lambda data: collections.OrderedDict(dp_rank_0=data),
+        lambda data: random.Random(0),
+    ],
+)
+def test_no_code_of_a_data_loader_is_run(tmp_path, held, key):
+    ran = tmp_path / "ran"
     state = io.BytesIO()
-    torch.save(random.Random(0), state)
+    torch.save(held(pickle.dumps(Command(f"touch {ran}"))), state)
     state.seek(0)
-    with pytest.raises(UnsafeCheckpoint, match=r"random\.Random"):
-        checkpoint._JobPlanner("refuse").value_of("dataloader.dp_rank_0", state)
+    asked_for = r"posix\.system|holds a (bytearray|set|OrderedDict)|random\.Random"
+    with pytest.raises(UnsafeCheckpoint, match=f"{key}.*({asked_for}).*nothing was run"):
+        pickle.loads(checkpoint._JobPlanner("refuse").value_of(key, state))
+    assert not ran.exists()
+
+
+def test_the_state_of_a_data_loader_is_read_as_it_was_saved():
+    inside = {"a": [1, 2.0, None, {3}], "b": torch.ones(2), "c": bytearray(b"x"), "d": (True, "y")}
+    for value in (4, "x", [1, None], {"a": 1.0}):
+        state = io.BytesIO()
+        torch.save(value, state)
+        state.seek(0)
+        assert checkpoint._JobPlanner("refuse").value_of("dataloader.world_size", state) == value
+    state = io.BytesIO()
+    torch.save(pickle.dumps(inside), state)
+    state.seek(0)
+    found = checkpoint._JobPlanner("refuse").value_of("dataloader.dp_rank_0", state)
+    assert str(pickle.loads(found)) == str(inside)
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
@@ -309,3 +340,28 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path)
         folder = str(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=f"{folder} cannot be written to"):
         FolderLock(folder)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder", "a text of ours"])
+def test_what_is_no_lock_is_left_as_it_is(tmp_path, kind):
+    lock, mine = tmp_path / "checkpoint.lock", tmp_path / "mine"
+    mine.write_text("keep")
+    if "link" in kind:
+        lock.symlink_to(mine if kind == "link" else tmp_path / "nothing")
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.write_text("keep")
+    with pytest.raises(ValueError, match=r"checkpoint\.lock is no lock of a job.*delete it"):
+        FolderLock(str(tmp_path / "checkpoint"))
+    assert mine.read_text() == "keep" and not (tmp_path / "nothing").exists()
+    assert kind != "a text of ours" or lock.read_text() == "keep"
+
+
+def test_a_lock_of_before_is_taken_over(tmp_path):
+    for _ in range(2):
+        FolderLock(str(tmp_path / "checkpoint")).release()
+    (line,) = (tmp_path / "checkpoint.lock").read_text().splitlines()
+    assert line.startswith(f"process {os.getpid()} on ")
