@@ -93,7 +93,7 @@ def validate_hyperparameters(
         )
 
 
-def settings_from_keywords(keywords: dict[str, Any]) -> ShampooConfig:
+def settings_from_keywords(keywords: Mapping[str, Any]) -> ShampooConfig:
     """The configuration for keyword arguments; a TypeError names an unknown one.
 
     Options of torch.optim's optimizers are checked and left out.

@@ -1,10 +1,15 @@
 """What an optimizer is usually given of a model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from shampoo_fsdp.rules.factors import is_matrix
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from shampoo_fsdp.keywords import GroupKeywords
 
 __all__ = ["head_settings", "param_groups"]
 
@@ -13,7 +18,7 @@ _TO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.1, **settings: Any
+    model: nn.Module, weight_decay: float = 0.1, **settings: "Unpack[GroupKeywords]"
 ) -> list[dict[str, Any]]:
     """The parameters of a model that require a gradient, with their names, in the usual groups:
     matrices and convolutions lose weight, vectors (biases, norms) and embeddings do not.

@@ -1,7 +1,7 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.schedule import take_steps
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
 from shampoo_fsdp.state import forget_reading, load_settings, load_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from shampoo_fsdp.keywords import Keywords
 
 __all__ = ["Shampoo"]
 
@@ -49,7 +54,7 @@ class Shampoo(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         *,
         replicas: Replicas = None,
-        **settings: Any,
+        **settings: "Unpack[Keywords]",
     ) -> None:
         """
         Args:

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import pytest
 import setuptools
 import tomli
 
@@ -35,6 +36,13 @@ def test_every_module_is_installed():
     of_users = [ROOT / "shampoo_fsdp", ROOT / "integrations" / "shampoo_torchtitan"]
     modules = [path for root in of_users for path in root.rglob("*.py")]
     assert folders == {path.parent.relative_to(ROOT) for path in modules}
+
+
+@pytest.mark.parametrize("package", ["shampoo_fsdp", "shampoo_torchtitan"])
+def test_type_checkers_are_told_that_there_are_types(package):
+    setuptools_of_it = SETTINGS["tool"]["setuptools"]
+    assert setuptools_of_it["package-data"][package] == ["py.typed"]
+    assert (ROOT / setuptools_of_it["package-dir"][package] / "py.typed").is_file()
 
 
 def test_the_console_script_runs(capsys):

@@ -14,7 +14,7 @@ or on the command line of any job, which keeps its groups, lr and weight decay:
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,11 @@ from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import ShampooContainer, alike_on_all_ranks, with_heads
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from shampoo_fsdp.keywords import Keywords
 
 __all__ = [
     "ADAM",
@@ -154,7 +159,7 @@ def shampoo(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     param_groups: list[ParamGroupConfig] | None = None,
-    **settings: Any,
+    **settings: "Unpack[Keywords]",
 ) -> ShampooOptimizers.Config:
     """For `config.optimizer`, in the place of TorchTitan's `default_adamw(lr=...)`.
 
@@ -179,7 +184,9 @@ def shampoo(
 
 
 @override(target=OptimizersContainer.Config, description="Shampoo in the place of Adam and AdamW")
-def use_shampoo(config: OptimizersContainer.Config, **settings: Any) -> ShampooOptimizers.Config:
+def use_shampoo(
+    config: OptimizersContainer.Config, **settings: "Unpack[Keywords]"
+) -> ShampooOptimizers.Config:
     """For `--override.imports`: Shampoo in all groups of Adam and AdamW, whose lr, betas, eps and
     weight decay stay.
 
@@ -198,5 +205,6 @@ def use_shampoo(config: OptimizersContainer.Config, **settings: Any) -> ShampooO
     ]
     own = settings_from_keywords(settings)
     if isinstance(config, ShampooOptimizers.Config):
-        own = dataclasses.replace(config.shampoo, **settings)
+        given = {name: getattr(own, name) for name in settings if hasattr(own, name)}
+        own = dataclasses.replace(config.shampoo, **given)
     return derive(config, ShampooOptimizers.Config, param_groups=groups, shampoo=own)

@@ -168,6 +168,6 @@ def test_a_container_of_another_kind_is_not_replaced_in_silence():
 
     with pytest.raises(ValueError, match=r"the job's optimizers are a .*Mine\.Config"):
         use_shampoo(Mine.Config())
-    assert use_shampoo(shampoo(precondition_frequency=3), beta3=0.5).shampoo == (
+    assert use_shampoo(shampoo(precondition_frequency=3), beta3=0.5, fused=True).shampoo == (
         shampoo(precondition_frequency=3, beta3=0.5).shampoo
     )
