@@ -43,7 +43,7 @@ class FolderLock:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             self._file = os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
         except OSError as error:
-            if path.is_symlink() or path.exists() and not path.is_file():
+            if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise ValueError(f"{path} is {_NO_LOCK}") from None
             raise ValueError(f"{folder} cannot be written to: {error}") from None
         known = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
