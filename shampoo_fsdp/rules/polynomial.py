@@ -1,52 +1,100 @@
 """Inverse roots by few matrix products, made for the units that GPUs have for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_fsdp.rules.matrices import per_block
-from shampoo_fsdp.rules.minimax import Stage, inverse_square_root
-from shampoo_fsdp.rules.precision import Precise, fp32_product, split_product, tf32_product
+from shampoo_fsdp.rules.precision import Precise, split_product, tf32_product
 
-__all__ = ["COARSE", "polynomial_root"]
+__all__ = ["polynomial_root"]
+
+
+class Stage(NamedTuple):
+    """A polynomial q with q(t) near t^(-1/2) on [middle - half, middle + half]."""
+
+    coefficients: tuple[float, ...]
+    """Those of the powers of nu = (t - middle) / half."""
+    middle: float
+    half: float
+
+
+class Chain(NamedTuple):
+    """Polynomials that make an inverse square root, one after the other."""
+
+    error: float
+    """Of the root times the square root that it should invert: the largest difference to 1."""
+    stages: tuple[Stage, ...]
+
+
+# Printed by `python -m benchmarks.polynomials`: fewest products for eigenvalues from 1e-5 to 1 and
+# a `root_residual` of at most 0.25. Smaller eigenvalues count as about 1e-5.
+# fmt: off
+_SQUARE_ROOT = Chain(
+    error=0.115393070111,
+    stages=(
+        Stage((2.25730005642, 3.56673029886, -10.5493352388, -9.91728715739, 16.5769668148),
+              0.510055, 0.510045),
+        Stage((1.03414720026, 1.30991280776, -3.91314415524, -4.01917293728, 6.45440745054),
+              1.94794003006, 1.94579805482),
+        Stage((0.855341480047, -0.0241290687404, -0.433407122637, -1.17345315241, 1.42179274373),
+              1.53223160447, 1.44762982689),
+    ),
+)
+_FIRST_OF_TWO = Chain(
+    error=0.00860371177308,
+    stages=(
+        Stage((2.55558314641, -2.53963019658),
+              0.510055, 0.510045),
+        Stage((1.10472315538, 1.6591470175, -4.91362722132, -4.71684427678, 7.80799613428),
+              2.00758954076, 2.00732992877),
+        Stage((0.932628000232, 0.735832764275, -2.33035535668, -2.84812668064, 4.26274910023),
+              1.82128257845, 1.80835434901),
+        Stage((0.912113632181, -0.299378059375, 0.138897983677, -0.2283413823, 0.173061103717),
+              1.20908283046, 0.888803125463),
+    ),
+)
+_SECOND_OF_TWO = Chain(
+    error=0.0116170621564,
+    stages=(
+        Stage((1.78383741944, 1.50186328821, -4.70407031957, -5.61916649247, 8.48337022437),
+              0.511604163592, 0.508495836408),
+        Stage((0.904228499017, -0.297839460892, 0.133927500027, -0.274880484173, 0.22045466878),
+              1.23330031325, 0.942016085791),
+    ),
+)
+# fmt: on
 
 # The square of A that gives the norm is rounded, and eigenvalues must not be above it.
 _SLACK = 1e-3
-
-COARSE = 0.01
-"""From this error on, polynomials after the first may be rounded to the 10 bits of TF32: what that
-does to the root of factors from trainings is less (0.004 where the polynomials leave 0.11). The
-first may not: A's small eigenvalues are below that rounding, and what is lost never comes back. Nor
-may a root that another one is taken of: its small eigenvalues would not be definite any more."""
 
 Product = Callable[..., Tensor]
 
 
 def polynomial_root(
-    matrices: Tensor,
-    order: int,
-    eps: float | Tensor,
-    divisor: float | Tensor,
-    least: float,
-    error: float,
+    matrices: Tensor, order: int, eps: float | Tensor, divisor: float | Tensor
 ) -> Tensor:
-    """(A / divisor + eps I)^(-1/p) of each matrix A, p a power of two, by square roots of square
-    roots.
+    """(A / divisor + eps I)^(-1/p) of each matrix A, p being 2 or 4; the fourth root is the square
+    root of a square root.
 
     For a square root Y <- A, Z <- I, and for one polynomial q after the other T = q(Z Y),
-    Z <- T Z, Y <- Y T (Higham 2008, equation 6.35, with the polynomials of
-    :mod:`shampoo_fsdp.rules.minimax`): Z becomes the inverse square root, Y the square root.
+    Z <- T Z, Y <- Y T (Higham 2008, equation 6.35, with minimax polynomials: Chen & Chow 2014):
+    Z becomes the inverse square root, Y the square root.
 
     In between nothing is made symmetric: rounding that does not commute with A would then grow by
     the root of A's condition in each T Z, as Z f(Y Z) = f(Z Y) Z no longer holds.
 
+    Polynomials after the first are rounded to the 10 bits of TF32: what that does to the root of
+    factors from trainings is less than their error (0.004 against 0.11). The first is not: A's
+    small eigenvalues are below that rounding, and what is lost never comes back. Nor is a root that
+    another one is taken of: its small eigenvalues would not be definite any more.
+
     Args:
         matrices: [B, n, n], symmetric.
-        order: p, 2 or more.
+        order: p.
         eps, divisor: numbers or [B].
-        least: of the eigenvalues, relative to the norm; what is below counts as at most this.
-        error: of the root's eigenvalues, relative, that is wanted.
 
     Returns:
         [B, n, n]; what comes of a matrix that is not positive semi-definite may be anything.
@@ -63,45 +111,39 @@ def polynomial_root(
     # Between the largest eigenvalue and that times the fourth root of how many are as large; the
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
     scale = torch.linalg.matrix_norm(square, keepdim=True).sqrt_().mul_(1.0 + _SLACK) + ridge
-    # All errors together are less than twice the share.
-    share = error if order == 2 else 0.5 * error
-    stages, left = inverse_square_root(least, share)
+    chain = _SQUARE_ROOT if order == 2 else _FIRST_OF_TWO
     # nu = a A + b I, and its square, a (a A^2 + 2 b A) + b^2 I.
-    a = 1.0 / (scale * stages[0].half)
-    b = ridge * a - stages[0].middle / stages[0].half
+    a = 1.0 / (scale * chain.stages[0].half)
+    b = ridge * a - chain.stages[0].middle / chain.stages[0].half
     nu = _plus_diagonal(scaled * a, b)
     squared = _plus_diagonal(square.mul_(a.square()).addcmul_(scaled, 2.0 * a * b), b.square())
     del scaled, square  # matrices are large
-    remaining, gain = order // 2, 1.0
     start = _from_a(precise, scale, ridge)
-    fine: Product = split_product if error >= COARSE else fp32_product
-    product = tf32_product if error >= COARSE and remaining == 1 else fine
-    inverse, factor, root = _coupled(nu, squared, start, stages, product, remaining > 1)
-    while remaining > 1:
-        remaining //= 2
-        above = 1.0 + left
-        gain, least = (gain / above) ** 0.5, least**0.5 * (1.0 - left) / above
-        stages, left = inverse_square_root(least, share)
-        middle, half = stages[0].middle, stages[0].half
-        assert root is not None
-        nu = (root[0] + root[0].mT).mul_(0.5 * root[1] / (above * half))
-        nu.diagonal(dim1=-2, dim2=-1).sub_(middle / half)
-        precise = Precise(nu)
-        product = tf32_product if error >= COARSE and remaining == 1 else fine
-        inverse, factor, root = _coupled(
-            nu, precise @ precise, _from_nu(precise, stages[0]), stages, product, remaining > 1
-        )
     power = (scale * unit / divisor) ** (-1.0 / order)
-    return (inverse + inverse.mT).mul_((0.5 * gain * factor) * power)
+    if order == 2:
+        inverse, factor, _ = _coupled(nu, squared, start, chain, tf32_product)
+        return (inverse + inverse.mT).mul_((0.5 * factor) * power)
+    _, _, root = _coupled(nu, squared, start, chain, split_product, keep_root=True)
+    assert root is not None
+    above = 1.0 + chain.error
+    chain = _SECOND_OF_TWO
+    middle, half = chain.stages[0].middle, chain.stages[0].half
+    nu = (root[0] + root[0].mT).mul_(0.5 * root[1] / (above * half))
+    nu.diagonal(dim1=-2, dim2=-1).sub_(middle / half)
+    precise = Precise(nu)
+    start = _from_nu(precise, chain.stages[0])
+    inverse, factor, _ = _coupled(nu, precise @ precise, start, chain, tf32_product)
+    return (inverse + inverse.mT).mul_((0.5 * above**-0.5 * factor) * power)
 
 
 def _coupled(
     nu: Tensor,
     squared: Tensor,
     times_start: Callable[[Tensor], tuple[Tensor, float]],
-    stages: Sequence[Stage],
+    chain: Chain,
     product: Product,
-    keep_root: bool,
+    *,
+    keep_root: bool = False,
 ) -> tuple[Tensor, float, tuple[Tensor, float] | None]:
     """Z, and Y if it is wanted, each as a matrix and a number that it has to be multiplied by: what
     can be a number in the next product takes no pass over the matrix.
@@ -111,7 +153,7 @@ def _coupled(
         times_start: multiplies the first Y with a matrix; of the result, too, a number is apart.
         product: after the first polynomial.
     """
-    first, *others = stages
+    first, *others = chain.stages
     inverse, z = _evaluated(first, nu, squared, _precise_product)
     root, y = inverse, 0.0
     if others or keep_root:

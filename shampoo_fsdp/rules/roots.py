@@ -9,7 +9,7 @@ from torch import Tensor
 from shampoo_fsdp.rules.eigenbasis import eigenbasis
 from shampoo_fsdp.rules.matrices import per_block, to_device
 from shampoo_fsdp.rules.newton import coupled_newton
-from shampoo_fsdp.rules.polynomial import COARSE, polynomial_root
+from shampoo_fsdp.rules.polynomial import polynomial_root
 
 __all__ = [
     "ROOT_METHODS",
@@ -28,18 +28,14 @@ _LARGEST_ORDER = 16
 # A root by products whose `root_residual` is above this has diverged: it is twice of what is asked.
 _FAILED = 0.5
 
-# Of the smallest eigenvalues, in units of the resolution of the dtype, that the methods by products
-# are made for. A sum of a thousand gradients that all lack the same directions has eigenvalues down
-# to -5 there, from rounding. Such ones end as if they were a little larger than zero; were the
-# iterations made for less, they would diverge.
-_LEAST, _LEAST_NEWTON = 16.0, 32.0
-
-# The same where a GPU rounds products to TF32, relative to the largest; everywhere, so that no
-# device changes what is computed.
-_LEAST_COARSE = 1e-5
+# The smallest eigenvalues that coupled_newton is made for, in units of the resolution of the dtype.
+# A sum of a thousand gradients that all lack the same directions has eigenvalues down to -5 there,
+# from rounding. Such ones end as if they were a little larger than zero; were the iteration made
+# for less, it would diverge.
+_LEAST = 32.0
 
 # What coupled_newton makes of eigenvalues far below those that it is made for: it counts them as if
-# they were smaller by about this. (With polynomial they count as what it is made for.)
+# they were smaller by about this.
 _BELOW = 10.0
 
 
@@ -50,7 +46,6 @@ def inverse_root(
     method: str,
     resolution: float = 0.0,
     divisor: float | Tensor = 1.0,
-    residual: float = 0.25,
 ) -> tuple[Tensor, Tensor]:
     """(A / divisor + eps I)^exponent of each matrix A, computed in the dtype of A.
 
@@ -66,8 +61,8 @@ def inverse_root(
       -1/2 and -1/4, else "coupled_newton" (Guo & Higham 2006, equation 1.5; Anil et al.
       2020, arXiv 2002.09018): by matrix products alone. Eigenvalues below 1e-5 and some 3 r times
       the largest, respectively, count as if they were there, smoothly. The number of products
-      depends on the dtype, the exponent, the resolution and the wanted residual alone, and nothing
-      is read back to the host.
+      depends on the dtype, the exponent and the resolution alone, and nothing is read back to the
+      host.
 
     Args:
         matrices: fp32 or fp64, shape [B, n, n], symmetric.
@@ -77,7 +72,6 @@ def inverse_root(
         resolution: of A's entries, relative to the largest eigenvalue.
         divisor: of A; a number or [B]. Eigenvalues are divided where there are any, which is less
             work than dividing the matrices.
-        residual: of "polynomial", that is wanted; see `root_residual`.
 
     Returns:
         shape [B, n, n], and where the method failed or the matrix was not finite, [B]: there the
@@ -98,13 +92,10 @@ def inverse_root(
     power, order = _power_and_order(exponent)
     rounding = torch.finfo(matrices.dtype).eps
     if by_products(method, exponent) == "coupled_newton":
-        least = max(_BELOW * resolution, _LEAST_NEWTON * rounding)
+        least = max(_BELOW * resolution, _LEAST * rounding)
         root = coupled_newton(matrices / per_block(divisor, 3), order, eps, least)
     else:
-        error = (1.0 + residual) ** (1.0 / order) - 1.0
-        coarse = error >= COARSE and matrices.dtype == torch.float32
-        least = max(resolution, _LEAST_COARSE if coarse else _LEAST * rounding)
-        root = polynomial_root(matrices, order, eps, divisor, least, error)
+        root = polynomial_root(matrices, order, eps, divisor)
     # Of the root itself: in its powers, what A lacks or hardly has would count most.
     good = root_residual(matrices, root, -1.0 / order, eps, divisor) < _FAILED  # not for NaN
     return root if power == 1 else torch.linalg.matrix_power(root, power), good.logical_not_()

@@ -20,8 +20,9 @@ from tests.shampoo_fsdp.rules.test_roots import decaying, exact_root, relative_e
 pytestmark = pytest.mark.cuda
 
 EXPONENTS = (-0.25, -0.5, -1.0, -0.75, -1 / 3)
+EXACT = [m for m in ROOT_METHODS if m != "polynomial"]
 every_root = pytest.mark.parametrize(
-    ("method", "exponent"), [(m, e) for m in ROOT_METHODS for e in EXPONENTS]
+    ("method", "exponent"), [(m, e) for m in EXACT for e in EXPONENTS]
 )
 
 
@@ -34,16 +35,14 @@ def matrices(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", [33, 256])
 def test_a_root_is_as_exact_as_fp32_lets_it_be(device, method, exponent, n):
     """The condition of 1e3 magnifies the 16 bits that polynomials have at their start."""
-    root, failed = inverse_root(
-        matrices(n).float().to(device), exponent, 1e-12, method, residual=1e-4
-    )
+    root, failed = inverse_root(matrices(n).float().to(device), exponent, 1e-12, method)
     assert root.device.type == device.type and not failed.any()
     assert relative_error(root.cpu(), exact_root(matrices(n), exponent)) < 2e-3
 
 
 @every_root
 def test_a_root_in_fp64(device, method, exponent):
-    root, failed = inverse_root(matrices(64).to(device), exponent, 1e-30, method, residual=1e-13)
+    root, failed = inverse_root(matrices(64).to(device), exponent, 1e-30, method)
     assert not failed.any()
     assert relative_error(root.cpu(), exact_root(matrices(64), exponent)) < 1e-9
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.rules.minimax import inverse_square_root
+from benchmarks.polynomials import chains
 
 __all__ = [
     "LARGEST_GRADIENT",
@@ -129,32 +129,31 @@ def inverse_root(
     return eigenvectors @ torch.diag(powers) @ eigenvectors.T
 
 
-def polynomial_root(factor: Tensor, order: int, ridge: float, least: float) -> Tensor:
+def polynomial_root(factor: Tensor, order: int, ridge: float) -> Tensor:
     """About (factor + ridge I)^(-1/order), an order of 2 or 4, by the optimizer's polynomials,
     which are applied to eigenvalues here. They leave an error, that is no rounding, of 25% in
     factor X^order."""
-    eigenvalues, eigenvectors = (factor, None) if factor.ndim == 1 else torch.linalg.eigh(factor)
-    if eigenvectors is None:
-        return raised(eigenvalues, ridge, least=least) ** (-1.0 / order)
-    error = 1.25 ** (1.0 / order) - 1.0
+    eigenvalues, eigenvectors = torch.linalg.eigh(factor)
     # The fourth root of the sum of the fourth powers is above the largest by little.
     scale = 1.001 * eigenvalues.pow(4).sum() ** 0.25 + ridge
     values = (eigenvalues + ridge) / scale
-    least = max(least, 1e-5)
-    total, remaining = 1.0, order
-    while remaining > 1:
-        stages, left = inverse_square_root(least, error if order == 2 else error / 2.0)
-        inverse = torch.ones_like(values)
-        for stage in stages:
-            nu = (values * inverse**2 - stage.middle) / stage.half
-            inverse = inverse * sum(c * nu**k for k, c in enumerate(stage.coefficients))
-        remaining //= 2
-        if remaining > 1:
-            values = values * inverse / (1.0 + left)
-            total = (total / (1.0 + left)) ** 0.5
-            least = least**0.5 * (1.0 - left) / (1.0 + left)
-    powers = inverse * total * scale ** (-1.0 / order)
+    if order == 2:
+        inverse = _composed("_SQUARE_ROOT", values)
+    else:
+        above = 1.0 + chains()["_FIRST_OF_TWO"][1]
+        roots = values * _composed("_FIRST_OF_TWO", values) / above
+        inverse = above**-0.5 * _composed("_SECOND_OF_TWO", roots)
+    powers = inverse * scale ** (-1.0 / order)
     return eigenvectors @ torch.diag(powers) @ eigenvectors.T
+
+
+def _composed(name: str, values: Tensor) -> Tensor:
+    """What a chain of polynomials makes of eigenvalues: about their inverse square root."""
+    inverse = torch.ones_like(values)
+    for coefficients, middle, half in chains()[name][0]:
+        nu = (values * inverse**2 - middle) / half
+        inverse = inverse * sum(c * nu**k for k, c in enumerate(coefficients))
+    return inverse
 
 
 def eigenbasis(matrix: Tensor) -> Tensor:

@@ -81,10 +81,9 @@ class ShampooRule(GramFactors):
     def _root(self, factor: Tensor) -> Tensor:
         unit = self.unit(factor)
         order = round(1.0 / self.exponent * 1e6) / 1e6
-        if self.settings.root_method == "polynomial" and order in (2.0, 4.0):
-            root = polynomial_root(
-                factor / unit, int(order), self.settings.preconditioner_eps, self.least
-            )
+        products = self.settings.root_method == "polynomial" and order in (2.0, 4.0)
+        if products and factor.ndim == 2:
+            root = polynomial_root(factor / unit, int(order), self.settings.preconditioner_eps)
             return root * unit**-self.exponent
         root = inverse_root(
             factor / unit,

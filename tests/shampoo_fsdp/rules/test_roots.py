@@ -1,6 +1,5 @@
 """Inverse roots: exact where they can be, harmless where they cannot."""
 
-import functools
 import math
 
 import pytest
@@ -19,14 +18,16 @@ RESOLUTION = 2.0**-23
 PRODUCTS_ALONE = ("coupled_newton", "polynomial")
 
 
-# To rounding. What rounding has made of a matrix the optimizer's own residual bears, which is more.
-def inverse_root(*arguments, residual=1e-6, **options):
-    root, failed = production.inverse_root(*arguments, residual=residual, **options)
+# "polynomial" leaves an error by design, see test_polynomial.
+EXACT = tuple(method for method in ROOT_METHODS if method != "polynomial")
+
+
+def inverse_root(*arguments, **options):
+    root, failed = production.inverse_root(*arguments, **options)
     return root.masked_fill(failed.view(-1, 1, 1), torch.nan)
 
 
-optimizers_root = functools.partial(inverse_root, residual=0.25)
-
+exact_methods = pytest.mark.parametrize("method", EXACT)
 every_method = pytest.mark.parametrize("method", ROOT_METHODS)
 
 
@@ -45,7 +46,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (error / torch.linalg.matrix_norm(expected)).max().item()
 
 
-@pytest.mark.parametrize("method", ROOT_METHODS)
+@every_method
 def test_each_matrix_may_have_its_own_ridge_and_divisor(method):
     matrices = with_spectrum(decaying(6, 100.0)).float()
     ridges, divisors = torch.tensor([1e-3, 1.0, 0.1]), torch.tensor([1.0, 2.0, 0.5])
@@ -58,7 +59,7 @@ def test_each_matrix_may_have_its_own_ridge_and_divisor(method):
 
 
 @given(
-    method=st.sampled_from(ROOT_METHODS),
+    method=st.sampled_from(EXACT),
     exponent=st.sampled_from([-1.0, -0.5, -0.25, -1 / 6, -0.125, -0.75, -1 / 3, -2 / 3]),
     n=st.integers(1, 40),
     condition=st.floats(0, 4).map(lambda x: 10.0**x),
@@ -68,8 +69,6 @@ def test_each_matrix_may_have_its_own_ridge_and_divisor(method):
 def test_the_root_is_the_inverse_root(method, exponent, n, condition, scale, seed):
     """Rounding a matrix moves its eigenvalues by about the resolution times the largest, and a root
     with exponent -e, relatively, by e times what an eigenvalue moves."""
-    if method == "polynomial" and exponent in (-1 / 6, -1 / 3, -2 / 3):
-        exponent = -0.5
     matrices = with_spectrum(decaying(n, condition), seed=seed) * scale
     root = inverse_root(matrices.float(), exponent, 1e-12 * scale, method)
     exact = exact_root(matrices, exponent)
@@ -77,7 +76,7 @@ def test_the_root_is_the_inverse_root(method, exponent, n, condition, scale, see
     assert relative_error(root, exact) < 1e-5 + max(-exponent, 0.5) * moved
 
 
-@every_method
+@exact_methods
 @pytest.mark.parametrize("exponent", [-3.0, -2.0, -0.375])
 def test_exponents_may_have_any_numerator(method, exponent):
     matrices = with_spectrum(decaying(20, 30.0))
@@ -93,11 +92,10 @@ def test_a_matrix_without_rank_has_such_roots_too(method, exponent):
     assert inverse_root(matrices, exponent, 1e-12, method).isfinite().all()
 
 
-@pytest.mark.parametrize("method", PRODUCTS_ALONE)
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
-def test_fp64_has_fp64s_accuracy(method, exponent):
+def test_fp64_has_fp64s_accuracy(exponent):
     matrices = with_spectrum(decaying(30, 1e6))
-    root = inverse_root(matrices, exponent, 1e-30, method, residual=1e-13)
+    root = inverse_root(matrices, exponent, 1e-30, "coupled_newton")
     assert relative_error(root, exact_root(matrices, exponent)) < 1e-9
 
 
@@ -125,7 +123,7 @@ def test_gradients_are_turned_as_the_exact_root_turns_them(method, exponent, kin
         rank = 1 if kind == "rank 1" else n // 4
         sources = torch.randn(3, n, rank, generator=generator)
     gradients = sources @ torch.randn(3, sources.shape[-1], 4, generator=generator)
-    root = optimizers_root(sources @ sources.mT, exponent, 1e-12, method)
+    root = inverse_root(sources @ sources.mT, exponent, 1e-12, method)
     exact = sources.double() @ sources.double().mT
     floor = 4.0 if method in PRODUCTS_ALONE else 1.0
     floor *= RESOLUTION * torch.linalg.matrix_norm(exact, 2, keepdim=True) * torch.eye(n)
@@ -143,17 +141,16 @@ def test_the_ridge_is_added_after_eigenvalues_were_raised_to_the_resolution():
     torch.testing.assert_close(root[0], expected)
 
 
-@pytest.mark.parametrize("method", PRODUCTS_ALONE)
-def test_matrix_products_add_no_ridge_of_their_own(method):
+def test_matrix_products_add_no_ridge_of_their_own():
     """But what is far below the resolution counts at most as some 32 of it."""
     eigenvalues = torch.tensor([4.0, 3.0, 64.0 * 5.0 * RESOLUTION, 1e-12])
-    root = inverse_root(torch.diag(eigenvalues).unsqueeze(0), -0.5, 1e-12, method)
+    root = inverse_root(torch.diag(eigenvalues).unsqueeze(0), -0.5, 1e-12, "coupled_newton")
     values = root[0].diagonal()
     torch.testing.assert_close(values[:3], eigenvalues[:3] ** -0.5, rtol=5e-3, atol=0.0)
     assert (32.0 * 5.0 * RESOLUTION) ** -0.5 < values[3] < RESOLUTION**-0.5
 
 
-@pytest.mark.parametrize("method", ["eigh", *PRODUCTS_ALONE])
+@pytest.mark.parametrize("method", ["eigh", "coupled_newton"])
 @pytest.mark.parametrize("n", [4, 32, 128, 512, 1024])
 @pytest.mark.parametrize("samples", [2, None], ids=["rank 2", "full rank"])
 def test_small_eigenvalues_above_the_resolution_are_exact(method, n, samples):
@@ -181,7 +178,7 @@ def test_rounding_in_a_matrix_that_lacks_rank_is_not_amplified_without_bound(met
     rounding moves what a floor or a ridge of this size makes of it."""
     eigenvalues = torch.tensor([1.0] * 4 + [0.0] * 20)
     matrices = with_spectrum(eigenvalues).float() * scale
-    root = optimizers_root(matrices, -0.25, 1e-38, method)
+    root = inverse_root(matrices, -0.25, 1e-38, method)
     values = torch.linalg.eigvalsh(root.double()).abs()
     assert values.max() < 1.1 * (RESOLUTION * scale) ** -0.25
     wanted = 0.25 if method == "polynomial" else 1e-3
@@ -196,7 +193,7 @@ def test_a_root_that_is_not_one_is_nan(method, exponent):
     those for which it is on its way only."""
     matrices = torch.eye(3).repeat(200, 1, 1)
     matrices[:, 2, 2] = -torch.logspace(-7, -0.1, 200)
-    roots = optimizers_root(matrices, exponent, 1e-12, method)
+    roots = inverse_root(matrices, exponent, 1e-12, method)
     failed = roots[:, 0, 0].isnan()
     assert 20 < failed.sum() < 199
     assert roots[failed].isnan().all()
@@ -209,7 +206,7 @@ def test_a_root_that_is_not_one_is_nan(method, exponent):
 def test_slightly_negative_eigenvalues_are_rounding(method):
     eigenvalues = decaying(24, 1e3)
     eigenvalues[-4:] = -3.0 * RESOLUTION
-    root = optimizers_root(with_spectrum(eigenvalues).float(), -0.25, 1e-12, method)
+    root = inverse_root(with_spectrum(eigenvalues).float(), -0.25, 1e-12, method)
     assert torch.linalg.eigvalsh(root.double()).max() < 1.2 * RESOLUTION**-0.25
 
 
@@ -220,12 +217,12 @@ def test_a_long_average_of_gradients_that_lack_the_same_directions_has_a_root(me
     factors = long_average(16, 8, rank=1, steps=2000, decay=0.999)
     least = torch.linalg.eigvalsh(factors.double())[:, 0] / torch.linalg.matrix_norm(factors)
     assert least.min() < -3.0 * RESOLUTION
-    root = optimizers_root(factors, exponent, 1e-12, method)
+    root = inverse_root(factors, exponent, 1e-12, method)
     wanted = 0.25 if method == "polynomial" else 1e-3
     assert root_residual(factors, root, exponent, 1e-12).max() < wanted
 
 
-@pytest.mark.parametrize("method", ["eigh", *PRODUCTS_ALONE])
+@pytest.mark.parametrize("method", ["eigh", "coupled_newton"])
 def test_a_matrix_of_zeros_has_the_root_of_the_ridge(method):
     root = inverse_root(torch.zeros(2, 3, 3), -0.5, 1e-12, method)
     torch.testing.assert_close(root, 1e6 * torch.eye(3).expand(2, 3, 3))
@@ -240,8 +237,8 @@ def test_a_bad_matrix_spoils_no_other(method):
     roots = inverse_root(matrices, -0.25, 1e-12, method)
     assert roots[1].isnan().all() and roots[2].isnan().all()
     assert roots[3].isnan().all() if method in PRODUCTS_ALONE else roots[3].isfinite().all()
-    torch.testing.assert_close(roots[0], torch.eye(5) / 2)
-    torch.testing.assert_close(roots[4], torch.eye(5) / 2)
+    expected = torch.eye(5).expand(2, 5, 5) / 2
+    torch.testing.assert_close(roots[[0, 4]], expected, rtol=0.07, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +293,8 @@ def test_nothing_is_read_back_to_the_host(method):
     [
         ("coupled_newton", -0.5, 36),
         ("coupled_newton", -0.25, 44),
-        ("polynomial", -0.5, 33),
-        ("polynomial", -0.25, 54),
+        ("polynomial", -0.5, 15),
+        ("polynomial", -0.25, 30),
     ],
 )
 def test_the_number_of_products_is_small(method, exponent, most):
@@ -308,7 +305,7 @@ def test_the_number_of_products_is_small(method, exponent, most):
     assert counter.get_total_flops() <= most * 2 * 8**3
 
 
-@every_method
+@exact_methods
 @pytest.mark.parametrize("exponent", [-0.5, -0.25, -0.75])
 def test_the_residual_is_small_for_a_root_and_grows_with_its_error(method, exponent):
     matrices = with_spectrum(decaying(40, 1e2)).float()
