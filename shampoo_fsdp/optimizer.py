@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_fsdp.build import Built, build, check, may_be_replaced
@@ -17,7 +18,7 @@ from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.schedule import take_steps
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
-from shampoo_fsdp.state import forget_reading, load_settings, load_state
+from shampoo_fsdp.state import forget_reading, load_settings, load_state, whole_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,7 +84,9 @@ class Shampoo(torch.optim.Optimizer):
         check_group(self.config, defaults)
         check_replicas(replicas)
         self._built: Built | None = None
-        self._constructed = self._packing = False
+        self._constructed = False
+        self._shown: dict[Any, Any] | None = None
+        self._whole: dict[Any, Any] | None = None
         super().__init__(copied(params), defaults)
         self._constructed = True
         self._seen_a_gradient = False
@@ -121,7 +124,7 @@ class Shampoo(torch.optim.Optimizer):
                     "state for: build another one for the new ones, with named parameters, and "
                     "load_state_dict() the state_dict() of this one, taken before, into it."
                 )
-        self._built = None
+        self._built = self._whole = None
         self._state.clear()  # before the new one is made: there may be no memory for both
         built = self._built = build(self.param_groups, self._state, self._replicas, self._asked)
         self.config = built.config
@@ -135,7 +138,9 @@ class Shampoo(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """Of each parameter, by name; it is there from the first look at it."""
-        if self._constructed and not self._packing:
+        if self._shown is not None:
+            return self._shown
+        if self._constructed:
             self._ready()
         return self._state
 
@@ -188,6 +193,7 @@ class Shampoo(torch.optim.Optimizer):
     def _step(self, built: Built) -> None:
         parameters, watch = built.parameters, built.watch
         watch.start()
+        self._whole = None
         refuse_moved(parameters.members, parameters.device)
         built.excluded.follow_the_model()
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
@@ -222,17 +228,37 @@ class Shampoo(torch.optim.Optimizer):
 
         Where several ranks share blocks, their state is in ShardedBlocks, a DTensor, for
         torch.distributed.checkpoint, also with `full_state_dict`. In one process tensors are plain
-        or, where they consist of several blocks, behave so (see OwnedBlocks).
+        or, where they consist of several blocks, behave so (see OwnedBlocks). What one rank can
+        save alone: :meth:`consolidate_state_dict`.
 
         As long as the model may still have to be sharded or materialised there is no state in it:
         Accelerate asks before it shards, when state would be that of the whole model on each rank.
         """
-        self._packing = self._waits
+        if not self._waits:
+            self._ready()
+            forget_reading(self._state)
+        self._shown, self._whole = self._whole or self._state, None
         try:
-            forget_reading(self.state)
             return super().state_dict()
         finally:
-            self._packing = False
+            self._shown = None
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Let the next :meth:`state_dict` of one rank have whole tensors, which it may save alone.
+
+        For tools that ask the first rank alone, as many do under DDP: torch.save there writes what
+        any mesh can load. All ranks must call it, after the last step before. The name is that of
+        torch.distributed.optim.ZeroRedundancyOptimizer, by which Lightning knows to call it.
+
+        Args:
+            to: the rank; None for all. The tensors, on the CPU, are kept for one call of
+                state_dict() or until the next step.
+        """
+        built = self._ready()
+        self._whole = None  # before the new one is made
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self._whole = whole_state(built.parameters, self._state, keep=to in (rank, None))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,6 +275,8 @@ class Shampoo(torch.optim.Optimizer):
             ValueError: on every rank, names the parameter and the entry or setting that does not
                 fit; nothing has been changed then.
         """
+
+        self._whole = None
 
         def read() -> dict[str, Any]:
             result = state_dict

@@ -8,6 +8,7 @@ from logging import getLogger
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.checkpoint.entries import state_entries
 from shampoo_fsdp.checkpoint.fits import decide
@@ -20,7 +21,7 @@ from shampoo_fsdp.runtime.ranks import tell_all
 from shampoo_fsdp.runtime.team import Parameters
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["create_state", "forget_reading", "load_settings", "load_state"]
+__all__ = ["create_state", "forget_reading", "load_settings", "load_state", "whole_state"]
 
 _logger = getLogger(__name__)
 
@@ -49,6 +50,32 @@ def forget_reading(state: Mapping[Any, Any]) -> None:
             local = value.to_local() if isinstance(value, ShardedBlocks) else value
             if isinstance(local, OwnedBlocks):
                 local.forget_reading()
+
+
+def whole_state(
+    parameters: Parameters, state: Mapping[Any, Any], *, keep: bool
+) -> dict[Any, Any] | None:
+    """The state with whole tensors, on the CPU; all ranks must call it.
+
+    Args:
+        state: the optimizer's.
+        keep: whether this rank wants it; the result is None otherwise.
+    """
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, DTensor):  # all ranks put one tensor together at a time
+            value = value.full_tensor()
+        if not keep:
+            return None
+        if isinstance(value, OwnedBlocks):
+            value = value.whole()
+        return value.cpu() if isinstance(value, Tensor) else value
+
+    entries = {
+        member.parameter: {entry: whole(value) for entry, value in member.state.items()}
+        for member in parameters.members
+    }
+    return {**state, **entries} if keep else None
 
 
 def load_settings(

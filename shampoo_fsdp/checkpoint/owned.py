@@ -194,9 +194,10 @@ class OwnedBlocks(torch.Tensor):
             return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         raise TypeError(
             "the state of Shampoo is spread over ranks by block; a rank that pickles its part "
-            "would lose the others': save it with torch.distributed.checkpoint, or take whole "
-            "tensors: get_optimizer_state_dict(model, optimizer, "
-            "options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+            "would lose the others': call optimizer.consolidate_state_dict() on all ranks before "
+            "rank 0 asks for its state_dict() and saves it, or save with "
+            "torch.distributed.checkpoint. (Replicas of DDP with owner_scope = 'shard' have all "
+            "of it, and do all of the work.)"
         )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:

@@ -119,6 +119,66 @@ def test_a_full_state_dict_moves_between_meshes(source, target, settings):
     )
 
 
+def rank_0_saves_alone(layout, file):
+    model, optimizer = optimizer_on(layout)
+    train(model, optimizer, range(4))
+    rank = dist.get_rank()
+    if rank == 0:
+        with pytest.raises(TypeError, match=r"consolidate_state_dict\(\) on all ranks"):
+            torch.save(optimizer.state_dict(), file)
+    optimizer.consolidate_state_dict(to=1)
+    optimizer.consolidate_state_dict()  # nothing is left of the one before
+    if rank == 0:
+        torch.save(optimizer.state_dict(), file)
+    # Of the next state dict alone, and of no later step.
+    weight = model.layers["0"].attention.wq.weight
+    index = [id(p) for p in optimizer.param_groups[0]["params"]].index(id(weight))
+    for again in (False, True):
+        if again:
+            optimizer.consolidate_state_dict()
+            train(model, optimizer, range(4, 5))
+        assert isinstance(optimizer.state_dict()["state"][index]["factors"], DTensor)
+
+
+def goes_on_from_the_file(layout, file, expected):
+    model, optimizer = optimizer_on(layout)
+    train(model, optimizer, range(4))  # for the weights
+    other = Shampoo(
+        model.named_parameters(),
+        replicas=dist.group.WORLD if layout == "ddp" else None,
+        **OPTIONS,
+    )
+    saved = torch.load(file, weights_only=True)
+    other.load_state_dict(saved)
+    for index, parameter in enumerate(model.parameters()):
+        for entry, value in other.state[parameter].items():
+            assert torch.equal(plain(value), saved["state"][index][entry]), entry
+    train(model, other, range(4, 7))
+    for name, value in full_parameters(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["ddp", "fsdp"])
+def test_what_rank_0_saves_alone_goes_on_anywhere(source, tmp_path):
+    file = tmp_path / "optimizer.pt"
+    run_ranks(2, rank_0_saves_alone, layout=source, file=file)
+    model, optimizer = optimizer_on("single")
+    train(model, optimizer, range(7))
+    expected = full_parameters(model)
+    for n, layout in ((1, "single"), (2, "ddp"), (4, "ddp"), (2, "fsdp")):
+        run_ranks(n, goes_on_from_the_file, layout=layout, file=file, expected=expected)
+
+
+@ranks(2)
+def test_replicas_that_share_no_work_need_no_other_rank_to_save(tmp_path):
+    model, optimizer = optimizer_on("ddp", owner_scope="shard")
+    train(model, optimizer, range(2))
+    if dist.get_rank() == 0:
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    dist.barrier()
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
 @ranks(2)
 def test_rank_0_saves_whole_tensors_that_any_tool_reads(tmp_path):
     model, optimizer = optimizer_on("fsdp")
