@@ -1,5 +1,7 @@
 """Pieces of shards and blocks as rows of flat memory, and the two orders in which they travel."""
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,18 +32,18 @@ class Piece:
     def numel(self) -> int:
         return math.prod(part.stop - part.start for part in self.slices)
 
-    def rows(self, width: int) -> Tensor:
-        """Numbers of its rows, [numel / width], int32, on the CPU."""
-        numbers = torch.tensor(self.start // width, dtype=torch.int32, device="cpu")
-        stride = math.prod(self.sizes) // width
+    def rows(self, width: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """The number of its first row, and how many rows, how far apart, follow along each
+        dimension."""
+        first, stride = self.start // width, math.prod(self.sizes) // width
+        steps = []
         for size, part in zip(self.sizes[:-1], self.slices[:-1], strict=True):
             stride //= size
-            steps = torch.arange(part.start, part.stop, dtype=torch.int32, device="cpu") * stride
-            numbers = numbers.unsqueeze(-1) + steps
-        columns = self.slices[-1].start // width, self.slices[-1].stop // width
-        return (
-            numbers.unsqueeze(-1) + torch.arange(*columns, dtype=torch.int32, device="cpu")
-        ).flatten()
+            first += part.start * stride
+            steps.append((part.stop - part.start, stride))
+        last = self.slices[-1]
+        steps.append((last.stop // width - last.start // width, 1))
+        return first + last.start // width, tuple(steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +101,23 @@ def _apart(pieces: Sequence[Piece], me: int) -> tuple[list[Piece], list[Piece]]:
 
 
 def _rows(pieces: Sequence[Piece], width: int) -> Tensor:
-    return torch.cat(
-        [torch.empty(0, dtype=torch.int32, device="cpu"), *(p.rows(width) for p in pieces)]
-    )
+    """Numbers of the pieces' rows, one piece after the other, int32, on the CPU."""
+    # Neighbours are mostly alike: few operators, however many pieces.
+    alike = itertools.groupby((piece.rows(width) for piece in pieces), key=lambda rows: rows[1])
+    numbers = [torch.empty(0, dtype=torch.int32, device="cpu")]
+    for steps, run in alike:
+        first = torch.tensor([start for start, _ in run], dtype=torch.int32, device="cpu")
+        numbers.append((first.unsqueeze(1) + _pattern(steps)).flatten())
+    return torch.cat(numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _pattern(steps: tuple[tuple[int, int], ...]) -> Tensor:
+    numbers = torch.zeros(1, dtype=torch.int32, device="cpu")
+    for count, stride in steps:
+        along = torch.arange(count, dtype=torch.int32, device="cpu") * stride
+        numbers = (numbers.unsqueeze(-1) + along).flatten()
+    return numbers
 
 
 def _numbers(pieces: Sequence[Piece], width: int, ranks: int) -> list[int]:
