@@ -2,12 +2,11 @@
 
 import contextlib
 import functools
-import re
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torchtitan.tools.logging import logger
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
 from shampoo_fsdp.runtime.groups import plain_name
+from shampoo_torchtitan.checkpoint_folders import complete_checkpoints, find_steps, is_remote
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 from shampoo_torchtitan.container import ShampooContainer
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 
+_Answer = TypeVar("_Answer")
 _LITTLE_SPACE = 2**20  # bytes; what could not be written is still there
 
 
@@ -57,12 +58,6 @@ class CheckpointError(CheckpointException):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-def complete_checkpoints(folder: str | Path) -> list[str]:
-    """The names of the checkpoints in a job's folder that were saved to the end, oldest first."""
-    found = _steps(folder)
-    return [found[step].name for step in sorted(found) if _is_complete(found[step])]
 
 
 def explain(error: CheckpointException, folder: str) -> str:
@@ -82,25 +77,19 @@ def explain(error: CheckpointException, folder: str) -> str:
             )
         if isinstance(failure, UnsafeCheckpoint):
             return f"{folder} is refused: {failure}."
-    damage = find_damage(Path(folder)) or _first_failure(error)
-    others = [n for n in complete_checkpoints(Path(folder).parent) if n != Path(folder).name]
+    damage = find_damage(folder) or _first_failure(error)
+    parent, name = os.path.split(folder.rstrip("/"))
     return (
         f"{folder} is damaged or incomplete: {damage}. Another one is loaded with "
-        f"--checkpoint.load_step; there are: {', '.join(others) or 'none'}."
+        f"--checkpoint.load_step; there are: {_complete_ones(parent, but=name)}."
     )
 
 
-def _steps(folder: str | Path) -> dict[int, Path]:
-    return {
-        int(match[1]): path
-        for path in Path(folder).glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name))
-    }
-
-
-def _is_complete(path: Path) -> bool:
-    # These are written last.
-    return any((path / name).is_file() for name in (".metadata", "model.safetensors.index.json"))
+def _complete_ones(folder: str, but: str = "") -> str:
+    try:
+        return ", ".join(name for name in complete_checkpoints(folder) if name != but) or "none"
+    except Exception as error:  # whatever a remote file system raises
+        return f"those that {folder} does not say just now ({error})"
 
 
 def _first_failure(error: CheckpointException) -> str:
@@ -110,10 +99,9 @@ def _first_failure(error: CheckpointException) -> str:
 
 
 def _cannot_save(error: CheckpointException, folder: str) -> CheckpointError:
-    complete = ", ".join(complete_checkpoints(folder)) or "none"
     return CheckpointError(
         f"Cannot save a checkpoint in {folder}: {_disk_is_full(folder)}{_first_failure(error)}. "
-        f"Complete ones there: {complete}.",
+        f"Complete ones there: {_complete_ones(folder)}.",
         error.failures,
     )
 
@@ -132,19 +120,21 @@ class ShampooCheckpoints(CheckpointManager):
 
     folder_lock: FolderLock | None = None
 
-    def lock_folder(self) -> None:
-        """Refuses a folder that another job saves its checkpoints in."""
-        if not self.enable or self.load_only or "://" in self.folder:
-            return
-        problem = [""]
-        if dist.get_rank() == 0:
-            try:
-                self.folder_lock = FolderLock(self.folder)
-            except ValueError as error:
-                problem = [str(error)]
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise CheckpointError(f"Cannot save checkpoints: {problem[0]}.", {})
+    def look_after_folder(self) -> None:
+        """Refuses a folder that cannot be used, or that another job saves its checkpoints in."""
+        if self.enable:
+            _asked_of_rank_0(self._lock, "Cannot use the folder of checkpoints: ")
+
+    def _lock(self) -> None:
+        if is_remote(self.folder):
+            if not JOBS_ARE_FUNCTIONS:
+                raise ValueError(
+                    f"checkpoint.folder is {self.folder}, and TorchTitan 0.2 never loads from it; "
+                    "allowed: folders without '://'"
+                )
+            find_steps(self.folder)
+        elif not self.load_only:
+            self.folder_lock = FolderLock(self.folder)
 
     def close(self) -> None:
         super().close()
@@ -155,23 +145,25 @@ class ShampooCheckpoints(CheckpointManager):
         if not self.enable:
             return bool(super().load(step))
         folder = self.folder
+        steps = _asked_of_rank_0(lambda: find_steps(folder), f"Cannot look into {folder}: ")
+        complete = [number for number in steps if steps[number]]
         try:
             if step == -1:
-                steps = _steps(folder)
-                complete = [number for number, path in steps.items() if _is_complete(path)]
+                step = max(complete, default=-1)
                 for number in sorted(steps):
-                    if number > max(complete, default=-1):
+                    if number > step:
                         logger.warning(
-                            f"{steps[number]} is passed over: saving it has not finished"
+                            f"{self._create_checkpoint_id(number)} is passed over: saving it has "
+                            "not finished"
                         )
-                if not complete and self.initial_load_path:
-                    # TorchTitan would start from nothing, only because a folder is there.
+                if step == -1:
+                    # TorchTitan 0.2 would start from nothing, only because a folder is there.
                     self.folder = f"{folder}/none"
             return bool(super().load(step))
         except FileNotFoundError:
             raise CheckpointError(
                 f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
-                f"{', '.join(complete_checkpoints(folder)) or 'none'}.",
+                f"{_complete_ones(folder)}.",
                 {},
             ) from None
         finally:
@@ -187,14 +179,15 @@ class ShampooCheckpoints(CheckpointManager):
         if from_hf:
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
-        if Path(checkpoint_id).is_dir() and not Path(checkpoint_id, ".metadata").exists():
+        reader = self._reader(checkpoint_id)
+        if _asked_of_rank_0(lambda: reader.size(".metadata"), f"{checkpoint_id}: ") is None:
             raise CheckpointError(explain(CheckpointException("", {}), checkpoint_id), {})
         before = _hyperparameters(self)
         try:
             load(
                 state_dict,
                 checkpoint_id=checkpoint_id,
-                storage_reader=None if "://" in checkpoint_id else self._reader(checkpoint_id),
+                storage_reader=reader,
                 planner=_JobPlanner(self.states[OPTIMIZER].shampoos[0].config.on_mismatch),
             )
         except CheckpointException as error:
@@ -215,10 +208,11 @@ class ShampooCheckpoints(CheckpointManager):
     def dcp_save(self, state_dict: Any, checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         # A checkpoint of this step may be there, if an older one was loaded. A crash while it is
         # overwritten must not leave one that looks complete. No rank writes before rank 0 saves.
-        if dist.get_rank() == 0 and "://" not in checkpoint_id:
+        if dist.get_rank() == 0:
+            reader = SafeFileSystemReader(checkpoint_id)
             # Where it cannot be deleted saving fails as well, and that on every rank.
-            with contextlib.suppress(OSError):
-                Path(checkpoint_id, ".metadata").unlink(missing_ok=True)
+            with contextlib.suppress(Exception):
+                reader.fs.rm_file(reader.fs.concat_path(checkpoint_id, ".metadata"))
         with self._saving():
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
@@ -246,13 +240,16 @@ class ShampooCheckpoints(CheckpointManager):
         if self.keep_latest_k <= 0 or dist.get_rank() != 0:
             super()._purge_stale_checkpoints()
             return
-        steps = _steps(self.folder)
-        kept = sorted(step for step, path in steps.items() if _is_complete(path))
-        kept = kept[-self.keep_latest_k :]
+        try:
+            steps = find_steps(self.folder)
+        except Exception as error:  # whatever a remote file system raises
+            logger.warning(f"No old checkpoint is deleted, as {self.folder} does not say: {error}")
+            return
+        kept = sorted(step for step, complete in steps.items() if complete)[-self.keep_latest_k :]
         if len(kept) == self.keep_latest_k:
             for step in sorted(steps):
                 if step < kept[0]:
-                    self.purge_queue.put(str(steps[step]))
+                    self.purge_queue.put(self._create_checkpoint_id(step))
 
 
 class _JobPlanner(ShampooLoadPlanner):
@@ -283,6 +280,24 @@ def _inert(value: Any, key: str) -> Any:
     )
 
 
+def _asked_of_rank_0(question: Callable[[], _Answer], failed: str) -> _Answer:
+    """What rank 0 finds in a file system, on every rank.
+
+    Raises:
+        CheckpointError: On every rank: `failed`, and what rank 0 could not do.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = question()
+        except Exception as error:  # whatever a remote file system raises
+            answer[1] = str(error) or repr(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise CheckpointError(f"{failed}{answer[1]}.", {})
+    return answer[0]  # type: ignore[no-any-return]
+
+
 def _hyperparameters(manager: CheckpointManager) -> dict[str, str]:
     """What each of them is, in all parameter groups."""
     groups = [g for optimizer in manager.states[OPTIMIZER].shampoos for g in optimizer.param_groups]
@@ -302,7 +317,7 @@ def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
     optimizers = getattr(self, "states", {}).get(OPTIMIZER)
     if isinstance(optimizers, ShampooContainer) and optimizers.shampoos:
         self.__class__ = _class_for(type(self))
-        self.lock_folder()
+        self.look_after_folder()
 
 
 @functools.cache

@@ -106,7 +106,7 @@ class Trainer(TitanTrainer):
         config: Any = self.config if JOBS_ARE_FUNCTIONS else self.job_config
         checkpoint, metrics = config.checkpoint, config.metrics
         outputs = config.dump_folder if JOBS_ARE_FUNCTIONS else config.job.dump_folder
-        folder = Path(outputs, checkpoint.folder)
+        folder = getattr(self.checkpointer, "folder", outputs)
         if not self._trained:
             logger.warning(
                 f"Nothing to train: {folder} already has step {self.step} of "
@@ -114,7 +114,7 @@ class Trainer(TitanTrainer):
                 "start anew with another --job.dump_folder"
             )
         if checkpoint.enable and not checkpoint.load_only:
-            logger.info(f"Checkpoint: {folder / f'step-{self.step}'}")
+            logger.info(f"Checkpoint: {os.path.join(folder, f'step-{self.step}')}")
         if metrics.enable_tensorboard and self._trained:
             logger.info(f"TensorBoard: {Path(outputs, metrics.save_tb_folder)}")
 

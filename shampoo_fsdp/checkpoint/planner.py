@@ -132,30 +132,29 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
             tensor.mul_(steps if key.endswith(".sum") else 1.0 / steps)
 
 
-def find_damage(folder: Path) -> str:
+def find_damage(folder: str | Path) -> str:
     """What is missing of a checkpoint, "" if nothing is; reads its metadata and the sizes of files.
 
     Args:
         folder: as `torch.distributed.checkpoint` has written it.
     """
-    if not folder.is_dir():
-        return "it is a file; give the folder" if folder.exists() else "there is no such folder"
-    if not (folder / ".metadata").is_file():
-        return "it has no .metadata, which is written last: saving it has not finished"
+    if Path(folder).is_file():
+        return "it is a file; give the folder"
     try:
-        metadata = SafeFileSystemReader(folder).read_metadata()
+        reader = SafeFileSystemReader(folder)
+        if not reader.fs.exists(folder):
+            return "there is no such folder"
+        if reader.size(".metadata") is None:
+            return "it has no .metadata, which is written last: saving it has not finished"
         ends: dict[str, int] = {}
-        for info in metadata.storage_data.values():
+        for info in reader.read_metadata().storage_data.values():
             end = info.offset + info.length
             ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    except (ValueError, OSError) as error:
-        return str(error)
-    for name, end in sorted(ends.items()):
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if not path.is_file():
-            return f"{name} is no file"
-        if (size := path.stat().st_size) < end:
-            return f"{name} has {size:,} bytes, of which there should be {end:,}"
+        for name, end in sorted(ends.items()):
+            if (size := reader.size(name)) is None:
+                return f"{name} is missing or no file"
+            if size < end:
+                return f"{name} has {size:,} bytes, of which there should be {end:,}"
+    except Exception as error:  # whatever a remote file system raises
+        return str(error) or repr(error)
     return ""

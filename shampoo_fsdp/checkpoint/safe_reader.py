@@ -11,6 +11,7 @@ each of which must be of its own type.
 import collections
 import dataclasses
 import io
+import os
 import pickle
 import pickletools
 from collections.abc import Mapping
@@ -69,7 +70,31 @@ class UnsafeCheckpoint(ValueError):
 
 
 class SafeFileSystemReader(FileSystemReader):
-    """PyTorch's reader of checkpoint folders, for folders that may come from anybody."""
+    """PyTorch's reader of checkpoint folders, for folders that may come from anybody.
+
+    Args:
+        path: of the folder; with "://" in it (`s3://...`) fsspec reaches it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        if "://" in str(path):
+            from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+            self.fs = FsspecReader(path).fs
+            self.path = path
+            self.fs.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
+
+    def size(self, name: str) -> int | None:
+        """Of a file in the folder, in bytes; None if there is no such file."""
+        path = self.fs.concat_path(self.path, name)
+        if isinstance(path, Path):
+            return path.stat().st_size if path.is_file() else None
+        try:  # `exists` and `isfile` of fsspec may say no where the network has failed
+            found = self.fs.fs.info(path)  # type: ignore[attr-defined]
+        except FileNotFoundError:
+            return None
+        return int(found["size"]) if found["type"] == "file" else None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """
@@ -77,8 +102,10 @@ class SafeFileSystemReader(FileSystemReader):
             UnsafeCheckpoint: names what the file asks for.
             ValueError: it is damaged.
         """
-        path = Path(self._get_metadata_path(kwargs.get("rank")))
-        result = _metadata(_unpickle(path.read_bytes(), _MetadataUnpickler, path.name))
+        path = self._get_metadata_path(kwargs.get("rank"))
+        with self.fs.create_stream(path, "rb") as stream:
+            data = stream.read()
+        result = _metadata(_unpickle(data, _MetadataUnpickler, PurePosixPath(path).name))
         result.storage_meta = result.storage_meta or StorageMeta()
         result.storage_meta.load_id = self.load_id
         return result

@@ -97,6 +97,31 @@ def test_damaged_metadata_is_said(data, folder):
     assert "cannot be read" in find_damage(folder)
 
 
+def test_a_folder_that_fsspec_reaches_is_read_as_safely(folder, tmp_path):
+    far = pytest.importorskip("fsspec").filesystem("memory")
+    for file in folder.iterdir():
+        far.pipe(f"/far/{file.name}", file.read_bytes())
+    ours = SafeFileSystemReader("memory://far").read_metadata()
+    assert (
+        ours.state_dict_metadata == SafeFileSystemReader(folder).read_metadata().state_dict_metadata
+    )
+    optimizer = Shampoo([("w", nn.Parameter(torch.ones(4, 4)))])
+    state = {"optimizer": optimizer.state_dict()}
+    dcp.load(
+        state, storage_reader=SafeFileSystemReader("memory://far"), planner=ShampooLoadPlanner()
+    )
+    assert find_damage("memory://far") == ""
+    (name,) = (file.name for file in folder.glob("*.distcp"))
+    far.pipe(f"/far/{name}", b"torn")
+    assert f"{name} has 4 bytes" in find_damage("memory://far")
+    far.rm(f"/far/{name}")
+    assert f"{name} is missing" in find_damage("memory://far")
+    far.pipe("/far/.metadata", HOSTILE["a command"](tmp_path / "ran"))
+    assert "nothing was run" in find_damage("memory://far")
+    assert not (tmp_path / "ran").exists()
+    assert find_damage("memory://nowhere") == "there is no such folder"
+
+
 def test_a_key_that_would_take_days_is_not_hashed(folder):
     (folder / ".metadata").write_bytes(b"\x80\x04}K\x01" + b"2\x86" * 60 + b"K\x01s.")
     with pytest.raises(ValueError, match="DUP"):

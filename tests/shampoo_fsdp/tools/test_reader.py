@@ -55,7 +55,7 @@ def overlap(found: Metadata) -> None:
     [
         (lambda m: move_files(m, "../secret"), "asks for the file '../secret', outside of the"),
         (lambda m: move_files(m, "/etc/passwd"), "asks for the file '/etc/passwd', outside of the"),
-        (lambda m: move_files(m, "pipe"), "pipe is no file"),
+        (lambda m: move_files(m, "pipe"), "pipe is missing or no file"),
         (lambda m: rename(m, "optimizer.state.\x1b]0;x\x07.exp_avg"), "no printable text"),
         (lambda m: enlarge(m, 10**14, 10**14), f"a piece of '{KEY}' takes 1,200,000,000,000,000"),
         (lambda m: enlarge(m, 10**14, 2), f"the pieces of '{KEY}' are not the whole of"),

@@ -1,0 +1,41 @@
+"""What is in a job's folder of checkpoints, on this machine or where fsspec reaches it."""
+
+import os
+import re
+from pathlib import Path
+
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
+
+__all__ = ["complete_checkpoints", "find_steps", "is_remote"]
+
+_WRITTEN_LAST = (".metadata", "model.safetensors.index.json")
+
+
+def is_remote(folder: str | Path) -> bool:
+    """Whether it is not a path of this machine, but `s3://...` or the like."""
+    return "://" in str(folder)
+
+
+def find_steps(folder: str | Path) -> dict[int, bool]:
+    """Whether the checkpoint of a step was saved to its end, for each step that has one.
+
+    Raises:
+        ImportError, OSError, ...: Whatever a remote file system raises.
+    """
+    fs = SafeFileSystemReader(folder).fs
+    try:
+        names = [os.path.basename(path.rstrip("/")) for path in fs.ls(folder)]
+    except FileNotFoundError:
+        return {}
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
+    return {step: _is_complete(os.path.join(folder, f"step-{step}")) for step in steps}
+
+
+def complete_checkpoints(folder: str | Path) -> list[str]:
+    """The names of the checkpoints in a job's folder that were saved to the end, oldest first."""
+    return [f"step-{step}" for step, complete in sorted(find_steps(folder).items()) if complete]
+
+
+def _is_complete(folder: str) -> bool:
+    reader = SafeFileSystemReader(folder)
+    return any(reader.size(name) is not None for name in _WRITTEN_LAST)
