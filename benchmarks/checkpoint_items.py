@@ -10,7 +10,7 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.grid import make_grid
 from shampoo_fsdp.plan.shards import ParameterSpec, shard_rectangle
 from shampoo_fsdp.rules.kept import saved_entries
-from shampoo_fsdp.runtime.parameters import is_preconditioned
+from shampoo_fsdp.runtime.choice import is_preconditioned
 
 __all__ = ["Items", "count_items"]
 

@@ -31,7 +31,8 @@ from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.device import on_device
-from shampoo_fsdp.runtime.parameters import is_preconditioned, local_shard
+from shampoo_fsdp.runtime.choice import is_preconditioned
+from shampoo_fsdp.runtime.parameters import local_shard
 from shampoo_fsdp.tools.command import mesh_of, value_of
 from shampoo_fsdp.tools.dry_step import dry_optimizer, dry_step
 from shampoo_fsdp.tools.machine import Machine, add_rates, machine_of

@@ -187,7 +187,7 @@ def _measure_steps(session: _Session, options: argparse.Namespace) -> list[dict[
 
 
 def _torch_rows() -> list[Row]:
-    return torch_rows(ShampooConfig().exclude)
+    return torch_rows(ShampooConfig().excluded_names)
 
 
 def _measure_training(session: _Session, options: argparse.Namespace) -> list[dict[str, Any]]:

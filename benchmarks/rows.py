@@ -66,7 +66,7 @@ def shampoo_row(name: str, **settings: Any) -> Row:
         together=config.refresh_schedule == "together",
         preconditioner=config.preconditioner,
         cap=config.max_preconditioner_dim,
-        exclude=tuple(config.exclude),
+        exclude=tuple(config.excluded_names),
     )
 
 

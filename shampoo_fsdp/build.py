@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.grid import patterns_without_heads
 from shampoo_fsdp.rules.device import on_device, reasons
-from shampoo_fsdp.runtime.excluded import ExcludedParameters
-from shampoo_fsdp.runtime.groups import Given, given_in
-from shampoo_fsdp.runtime.parameters import (
-    check_parameters,
+from shampoo_fsdp.runtime.choice import (
     is_preconditioned,
     refuse_nameless,
+    what_names_miss,
+    with_embeddings,
 )
+from shampoo_fsdp.runtime.excluded import ExcludedParameters
+from shampoo_fsdp.runtime.groups import Given, given_in
+from shampoo_fsdp.runtime.parameters import check_parameters
 from shampoo_fsdp.runtime.ranks import Replicas
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.runtime.team import Parameters, make_parameters, summary
 from shampoo_fsdp.state import create_state
-from shampoo_fsdp.validation import name_some
 
 __all__ = ["Built", "build", "check", "may_be_replaced"]
 
@@ -101,12 +101,14 @@ def build(
     states: MutableMapping[Tensor, dict[str, Any]],
     replicas: Replicas,
     config: ShampooConfig,
+    is_embedding: Mapping[str, bool],
 ) -> Built:
     """Plan the parameters and make their state; all ranks of their meshes must call it.
 
     Args:
         states: the optimizer's, empty.
         config: as the user gave it.
+        is_embedding: what a model has told of parameters, by name.
 
     Raises:
         ValueError: as :func:`check`, or, on every rank, if the ranks' plans differ.
@@ -120,19 +122,16 @@ def build(
                 "initialise) before the optimizer is used."
             )
     device = next((p.device for _, p, _ in given.trained), torch.device("cpu"))
+    config = with_embeddings(config, [n for n, _, _ in given.trained if is_embedding.get(n)])
     chosen = on_device(config, device)
     parameters = make_parameters(given.trained, states, replicas, chosen)
     create_state(parameters, chosen)
     others = [member for member in parameters.members if member.part is None]
     excluded = ExcludedParameters(others, chosen, parameters.device)
-    names = [member.name for member in parameters.members if member.part]
-    # No error: a stage of a pipeline may have no attention.
-    if unmatched := patterns_without_heads(names, chosen):
-        warnings.warn(
-            f"setting 'split_heads' has {name_some(unmatched)}, which the name of no "
-            "preconditioned parameter matches; nothing is cut there.",
-            stacklevel=4,
-        )
+    if parameters.on_first_rank:
+        shapes = {member.name: member.spec.shape for member in parameters.members}
+        for problem in what_names_miss(shapes, is_embedding, chosen):
+            warnings.warn(problem, stacklevel=4)
     tensors = tuple(parameter for group in groups for parameter in group["params"])
     watch = Stopwatch(parameters.device)
     return Built(given, chosen, reasons(config, device), parameters, excluded, watch, tensors)

@@ -12,10 +12,14 @@ from typing import ClassVar, Literal, Protocol
 from shampoo_fsdp.validation import check_patterns, check_positive, check_range, misfit, refuse
 
 __all__ = [
+    "DEFAULT_EXCLUDE",
     "RULES",
     "RuleSettings",
     "ShampooConfig",
 ]
+
+DEFAULT_EXCLUDE = "default"
+"""In `exclude`, what stands for embeddings and the output layer."""
 
 # Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
 # their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
@@ -191,9 +195,12 @@ class ShampooConfig:
     """What loading does about a checkpoint of other settings: refuse it, or take what
     fits (the moments at least) and start the rest anew."""
 
-    exclude: list[str] = field(default_factory=lambda: list(_EMBEDDINGS_AND_OUTPUT))
-    """Regular expressions; a parameter whose name contains a match is left to the grafted method.
-    Default: embeddings and the output layer."""
+    exclude: list[str] = field(default_factory=lambda: [DEFAULT_EXCLUDE])
+    r"""Regular expressions; a parameter whose name contains a match is left to the grafted method.
+    'default' stands for embeddings and the output layer: for `(^|[._])emb`,
+    `(^|\.)(wte|wpe|lm_head)\.` and `^(model\.)?(output|head|score)\.`, and, where there is a model
+    (`param_groups(model)`, TorchTitan), for every `nn.Embedding` and what is tied to it, whatever
+    its name. ["default", "router"] adds to it, ["router"] takes its place, [] excludes nothing."""
 
     excluded_lr_factor: float = 1.0
     """lr of the parameters that are not preconditioned (excluded ones, and vectors), as a multiple
@@ -257,6 +264,12 @@ class ShampooConfig:
         self.rule.check(self)
         check_patterns("exclude", self.exclude)
         check_patterns("split_heads", self.split_heads)
+
+    @property
+    def excluded_names(self) -> list[str]:
+        """The expressions of `exclude`, with those that "default" stands for."""
+        named = [pattern for pattern in self.exclude if pattern != DEFAULT_EXCLUDE]
+        return named if len(named) == len(self.exclude) else [*_EMBEDDINGS_AND_OUTPUT, *named]
 
     @property
     def rule(self) -> type[RuleSettings]:

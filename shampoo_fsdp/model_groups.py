@@ -2,16 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from shampoo_fsdp.rules.factors import is_matrix
+from shampoo_fsdp.runtime.groups import FromEmbedding, FromModel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from shampoo_fsdp.keywords import GroupKeywords
 
-__all__ = ["head_settings", "param_groups"]
+__all__ = ["head_settings", "param_groups", "typed_parameters"]
 
 # Projections to queries, keys and values, by their names in Hugging Face models.
 _TO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
@@ -36,18 +37,11 @@ def param_groups(
     Raises:
         ValueError: no parameter requires a gradient.
     """
-    embeddings = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed: list[tuple[str, Tensor]] = []
-    others: list[tuple[str, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            loses_weight = is_matrix(parameter.shape) and parameter not in embeddings
-            (decayed if loses_weight else others).append((name, parameter))
+    decayed: list[FromModel] = []
+    others: list[FromModel] = []
+    for pair in typed_parameters(model):
+        loses_weight = is_matrix(pair.parameter.shape) and not isinstance(pair, FromEmbedding)
+        (decayed if loses_weight else others).append(pair)
     if not decayed and not others:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient.")
     groups = [
@@ -55,6 +49,22 @@ def param_groups(
         {"params": others, "weight_decay": 0.0, **settings},
     ]
     return [group for group in groups if group["params"]]
+
+
+def typed_parameters(model: nn.Module) -> list[FromModel]:
+    """The named parameters of a model that require a gradient; Shampoo knows those of embeddings,
+    and what is tied to them, as such."""
+    embeddings = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    return [
+        FromEmbedding(name, parameter) if parameter in embeddings else FromModel(name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def head_settings(model: nn.Module) -> dict[str, Any]:

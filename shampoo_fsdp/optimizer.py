@@ -13,7 +13,13 @@ from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
-from shampoo_fsdp.runtime.groups import check_entries, check_group, copied, given_in
+from shampoo_fsdp.runtime.groups import (
+    check_entries,
+    check_group,
+    copied,
+    given_in,
+    take_types,
+)
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.schedule import take_steps
@@ -80,6 +86,7 @@ class Shampoo(torch.optim.Optimizer):
         self.config: ShampooConfig = settings_from_keywords(settings)
         """The settings; once parameters are planned, with the device's defaults."""
         self._asked, self._replicas = self.config, replicas
+        self._is_embedding: dict[str, bool] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(self.config, defaults)
         check_replicas(replicas)
@@ -108,6 +115,7 @@ class Shampoo(torch.optim.Optimizer):
                 "load_state_dict() the state_dict() of this one into it."
             )
         check_entries(param_group)
+        self._is_embedding.update(take_types(param_group))
         super().add_param_group(param_group)
         check_group(self._asked, self.param_groups[-1])
 
@@ -126,7 +134,9 @@ class Shampoo(torch.optim.Optimizer):
                 )
         self._built = self._whole = None
         self._state.clear()  # before the new one is made: there may be no memory for both
-        built = self._built = build(self.param_groups, self._state, self._replicas, self._asked)
+        built = self._built = build(
+            self.param_groups, self._state, self._replicas, self._asked, self._is_embedding
+        )
         self.config = built.config
         return built
 

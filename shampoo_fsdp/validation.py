@@ -21,6 +21,7 @@ __all__ = [
     "name_some",
     "refuse",
     "refuse_unknown",
+    "unmatched",
 ]
 
 # Options of torch.optim's optimizers: the values that change nothing here, and what to do instead
@@ -111,6 +112,12 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
             re.compile(pattern)
         except re.error as error:
             refuse(name, pattern, f"regular expressions ({error})")
+
+
+def unmatched(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The regular expressions that match none of the names."""
+    names = list(names)
+    return [p for p in patterns if not any(re.search(p, name) for name in names)]
 
 
 def name_some(names: Sequence[str]) -> str:

@@ -12,17 +12,19 @@ or on the command line of any job, which keeps its groups, lr and weight decay:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.config.override import derive, override
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
+from shampoo_fsdp.model_groups import typed_parameters
+from shampoo_fsdp.runtime.groups import FromModel
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import ShampooContainer, alike_on_all_ranks, with_heads
 
@@ -83,6 +85,8 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         with alike_on_all_ranks():
             own = with_heads(config.shampoo, model_parts)
             settings = {f.name: getattr(own, f.name) for f in dataclasses.fields(ShampooConfig)}
+            pairs = [pair for part in model_parts for pair in typed_parameters(part)]
+            settings["kinds"] = {pair.parameter: type(pair) for pair in pairs}
             factories = config.optimizer_factory_kwargs_by_name
             if factories.get(NAME):
                 raise ValueError(
@@ -140,11 +144,16 @@ def groups_with_defaults(config: ShampooOptimizers.Config) -> list[ParamGroupCon
     ]
 
 
-def _build_shampoo(groups: list[dict[str, Any]], **settings: Any) -> Shampoo:
+def _build_shampoo(
+    groups: list[dict[str, Any]], kinds: Mapping[Tensor, type[FromModel]], **settings: Any
+) -> Shampoo:
     """What TorchTitan calls an optimizer factory; its groups carry `param_names`."""
     named = []
     for group in groups:
-        pairs = list(zip(group["param_names"], group["params"], strict=True))
+        pairs = [
+            kinds[parameter](name, parameter)
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        ]
         kept = {k: v for k, v in group.items() if k not in (*_OF_ADAM, "param_names")}
         named.append(kept | {"params": pairs})
     optimizer = Shampoo(named, **settings)

@@ -15,6 +15,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer as TitanTrainer
 
 from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.runtime.choice import exactly
 from shampoo_torchtitan import configs, toml
 from shampoo_torchtitan.demo import byte_tokenizer, cpu
 from shampoo_torchtitan.demo.cpu import fit_trainer_config as fit_to_cpu
@@ -102,7 +103,7 @@ def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
     if not isinstance(optimizer, configs.ShampooOptimizers.Config):
         return ShampooConfig()
     others = [name for name in names if not _is_shampoos(name, optimizer.param_groups)]
-    exclude = [*optimizer.shampoo.exclude, *(f"^{re.escape(name)}$" for name in others)]
+    exclude = [*optimizer.shampoo.exclude, *map(exactly, others)]
     return dataclasses.replace(optimizer.shampoo, exclude=exclude)
 
 

@@ -11,6 +11,7 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.model_groups import typed_parameters
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import (
     ShampooContainer,
@@ -28,7 +29,8 @@ _titan_build_optimizers = titan.build_optimizers
 class _Container(ShampooContainer, OptimizersContainer):
     """TorchTitan's container of optimizers, with one Shampoo per model part.
 
-    Its siblings make the optimizer from parameters alone; Shampoo is given their names too.
+    Its siblings make the optimizer from parameters alone; Shampoo is given their names too, and
+    which of them are embeddings.
 
     Args:
         model_parts: The parts of the model on this rank; several under pipeline parallelism.
@@ -46,7 +48,7 @@ class _Container(ShampooContainer, OptimizersContainer):
         self.optimizers = []
         parameters = []
         for model in model_parts:
-            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            named = typed_parameters(model)
             self.optimizers.append(Shampoo(named, replicas=replicas, **settings))
             parameters.extend(p for _, p in named)
         self._validate_length(len(model_parts))

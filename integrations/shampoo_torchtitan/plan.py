@@ -28,8 +28,10 @@ from torchtitan.config import ConfigManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
+from shampoo_fsdp.model_groups import typed_parameters
 from shampoo_fsdp.plan.shards import ParameterSpec
-from shampoo_fsdp.runtime.groups import plain_name
+from shampoo_fsdp.runtime.choice import with_embeddings
+from shampoo_fsdp.runtime.groups import FromEmbedding, plain_name
 from shampoo_fsdp.runtime.parameters import describe
 from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.plan_figures import PlanReport
@@ -185,7 +187,9 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             dims.build_mesh()
             parts = generation.model_parts(config, dims)
             if settings := getattr(config.optimizer, "shampoo", None):
-                config.optimizer.shampoo = with_heads(settings, parts)
+                found = [pair for part in parts for pair in typed_parameters(part)]
+                named = [plain_name(p.name) for p in found if isinstance(p, FromEmbedding)]
+                config.optimizer.shampoo = with_embeddings(with_heads(settings, parts), named)
             specs += [_specs(part, dims) for part in parts]
     return specs
 

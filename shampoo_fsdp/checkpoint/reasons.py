@@ -33,8 +33,9 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
         then, now = ("is", "is not") if MARKER in saved else ("is not", "is")
         yield (
             f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
-            "settings 'exclude' and 'precondition_1d' (which counts a matrix of one row or column "
-            "as one dimension)."
+            "settings 'exclude' (whose 'default' knows embeddings by their type too, and did not "
+            "always) and 'precondition_1d' (which counts a matrix of one row or column as one "
+            "dimension)."
         )
     if MARKER in here and len(shape_of(saved[MARKER])) != len(shape_of(here[MARKER])):
         yield (

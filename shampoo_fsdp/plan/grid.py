@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
@@ -23,7 +23,6 @@ __all__ = [
     "even_cuts",
     "head_rows",
     "make_grid",
-    "patterns_without_heads",
     "view_dims",
 ]
 
@@ -109,12 +108,6 @@ def head_rows(name: str, shape: Sequence[int], config: ShampooConfig) -> int | N
             f"{shape[batch_dims]:,} rows; allowed: a multiple of 'head_dim' = {config.head_dim}."
         )
     return config.head_dim
-
-
-def patterns_without_heads(names: Iterable[str], config: ShampooConfig) -> list[str]:
-    """The expressions of `split_heads` that match none of the names."""
-    names = list(names)
-    return [p for p in config.split_heads if not any(re.search(p, name) for name in names)]
 
 
 def lr_scale(shape: Sequence[int], config: ShampooConfig) -> float:

@@ -1,5 +1,5 @@
 """The grafted method itself, for parameters that are not preconditioned (see
-`parameters.is_preconditioned`): on their shards."""
+`choice.is_preconditioned`): on their shards."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from shampoo_fsdp.hyperparameters import validate_hyperparameters
 from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, name_some, refuse
 
 __all__ = [
+    "FromEmbedding",
+    "FromModel",
     "Given",
     "check_entries",
     "check_group",
@@ -26,6 +28,7 @@ __all__ = [
     "given_in",
     "plain_name",
     "settings_to_load",
+    "take_types",
 ]
 
 _logger = getLogger(__name__)
@@ -33,6 +36,17 @@ _logger = getLogger(__name__)
 # Wrappers (torch.compile, activation checkpointing, DDP) put these into names; a parameter is the
 # same one with and without them.
 _WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+|_orig_mod\.|_checkpoint_wrapped_module\.")
+
+
+class FromModel(NamedTuple):
+    """A parameter with its name, for torch.optim as any pair, whose module's type is known."""
+
+    name: str
+    parameter: Tensor
+
+
+class FromEmbedding(FromModel):
+    """One of an embedding."""
 
 
 def copied(params: Any) -> Any:
@@ -55,6 +69,17 @@ def check_entries(group: Any) -> None:
                 "to a parameter group."
             )
     check_torch_options(group)
+
+
+def take_types(group: dict[str, Any]) -> dict[str, bool]:
+    """Which parameters of a group are of embeddings, by name, where a model has told it; to be
+    asked before torch.optim, which keeps names and tensors alone."""
+    params = group["params"]
+    if isinstance(params, Tensor | set):
+        return {}
+    params = group["params"] = list(params)
+    of_model = [pair for pair in params if isinstance(pair, FromModel)]
+    return {plain_name(pair.name): isinstance(pair, FromEmbedding) for pair in of_model}
 
 
 def check_group(config: ShampooConfig, group: Mapping[str, Any]) -> None:

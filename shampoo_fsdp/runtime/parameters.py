@@ -1,8 +1,5 @@
-"""One object per parameter; which ones are preconditioned, and which cannot be trained."""
+"""One object per parameter; which ones cannot be trained."""
 
-import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.grid import view_dims
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
 from shampoo_fsdp.plan.transfers import Part
-from shampoo_fsdp.rules.factors import is_matrix
 from shampoo_fsdp.runtime.ranks import Replicas
 
 __all__ = [
@@ -26,10 +20,8 @@ __all__ = [
     "count",
     "describe",
     "find_gradients",
-    "is_preconditioned",
     "local_shard",
     "refuse_moved",
-    "refuse_nameless",
 ]
 
 
@@ -206,40 +198,6 @@ def refuse_frozen(frozen: Iterable[tuple[str, Tensor]]) -> None:
                 "built, so that it has no state; build another optimizer after unfreezing, with "
                 'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
             )
-
-
-def refuse_nameless(parameters: int, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise a ValueError where embeddings cannot be told, because no parameter has a name.
-
-    Args:
-        parameters: how many there are.
-        shapes: of the matrices that would be preconditioned.
-    """
-    if not shapes:
-        return
-    # The largest first: embeddings are among them.
-    kinds = sorted(Counter(shapes).items(), key=lambda kind: -math.prod(kind[0]))
-    said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
-    more = len(kinds) - 4
-    rest = f" and {more} more shape{'s' if more > 1 else ''}" if more > 0 else ""
-    raise ValueError(
-        f"{parameters} parameters have no names, so that Shampoo cannot tell which of "
-        f"{len(shapes)} matrices are embeddings and the output layer: {said}{rest}. Give it "
-        "shampoo_fsdp.param_groups(model) or model.named_parameters(), or groups with "
-        "'param_names'; or set exclude = [] to precondition all matrices."
-    )
-
-
-def is_preconditioned(name: str, shape: Sequence[int], config: ShampooConfig) -> bool:
-    """Whether Shampoo preconditions a parameter; the grafted method alone updates it otherwise."""
-    if not shape or math.prod(shape) == 0 or any(re.search(p, name) for p in config.exclude):
-        return False
-    if config.precondition_1d:
-        return True
-    dims, batch_dims = view_dims(shape, config)
-    view = [math.prod(shape[d] for d in group) for group in dims[batch_dims:]]
-    # A small matrix that is merged has one factor for all, and is still no vector.
-    return is_matrix(shape if config.merge_dims == "small" and not batch_dims else view)
 
 
 def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:

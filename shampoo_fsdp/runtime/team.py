@@ -23,8 +23,9 @@ from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.rule import rule_of
 from shampoo_fsdp.runtime.bucket import Bucket, elements, fill_buckets
+from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.runtime.exchange import release
-from shampoo_fsdp.runtime.parameters import Member, describe, is_preconditioned, local_shard
+from shampoo_fsdp.runtime.parameters import Member, describe, local_shard
 from shampoo_fsdp.runtime.ranks import RankSet, Replicas, is_first_replica, make_rank_set
 from shampoo_fsdp.validation import name_some
 
@@ -63,6 +64,12 @@ class Parameters:
     device: torch.device
     workspace: Tensor
     """Of all buckets; it has memory only while a step needs it."""
+
+    @property
+    def on_first_rank(self) -> bool:
+        """Whether this is the first of all ranks that they live on: the one that warns."""
+        first = min((ranks.ranks[0] for ranks in self.rank_sets), default=0)
+        return first == (dist.get_rank() if dist.is_initialized() else 0)
 
     @property
     def buckets(self) -> list[Bucket]:

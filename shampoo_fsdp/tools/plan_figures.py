@@ -16,16 +16,15 @@ import torch
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
-from shampoo_fsdp.plan.grid import patterns_without_heads
 from shampoo_fsdp.plan.shards import ParameterSpec, shard_rectangle, volume
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import torch_dtype
-from shampoo_fsdp.runtime.parameters import is_preconditioned
+from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.tables import times
-from shampoo_fsdp.validation import refuse
+from shampoo_fsdp.validation import refuse, unmatched
 
 __all__ = ["EVEN", "PlanReport", "max_over_mean", "spread_of"]
 
@@ -55,15 +54,18 @@ class PlanReport:
 
         Raises:
             ValueError: as :func:`shampoo_fsdp.plan.transfers.make_plan`, or if an expression of
-                `split_heads` matches nothing.
+                `split_heads` or `exclude` matches nothing.
         """
         self.chosen_by_device = reasons(config, torch.device(device))
         config = on_device(config, torch.device(device))
         specs = list(itertools.chain.from_iterable(models))
         assignments = [of for members in models for of in _assignments(members, config)]
         names = [spec.name for of in assignments for spec in of.parameters]
-        for pattern in patterns_without_heads(names, config):
+        for pattern in unmatched(config.split_heads, names):
             refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
+        for pattern in unmatched(config.excluded_names, [spec.name for spec in specs]):
+            if pattern in config.exclude:
+                refuse("exclude", pattern, "what the name of a parameter matches")
         plans = [Totals(assignment) for assignment in assignments]
         excluded = [spec for spec in specs if not is_preconditioned(spec.name, spec.shape, config)]
         numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # in a GiB that is sent

@@ -16,7 +16,10 @@ SMALL = {"dim": 12, "hidden": 20, "vocab": 16}
 
 def model():
     torch.manual_seed(0)
-    return TinyLlama(**SMALL)
+    model = TinyLlama(**SMALL)
+    model.token = model.tok_embeddings  # an embedding by its type alone
+    del model.tok_embeddings
+    return model
 
 
 def shard(model):
@@ -52,6 +55,7 @@ def test_the_next_step_trains_the_new_ones(tmp_path):
     for name, value in full_parameters(after).items():
         assert torch.equal(found[name], value), name
     assert optimizer.summary() == expected.summary()
+    assert "token.weight" in optimizer.matrices_left_to_grafting()
 
 
 @ranks(2)

@@ -73,6 +73,75 @@ def test_an_optimizer_takes_them_and_knows_the_names():
     assert optimizer.matrices_left_to_grafting() == ["lm_head.weight", "scale", "words.weight"]
 
 
+class Renamed(nn.Module):
+    """A language model whose embeddings are called as in T5, BART, CTRL, and nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.w, self.position = (nn.Embedding(n, 8) for n in (40, 24, 16))
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.unembed = nn.Linear(8, 40, bias=False)
+        self.unembed.weight = self.shared.weight
+        self.bag = nn.EmbeddingBag(12, 8)
+
+
+EMBEDDINGS = ["shared.weight", "w.weight", "position.weight", "bag.weight"]
+
+
+def test_embeddings_and_what_is_tied_to_them_are_known_by_their_type():
+    optimizer = Shampoo(param_groups(Renamed()))
+    assert optimizer.matrices_left_to_grafting() == EMBEDDINGS
+    # In groups that are made of ours, added later, and in names that wrappers have changed.
+    model = nn.ModuleDict({"_orig_mod": Renamed()})
+    group, others = param_groups(model)
+    halves = [{"params": [pair for pair in others["params"] if "w." in pair[0]]}, group]
+    optimizer = Shampoo(halves)
+    left = [pair for pair in others["params"] if "w." not in pair[0]]
+    optimizer.add_param_group({"params": iter(left)})
+    assert sorted(optimizer.matrices_left_to_grafting()) == sorted(EMBEDDINGS)
+
+
+def test_the_groups_say_nothing_of_it_to_torch():
+    """Checkpoints, in which all entries of groups are asked for, stay as they were."""
+    model = Renamed()
+    groups = [Shampoo(param_groups(model)).param_groups, torch.optim.SGD(param_groups(model))]
+    assert {type(name) for name in groups[0][0]["param_names"]} == {str}
+    assert {type(entry) for entry in groups[1].param_groups[1]["params"]} == {nn.Parameter}
+    assert set(groups[0][0]) == {"params", "param_names", "lr", "betas", "eps", "weight_decay"}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (["default", "v_proj"], ["layers.0.v_proj.weight", "layers.1.v_proj.weight", *EMBEDDINGS]),
+        (["^shared"], ["shared.weight"]),
+        ([], []),
+    ],
+)
+def test_an_expression_beside_the_default_adds_to_it_and_alone_it_takes_its_place(exclude, left):
+    optimizer = Shampoo(param_groups(Renamed()), exclude=exclude)
+    assert optimizer.matrices_left_to_grafting() == left
+
+
+@pytest.mark.filterwarnings("ignore:.*preconditioned, but by")
+def test_a_checkpoint_in_which_such_an_embedding_was_preconditioned_is_told_apart():
+    model = Renamed()
+    before = Shampoo(model.named_parameters())  # by name there are none
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before.step()
+    saved = before.state_dict()
+    said = r"'shared\.weight' is preconditioned in the checkpoint, .*'exclude' \(.*by their type"
+    with pytest.raises(ValueError, match=said):
+        Shampoo(param_groups(model)).load_state_dict(saved)
+    rebuilt = Shampoo(param_groups(model), on_mismatch="rebuild")
+    rebuilt.load_state_dict(saved)
+    assert rebuilt.state[model.shared.weight]["exp_avg"].any()
+    as_it_was = Shampoo(param_groups(model), exclude=[])
+    as_it_was.load_state_dict(saved)
+    assert as_it_was.matrices_left_to_grafting() == []
+
+
 @pytest.mark.parametrize(
     "config",
     [

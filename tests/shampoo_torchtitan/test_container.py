@@ -1,5 +1,7 @@
 """What is found in the model for Shampoo."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch.distributed as dist
 from torch import nn
@@ -9,6 +11,7 @@ from shampoo_torchtitan import checkpoint
 from shampoo_torchtitan.checkpoint import CheckpointManager
 from shampoo_torchtitan.container import BadSetting, alike_on_all_ranks, with_heads
 from shampoo_torchtitan.demo import cpu
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 
@@ -50,6 +53,34 @@ def test_attention_of_a_job_is_cut_between_heads(tmp_path):
     # 4 heads of 16 rows each for queries, keys and values, in one matrix or three.
     assert sum(tiles[0] for name, tiles in found.items() if "layers.0" in name) in (12, 13)
     assert max(tiles[0] for tiles in found.values()) in (4, 12)
+
+
+class Stage(nn.Module):
+    def __init__(self, **embeddings: nn.Module) -> None:
+        super().__init__()
+        for name, module in embeddings.items():
+            self.add_module(name, module)
+        self.layers = nn.ModuleDict({"0": nn.Linear(8, 8, bias=False)})
+
+
+def test_embeddings_of_every_part_are_known_by_their_type(recwarn):
+    parts = [Stage(token=nn.Embedding(20, 8), position=nn.Embedding(4, 8)), Stage()]
+    if JOBS_ARE_FUNCTIONS:
+        from shampoo_torchtitan.configs import ShampooOptimizers
+
+        container = ShampooOptimizers(ShampooOptimizers.Config(), model_parts=parts)
+    else:
+        from shampoo_torchtitan.optimizer import build_optimizers
+
+        job = SimpleNamespace(
+            name="shampoo", lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1
+        )
+        job.implementation, job.early_step_in_backward = "for-loop", False
+        no_ranks = SimpleNamespace(dp_replicate_enabled=False, fsdp_enabled=False)
+        container = build_optimizers(parts, job, no_ranks)
+    left = [optimizer.matrices_left_to_grafting() for optimizer in container.shampoos]
+    assert left == [["token.weight", "position.weight"], []]
+    assert not [warning for warning in recwarn if "exclude" in str(warning.message)]
 
 
 def refused_on_one_rank() -> str:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.device import on_device
 from shampoo_fsdp.tools.models import model_specs
+from shampoo_torchtitan import plan
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.plan import job_report, job_specs, main, read_job
@@ -101,6 +103,18 @@ def test_each_part_of_a_pipeline_has_its_own_ranks_and_layers():
     assert sorted(of_parts) == sorted(whole.items())
     ranks = [{spec.ranks for spec in part if len(spec.shape) > 1} for part in parts]
     assert ranks == [{(0, 1, 2, 3)}] * 2 + [{(4, 5, 6, 7)}] * 2
+
+
+def test_embeddings_of_every_stage_are_known_by_their_type(monkeypatch):
+    stages = [{"token": nn.Embedding(64, 8), "0": nn.Linear(8, 8)}, {"1": nn.Linear(8, 8)}]
+    parts = [nn.ModuleDict(stage) for stage in stages]
+    monkeypatch.setattr(plan.generation, "model_parts", lambda config, dims: parts)
+    config = read_job(["--model.name=llama3", "--optimizer.name=shampoo"])
+    report = job_report(config, job_specs(config, 1), 1)
+    assert (report.parameters, report.parameters_preconditioned) == (5, 2)
+    with pytest.raises(ValueError, match=r"'exclude' is '\^tok_'; allowed: what the name of a"):
+        config.optimizer.shampoo = ShampooConfig(exclude=["default", "^tok_"])
+        job_report(config, job_specs(config, 1), 1)
 
 
 def test_settings_of_the_command_line_reach_the_plan():

@@ -11,7 +11,7 @@ from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.plan.grid import make_grid
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.rules.factors import factor_kinds
-from shampoo_fsdp.runtime.parameters import is_preconditioned
+from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.plan_figures import PlanReport
 from shampoo_fsdp.tools.plan_tables import print_plan
 from tests.shampoo_fsdp.test_family import relative_error

@@ -36,7 +36,6 @@ class TestNames:
         [
             lambda model: Shampoo(model.named_parameters()),
             lambda model: Shampoo(model.parameters(), exclude=[]),  # names would change nothing
-            lambda model: Shampoo(model.parameters(), exclude=["."]),
             lambda model: Shampoo(model.norm.parameters()),
         ],
     )

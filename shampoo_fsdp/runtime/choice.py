@@ -1,0 +1,136 @@
+"""Which parameters are preconditioned: by shape, by name and, where a model has told it, by the
+type of their module."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from shampoo_fsdp.config import DEFAULT_EXCLUDE, ShampooConfig
+from shampoo_fsdp.plan.grid import view_dims
+from shampoo_fsdp.rules.factors import is_matrix
+from shampoo_fsdp.validation import name_some, unmatched
+
+__all__ = [
+    "exactly",
+    "is_preconditioned",
+    "refuse_nameless",
+    "what_names_miss",
+    "with_embeddings",
+]
+
+# So many more rows than columns are those of a vocabulary more often than not.
+_TALL = 8
+
+
+def is_preconditioned(name: str, shape: Sequence[int], config: ShampooConfig) -> bool:
+    """Whether Shampoo preconditions a parameter; the grafted method alone updates it otherwise."""
+    if not shape or math.prod(shape) == 0:
+        return False
+    if any(re.search(pattern, name) for pattern in config.excluded_names):
+        return False
+    if config.precondition_1d:
+        return True
+    dims, batch_dims = view_dims(shape, config)
+    view = [math.prod(shape[d] for d in group) for group in dims[batch_dims:]]
+    # A small matrix that is merged has one factor for all, and is still no vector.
+    return is_matrix(shape if config.merge_dims == "small" and not batch_dims else view)
+
+
+def exactly(name: str) -> str:
+    """The expression that matches this name alone."""
+    return f"^{re.escape(name)}$"
+
+
+def with_embeddings(config: ShampooConfig, names: Iterable[str]) -> ShampooConfig:
+    """The settings, with embeddings of these names in `exclude` if it has the default ones."""
+    if DEFAULT_EXCLUDE not in config.exclude:
+        return config
+    others = [n for n in names if not any(re.search(p, n) for p in config.excluded_names)]
+    return dataclasses.replace(config, exclude=[*config.exclude, *map(exactly, others)])
+
+
+def refuse_nameless(parameters: int, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise a ValueError where embeddings cannot be told, because no parameter has a name.
+
+    Args:
+        parameters: how many there are.
+        shapes: of the matrices that would be preconditioned.
+    """
+    if not shapes:
+        return
+    # The largest first: embeddings are among them.
+    kinds = sorted(Counter(shapes).items(), key=lambda kind: -math.prod(kind[0]))
+    said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
+    more = len(kinds) - 4
+    rest = f" and {more} more shape{'s' if more > 1 else ''}" if more > 0 else ""
+    raise ValueError(
+        f"{parameters} parameters have no names, so that Shampoo cannot tell which of "
+        f"{len(shapes)} matrices are embeddings and the output layer: {said}{rest}. Give it "
+        "shampoo_fsdp.param_groups(model) or model.named_parameters(), or groups with "
+        "'param_names'; or set exclude = [] to precondition all matrices."
+    )
+
+
+def what_names_miss(
+    shapes: Mapping[str, tuple[int, ...]], embeddings: Mapping[str, bool], config: ShampooConfig
+) -> Iterator[str]:
+    """Sentences about expressions for names that do nothing, or leave embeddings in.
+
+    No errors: a stage of a pipeline may have no attention, and no embeddings.
+
+    Args:
+        shapes: of the parameters that are trained, by name, in the order of the model.
+        embeddings: whether a parameter is that of an embedding, where a model has told it.
+    """
+    chosen = [name for name, shape in shapes.items() if is_preconditioned(name, shape, config)]
+    if found := unmatched(config.split_heads, chosen):
+        yield (
+            f"setting 'split_heads' has {name_some(found)}, which the name of no preconditioned "
+            "parameter matches; nothing is cut there."
+        )
+    if found := unmatched([p for p in config.exclude if p != DEFAULT_EXCLUDE], shapes):
+        yield (
+            f"setting 'exclude' has {name_some(found)}, which the name of no parameter matches; "
+            "nothing is excluded there."
+        )
+    everything = dataclasses.replace(config, exclude=[])
+    matrices = [n for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, everything)]
+    if matrices and not chosen:
+        yield (
+            f"setting 'exclude' matches every matrix ({len(matrices)}): none is preconditioned, "
+            f"the method '{config.elementwise_method}' updates everything."
+        )
+    if config.exclude and (found := _doubtful(shapes, embeddings, chosen)):
+        example = f'["{DEFAULT_EXCLUDE}", "^{found[0].removesuffix("weight")}"]'
+        yield (
+            f"{name_some(found)}: preconditioned, but by type, shape or place embeddings or the "
+            f"output layer. To leave them to the method '{config.elementwise_method}' name them, "
+            f"as in exclude = {example}; with the parameters of shampoo_fsdp.param_groups(model) "
+            "embeddings are known by their type. (exclude = [] preconditions all matrices.)"
+        )
+
+
+def _doubtful(
+    shapes: Mapping[str, tuple[int, ...]], embeddings: Mapping[str, bool], chosen: Sequence[str]
+) -> list[str]:
+    """Preconditioned matrices that may be embeddings or the output layer, by name.
+
+    Those of layers with numbers are neither, unless the type says so or the very first is tall.
+    """
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
+    if embeddings:
+        suspects = [name for name in shapes if embeddings.get(name)]
+        rows = {shapes[name][0] for name in suspects}
+        suspects += [name for name in matrices if not _numbered(name) and shapes[name][0] in rows]
+    else:
+        tall = [name for name in matrices if shapes[name][0] > _TALL * shapes[name][1]]
+        suspects = [name for name in tall if not _numbered(name) or name == matrices[0]]
+        if any(map(_numbered, shapes)):  # there are layers, and what is before and behind them
+            suspects += [name for name in (matrices[:1] + matrices[-1:]) if not _numbered(name)]
+    return [name for name in chosen if name in suspects]
+
+
+def _numbered(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
