@@ -1,5 +1,6 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
 
@@ -316,7 +317,8 @@ class Shampoo(torch.optim.Optimizer):
         parameters' device. Of replicas one counts, so that ranks may add theirs."""
         built = self._ready()
         counts = torch.zeros(4, dtype=torch.int64, device=built.parameters.device)
-        for bucket in built.parameters.buckets:
+        firsts = [team for team in built.parameters.teams if team.is_first_replica]
+        for bucket in itertools.chain(*(team.buckets for team in firsts)):
             for owned in bucket.stacks:
                 counts[0] += owned.stack.refreshes
                 counts[1] += owned.stack.failed_roots

@@ -32,6 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="draw so many other examples for each test that draws; --hypothesis-seed repeats",
     )
 
+    group.addoption(
+        "--fuzz",
+        type=_numbers,
+        default="40",
+        metavar="[FIRST:]END",
+        help="the trainings with these numbers, of those that are drawn for several meshes",
+    )
+
     group = parser.getgroup("GPUs")
     group.addoption(
         "--cuda",
@@ -40,6 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cuda", "cpu"),
         help="run only the tests of GPUs; with 'cpu' on the CPU, which tests the tests",
     )
+
+
+def _numbers(text: str) -> range:
+    first, _, end = text.rpartition(":")
+    return range(int(first or 0), int(end))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

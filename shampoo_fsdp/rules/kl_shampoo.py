@@ -63,9 +63,7 @@ class KLShampoo(Shampoo):
             if i in self.diagonal:
                 self.state[f"diagonals_{i}"][where] = 1.0
             else:
-                factors = self.factors[i]
-                start = self._identity(factors.size).expand_as(factors.read(where))
-                factors.write(start.clone(), where)
+                self.factors[i].write_identity(where)
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
         """S_i <- beta2 S_i + (1 - beta2) W_(i) W_(i)^T / (product of the other sizes), W being G

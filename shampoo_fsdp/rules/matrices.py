@@ -59,6 +59,12 @@ class MatrixStack:
         else:
             self.storage[where] = matrices.to(self.storage.dtype)
 
+    def write_identity(self, where: slice | Tensor = slice(None)) -> None:
+        """Keep the identity at these positions."""
+        n = self.size
+        identity = torch.eye(n, dtype=torch.float32, device=self.storage.device)
+        self.write(identity.expand(len(self.storage[where]), n, n), where)
+
 
 def unpacked(triangles: Tensor, n: int) -> Tensor:
     """Upper triangles [B, n (n + 1) / 2] as symmetric matrices [B, n, n]."""

@@ -239,10 +239,6 @@ class Rule(ABC):
         kept[where] = vectors.to(kept.dtype)
         return eigenvalues, vectors, failed
 
-    def _identity(self, n: int) -> Tensor:
-        device = next(iter(self.state.values())).device
-        return torch.eye(n, dtype=torch.float32, device=device)
-
 
 def register(rule: type[Rule]) -> type[Rule]:
     """Make a rule known by its name.

@@ -86,9 +86,9 @@ class Shampoo(Rule):
         for i in self.diagonal:
             self.state[f"diagonals_{i}"][where] = 0.0
         for i, root in self.roots.items():
-            root.write(self._identity(root.size).expand_as(root.read(where)).clone(), where)
+            root.write_identity(where)
             if f"eigenvectors_{i}" in self.state:
-                self.state[f"eigenvectors_{i}"][where] = self._identity(root.size)
+                MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
         """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""

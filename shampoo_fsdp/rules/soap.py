@@ -7,7 +7,14 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.factors import factor_kinds
-from shampoo_fsdp.rules.matrices import StateEntry, along, per_block, scale_along, unfold
+from shampoo_fsdp.rules.matrices import (
+    MatrixStack,
+    StateEntry,
+    along,
+    per_block,
+    scale_along,
+    unfold,
+)
 from shampoo_fsdp.rules.precision import gram_dtype
 from shampoo_fsdp.rules.roots import ridged_powers
 from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
@@ -70,7 +77,7 @@ class Soap(Rule):
         self.state["second_moment"][where] = 0.0
         for i in self.full:
             self.state[f"factors_{i}"][where] = 0.0
-            self.state[f"eigenvectors_{i}"][where] = self._identity(self.factors[i].size)
+            MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
         low = gradient.to(gram_dtype(self.products_in, gradient.device.type))

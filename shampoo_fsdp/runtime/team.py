@@ -51,6 +51,11 @@ class Team:
     """Of these; None for one rank."""
     buckets: list[Bucket]
 
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether these ranks are the first of those that do the same work (see `owner_scope`)."""
+        return min(next(iter(self.parts)).spec.ranks) in self.ranks.ranks
+
 
 @dataclass(frozen=True)
 class Parameters:

@@ -165,6 +165,22 @@ class TestAdamW:
         new.step()
         assert "amsgrad" not in new.param_groups[0] and "fused" not in new.param_groups[0]
 
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize(
+        ("rule", "method"),
+        [("soap", "qr"), ("shampoo", "qr"), ("kl_shampoo", "qr"), ("kl_shampoo", "eigh")],
+    )
+    def test_factors_start_as_those_of_a_new_optimizer(self, model, rule, method, packed):
+        adamw = trained(model.parameters(), model, torch.optim.AdamW)
+        options = {**OPTIONS, "preconditioner": rule, "root_method": method}
+        options |= {"symmetric_packing": packed, "root_dtype": "bfloat16"}
+        fresh, loaded = (Shampoo(model.named_parameters(), **options) for _ in range(2))
+        loaded.load_state_dict(adamw.state_dict())
+        of_blocks = fresh.state[model.get_parameter(WQ)].keys() - {"step", "exp_avg", "exp_avg_sq"}
+        for entry in of_blocks:
+            mine, theirs = (o.state[model.get_parameter(WQ)][entry] + 0 for o in (loaded, fresh))
+            assert torch.equal(mine, theirs), entry
+
     def test_settings_that_are_not_allowed_here_change_nothing(self, model):
         adamw = trained(model.parameters(), model, torch.optim.AdamW)
         state = adamw.state_dict()
