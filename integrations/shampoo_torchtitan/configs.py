@@ -6,9 +6,10 @@ In a user's own registry function, in the place of `default_adamw(lr=3e-4)`:
 
     config.optimizer = shampoo(lr=3e-4, precondition_frequency=20)
 
-or on the command line of any job, which keeps its groups, lr and weight decay:
+or on the command line of any job, which keeps its groups and what is not given (lr should be about
+3 times AdamW's):
 
-    --override.imports 'shampoo_torchtitan.configs.use_shampoo={"precondition_frequency": 20}'
+    --override.imports 'shampoo_torchtitan.configs.use_shampoo={"lr": 1e-3}'
 """
 
 import dataclasses
@@ -25,30 +26,28 @@ from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.model_groups import typed_parameters
 from shampoo_fsdp.runtime.groups import FromModel
+from shampoo_fsdp.validation import refuse
 from shampoo_torchtitan import checkpoint, metrics
-from shampoo_torchtitan.container import ShampooContainer, alike_on_all_ranks, with_heads
+from shampoo_torchtitan.container import (
+    BadSetting,
+    ShampooContainer,
+    alike_on_all_ranks,
+    with_heads,
+)
+from shampoo_torchtitan.param_groups import (
+    HYPERPARAMETERS,
+    NAME,
+    change_groups,
+    groups_with_defaults,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from shampoo_fsdp.keywords import Keywords
 
-__all__ = [
-    "ADAM",
-    "HYPERPARAMETERS",
-    "NAME",
-    "ShampooOptimizers",
-    "groups_with_defaults",
-    "shampoo",
-    "use_shampoo",
-]
+__all__ = ["ShampooOptimizers", "in_groups", "shampoo", "use_shampoo"]
 
-NAME = "Shampoo"
-"""Of the optimizer, in the groups of a container."""
-
-ADAM = ("Adam", "AdamW")
-"""Of the optimizers whose place it takes."""
-HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 _OF_ADAM = ("fused", "foreach")
 
 
@@ -113,37 +112,6 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         return OptimizersContainer._resolve_optimizer_factory(name)  # type: ignore[no-any-return]
 
 
-def groups_with_defaults(config: ShampooOptimizers.Config) -> list[ParamGroupConfig]:
-    """With what Shampoo's groups do not say themselves.
-
-    Raises:
-        ValueError: The job sets what all of them say themselves.
-    """
-    common: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    groups = config.param_groups or [ParamGroupConfig(pattern=".*", optimizer_name=NAME)]
-    ours = [group for group in groups if group.optimizer_name == NAME]
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    for name in HYPERPARAMETERS:
-        key = "betas" if name.startswith("beta") else name
-        value = getattr(config, name)
-        if value != defaults[name] and ours and all(key in g.optimizer_kwargs for g in ours):
-            raise ValueError(
-                f"optimizer.{name} = {value} would change nothing: all param_groups of {NAME} have "
-                f"{key!r} of their own"
-            )
-    return [
-        dataclasses.replace(group, optimizer_kwargs=common | group.optimizer_kwargs)
-        if group.optimizer_name == NAME
-        else group
-        for group in groups
-    ]
-
-
 def _build_shampoo(
     groups: list[dict[str, Any]], kinds: Mapping[Tensor, type[FromModel]], **settings: Any
 ) -> Shampoo:
@@ -181,11 +149,12 @@ def shampoo(
     Raises:
         ValueError, TypeError: Names the setting, what was found and what is allowed.
     """
+    beta1, beta2 = _two(betas)
     return ShampooOptimizers.Config(
         param_groups=param_groups or [],
         lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
+        beta1=beta1,
+        beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
         shampoo=settings_from_keywords(settings),
@@ -194,26 +163,66 @@ def shampoo(
 
 @override(target=OptimizersContainer.Config, description="Shampoo in the place of Adam and AdamW")
 def use_shampoo(
-    config: OptimizersContainer.Config, **settings: "Unpack[Keywords]"
+    config: OptimizersContainer.Config,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    **settings: "Unpack[Keywords]",
 ) -> ShampooOptimizers.Config:
-    """For `--override.imports`: Shampoo in all groups of Adam and AdamW, whose lr, betas, eps and
-    weight decay stay.
+    """For `--override.imports`: Shampoo in all groups of Adam and AdamW.
+
+    Args:
+        config: The job's.
+        lr, betas, eps, weight_decay: Of all these groups; by default each keeps its own. lr should
+            be about 3 times AdamW's.
+        **settings: Fields of ShampooConfig.
 
     Raises:
-        ValueError, TypeError: The job's container is of another kind, or a setting is not allowed.
+        BadSetting: The job's container is of another kind, or a setting is not allowed.
     """
-    known = (OptimizersContainer.Config, ShampooOptimizers.Config)
-    if type(config) not in known:
-        raise ValueError(
-            f"use_shampoo: the job's optimizers are a {type(config).__qualname__}, which Shampoo "
-            "would replace; allowed: TorchTitan's own OptimizersContainer.Config"
+    try:
+        if type(config) not in (OptimizersContainer.Config, ShampooOptimizers.Config):
+            raise ValueError(
+                f"the job's optimizers are a {type(config).__qualname__}, which Shampoo would "
+                "replace; allowed: TorchTitan's own OptimizersContainer.Config"
+            )
+        own = settings_from_keywords(settings)
+        if isinstance(config, ShampooOptimizers.Config):
+            changes = {name: getattr(own, name) for name in settings if hasattr(own, name)}
+            own = dataclasses.replace(config.shampoo, **changes)
+        beta1, beta2 = (None, None) if betas is None else _two(betas)
+        values = (lr, beta1, beta2, eps, weight_decay)
+        given = {k: v for k, v in zip(HYPERPARAMETERS, values, strict=True) if v is not None}
+        return in_groups(config, NAME, given, own, "it")
+    except (TypeError, ValueError) as error:
+        raise BadSetting(f"Bad job settings: use_shampoo: {error}") from None
+
+
+def in_groups(
+    old: OptimizersContainer.Config,
+    name: str | None,
+    given: dict[str, Any],
+    shampoo: ShampooConfig,
+    said: str,
+) -> OptimizersContainer.Config:
+    """A container with what :func:`change_groups` makes of its groups."""
+    groups = old.param_groups or [ParamGroupConfig(pattern=".*", optimizer_name=NAME)]
+    common = {}
+    if isinstance(old, ShampooOptimizers.Config):
+        common = {key: getattr(old, key) for key in HYPERPARAMETERS}
+    groups = change_groups(groups, name, common, given, shampoo, said)
+    if any(group.optimizer_name == NAME for group in groups):
+        # What the job said of all groups is in each of them now, and asks for nothing itself.
+        fields = dataclasses.fields(ShampooOptimizers.Config)
+        defaults = {field.name: field.default for field in fields if field.name in HYPERPARAMETERS}
+        return derive(
+            old, ShampooOptimizers.Config, param_groups=groups, shampoo=shampoo, **defaults
         )
-    groups = [
-        dataclasses.replace(group, optimizer_name=NAME) if group.optimizer_name in ADAM else group
-        for group in config.param_groups
-    ]
-    own = settings_from_keywords(settings)
-    if isinstance(config, ShampooOptimizers.Config):
-        given = {name: getattr(own, name) for name in settings if hasattr(own, name)}
-        own = dataclasses.replace(config.shampoo, **given)
-    return derive(config, ShampooOptimizers.Config, param_groups=groups, shampoo=own)
+    return derive(old, OptimizersContainer.Config, param_groups=groups)
+
+
+def _two(betas: Any) -> tuple[Any, Any]:
+    if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        refuse("betas", betas, "two numbers (beta1, beta2)")
+    return betas[0], betas[1]

@@ -19,6 +19,7 @@ from shampoo_fsdp.runtime.choice import exactly
 from shampoo_torchtitan import configs, toml
 from shampoo_torchtitan.demo import byte_tokenizer, cpu
 from shampoo_torchtitan.demo.cpu import fit_trainer_config as fit_to_cpu
+from shampoo_torchtitan.param_groups import NAME
 
 __all__ = [
     "Reader",
@@ -110,7 +111,7 @@ def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
 def _is_shampoos(name: str, groups: Sequence[Any]) -> bool:
     """The first group that matches has it."""
     found = (g.optimizer_name for g in groups if re.search(g.pattern, name))
-    return next(found, configs.NAME) == configs.NAME
+    return next(found, NAME) == NAME
 
 
 def complete(config: Any) -> None:

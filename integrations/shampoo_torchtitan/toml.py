@@ -23,8 +23,8 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.trainer import Trainer
 
 from shampoo_torchtitan import demo
-from shampoo_torchtitan.configs import HYPERPARAMETERS
 from shampoo_torchtitan.fields import set_field
+from shampoo_torchtitan.param_groups import HYPERPARAMETERS
 from shampoo_torchtitan.toml_optimizer import choose_optimizer
 
 __all__ = ["is_of_files", "read", "value_of"]

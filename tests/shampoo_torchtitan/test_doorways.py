@@ -138,10 +138,10 @@ def test_groups_with_their_own_optimizer_lr_and_weight_decay(folder):
 
 @functions
 def test_an_override_of_a_job_of_adamw(folder):
-    override = 'shampoo_torchtitan.configs.use_shampoo={"precondition_frequency": 2}'
+    override = 'shampoo_torchtitan.configs.use_shampoo={"lr": 2e-3, "precondition_frequency": 2}'
     arguments = ["--module=registry", "--config=adamw", "--override.imports", override]
     log = trains_and_resumes(folder, *arguments)
-    assert "'lr': 0.003" in log
+    assert "'lr': 0.002" in log
 
 
 @functions

@@ -10,10 +10,16 @@ from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 if not JOBS_ARE_FUNCTIONS:
     pytest.skip("TorchTitan 0.2 has TOML files alone", allow_module_level=True)
 
-from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+from torchtitan.components.optimizer import (
+    OptimizersContainer,
+    ParamGroupConfig,
+    default_adamw,
+)
 
 from shampoo_torchtitan import toml
-from shampoo_torchtitan.configs import ShampooOptimizers, groups_with_defaults, shampoo, use_shampoo
+from shampoo_torchtitan.configs import ShampooOptimizers, shampoo, use_shampoo
+from shampoo_torchtitan.container import BadSetting
+from shampoo_torchtitan.param_groups import groups_with_defaults
 
 REGISTRY = """
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig, default_adamw
@@ -158,6 +164,47 @@ def test_groups_take_what_they_do_not_say_from_the_job():
     assert [g.optimizer_kwargs["lr"] for g in found] == [1.0, 7e-3]
     with pytest.raises(ValueError, match=r"optimizer\.lr = 0\.007 would change nothing"):
         groups_with_defaults(shampoo(lr=7e-3, param_groups=[own]))
+
+
+def test_an_override_sets_every_hyperparameter():
+    old = default_adamw(lr=1e-3)
+    config = use_shampoo(old, lr=4e-3, betas=[0.8, 0.9], weight_decay=0.2, beta3=0.5)
+    (group,) = config.param_groups
+    expected = {"lr": 4e-3, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.2}
+    assert (group.optimizer_name, group.optimizer_kwargs) == ("Shampoo", expected)
+    assert config.shampoo.beta3 == 0.5
+    assert use_shampoo(shampoo(lr=1e-3), lr=4e-3).param_groups[0].optimizer_kwargs["lr"] == 4e-3
+
+
+def test_the_lr_that_adamw_had_is_said_with_what_is_better(caplog, optimizer):
+    advice = "lr = 0.0003 is the one of AdamW; Shampoo is best with about 3 times that"
+    for keep in (
+        lambda: use_shampoo(default_adamw(lr=3e-4)),
+        lambda: optimizer("adamw", 'name = "shampoo"'),
+    ):
+        caplog.clear()
+        keep()
+        assert advice in caplog.text
+    caplog.clear()
+    use_shampoo(default_adamw(lr=3e-4), lr=9e-4)
+    optimizer("adamw", 'name = "shampoo"', "lr = 9e-4")
+    assert "is the one of AdamW" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": -1.0}, "'lr' is -1.0; allowed: a finite number >= 0"),
+        ({"lr": "x"}, "'lr' is 'x'"),
+        ({"betas": 0.9}, r"'betas' is 0.9; allowed: two numbers"),
+        ({"beta1": 0.9}, "'beta1' is 0.9; .* 'betas'"),
+        ({"precondition_frequncy": 2}, "Did you mean 'precondition_frequency'"),
+    ],
+)
+def test_a_bad_setting_of_an_override_is_one_line(settings, said):
+    with pytest.raises(BadSetting, match=f"Bad job settings: use_shampoo: .*{said}") as error:
+        use_shampoo(default_adamw(), **settings)
+    assert "\n" not in str(error.value) and error.value.__suppress_context__
 
 
 def test_a_container_of_another_kind_is_not_replaced_in_silence():
