@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
-from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, UnsafeCheckpoint, without_code
+from shampoo_fsdp.checkpoint.safe_pickle import UnsafeCheckpoint
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
+from shampoo_fsdp.checkpoint.safe_values import without_code
 from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_torchtitan.checkpoint_folders import complete_checkpoints, find_steps, is_remote
 from shampoo_torchtitan.checkpoint_lock import FolderLock

@@ -27,7 +27,8 @@ from shampoo_fsdp.checkpoint.fits import (
     check_others,
     decide,
 )
-from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, load_values
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
+from shampoo_fsdp.checkpoint.safe_values import load_values
 from shampoo_fsdp.checkpoint.sharded import local_parts
 
 __all__ = ["ShampooLoadPlanner", "find_damage"]

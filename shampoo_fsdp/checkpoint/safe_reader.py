@@ -1,26 +1,22 @@
-"""Reading a checkpoint's files without running anything that they may ask for.
+"""Reading the folder of a checkpoint without running anything that its files may ask for.
 
     dcp.load(state, storage_reader=SafeFileSystemReader(folder), planner=ShampooLoadPlanner())
 
-The metadata of `torch.distributed.checkpoint` is a pickle, and a pickle names the functions that
-are called when it is read. Here only the names that a checkpoint needs are known, and each stands
-for a record that holds values and does nothing; the metadata is then put together from the values,
-each of which must be of its own type.
+The metadata of `torch.distributed.checkpoint` is a pickle. It is put together anew from the values
+in it, each of which must be of its own type, and what it promises must be in the files.
 """
 
-import collections
-import dataclasses
+import contextlib
 import io
+import itertools
 import os
-import pickle
-import pickletools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,47 +26,44 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
-__all__ = ["SafeFileSystemReader", "UnsafeCheckpoint", "load_values", "without_code"]
+from shampoo_fsdp.checkpoint.safe_pickle import Record, UnsafeCheckpoint, first_line, records_of
+from shampoo_fsdp.checkpoint.safe_values import DTYPES, load_values
 
-_METADATA = metadata.__name__
+__all__ = ["SafeFileSystemReader"]
+
+_METADATA = "torch.distributed.checkpoint.metadata"
 _OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata"  # up to torch 2.3
-_RECORDS = {
-    *((_METADATA, cls.__name__) for cls in (BytesStorageMetadata, ChunkStorageMetadata, Metadata)),
-    *((_METADATA, cls.__name__) for cls in (MetadataIndex, StorageMeta, TensorStorageMetadata)),
-    (_METADATA, "TensorProperties"),
-    (_OLD_METADATA, "TensorProperties"),
-    (filesystem.__name__, "_StorageInfo"),
-}
-# Of these, none plays a part in loading.
-_NOT_USED = {
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
-    (_OLD_METADATA, "MEM_FORMAT_ENCODING"),
-    ("torch.serialization", "_get_layout"),
-}
-_MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
-_PATHLIB = ("pathlib", "pathlib._local")
-_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-_CONTAINERS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "deque"): collections.deque,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "bytearray"): bytearray,
-    ("builtins", "complex"): complex,
-}
-_OWN_RISK = (
-    "If you know who has written it, torch.serialization.add_safe_globals([...]) before loading "
-    "allows it"
+_SAVED: tuple[type, ...] = (
+    *(BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex),
+    *(StorageMeta, TensorProperties, TensorStorageMetadata, _StorageInfo),
 )
-
-
-class UnsafeCheckpoint(ValueError):
-    """A file that asks for what is no part of a checkpoint; nothing of it was run."""
+_CLASSES = {f"{cls.__module__}.{cls.__name__}": cls for cls in _SAVED}
+_CLASSES[f"{_OLD_METADATA}.TensorProperties"] = TensorProperties
+_KNOWN = {
+    *_CLASSES,
+    *DTYPES,
+    "torch.Size",
+    # These play no part in loading.
+    f"{_METADATA}._MEM_FORMAT_ENCODING",
+    f"{_OLD_METADATA}.MEM_FORMAT_ENCODING",
+    "torch.serialization._get_layout",
+    "builtins.getattr",  # as Python 3.11 once pickled the members of an enum
+    *(f"pathlib.{cls}" for cls in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(f"pathlib._local.{cls}" for cls in ("PosixPath", "WindowsPath")),
+}
+_LONGEST_NAME = 1_000
+_MOST_NUMBERS = 64
+"""Dimensions of a tensor, or parts of a path in a state dict."""
 
 
 class SafeFileSystemReader(FileSystemReader):
     """PyTorch's reader of checkpoint folders, for folders that may come from anybody.
+
+    Each entry is given to the planner without what is no value, so that any planner may be used.
+    Entries that an extension has changed (compressed, say) are not read.
 
     Args:
         path: of the folder; with "://" in it (`s3://...`) fsspec reaches it.
@@ -87,7 +80,7 @@ class SafeFileSystemReader(FileSystemReader):
 
     def size(self, name: str) -> int | None:
         """Of a file in the folder, in bytes; None if there is no such file."""
-        path = self.fs.concat_path(self.path, name)
+        path = self._place(name)
         if isinstance(path, Path):
             return path.stat().st_size if path.is_file() else None
         try:  # `exists` and `isfile` of fsspec may say no where the network has failed
@@ -102,225 +95,220 @@ class SafeFileSystemReader(FileSystemReader):
             UnsafeCheckpoint: names what the file asks for.
             ValueError: it is damaged.
         """
-        path = self._get_metadata_path(kwargs.get("rank"))
-        with self.fs.create_stream(path, "rb") as stream:
-            data = stream.read()
-        result = _metadata(_unpickle(data, _MetadataUnpickler, PurePosixPath(path).name))
-        result.storage_meta = result.storage_meta or StorageMeta()
-        result.storage_meta.load_id = self.load_id
+        rank = kwargs.get("rank")
+        name = ".metadata" if rank is None else f"__{rank}.metadata"
+        with self.opened(name) as stream:
+            data = io.BytesIO(stream.read())
+        try:
+            result = _metadata(records_of(data, _KNOWN, name))
+        except UnsafeCheckpoint:
+            raise
+        except Exception as error:  # a damaged pickle may raise anything
+            raise ValueError(f"{name} cannot be read ({first_line(error)})") from None
+        result.storage_meta = StorageMeta(load_id=self.load_id)
         return result
 
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._entries = metadata.state_dict_metadata
 
-def without_code(data: bytes, key: str) -> bytes:
-    """A pickle of the same values that calls nothing, for those who unpickle what they are given.
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """
+        Raises:
+            UnsafeCheckpoint: names the entry and what it asks for.
+            ValueError: names the entry that is damaged, or is not what the metadata says.
+        """
+        items = sorted(plan.items, key=self._file_of)
+        for name, of_file in itertools.groupby(items, self._file_of):
+            with self.opened(name) as stream:
+                for item in of_file:
+                    found = self._found(stream, item.storage_index)
+                    if item.type == LoadItemType.BYTE_IO:
+                        clean = io.BytesIO()
+                        torch.save(found, clean)
+                        clean.seek(0)
+                        planner.load_bytes(item, clean)
+                    else:
+                        target = planner.resolve_tensor(item).detach()
+                        lengths = zip(item.storage_offsets, item.lengths, strict=True)
+                        target.copy_(found[tuple(slice(start, start + n) for start, n in lengths)])
+                        planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-    Args:
-        key: of the entry, for the error.
+    def entry(self, key: str, piece: int | None = None) -> Any:
+        """A piece of a tensor, by its number, or an entry that is no tensor.
 
-    Raises:
-        UnsafeCheckpoint: it holds more than values, tensors and what
-            `torch.serialization.add_safe_globals` allows.
-    """
-    try:
-        return pickle.dumps(_unpickle(data, _ValueUnpickler, repr(key)))
-    except UnsafeCheckpoint as error:
-        raise UnsafeCheckpoint(f"{error}. {_OWN_RISK}") from None
+        Raises:
+            UnsafeCheckpoint, ValueError: as above.
+        """
+        chunks = getattr(self._entries[key], "chunks", ())
+        index = MetadataIndex(key, None if piece is None else chunks[piece].offsets, piece)
+        with self.opened(self.storage_data[index].relative_path) as stream:
+            return self._found(stream, index)
 
+    def _file_of(self, item: ReadItem) -> str:
+        return str(self.storage_data[item.storage_index].relative_path)
 
-def load_values(stream: io.BytesIO, key: str) -> Any:
-    """What `torch.save` has written: tensors, numbers, texts and containers of them.
+    def _found(self, stream: IO[bytes], index: MetadataIndex) -> Any:
+        info, entry = self.storage_data[index], self._entries[index.fqn]
+        if (end := info.offset + info.length) > (size := stream.seek(0, io.SEEK_END)):
+            raise ValueError(
+                f"{info.relative_path} has {size:,} bytes, of which there should be {end:,}"
+            )
+        stream.seek(info.offset)
+        found = load_values(io.BytesIO(stream.read(info.length)), index.fqn)
+        if isinstance(entry, TensorStorageMetadata):
+            chunk = entry.chunks[index.index or 0]  # PyTorch's plans have its number
+            told = f"{list(chunk.sizes)} of {entry.properties.dtype}"
+            here = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else "none"
+            if here != told:
+                raise ValueError(
+                    f"{index.fqn!r} cannot be read: .metadata says a tensor {told}, "
+                    f"{info.relative_path} has {here}"
+                )
+        return found
 
-    Args:
-        key: of the entry, for the error.
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[IO[bytes]]:
+        """A file of the folder.
 
-    Raises:
-        UnsafeCheckpoint: it holds something else, unless `torch.serialization.add_safe_globals`
-            allows it.
-        ValueError: it is damaged.
-    """
-    try:
-        return torch.load(stream, weights_only=True)
-    except pickle.UnpicklingError as error:
-        stream.seek(0)
-        try:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
-        except Exception:  # whatever the file makes of it
-            names = []
-        if not names:
-            raise ValueError(f"{key!r} cannot be read ({_first_line(error)})") from None
-        raise UnsafeCheckpoint(
-            f"{key!r} asks for {', '.join(map(repr, sorted(names)))}, which is not a value; "
-            f"nothing was run. {_OWN_RISK}"
-        ) from None
-    except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{key!r} cannot be read ({_first_line(error)})") from None
+        Raises:
+            UnsafeCheckpoint: it is a link out of it.
+            FileNotFoundError: it is missing, or no file, such as a pipe, which might never end.
+        """
+        if self.size(name) is None:
+            raise FileNotFoundError(f"{name} is missing or no file")
+        with self.fs.create_stream(self._place(name), "rb") as stream:
+            yield cast(IO[bytes], stream)
 
-
-class _NotKnown(Exception):
-    """A name that a pickle asks for."""
-
-
-class _Record:
-    """The state of an object, and nothing that it can do."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Hands out nothing that lives longer than the reading: a pickle can set attributes, too."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _RECORDS:
-            return type(name, (_Record,), {})
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
-            return found
-        if (module, name) in _NOT_USED or (module in _PATHLIB and name in _PATHS):
-            return lambda *arguments: None
-        if (module, name) == ("builtins", "getattr"):
-            return lambda owner, attribute: _member(attribute)
-        raise _NotKnown(f"{module}.{name}")
-
-
-def _member(name: str) -> None:
-    """As Python 3.11 once pickled the members of an enum."""
-    if name not in _MEMORY_FORMATS:
-        raise _NotKnown("builtins.getattr")
-
-
-class _ValueUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CONTAINERS:
-            return _CONTAINERS[module, name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments)  # type: ignore[no-untyped-call]
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda data: torch.load(io.BytesIO(data), weights_only=True)
-        for allowed in torch.serialization.get_safe_globals():
-            found, full_name = allowed if isinstance(allowed, tuple) else (allowed, "")
-            if f"{module}.{name}" == (full_name or f"{found.__module__}.{found.__qualname__}"):
-                return found
-        raise _NotKnown(f"{module}.{name}")
-
-
-def _unpickle(data: bytes, unpickler: type[_MetadataUnpickler | _ValueUnpickler], what: str) -> Any:
-    try:
-        # A few bytes can ask for a table of any size.
-        for opcode, argument, _ in pickletools.genops(data):
-            if "PUT" in opcode.name and int(argument or 0) > len(data):
-                raise ValueError("it numbers more objects than it has bytes")
-            if opcode.name == "DUP":  # no pickler writes it; few make a key that takes days to hash
-                raise ValueError("it has an opcode that no checkpoint has, DUP")
-        return unpickler(io.BytesIO(data)).load()
-    except _NotKnown as name:
-        raise UnsafeCheckpoint(
-            f"{what} asks for {str(name)!r}, which is no part of a checkpoint; nothing was run"
-        ) from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{what} cannot be read ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    (line, *_) = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {_printable(line)}"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)
+    def _place(self, name: str) -> str | os.PathLike[str]:
+        path = self.fs.concat_path(self.path, name)
+        if isinstance(path, Path):
+            real = Path(os.path.realpath(path))
+            if not real.is_relative_to(os.path.realpath(self.path)):
+                raise UnsafeCheckpoint(
+                    f"{name} is a link to {str(real)!r}, outside of the folder, which was not "
+                    "read; if it is yours, put the file itself there"
+                )
+        return path
 
 
 # -------------------------------------------------------------- metadata, from what was read of it
 
 
 def _metadata(found: Any) -> Metadata:
-    try:
-        top = _state(found, Metadata)
-        # One record may stand for many entries.
-        records = {id(value): value for value in top["state_dict_metadata"].values()}
-        made = {number: _entry(value) for number, value in records.items()}
-        entries = {_name(k): made[id(value)] for k, value in top["state_dict_metadata"].items()}
-        paths = {_name(k): _plain(value) for k, value in (top.get("planner_data") or {}).items()}
-        meta = top.get("storage_meta")
-        return Metadata(
-            state_dict_metadata=entries,
-            planner_data=paths,
-            storage_data={_index(k): _storage(v) for k, v in top["storage_data"].items()},
-            storage_meta=None if meta is None else _make(StorageMeta, _state(meta, StorageMeta)),
-            version=_plain(top.get("version")),
-        )
-    except UnsafeCheckpoint:
-        raise
-    except Exception as error:
-        raise ValueError(f".metadata cannot be read ({_first_line(error)})") from None
-
-
-def _state(found: Any, *classes: type) -> Any:
-    names = [cls.__name__ for cls in classes]
-    if not (isinstance(found, _Record) and type(found).__name__ in names):
-        raise TypeError(f"{type(found).__name__} where {' or '.join(names)} belongs")
-    return found.state or {}
-
-
-def _make(cls: type, state: Mapping[str, Any], **values: Any) -> Any:
-    """Fields that the class does not have are those of a newer PyTorch."""
-    for field in dataclasses.fields(cls):
-        if field.name not in values and field.name in state:
-            values[field.name] = _plain(state[field.name])
-    return cls(**values)
-
-
-def _entry(found: Any) -> TensorStorageMetadata | BytesStorageMetadata:
-    state = _state(found, TensorStorageMetadata, BytesStorageMetadata)
-    if type(found).__name__ == BytesStorageMetadata.__name__:
-        return BytesStorageMetadata()
-    chunks = [
-        ChunkStorageMetadata(offsets=_size(c["offsets"]), sizes=_size(c["sizes"]))
-        for c in (_state(chunk, ChunkStorageMetadata) for chunk in state["chunks"])
-    ]
-    # Its other fields are those of the tensor that was saved and play no part in loading.
-    dtype, *_ = _state(state["properties"], TensorProperties)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{type(dtype).__name__} where a dtype belongs")
-    properties = TensorProperties(dtype=dtype)
-    return TensorStorageMetadata(properties=properties, size=_size(state["size"]), chunks=chunks)
-
-
-def _index(found: Any) -> MetadataIndex:
-    state = _state(found, MetadataIndex)
-    offset = state.get("offset")
-    return MetadataIndex(
-        _name(state["fqn"]), None if offset is None else _size(offset), _plain(state.get("index"))
+    top = _fields(found, Metadata)
+    stored = {_index(index): _storage(info) for index, info in _pairs(top["storage_data"])}
+    ends = sorted((s.relative_path, s.offset, s.offset + s.length) for s in stored.values())
+    for (path, _, end), (other, begin, other_end) in itertools.pairwise(ends):
+        if path == other and begin < min(end, other_end):
+            raise ValueError(f"two entries are said to be in the same bytes of {path}")
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    room = len(stored)
+    for key, value in _pairs(top["state_dict_metadata"]):
+        # One list of pieces may stand for many entries.
+        entries[_name(key)] = entry = _entry(value, room)
+        offsets = [c.offsets for c in entry.chunks] if hasattr(entry, "chunks") else [None]
+        if not all(MetadataIndex(key, place) in stored for place in offsets):
+            raise ValueError(f"it does not say where {key!r} is stored")
+        room -= len(offsets)
+    return Metadata(
+        state_dict_metadata=entries,
+        planner_data={_name(k): _plain(v) for k, v in _pairs(top.get("planner_data"))},
+        storage_data=stored,
+        version=_plain(top.get("version")),
     )
 
 
-def _storage(found: Any) -> Any:
-    state = _state(found, filesystem._StorageInfo)
+def _pairs(found: Any) -> Iterable[tuple[Any, Any]]:
+    if found is None:
+        return ()
+    if not (type(found) is Record and found.name == "builtins.dict"):
+        raise TypeError(f"{_kind(found)} where a dict belongs")
+    return zip(found.parts[::2], found.parts[1::2], strict=True)
+
+
+def _fields(found: Any, *classes: type) -> dict[str, Any]:
+    """Those that the class does not have are of a newer PyTorch."""
+    return {_name(name): value for name, value in _pairs(_state(found, *classes))}
+
+
+def _state(found: Any, *classes: type) -> Any:
+    if not (type(found) is Record and _CLASSES.get(found.name) in classes):
+        raise TypeError(f"{_kind(found)} where {classes[0].__name__} belongs")
+    return found.state
+
+
+def _kind(found: Any) -> str:
+    return found.name if type(found) is Record else type(found).__name__
+
+
+def _entry(found: Any, most_pieces: int) -> TensorStorageMetadata | BytesStorageMetadata:
+    state = _fields(found, TensorStorageMetadata, BytesStorageMetadata)
+    if _CLASSES[found.name] is BytesStorageMetadata:
+        return BytesStorageMetadata()
+    if len(state["chunks"]) > most_pieces:
+        raise ValueError("it tells of more pieces of tensors than are stored")
+    chunks = [
+        ChunkStorageMetadata(offsets=_size(c["offsets"]), sizes=_size(c["sizes"]))
+        for c in (_fields(chunk, ChunkStorageMetadata) for chunk in state["chunks"])
+    ]
+    size = _size(state["size"])
+    for chunk in chunks:
+        sides = zip(chunk.offsets, chunk.sizes, size, strict=True)
+        if any(start + length > whole for start, length, whole in sides):
+            raise ValueError("it tells of a piece of a tensor that is not inside of it")
+    # Its other fields are those of the tensor that was saved and play no part in loading.
+    dtype, *_ = _state(state["properties"], TensorProperties)
+    properties = TensorProperties(dtype=DTYPES[dtype.name])
+    return TensorStorageMetadata(properties=properties, size=size, chunks=chunks)
+
+
+def _index(found: Any) -> MetadataIndex:
+    state = _fields(found, MetadataIndex)
+    offset = state.get("offset")
+    return MetadataIndex(_name(state["fqn"]), None if offset is None else _size(offset))
+
+
+def _storage(found: Any) -> _StorageInfo:
+    state = _fields(found, _StorageInfo)
     path = PurePosixPath(_name(state["relative_path"]))
     if path.is_absolute() or ".." in path.parts:
-        raise UnsafeCheckpoint(f".metadata asks for the file {str(path)!r}, outside of the folder")
-    _size((state["offset"], state["length"]))
-    return _make(filesystem._StorageInfo, state)
+        raise UnsafeCheckpoint(
+            f".metadata asks for the file {str(path)!r}, outside of the folder; it was not read"
+        )
+    if state.get("transform_descriptors"):
+        raise ValueError("it tells of entries that an extension has changed or compressed")
+    return _StorageInfo(str(path), *_size((state["offset"], state["length"])))
 
 
 def _size(found: Any) -> torch.Size:
-    if not (isinstance(found, tuple) and all(type(n) is int and n >= 0 for n in found)):
+    if type(found) is Record and found.name == "torch.Size" and found.arguments:
+        (found,) = found.arguments
+    if not (
+        type(found) in (tuple, list)
+        and len(found) <= _MOST_NUMBERS
+        and all(type(n) is int and 0 <= n < 2**63 for n in found)
+    ):
         raise TypeError("something that is no size where a size belongs")
     return torch.Size(found)
 
 
 def _name(found: Any) -> str:
     """Names are shown to people: none may steer a terminal."""
-    if not (type(found) is str and found.isprintable()):
-        raise TypeError("a name that is no printable text")
+    if not (type(found) is str and len(found) <= _LONGEST_NAME and found.isprintable()):
+        raise TypeError(f"a name that is no printable text of up to {_LONGEST_NAME} letters")
     return found
 
 
 def _plain(found: Any) -> Any:
     parts = found if type(found) in (tuple, list) else (found,)
+    if len(parts) > _MOST_NUMBERS:
+        raise ValueError("a path of too many parts")
     if not all(part is None or type(part) in (bool, int, float, str) for part in parts):
-        raise TypeError(f"{type(found).__name__} where a plain value belongs")
+        raise TypeError(f"{_kind(found)} where a plain value belongs")
     return found

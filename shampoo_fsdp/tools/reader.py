@@ -3,19 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
 
-from shampoo_fsdp.checkpoint.owned import OwnedBlocks
 from shampoo_fsdp.checkpoint.planner import find_damage
-from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, load_values
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 
 __all__ = ["CheckpointReader"]
 
@@ -36,11 +32,11 @@ class CheckpointReader:
         if damage := _what_is_wrong(folder):
             raise ValueError(f"{folder} cannot be read: {damage}.")
         self._storage = SafeFileSystemReader(folder)
-        self._all = self._storage.read_metadata()
-        if damage := _impossible_sizes(self._all, folder):
+        found = self._storage.read_metadata()
+        if damage := _impossible_sizes(found):
             raise ValueError(f"{folder} cannot be read: {damage}.")
-        self._storage.set_up_storage_reader(self._all, is_coordinator=True)
-        self.metadata: Mapping[str, Any] = self._all.state_dict_metadata
+        self._storage.set_up_storage_reader(found, is_coordinator=True)
+        self.metadata: Mapping[str, Any] = found.state_dict_metadata
         """What is known of each key without reading it."""
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -52,19 +48,29 @@ class CheckpointReader:
 
     def value(self, key: str) -> Any:
         """Numbers, texts and lists of them; a tensor becomes such a list."""
-        if isinstance(self.metadata[key], TensorStorageMetadata):
-            if math.prod(self.shape(key)) > _LONGEST:
+        if not isinstance(self.metadata[key], TensorStorageMetadata):
+            try:
+                return _for_people(self._storage.entry(key))
+            except ValueError:  # what it holds is not needed
                 return _NO_VALUE
-            return self.part(key, (0,) * len(self.shape(key)), self.shape(key)).tolist()
-        wanted: dict[str, Any] = {key: None}
-        self._read(wanted)
-        return wanted[key]
+        if math.prod(max(n, 1) for n in self.shape(key)) > _LONGEST:
+            return _NO_VALUE
+        return self.part(key, (0,) * len(self.shape(key)), self.shape(key)).tolist()
 
     def part(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A rectangle of a tensor."""
-        dtype = self.metadata[key].properties.dtype
-        result = torch.empty(tuple(sizes), dtype=dtype)
-        self._read({key: OwnedBlocks(self.shape(key), [(tuple(offsets), result)], dtype)})
+        result = torch.zeros(tuple(sizes), dtype=self.metadata[key].properties.dtype)
+        found = 0
+        for number, piece in enumerate(self.metadata[key].chunks):
+            sides = zip(offsets, sizes, piece.offsets, piece.sizes, strict=True)
+            common = [(max(a, b), min(a + n, b + m), a, b) for a, n, b, m in sides]
+            if all(start < stop for start, stop, _, _ in common):
+                saved = self._storage.entry(key, number)
+                part = result[tuple(slice(i - a, j - a) for i, j, a, _ in common)]
+                part.copy_(saved[tuple(slice(i - b, j - b) for i, j, _, b in common)])
+                found += part.numel()
+        if found != result.numel():
+            raise ValueError(f"the pieces of '{key}' overlap, or one is missing.")
         return result
 
     def pieces(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -74,7 +80,7 @@ class CheckpointReader:
 
     def nonfinite(self, key: str) -> int:
         """How many numbers of a tensor are NaN or infinite; reads it piece by piece."""
-        parts = (self.part(key, *piece) for piece in self.pieces(key))
+        parts = (self._storage.entry(key, i) for i in range(len(self.metadata[key].chunks)))
         return sum(part.numel() - int(part.isfinite().sum()) for part in parts)
 
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -93,28 +99,6 @@ class CheckpointReader:
                 result[str(name)] = settings
         return result
 
-    def _read(self, wanted: dict[str, Any]) -> None:
-        planner = _ValuesPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(wanted, self._all, is_coordinator=True)
-        try:
-            self._storage.read_data(planner.create_local_plan(), planner).wait()
-        except Exception as error:  # whatever a damaged file makes of it
-            (line, *_) = str(error).splitlines() or [""]
-            raise ValueError(
-                f"{', '.join(map(repr, wanted))} cannot be read ({type(error).__name__}: {line})."
-            ) from None
-
-
-class _ValuesPlanner(DefaultLoadPlanner):
-    """Does not run code that a file may contain."""
-
-    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        key = read_item.dest_index.fqn
-        try:
-            self.state_dict[key] = _for_people(load_values(value, key))
-        except ValueError:
-            self.state_dict[key] = _NO_VALUE
-
 
 def _for_people(value: Any) -> Any:
     """Only what can be shown: a few bytes can say lists of any size, or steer a terminal."""
@@ -126,25 +110,15 @@ def _for_people(value: Any) -> Any:
     return value if all(part.isprintable() for part in parts if type(part) is str) else repr(value)
 
 
-def _impossible_sizes(metadata: Metadata, folder: Path) -> str:
+def _impossible_sizes(metadata: Metadata) -> str:
     """Tensors for which the files have too few bytes; "" if there are none."""
-    claimed: dict[str, int] = defaultdict(int)
-    stored: dict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
-    for index, info in metadata.storage_data.items():
-        claimed[info.relative_path] += info.length
-        # How much a compressed piece holds is not known before it is read.
-        room = math.inf if info.transform_descriptors else info.length
-        place = (index.fqn, tuple(index.offset or ()))
-        stored[place] = max(room, stored[place])
-    for name, length in claimed.items():
-        if (size := (folder / name).stat().st_size) < length:
-            return f"its entries take {length:,} bytes of {name}, which has {size:,}"
+    stored = {(i.fqn, tuple(i.offset or ())): s.length for i, s in metadata.storage_data.items()}
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
         for chunk in entry.chunks:
             needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            if needed > stored[key, tuple(chunk.offsets)]:
+            if needed > stored.get((key, tuple(chunk.offsets)), 0):
                 return f"a piece of '{key}' takes {needed:,} bytes, more than are stored for it"
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             return f"the pieces of '{key}' are not the whole of {list(entry.size)}"

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torchtitan.components.checkpoint import AsyncMode
 
-from shampoo_fsdp.checkpoint.safe_reader import UnsafeCheckpoint
+from shampoo_fsdp.checkpoint.safe_pickle import UnsafeCheckpoint
 from shampoo_torchtitan import checkpoint
 from shampoo_torchtitan.checkpoint import CheckpointError
 from shampoo_torchtitan.checkpoint_lock import FolderLock

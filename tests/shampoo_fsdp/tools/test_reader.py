@@ -59,7 +59,7 @@ def overlap(found: Metadata) -> None:
         (lambda m: rename(m, "optimizer.state.\x1b]0;x\x07.exp_avg"), "no printable text"),
         (lambda m: enlarge(m, 10**14, 10**14), f"a piece of '{KEY}' takes 1,200,000,000,000,000"),
         (lambda m: enlarge(m, 10**14, 2), f"the pieces of '{KEY}' are not the whole of"),
-        (overlap, "its entries take"),
+        (overlap, "two entries are said to be in the same bytes of __0_0.distcp"),
     ],
 )
 def test_what_is_claimed_must_be_there(
