@@ -22,7 +22,8 @@ def param_groups(
     model: nn.Module, weight_decay: float = 0.1, **settings: "Unpack[GroupKeywords]"
 ) -> list[dict[str, Any]]:
     """The parameters of a model that require a gradient, with their names, in the usual groups:
-    matrices and convolutions lose weight, vectors (biases, norms) and embeddings do not.
+    matrices and convolutions lose weight, vectors (biases, norms) and embeddings do not. Shampoo
+    leaves these embeddings to the grafted method, whatever their names (see `exclude`).
 
         Shampoo(param_groups(model, weight_decay=0.1), lr=1e-3)
 

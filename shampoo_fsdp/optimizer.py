@@ -68,8 +68,9 @@ class Shampoo(torch.optim.Optimizer):
         Args:
             params: `shampoo_fsdp.param_groups(model)`, `model.named_parameters()`, or groups of
                 these, or of plain parameters and 'param_names', with their own lr, betas, eps and
-                weight_decay. Parameters without names are refused where embeddings among them could
-                not be told, unless `exclude` is [].
+                weight_decay. The first of these knows embeddings by their type, the others by name.
+                Parameters without names are refused where embeddings among them could not be told,
+                unless `exclude` is [].
             lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor, on the CPU. betas[1] also
                 averages the factors; 1.0 sums them. For the kind of weight decay see
                 `weight_decay_type`.

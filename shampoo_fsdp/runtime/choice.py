@@ -92,8 +92,8 @@ def what_names_miss(
         )
     if found := unmatched([p for p in config.exclude if p != DEFAULT_EXCLUDE], shapes):
         yield (
-            f"setting 'exclude' has {name_some(found)}, which the name of no parameter matches; "
-            "nothing is excluded there."
+            f"setting 'exclude' has {name_some(found)}, which the name of no parameter matches (or "
+            "of none in this part of the model); nothing is excluded there."
         )
     everything = dataclasses.replace(config, exclude=[])
     matrices = [n for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, everything)]
@@ -118,12 +118,15 @@ def _doubtful(
     """Preconditioned matrices that may be embeddings or the output layer, by name.
 
     Those of layers with numbers are neither, unless the type says so or the very first is tall.
+    Where types are known it is the last matrix alone that may be one, an output layer, if it has
+    the rows of an embedding.
     """
     matrices = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
     if embeddings:
         suspects = [name for name in shapes if embeddings.get(name)]
         rows = {shapes[name][0] for name in suspects}
-        suspects += [name for name in matrices if not _numbered(name) and shapes[name][0] in rows]
+        last = [name for name in matrices if not embeddings.get(name)][-1:]
+        suspects += [name for name in last if not _numbered(name) and shapes[name][0] in rows]
     else:
         tall = [name for name in matrices if shapes[name][0] > _TALL * shapes[name][1]]
         suspects = [name for name in tall if not _numbered(name) or name == matrices[0]]

@@ -32,6 +32,8 @@ def torchrun(script: str, ranks: int, *arguments: str) -> str:
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{script} on {ranks} ranks failed:\n{done.stdout}\n{done.stderr}")
+    if "exclude = [" in done.stderr:
+        raise RuntimeError(f"of this ordinary model names are doubted:\n{done.stderr}")
     return done.stdout
 
 

@@ -49,8 +49,9 @@ def test_ordinary_models_are_not(shapes):
     assert told(shapes) == []
 
 
-def test_where_types_are_known_doubt_is_of_what_has_the_rows_of_an_embedding():
-    shapes = {"token.weight": (20, 8), "fc.weight": (65, 4), **LAYERS, "unembed.weight": (20, 8)}
+def test_where_types_are_known_doubt_is_of_a_last_matrix_with_the_rows_of_an_embedding():
+    shapes = {"token.weight": (20, 8), "fc.weight": (65, 4), "first.up.weight": (20, 8), **LAYERS}
+    shapes["unembed.weight"] = (20, 8)
     embeddings = {name: name == "token.weight" for name in shapes}
     assert doubted(shapes, embeddings, exclude=["default", "^token"]) == ["unembed.weight"]
     assert doubted(shapes, embeddings, exclude=["unembed"]) == ["token.weight"]
