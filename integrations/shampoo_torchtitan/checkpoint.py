@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torchtitan.tools.logging import logger
 
@@ -74,7 +75,7 @@ def explain(error: CheckpointException, folder: str) -> str:
     for failure, _ in error.failures.values():
         if isinstance(failure, CheckpointMismatch):
             return (
-                f"{folder} does not fit this job: {failure} (Settings are those of the table "
+                f"{folder} does not fit this job: {failure} (Settings without a table are those of "
                 "[optimizer.shampoo]. Another --job.dump_folder starts anew.)"
             )
         if isinstance(failure, UnsafeCheckpoint):
@@ -255,7 +256,20 @@ class ShampooCheckpoints(CheckpointManager):
 
 
 class _JobPlanner(ShampooLoadPlanner):
-    """TorchTitan's data loader unpickles its state, which is a pickle inside of the checkpoint."""
+    """TorchTitan's data loader unpickles its state, which is a pickle inside of the checkpoint, and
+    goes on with as many data-parallel ranks alone."""
+
+    def create_local_plan(self) -> LoadPlan:
+        here = self.state_dict.get(f"{DATALOADER}.world_size")
+        keys = self.metadata.state_dict_metadata if self.metadata else ()
+        there = sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in keys)
+        if here and there and here != there:
+            raise CheckpointMismatch(
+                f"its data loaders were those of {there} data-parallel ranks, and here are {here}: "
+                f'set checkpoint.exclude_from_loading = ["{DATALOADER}"], and all else goes on, '
+                "with the data from their beginning."
+            )
+        return super().create_local_plan()
 
     def value_of(self, key: str, stream: BytesIO) -> Any:
         value = super().value_of(key, stream)

@@ -32,6 +32,18 @@ def test_a_run_of_adamw_goes_on_with_shampoo_and_back(tmp_path):
     assert back.losses == pytest.approx(at_once.losses[6:], rel=1e-5)
 
 
+def test_data_loaders_of_another_number_of_ranks_are_refused_with_what_to_do(tmp_path):
+    job = jobs.write_job(tmp_path)
+    run(2, job, *COMMON, "--training.steps=3")
+    (outcome,) = run(1, job, *COMMON, "--training.steps=6")
+    assert outcome.exit_code == 2 and outcome.losses == []
+    assert "data loaders were those of 2 data-parallel ranks, and here are 1" in outcome.logged
+    assert 'set checkpoint.exclude_from_loading = ["dataloader"]' in outcome.logged
+    excluded = "--checkpoint.exclude_from_loading=dataloader"
+    (outcome,) = run(1, job, *COMMON, "--training.steps=4", excluded)
+    assert outcome.step == 4 and len(outcome.losses) == 1
+
+
 def test_another_block_size_is_refused_or_starts_new_factors(tmp_path):
     job = jobs.write_job(tmp_path)
     run(2, job, *COMMON, "--training.steps=3")
