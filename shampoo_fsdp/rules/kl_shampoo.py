@@ -1,6 +1,5 @@
 """KL-Shampoo: each side's second moment, whitened by the other sides."""
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -39,6 +38,7 @@ class KLShampoo(Shampoo):
     # No pseudo-inverse: what both sides lack would be whitened to zero, and so never enter either.
     root_methods: ClassVar[tuple[str, ...]] = ("eigh", "coupled_newton", "polynomial", "qr")
     averages = True
+    resolution = _RESOLUTION
     products = 3
 
     @classmethod
@@ -50,12 +50,6 @@ class KLShampoo(Shampoo):
     @classmethod
     def root_exponent(cls, config: ShampooConfig, factors: int) -> float:
         return 0.5
-
-    def __init__(
-        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(shape, config, state)
-        self.resolution = max(self.resolution, _RESOLUTION)
 
     def restart(self, where: Positions) -> None:
         super().restart(where)

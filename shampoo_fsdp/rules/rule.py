@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
-from shampoo_fsdp.rules.factors import factor_kinds, is_matrix
+from shampoo_fsdp.rules.factors import factor_kinds, is_matrix, resolution_of
 from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
 from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
@@ -24,9 +24,10 @@ class Health(NamedTuple):
     """Figures about the factors that are matrices, for reports; both [dimensions, B]."""
 
     condition: Tensor
-    """Largest over smallest eigenvalue, with the ridge, as far as cheap products tell."""
+    """See :func:`shampoo_fsdp.rules.factors.condition_number`, as far as cheap products tell."""
     residual: Tensor
-    """How far the roots or eigenbases in use are from those of the factors of today, relative."""
+    """How much the factors have outgrown their roots or eigenbases: from 0, not at all, to 1, which
+    is nothing in common."""
 
 
 class Now(NamedTuple):
@@ -73,6 +74,9 @@ class Rule(ABC):
     """Whether nothing but the products of a step reads what it keeps in `root_dtype`."""
     averages: ClassVar[bool] = False
     """Whether its factors must be averages (beta2 below 1)."""
+    resolution: float = 0.0
+    """Eigenvalues of a factor count as at least this, relative to the largest; of a rule's blocks
+    also as at least what :func:`shampoo_fsdp.rules.factors.resolution_of` says."""
     products: ClassVar[int]
     """Matrix products with a d_i x d_i matrix per step and dimension, for the planner."""
     refresh_cost: ClassVar[float] = 1.0
@@ -142,9 +146,8 @@ class Rule(ABC):
         """Dimensions whose factor is a diagonal."""
         kept = {i: state.get(f"factors_{i}") for i in self.full}
         self.factors = {i: MatrixStack(factor) for i, factor in kept.items() if factor is not None}
-        # Rounding of bf16 entries, 2^-9 of each, adds up to less in the eigenvalues of a matrix:
-        # measured, spectra are right down to about 2^-12 of the largest.
-        self.resolution = 0.0 if config.factor_dtype == "float32" else 2.0**-12
+        kept_in = torch_dtype(config.factor_dtype)
+        self.resolution = max(self.resolution, resolution_of(kept_in))
         count = len(self.full) + len(self.diagonal)
         self.exponent = -self.root_exponent(config, count) if count else 0.0
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.rules.factors import condition_number, factor_kinds
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     StateEntry,
@@ -17,18 +17,14 @@ from shampoo_fsdp.rules.matrices import (
     unfold,
 )
 from shampoo_fsdp.rules.precision import gram_dtype
-from shampoo_fsdp.rules.roots import (
-    inverse_root,
-    inverse_root_from_basis,
-    ridged_powers,
-    root_residual,
-)
+from shampoo_fsdp.rules.roots import inverse_root, inverse_root_from_basis, ridged_powers
 from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
 from shampoo_fsdp.validation import refuse
 
 __all__ = ["Shampoo"]
 
 _POWER_ITERATIONS = 8
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @register
@@ -79,6 +75,9 @@ class Shampoo(Rule):
     ) -> None:
         super().__init__(shape, config, state)
         self.roots = {i: MatrixStack(state[f"inverse_roots_{i}"]) for i in self.full}
+        # How much the last refresh changed each root, for `health`; in no checkpoint.
+        kept = {i: root.storage for i, root in self.roots.items()}
+        self._changes = {i: m.new_zeros(len(m), dtype=torch.float32) for i, m in kept.items()}
 
     def restart(self, where: Positions) -> None:
         for i in self.full:
@@ -108,12 +107,17 @@ class Shampoo(Rule):
             roots, bad = self._roots_of(same, where, factors, cold, self._ridge(factors, own), own)
             # A block that has seen no gradient has no scale: its roots would blow up the first.
             unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
-            stays = per_block(bad | unseen, 3).chunk(len(same))
             failed |= zip(same, bad.chunk(len(same)), strict=True)
             roots = roots.to(self.roots[same[0]].storage.dtype)
-            for i, root, stay in zip(same, roots.chunk(len(same)), stays, strict=True):
-                kept = self.roots[i]
-                kept.write(torch.where(stay, kept.read(where, root.dtype), root), where)
+            before = torch.cat([self.roots[i].read(where, roots.dtype) for i in same])
+            roots = torch.where(per_block(bad | unseen, 3), before, roots)
+            changes = _change(before, roots)
+            if cold:  # the first root takes the place of the identity
+                changes = torch.zeros_like(changes)
+            parts = (roots.chunk(len(same)), changes.chunk(len(same)))
+            for i, root, change in zip(same, *parts, strict=True):
+                self.roots[i].write(root, where)
+                self._changes[i][where] = change
         return torch.stack([failed[i] for i in self.full])
 
     def _roots_of(
@@ -142,16 +146,16 @@ class Shampoo(Rule):
         return roots, failed | roots.sum((1, 2)).isfinite().logical_not_()
 
     def health(self, correction: float | Tensor) -> Health:
-        conditions, residuals = [], []
-        for i, kept in self.roots.items():
-            own = self._correction_of(i, correction)
-            factor, root = self.factors[i].read(), kept.read()
-            ridge = self._ridge(factor, own)
-            # The largest eigenvalue of the root is that of the smallest of the factor.
-            smallest = _largest_eigenvalue(root) ** (1.0 / self.exponent)
-            conditions.append(_largest_eigenvalue(factor) / own / smallest)
-            residuals.append(root_residual(factor, root, self.exponent, ridge, own))
-        return Health(torch.stack(conditions), torch.stack(residuals))
+        """The residual is the change of the root at its last refresh: it is known what the old one
+        was good for when there is a new one."""
+        conditions = []
+        for i, root in self.roots.items():
+            factor = self.factors[i].read()
+            # What the root magnifies most is what the factor has least of.
+            largest, smallest = (_growth(factor, _dominant(m)) for m in (factor, root.read()))
+            conditions.append(condition_number(largest, smallest, self.resolution))
+        changes = torch.stack([*self._changes.values()])
+        return Health(torch.stack(conditions), changes.clamp_max_(1.0))
 
     def direction(self, momentum: Tensor, now: Now, out: Tensor) -> Tensor:
         result = momentum
@@ -192,11 +196,25 @@ def _joined(values: Sequence[float | Tensor], factors: Tensor) -> float | Tensor
     )
 
 
-def _largest_eigenvalue(matrices: Tensor) -> Tensor:
-    """An estimate from below, [B], of positive semi-definite matrices [B, n, n]."""
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """||after - before|| / ||after|| of matrices [B, n, n]; [B]."""
+    change, whole = (
+        torch.linalg.vector_norm(m, 2, (1, 2), dtype=torch.float32) for m in (after - before, after)
+    )
+    relative: Tensor = change / whole
+    return relative
+
+
+def _dominant(matrices: Tensor) -> Tensor:
+    """About the eigenvectors of the largest eigenvalues of positive semi-definite matrices
+    [B, n, n]; rows of length 1, [B, 1, n]."""
     vectors = torch.ones_like(matrices[:, :1])  # rows, see `root_residual`
-    norm = torch.ones_like(vectors[..., :1])
     for _ in range(_POWER_ITERATIONS):
-        vectors = (vectors / torch.where(norm > 0.0, norm, 1.0)) @ matrices
-        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return norm.view(-1)
+        vectors = torch.nn.functional.normalize(vectors @ matrices, dim=-1, eps=_TINY)
+    return vectors
+
+
+def _growth(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """v A v^T of rows v of length 1, [B]."""
+    result: Tensor = (vectors @ matrices * vectors).sum((1, 2))
+    return result

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.rules.factors import condition_number, factor_kinds
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     StateEntry,
@@ -16,7 +16,6 @@ from shampoo_fsdp.rules.matrices import (
     unfold,
 )
 from shampoo_fsdp.rules.precision import gram_dtype
-from shampoo_fsdp.rules.roots import ridged_powers
 from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
 from shampoo_fsdp.validation import refuse
 
@@ -111,10 +110,8 @@ class Soap(Rule):
             vectors = self.state[f"eigenvectors_{i}"].float()
             rotated = vectors.mT @ self.factors[i].read() @ vectors
             eigenvalues = rotated.diagonal(dim1=1, dim2=2)
-            ridged = ridged_powers(
-                eigenvalues, 1.0, self.config.preconditioner_eps, self.resolution
-            )
-            conditions.append(ridged.amax(1) / ridged.amin(1))
+            largest, smallest = eigenvalues.amax(1), eigenvalues.amin(1)
+            conditions.append(condition_number(largest, smallest, self.resolution))
             whole = torch.linalg.matrix_norm(rotated)
             beside = torch.linalg.matrix_norm(rotated - torch.diag_embed(eigenvalues))
             residuals.append(beside / torch.where(whole > 0.0, whole, 1.0))

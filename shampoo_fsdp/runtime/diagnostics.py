@@ -17,7 +17,7 @@ class Diagnostics:
     largest: dict[str, float] = field(default_factory=dict)
     """The largest of any rank counts: milliseconds of the parts of the step ("ms/roots"), the
     worst residual of the roots in use ("root_residual"), the worst condition number of a factor
-    ("condition_number"), and memory ("state_mib")."""
+    ("condition_number"), both as `Health` says, and memory ("state_mib")."""
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Sums of squares and numbers of elements of the updates before lr, by kind of parameter."""
     ratios: tuple[float, float] = (0.0, 0.0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shampoo_fsdp.checkpoint.fits import state_keys
-from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid, cut_view
 from shampoo_fsdp.rules.factors import FactorKind, factor_kinds
 from shampoo_fsdp.rules.kept import MARKER, factor_entries, preconditioner_of
@@ -158,14 +158,17 @@ def _parameter(
     checked = {entry: key for entry, key in keys.items() if entry != MARKER}
     checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
     marker = reader.shape(keys[MARKER]) if MARKER in keys else ()
-    number_of_blocks, blocks = _blocks(reader, keys, most_blocks) if MARKER in keys else (0, [])
+    preconditioner, number_of_blocks, blocks = preconditioner_of(marker), 0, list[Block]()
+    if marker:
+        resolution = getattr(RULES.get(preconditioner), "resolution", 0.0)
+        number_of_blocks, blocks = _blocks(reader, keys, most_blocks, resolution)
     return Parameter(
         name=name,
         shape=reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
         step=int(reader.value(keys["step"])) if "step" in keys else 0,
         factor_step=int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
         settings=settings,
-        preconditioner=preconditioner_of(marker),
+        preconditioner=preconditioner,
         max_preconditioner_dim=marker[0] if marker else None,
         bytes={
             "moments": sum(map(reader.size_in_bytes, moments)),
@@ -178,9 +181,10 @@ def _parameter(
 
 
 def _blocks(
-    reader: CheckpointReader, keys: Mapping[str, str], most_blocks: int | None
+    reader: CheckpointReader, keys: Mapping[str, str], most_blocks: int | None, resolution: float
 ) -> tuple[int, list[Block]]:
-    """How many there are, and those that are looked at, in the order of the grid."""
+    """How many there are, and those that are looked at, in the order of the grid; `resolution` is
+    that of the rule."""
     grid = _grid(reader, keys)
     blocks = [
         Block(tuple(start for start, _ in grid.rectangle(c)), grid.block_shape(c), [])
@@ -197,8 +201,9 @@ def _blocks(
                 if entry not in keys or kinds[block.shape][dimension] != kind:
                     continue
                 if position in chosen:
-                    factor = factor_in(reader, keys[entry], start, dimension, n, kept)
-                    block.factors.append(factor)
+                    block.factors.append(
+                        factor_in(reader, keys[entry], start, dimension, n, kept, resolution)
+                    )
                 start += elements_of(n, kept)
     return len(blocks), [block for i, block in enumerate(blocks) if i in chosen]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.rules.factors import condition_number, resolution_of
 from shampoo_fsdp.rules.matrices import unpacked
 from shampoo_fsdp.tools.reader import CheckpointReader
 
 __all__ = ["Factor", "elements_of", "factor_in"]
 
-_RESOLUTION = torch.finfo(torch.float32).eps
 _CURVE_POINTS = 65
 
 
@@ -24,22 +24,34 @@ class Factor:
     kind: str
     """"full", "packed" (kept as its upper triangle) or "diagonal"."""
     condition_number: float
-    """The largest eigenvalue by the smallest, which counts as at least 2^-23 of the largest, as it
-    does when roots are taken; NaN if all are zero or one is not finite."""
+    """See :func:`shampoo_fsdp.rules.factors.condition_number`; NaN if all eigenvalues are zero or
+    one is not finite."""
     effective_rank: float
     """exp of the entropy of the eigenvalues divided by their sum (Roy and Vetterli 2007): n if all
     are equal, 1 if all but one are zero; NaN as above."""
     vanishing: float
-    """Share of the eigenvalues that are below 2^-23 of the largest."""
+    """Share of the eigenvalues that are below the rule's resolution of the largest: roots count
+    them as this."""
     spectrum: list[float] = field(repr=False)
     """The eigenvalues by the largest, descending, at evenly spaced places; [] for NaN."""
 
 
 def factor_in(
-    reader: CheckpointReader, key: str, start: int, dimension: int, n: int, kind: str
+    reader: CheckpointReader,
+    key: str,
+    start: int,
+    dimension: int,
+    n: int,
+    kind: str,
+    resolution: float,
 ) -> Factor:
-    values = reader.part(key, (start,), (elements_of(n, kind),)).double()
-    spectrum = _eigenvalues(values, n, kind)
+    """
+    Args:
+        resolution: of the rule.
+    """
+    values = reader.part(key, (start,), (elements_of(n, kind),))
+    resolution = max(resolution, resolution_of(values.dtype))
+    spectrum = _eigenvalues(values.double(), n, kind)
     if spectrum is None:
         return Factor(dimension, n, kind, math.nan, math.nan, math.nan, [])
     relative = spectrum / spectrum[0]
@@ -50,9 +62,9 @@ def factor_in(
         dimension=dimension,
         n=n,
         kind=kind,
-        condition_number=1.0 / max(relative[-1].item(), _RESOLUTION),
+        condition_number=condition_number(spectrum[0], spectrum[-1], resolution).item(),
         effective_rank=entropy.exp().item(),
-        vanishing=(relative < _RESOLUTION).double().mean().item(),
+        vanishing=(relative < resolution).double().mean().item(),
         spectrum=relative[places].tolist(),
     )
 

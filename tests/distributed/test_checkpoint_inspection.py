@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
+from shampoo_fsdp.runtime.diagnostics import merged
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.tools.inspection import inspect_checkpoint
 from shampoo_fsdp.tools.inspection_report import print_report
@@ -86,7 +89,7 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
     for block, expected in zip(wq["blocks"], matrices, strict=True):
         for factor, matrix in zip(block["factors"], expected, strict=True):
             values = torch.linalg.eigvalsh(matrix).clamp(min=0.0)
-            floor = values[-1] * 2.0**-23
+            floor = values[-1] * 1e-5  # that of the roots of KL-Shampoo
             condition = values[-1] / torch.maximum(values[0], floor)
             assert factor["condition_number"] == pytest.approx(condition.item(), rel=1e-3)
             shares = values / values.sum()
@@ -214,6 +217,24 @@ def test_what_cannot_be_inspected_is_said_in_a_line(folder, capsys, tmp_path):
     assert ".metadata cannot be read (EOFError" in refusal(tmp_path / "step-1")
     (tmp_path / "step-1" / ".metadata").unlink()
     assert "saving it has not finished" in refusal(tmp_path / "step-1")
+
+
+@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
+@pytest.mark.parametrize("rank", [3, 12])
+def test_the_condition_number_is_that_of_the_log(tmp_path, preconditioner, rank):
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(12, 12, bias=False)
+    settings = {"preconditioner": preconditioner, "betas": (0.9, 0.5 if rank == 3 else 0.95)}
+    optimizer = Shampoo(model.named_parameters(), **settings)
+    (rows,) = torch.randn(1, rank, 12, generator=generator)
+    for _ in range(30):
+        model.weight.grad = torch.randn(12, rank, generator=generator) @ rows
+        optimizer.step()
+    dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=tmp_path)
+    (weight,) = inspect_checkpoint(tmp_path).parameters
+    inspected = max(factor.condition_number for factor in weight.blocks[0].factors)
+    logged = merged([optimizer.diagnostics()])["condition_number"]
+    assert logged == pytest.approx(inspected, rel=0.01 if rank == 3 else 0.25)
 
 
 def test_the_report_fits_a_narrow_terminal(folder):
