@@ -48,12 +48,14 @@ def dry_run(
     config: ShampooConfig,
     machine: Machine,
     rank: int = 0,
+    sharing: int = 1,
 ) -> dict[str, Any]:
     """Figures of a step of one rank in the long run.
 
     Args:
         specs: parameters of a model; all are on the same ranks.
         rank: whose step it is.
+        sharing: GPUs of a data-parallel rank, see `Machine.training_step`.
     """
     with dry_optimizer(specs, config, rank) as optimizer:
         work = dry_step(optimizer, machine)
@@ -67,7 +69,7 @@ def dry_run(
             for tensor in (way.staying, way.leaving, way.arrived)
         )
     parameters = sum(math.prod(spec.shape) for spec in specs)
-    training = machine.training_step(parameters)
+    training = machine.training_step(parameters, sharing)
     muon = _muon_step(specs, machine)
     return {
         "ranks": math.prod(specs[0].mesh_shape),
@@ -154,12 +156,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = machine_of(options)
     settings = dict(pair.split("=", 1) for pair in options["set"])
     config = settings_from_keywords({name: value_of(text) for name, text in settings.items()})
-    specs = model_specs(options["model"], mesh_of(options["mesh"]))
+    mesh = mesh_of(options["mesh"])
+    specs = model_specs(options["model"], mesh)
     rank = options["rank"]
     if rank is None:
         rank = _busiest(specs, config)
     title = f"{options['model']} on {options['mesh']}"
-    figures = {"title": title, **dry_run(specs, config, machine, rank)}
+    figures = {"title": title, **dry_run(specs, config, machine, rank, mesh.get("tp", 1))}
     if options["json"]:
         print(json.dumps(figures, indent=2))
     else:

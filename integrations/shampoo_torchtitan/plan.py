@@ -83,9 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = job_report(job, models, options.world_size, options.device)
         step = None
         if options.device == "cuda":
+            ranks = _data_parallel_ranks(job, options.world_size)
             if options.tokens is None:
-                options.tokens = _tokens_per_rank(job, options.world_size)
-            step = model_step(report, models, machine_of(vars(options)))
+                options.tokens = _tokens(job, ranks)
+            sharing = options.world_size // ranks
+            step = model_step(report, models, machine_of(vars(options)), sharing)
     except (
         AssertionError,
         ImportError,
@@ -151,13 +153,19 @@ def job_report(
     return PlanReport(title, models, generation.shampoo_of(config, names), device)
 
 
-def _tokens_per_rank(config: Any, world_size: int) -> float:
-    """Of a step."""
-    dims, training = _parallel_dims(config, world_size), config.training
-    sequences = training.global_batch_size
-    if sequences <= 0:
-        sequences = training.local_batch_size * dims.dp_replicate * dims.dp_shard
-    return float(sequences * training.seq_len / world_size)
+def _data_parallel_ranks(config: Any, world_size: int) -> int:
+    """Tensor, context and pipeline parallelism share the work on the tokens of one."""
+    dims = _parallel_dims(config, world_size)
+    return int(dims.dp_replicate * dims.dp_shard)
+
+
+def _tokens(config: Any, ranks: int) -> float:
+    """Of a step, for each of these data-parallel ranks."""
+    training = config.training
+    sequences = training.local_batch_size
+    if training.global_batch_size > 0:
+        sequences = training.global_batch_size / ranks
+    return float(sequences * training.seq_len)
 
 
 def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:

@@ -55,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) -> None:
     machine = machine_of(settings)
     config = settings_from_keywords(settings)
-    models = [model_specs(model, mesh_of(mesh))]
+    sizes = mesh_of(mesh)
+    models = [model_specs(model, sizes)]
     report = PlanReport(f"{model} on {mesh}", models, config, device)
-    step = model_step(report, models, machine) if device == "cuda" else None
+    step = None
+    if device == "cuda":
+        step = model_step(report, models, machine, sizes.get("tp", 1))
     if json:
         _print_json(report.as_json() | ({"step": step.as_json()} if step else {}))
     else:

@@ -34,7 +34,8 @@ class Machine:
     host_launch: float = 18.0
     """Microseconds that the host takes for a kernel, while the GPU is busy with others."""
     tokens: float = 8192.0
-    """Of a step, for each GPU: those of all sequences over all GPUs."""
+    """Of a step, for each data-parallel rank, as a trainer's batch says it: its sequences times
+    their length, over all microbatches."""
     active: float = 1.0
     """The part of all parameters that a token uses; mixtures of experts use less than all."""
 
@@ -50,9 +51,15 @@ class Machine:
         both ways are used at once."""
         return max(near / self.node, far / self.network) * 1e-6
 
-    def training_step(self, parameters: float) -> float:
-        """Milliseconds of forward and backward of a model on a GPU."""
-        return 6.0 * parameters * self.active * self.tokens / (1e9 * self.training)
+    def training_step(self, parameters: float, sharing: int = 1) -> float:
+        """Milliseconds of forward and backward of a model.
+
+        Args:
+            sharing: GPUs that share the work on a data-parallel rank's tokens, by tensor, context
+                and pipeline parallelism.
+        """
+        flops = 6.0 * parameters * self.active * self.tokens
+        return flops / (sharing * 1e9 * self.training)
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {rate:,g}" for name, rate in dataclasses.asdict(self).items())

@@ -24,6 +24,8 @@ class ModelledStep:
     machine: Machine
     elements: int
     """Of all parameters of the model."""
+    sharing: int
+    """GPUs of a data-parallel rank, see :meth:`Machine.training_step`."""
     parts: dict[str, float]
     """What the GPU computes for each part of a step."""
     waited: float
@@ -41,7 +43,7 @@ class ModelledStep:
     @property
     def training(self) -> float:
         """Forward and backward."""
-        return self.machine.training_step(self.elements)
+        return self.machine.training_step(self.elements, self.sharing)
 
     @property
     def share(self) -> float:
@@ -61,12 +63,16 @@ class ModelledStep:
 
 
 def model_step(
-    report: PlanReport, models: Sequence[Sequence[ParameterSpec]], machine: Machine
+    report: PlanReport,
+    models: Sequence[Sequence[ParameterSpec]],
+    machine: Machine,
+    sharing: int = 1,
 ) -> ModelledStep:
     """
     Args:
         report: the plan.
         models: what it was made of.
+        sharing: GPUs of a data-parallel rank, see :meth:`Machine.training_step`.
 
     Raises:
         RuntimeError: if torch.distributed is in use already.
@@ -89,5 +95,6 @@ def model_step(
         decompositions += work.total["decompositions"]
         peak = max(peak, work.peak)
     busy = {part: float(took) for part, took in parts.items()}
-    elements = report.elements
-    return ModelledStep(rank, machine, elements, busy, waited, kernels, decompositions, peak)
+    return ModelledStep(
+        rank, machine, report.elements, sharing, busy, waited, kernels, decompositions, peak
+    )

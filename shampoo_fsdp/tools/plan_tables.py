@@ -80,7 +80,9 @@ def _print_step(step: ModelledStep, report: PlanReport, say: Callable[[Any], Non
         table.add_row(part, f"{took:,.2f}")
     table.add_section()
     table.add_row("optimizer", f"{step.total:,.2f}")
-    table.add_row("forward and backward", f"{step.training:,.1f}")
+    shared = f", on {step.sharing} GPUs" if step.sharing > 1 else ""
+    tokens = f"{step.machine.tokens:,g} tokens per data-parallel rank{shared}"
+    table.add_row(f"forward and backward: {tokens}", f"{step.training:,.1f}")
     say(table)
     frequency = report.settings.precondition_frequency
     say(

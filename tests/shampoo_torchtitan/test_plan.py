@@ -144,6 +144,23 @@ def test_the_command_reads_a_job_file(capsys):
     assert report["imbalance"]["gflop_per_step"] <= 1.05
 
 
+def test_gpus_that_share_a_sequence_share_its_tokens(capsys):
+    """Of 16 GPUs 4 work on each sequence by tensor and context parallelism."""
+    job = Path(__file__).parents[2] / "configs" / "llama3_8b.toml"
+    degrees = ("--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2")
+    batch = ("--training.local_batch_size=2", "--training.seq_len=4096")
+    command = ["--job.config_file", str(job), "--world-size", "16", "--json", *batch]
+
+    def step(*arguments: str) -> dict[str, float]:
+        assert main([*command, *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["step"]
+
+    alone, shared = step(), step(*degrees)
+    assert alone["machine"]["tokens"] == shared["machine"]["tokens"] == 2 * 4096
+    assert shared["training_ms"] == pytest.approx(alone["training_ms"] / 4)
+    assert step(*degrees, "--tokens=8192")["training_ms"] == shared["training_ms"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

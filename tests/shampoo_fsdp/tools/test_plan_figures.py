@@ -122,6 +122,13 @@ def test_a_model_without_matrices_is_reported():
     assert not math.isnan(sum(report.imbalance.values()))
 
 
+def test_gpus_of_tensor_parallelism_share_the_tokens_of_a_sequence(capsys):
+    model = ("--model", "llama3-8b", "--tokens", "8192", "--mesh")
+    alone, shared = (as_json(capsys, *model, mesh) for mesh in ("dp_shard=16", "dp_shard=4,tp=4"))
+    assert alone["step"]["sharing"] == 1 and shared["step"]["sharing"] == 4
+    assert 4 * shared["step"]["training_ms"] == pytest.approx(alone["step"]["training_ms"])
+
+
 def test_tables_for_people(capsys):
     assert main(["plan", "--model", "llama3-8b", "--mesh", "dp_shard=16"]) == 0
     out = capsys.readouterr().out
