@@ -26,6 +26,8 @@ from shampoo_fsdp.validation import name_some
 __all__ = ["Block", "Checkpoint", "Parameter", "inspect_checkpoint"]
 
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
+# What a checkpoint may claim, as each block is looked at.
+_FEW_BLOCKS, _LEAST_BYTES, _MOST_SHAPES = 1_000, 32, 100
 _TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")
 
 
@@ -186,6 +188,12 @@ def _blocks(
     """How many there are, and those that are looked at, in the order of the grid; `resolution` is
     that of the rule."""
     grid = _grid(reader, keys)
+    room = sum(reader.size_in_bytes(key) for key in keys.values() if reader.is_tensor(key))
+    if len(grid) > _FEW_BLOCKS + room // _LEAST_BYTES or len(grid.block_shapes) > _MOST_SHAPES:
+        raise ValueError(
+            f"'{keys['exp_avg']}' is said to be cut into {len(grid):,} blocks, more than its state "
+            "has room for, or of more shapes than settings can give."
+        )
     blocks = [
         Block(tuple(start for start, _ in grid.rectangle(c)), grid.block_shape(c), [])
         for c in grid.coordinates()
@@ -252,6 +260,6 @@ def _grids(view: tuple[int, ...], cap: int) -> Iterator[BlockGrid]:
         yield cut_view(view, batch_dims, config)
     for batch_dims, config in kinds:
         rows = view[batch_dims]
-        for head in range(1, rows):
-            if rows % head == 0:
-                yield cut_view(view, batch_dims, config, head=head)
+        small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+        for head in sorted({*small, *(rows // n for n in small)} - {rows}):
+            yield cut_view(view, batch_dims, config, head=head)

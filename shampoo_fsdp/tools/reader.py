@@ -39,6 +39,9 @@ class CheckpointReader:
         self.metadata: Mapping[str, Any] = found.state_dict_metadata
         """What is known of each key without reading it."""
 
+    def is_tensor(self, key: str) -> bool:
+        return isinstance(self.metadata[key], TensorStorageMetadata)
+
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.metadata[key].size)
 
@@ -48,7 +51,7 @@ class CheckpointReader:
 
     def value(self, key: str) -> Any:
         """Numbers, texts and lists of them; a tensor becomes such a list."""
-        if not isinstance(self.metadata[key], TensorStorageMetadata):
+        if not self.is_tensor(key):
             try:
                 return _for_people(self._storage.entry(key))
             except ValueError:  # what it holds is not needed

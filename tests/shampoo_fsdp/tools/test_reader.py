@@ -1,6 +1,8 @@
 """What a checkpoint claims must be there, and what it says fits the screen."""
 
 import collections
+import dataclasses
+import itertools
 import os
 import pickle
 from collections.abc import Callable
@@ -11,9 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from shampoo_fsdp import Shampoo
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.grid import BlockGrid
+from shampoo_fsdp.rules.kept import settings_marker
 from shampoo_fsdp.tools.command import main
 
 KEY = "optimizer.state.w.exp_avg"
@@ -103,6 +108,37 @@ def test_state_of_another_form_is_said_in_a_line(tmp_path, capsys, entry, value,
     if value is not None:
         keys[f"state.w.{entry}"] = value
     dcp.save({"optimizer": keys}, checkpoint_id=tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("cuts", "said"),
+    [
+        ([range(121), range(121)], "cut into 14,400 blocks"),
+        ([[n * (n - 1) // 2 for n in range(1, 16)]] * 2, "cut into 196 blocks"),
+    ],
+)
+def test_more_blocks_than_there_is_room_for_are_refused(tmp_path, capsys, cuts, said):
+    cuts = tuple(tuple(c) for c in cuts)
+    shape = tuple(c[-1] for c in cuts)
+    marker = settings_marker(ShampooConfig(), BlockGrid(shape, 0, cuts).fingerprint)
+    state = {"exp_avg": torch.ones(shape), "max_preconditioner_dim": torch.empty(marker)}
+    keys = {f"state.w.{name}": value for name, value in state.items()}
+    dcp.save({"optimizer": keys}, checkpoint_id=tmp_path, no_dist=True)
+    found = pickle.loads((tmp_path / ".metadata").read_bytes())
+    entry = found.state_dict_metadata[KEY]
+    (place,) = (v for k, v in found.storage_data.items() if k.fqn == KEY)
+    entry.chunks = []
+    for row, column in itertools.product(*map(itertools.pairwise, cuts)):
+        offsets = torch.Size((row[0], column[0]))
+        sizes = torch.Size((row[1] - row[0], column[1] - column[0]))
+        entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
+        length = sizes.numel() * 4
+        found.storage_data[MetadataIndex(KEY, offsets)] = dataclasses.replace(place, length=length)
+        place = dataclasses.replace(place, offset=place.offset + length)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(found))
     assert main(["inspect", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
