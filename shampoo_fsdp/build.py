@@ -24,6 +24,7 @@ from shampoo_fsdp.runtime.groups import Given, given_in
 from shampoo_fsdp.runtime.parameters import check_parameters
 from shampoo_fsdp.runtime.ranks import Replicas
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
+from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, make_parameters, summary
 from shampoo_fsdp.state import create_state
 
@@ -43,6 +44,7 @@ class Built:
     """Which settings were not given and follow from the device, and why: one line, or ""."""
     parameters: Parameters
     excluded: ExcludedParameters
+    streaks: Streaks
     watch: Stopwatch
     tensors: tuple[Tensor, ...]
     """Of the groups, in their order."""
@@ -133,5 +135,13 @@ def build(
         for problem in what_names_miss(shapes, is_embedding, chosen):
             warnings.warn(problem, stacklevel=4)
     tensors = tuple(parameter for group in groups for parameter in group["params"])
-    watch = Stopwatch(parameters.device)
-    return Built(given, chosen, reasons(config, device), parameters, excluded, watch, tensors)
+    return Built(
+        given,
+        chosen,
+        reasons(config, device),
+        parameters,
+        excluded,
+        Streaks(parameters),
+        Stopwatch(parameters.device),
+        tensors,
+    )

@@ -180,9 +180,11 @@ class Shampoo(torch.optim.Optimizer):
         """Update the parameters that have a gradient.
 
         Every rank of a mesh must call it. A block whose gradient has a non-finite entry keeps its
-        state and gets no update on this step but weight decay. In parameters that are not
-        preconditioned it is such an entry alone that keeps its state, and its weight as well.
-        Both are counted (see :meth:`counters`).
+        state and gets no update on this step but weight decay, and not that either once it has been
+        so for 10 steps in a row. In parameters that are not preconditioned it is such an entry
+        alone that keeps its state, and its weight as well. Both are counted (see
+        :meth:`counters`); a parameter where that, or a root that fails, has gone on for 10, 100 and
+        1,000 times is named in a warning of `logging`, 10 steps later.
 
         Raises:
             ValueError: names a parameter that has moved to another device since the optimizer was
@@ -230,6 +232,7 @@ class Shampoo(torch.optim.Optimizer):
             watch,
             meanwhile=lambda: built.excluded.step(self.param_groups),
         )
+        built.streaks.look()
         for member in parameters.members:
             member.gradient = None  # the caller may free them
         if problem:
@@ -322,8 +325,8 @@ class Shampoo(torch.optim.Optimizer):
         for bucket in itertools.chain(*(team.buckets for team in firsts)):
             for owned in bucket.stacks:
                 counts[0] += owned.stack.refreshes
-                counts[1] += owned.stack.failed_roots
-                counts[2] += owned.stack.skipped_blocks
+                counts[1] += owned.stack.failed_roots.total.sum()
+                counts[2] += owned.stack.skipped.total.sum()
         counts[3] += built.excluded.skipped_entries
         return counts
 

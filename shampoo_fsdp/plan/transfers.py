@@ -42,6 +42,8 @@ class Transfer:
 
     peer: int
     """Position of the other rank in the plan's ranks."""
+    index: int
+    """Row-major position of the block in the parameter's grid."""
     shape: tuple[int, ...]
     in_shard: Slices = ()
     """In the view of the shard."""
@@ -123,7 +125,7 @@ def _part(assignment: Assignment, shard_map: ShardMap, first: int, me: int) -> P
             _add_owned(part, block, site, shard_map, me)
     for index in shard_map.blocks_of_shard(me):
         if owners[index] != me:
-            _add_held(part, shard_map.sites[index], shard_map, owners[index], me)
+            _add_held(part, index, shard_map, owners[index], me)
     return part
 
 
@@ -134,7 +136,7 @@ def _add_owned(part: Part, block: OwnedBlock, site: Site, shard_map: ShardMap, m
         source = holders[shard_map.replica_of[me]]
         for holder in holders:
             in_shard = _slices(piece, shard_map.shard_of[me]) if holder == me else ()
-            transfer = Transfer(holder, shape, in_shard, block, in_block)
+            transfer = Transfer(holder, block.index, shape, in_shard, block, in_block)
             part.scatter_out.append(transfer)
             if holder == source:
                 part.gather_in.append(transfer)
@@ -143,9 +145,9 @@ def _add_owned(part: Part, block: OwnedBlock, site: Site, shard_map: ShardMap, m
                 part.scatter_in.append(transfer)
 
 
-def _add_held(part: Part, site: Site, shard_map: ShardMap, owner: int, me: int) -> None:
-    piece = next(piece for piece, holders in site.pieces if me in holders)
-    transfer = Transfer(owner, shape_of(piece), _slices(piece, shard_map.shard_of[me]))
+def _add_held(part: Part, index: int, shard_map: ShardMap, owner: int, me: int) -> None:
+    piece = next(piece for piece, holders in shard_map.sites[index].pieces if me in holders)
+    transfer = Transfer(owner, index, shape_of(piece), _slices(piece, shard_map.shard_of[me]))
     if shard_map.replica_of[owner] == shard_map.replica_of[me]:
         part.gather_out.append(transfer)
     part.scatter_in.append(transfer)

@@ -20,6 +20,7 @@ from shampoo_fsdp.rules.kept import saved_entries, split_rows
 from shampoo_fsdp.rules.matrices import per_block, to_device
 from shampoo_fsdp.rules.precision import has_fast_bfloat16, products_in
 from shampoo_fsdp.rules.rule import rule_of
+from shampoo_fsdp.rules.tally import Tally
 
 __all__ = ["BlockStack"]
 
@@ -75,8 +76,10 @@ class BlockStack:
         self._precision = config.matmul_precision or "highest"
         self._accumulated: _Accumulated | None = None
         self.refreshes = 0
-        self.failed_roots = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped_blocks = torch.zeros((), dtype=torch.int64, device=device)
+        self.failed_roots = Tally(len(phases), device)
+        """Streaks are of refreshes with a root that failed."""
+        self.skipped = Tally(len(phases), device)
+        """For a bad gradient."""
 
     def accumulate(self, clock: Clock, group: GroupSettings) -> Iterator[str]:
         """Let the gradients in `gradient` into the state; then :meth:`direct` completes the step.
@@ -241,8 +244,8 @@ class BlockStack:
             if len(chosen) != chosen[-1] + 1 - chosen[0]:
                 where = self._on_device(chosen)
             correction = self._correction(beta2, [clock.factor_steps[b] for b in chosen])
-            failed = self.rule.refresh(where, cold, correction)
-            self.failed_roots += failed.sum()
+            failed = self.rule.refresh(where, cold, correction).to(self.device)
+            self.failed_roots.add(failed.sum(0), failed.any(0), where)
             self.refreshes += failed.numel()
 
     def _due(self, clock: Clock) -> list[int]:
@@ -295,10 +298,10 @@ class BlockStack:
         return self._on_device(values, torch.float32)
 
     def _count_skipped(self, usable: Tensor, active: Sequence[bool]) -> None:
-        skipped = usable == 0.0
+        skipped = stays = usable == 0.0
         if not all(active):
-            skipped &= self._on_device(active)
-        self.skipped_blocks += skipped.sum()
+            skipped = skipped & self._on_device(active)
+        self.skipped.add(skipped, stays)
 
     def _on_device(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
         return to_device(torch.tensor(values, dtype=dtype, device="cpu"), self.device)

@@ -166,12 +166,20 @@ class Bucket:
         self._exchange.send_updates()
 
     def apply_updates(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> None:
-        """W <- (1 - decay) W - lr D on this rank's shards."""
+        """W <- (1 - decay) W - lr D on this rank's shards; where these are stalled they keep W."""
         updates = self._exchange.receive_updates()
         watch.lap("exchange")
         for settings, active, shards in self._active(groups):
             if settings.lost:
+                stalled = [
+                    shard[piece]
+                    for k, shard in zip(active, shards, strict=True)
+                    for piece in self.members[k].stalled
+                ]
+                kept = [piece.clone() for piece in stalled]
                 torch._foreach_mul_(shards, 1.0 - settings.lost)
+                for piece, values in zip(stalled, kept, strict=True):
+                    piece.copy_(values)
             torch._foreach_add_(shards, [updates[k] for k in active], alpha=-settings.lr)
         watch.lap("apply")
 

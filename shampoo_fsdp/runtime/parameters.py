@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
-from shampoo_fsdp.plan.transfers import Part
+from shampoo_fsdp.plan.transfers import Part, Slices
 from shampoo_fsdp.runtime.ranks import Replicas
 
 __all__ = [
@@ -46,6 +46,8 @@ class Member:
     """This rank's shard of the gradient, while a step is taken."""
     cold: bool = False
     """Whether the step that is taken has the first refresh of its blocks."""
+    stalled: Sequence[Slices] = ()
+    """Pieces of its shard, in the view of the part, that weight decay leaves alone."""
 
     def create_counters(self) -> None:
         """Zero, as tensors: checkpoints are read into them."""

@@ -27,6 +27,7 @@ from shampoo_fsdp.plan.shards import ParameterSpec, Sharded, shape_of, shard_rec
 from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.runtime.rows import Way
+from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Transfer, Work
@@ -54,8 +55,9 @@ def dry_optimizer(
     settings = dataclasses.asdict(dataclasses.replace(config, compile=False))
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     alone = mock.patch.object(RankSet, "gather", lambda self, mine: [mine] * len(self.ranks))
+    unread = mock.patch.object(Streaks, "look")  # there are no values
     try:
-        with alone, pretended_gpu():
+        with alone, unread, pretended_gpu():
             meshes: dict[Any, DeviceMesh] = {}
             named = {spec.name: _sharded(spec, rank, meshes) for spec in specs}
             optimizer = Shampoo(named.items(), **settings)
