@@ -18,7 +18,7 @@ import struct
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,10 @@ def lie(folder: Path, found: Metadata, rng: random.Random) -> str:
     return what
 
 
-def make_hostile(folder: Path, rng: random.Random, ran: Path) -> str:
+TARGETS = ("metadata", "metadata", "lie", "lie", "entry", "entry", "loader", "file")
+
+
+def make_hostile(folder: Path, rng: random.Random, ran: Path, target: str) -> str:
     """Changes something in a checkpoint.
 
     Returns:
@@ -285,7 +288,6 @@ def make_hostile(folder: Path, rng: random.Random, ran: Path) -> str:
     """
     file = folder / ".metadata"
     found = pickle.loads(file.read_bytes())
-    target = rng.choice(("metadata", "metadata", "lie", "lie", "entry", "entry", "loader", "file"))
     if target == "metadata":
         what, data = changed_pickle(file.read_bytes(), rng, ran)
         file.write_bytes(data)
@@ -386,7 +388,10 @@ def alarm(seconds: int) -> Iterator[None]:
 
 
 def attack(
-    number: int, seed: int = 0, planner: Callable[[], Any] = ShampooLoadPlanner
+    number: int,
+    seed: int = 0,
+    planner: Callable[[], Any] = ShampooLoadPlanner,
+    targets: Sequence[str] = TARGETS,
 ) -> list[Finding]:
     """Makes checkpoints hostile, and inspects and resumes each.
 
@@ -403,7 +408,7 @@ def attack(
             source = place / "new" if case % 4 else OLD
             folder, ran = place / "hostile", place / "ran"
             shutil.copytree(source, folder)
-            what = make_hostile(folder, rng, ran) if case >= 0 else "nothing"
+            what = make_hostile(folder, rng, ran, rng.choice(targets)) if case >= 0 else "nothing"
             size = sum(f.lstat().st_size for f in folder.iterdir())
             state = new_state() if source != OLD else {}
             reset_peak()

@@ -29,6 +29,7 @@ from shampoo_torchtitan.checkpoint import CheckpointError
 from shampoo_torchtitan.checkpoint_lock import FolderLock
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+from tests import hostile
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import logged_lines, run
@@ -284,6 +285,15 @@ def test_no_code_of_a_data_loader_is_run(tmp_path, held, key):
     with pytest.raises(UnsafeCheckpoint, match=f"{key}.*({asked_for}).*nothing was run"):
         pickle.loads(checkpoint._JobPlanner("refuse").value_of(key, state))
     assert not ran.exists()
+
+
+def test_what_strangers_make_of_a_data_loaders_state():
+    arguments = {"planner": _job_planner, "targets": ["loader"]}
+    assert run_ranks(1, hostile.attack, init=False, number=40, **arguments) == [[]]
+
+
+def _job_planner():
+    return checkpoint._JobPlanner("refuse")
 
 
 def test_the_state_of_a_data_loader_is_read_as_it_was_saved():
