@@ -14,7 +14,6 @@ __all__ = [
     "fp32_product",
     "full_precision",
     "gram",
-    "gram_dtype",
     "has_fast_bfloat16",
     "products_in",
     "split",
@@ -86,9 +85,12 @@ def has_fast_bfloat16(device_type: str) -> bool:
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
     """Within it, within :func:`full_precision`, products of fp32 matrices are of this
-    `matmul_precision`: on GPUs in TF32 for "high" and "medium", on CPUs in bf16 for "medium" where
-    they can; sums, and what comes out, are fp32."""
-    torch.set_float32_matmul_precision(precision)
+    `matmul_precision` on GPUs, in TF32 for "high" and "medium"; on CPUs they stay in fp32.
+
+    A CPU's library would take the lower precision for large products and fp32 for small ones: then
+    what becomes of a block would depend on how many others are in its stack."""
+    torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -100,11 +102,6 @@ def _sums_in_fp32(device_type: str) -> bool:
     return device_type == "cuda" and not torch.version.hip and has_fast_bfloat16("cuda")
 
 
-def gram_dtype(products: torch.dtype, device_type: str) -> torch.dtype:
-    """The type that :func:`gram` is best given, where products are in this one."""
-    return products if _sums_in_fp32(device_type) else torch.float32
-
-
 def gram(blocks: Tensor) -> Tensor:
     """U U^T of blocks U [B, n, m], as fp32 [B, n, n].
 
@@ -114,22 +111,24 @@ def gram(blocks: Tensor) -> Tensor:
     low = blocks.dtype == torch.bfloat16 and blocks.shape[2] > 1
     if low and _sums_in_fp32(blocks.device.type):
         return torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
-    blocks = blocks.float()  # in their precision by `products_in`
+    blocks = blocks.float()
     return torch.bmm(blocks, blocks.mT)
 
 
 def add_gram(factors: Tensor, blocks: Tensor, weight: float) -> Tensor:
     """factors [B, n, n] + weight U U^T, in place, summed in fp32; blocks U [B, n, m], fp32 or
     bf16."""
-    if blocks.dtype == torch.bfloat16:
+    if factors.device.type == "cpu":
+        blocks = blocks.float()
+        if factors.shape[1] >= _IN_STRIPS:
+            return _add_gram_in_strips(factors, blocks, weight)
+    elif blocks.dtype == torch.bfloat16:
         return factors.add_(gram(blocks), alpha=weight)
-    if factors.device.type == "cpu" and factors.shape[1] >= _IN_STRIPS:
-        return _add_gram_in_strips(factors, blocks, weight)
     return factors.baddbmm_(blocks, blocks.mT, alpha=weight)
 
 
-# Sides from which on a symmetric product is cheaper in strips, on CPUs in fp32: 0.7 of the time.
-# (In bf16, and by oneDNN, strips are slower; on GPUs the copy would cost what the products save.)
+# Sides from which on a symmetric product is cheaper in strips, on CPUs: 0.7 of the time. (On GPUs
+# the copy would cost what the products save.)
 _IN_STRIPS = 128
 
 

@@ -197,7 +197,8 @@ class Rule(ABC):
         """factors_i <- decay factors_i + weight share U U^T; U is [B, d_i, rest], zero where the
         decay is 1."""
         factor, decay = self.factors[i].read(), per_block(now.decay, 3)
-        if self.products_in == torch.float32 or now.sums or share != 1.0:
+        whole = unfolded.dtype == torch.float32 or unfolded.device.type == "cpu"
+        if whole or now.sums or share != 1.0:
             factor.mul_(decay)
             add_gram(factor, unfolded, now.weight * share)
         else:  # in one pass less

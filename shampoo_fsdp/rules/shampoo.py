@@ -16,7 +16,6 @@ from shampoo_fsdp.rules.matrices import (
     scale_along,
     unfold,
 )
-from shampoo_fsdp.rules.precision import gram_dtype
 from shampoo_fsdp.rules.roots import inverse_root, inverse_root_from_basis, ridged_powers
 from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
 from shampoo_fsdp.validation import refuse
@@ -91,7 +90,7 @@ class Shampoo(Rule):
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
         """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""
-        low = gradient.to(gram_dtype(self.products_in, gradient.device.type))
+        low = gradient.to(self.products_in)
         for i in self.full:
             self._accumulate_gram(i, unfold(low, i), now)
         for i in self.diagonal:

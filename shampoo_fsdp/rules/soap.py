@@ -15,7 +15,6 @@ from shampoo_fsdp.rules.matrices import (
     scale_along,
     unfold,
 )
-from shampoo_fsdp.rules.precision import gram_dtype
 from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
 from shampoo_fsdp.validation import refuse
 
@@ -79,7 +78,7 @@ class Soap(Rule):
             MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
 
     def accumulate(self, gradient: Tensor, now: Now) -> None:
-        low = gradient.to(gram_dtype(self.products_in, gradient.device.type))
+        low = gradient.to(self.products_in)
         for i in self.full:
             self._accumulate_gram(i, unfold(low, i), now)
 

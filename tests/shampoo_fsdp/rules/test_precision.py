@@ -44,15 +44,15 @@ def state() -> list[object]:
 
 
 class Watch(TorchDispatchMode):
-    """The state at the first matrix product."""
+    """The states at the matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inside: list[list[object]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not self.inside and "bmm" in str(function):
-            self.inside.append(state())
+        if "mm" in str(function) and (now := state()) not in self.inside:
+            self.inside.append(now)
         return function(*args, **(kwargs or {}))
 
 
@@ -61,13 +61,13 @@ def step_after(choice: str, precision: str = "highest") -> None:
     optimizer = Shampoo([("weight", weight)], matmul_precision=precision, preconditioner="shampoo")
     exec(CHOICES[choice])
     before = state()
-    weight.grad = torch.ones(4, 4)
     with Watch() as watch:
-        optimizer.step()
-    if precision == "highest":
-        assert watch.inside == [["highest", False, "ieee", "ieee", before[4]]]
-    else:  # of the first product, a gram of fp32 matrices
-        assert watch.inside == [["medium", True, "tf32", "bf16", before[4]]]
+        for _ in range(2):
+            weight.grad = torch.ones(4, 4)
+            optimizer.step()
+    fp32 = ["highest", False, "ieee", "ieee", before[4]]
+    tf32 = ["high", True, "tf32", "ieee", before[4]]  # on CPUs fp32
+    assert watch.inside == ([fp32] if precision == "highest" else [tf32, fp32])
     assert state() == before
 
     # What followed the choice for everything still does.
@@ -82,8 +82,28 @@ def test_the_choice_of_the_program_is_set_aside_and_restored(choice):
 
 
 @pytest.mark.parametrize("choice", ["nothing", "new interface", "old interface, high"])
-def test_products_in_bf16_leave_it_so_too(choice):
-    run_ranks(1, step_after, init=False, choice=choice, precision="medium")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_other_precisions_leave_nothing_to_the_library_of_a_cpu(choice, precision):
+    """It would choose by the size of a stack, which depends on the mesh."""
+    run_ranks(1, step_after, init=False, choice=choice, precision=precision)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_grams_in_bf16_are_exact_sums_of_rounded_entries(blocks):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(16 * blocks, 12))
+    optimizer = Shampoo(
+        [("weight", weight)],
+        preconditioner="shampoo",
+        matmul_precision="medium",
+        max_preconditioner_dim=16,
+    )
+    weight.grad = torch.randn(16 * blocks, 12, generator=generator)
+    optimizer.step()
+    rounded = weight.grad.bfloat16().double().view(blocks, 16, 12)
+    factors = optimizer.state[weight]["factors"].view(blocks, -1)[:, :256].view(blocks, 16, 16)
+    expected = rounded @ rounded.mT * (1.0 - optimizer.defaults["betas"][1])
+    torch.testing.assert_close(factors.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
