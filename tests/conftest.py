@@ -21,6 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-pairs", action="store_true", help="load every mesh's checkpoint on every"
     )
     group.addoption("--crash-rounds", type=int, default=3, help="kill a training so many times")
+    group.addoption(
+        "--crash-saving", choices=("async", "disabled"), help="how it saves; else one or the other"
+    )
 
     group = parser.getgroup("random search")
     group.addoption(

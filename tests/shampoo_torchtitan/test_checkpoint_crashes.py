@@ -1,5 +1,5 @@
 """Ranks that are killed at any moment: training goes on from the newest complete checkpoint, as if
-nothing had happened. More rounds with --crash-rounds."""
+nothing had happened. More rounds with --crash-rounds, --crash-saving async."""
 
 import dataclasses
 import json
@@ -78,6 +78,7 @@ def read(losses: Path) -> list[tuple[int, float]]:
 
 def test_training_survives_crashes_at_random_moments(tmp_path, request):
     rounds = request.config.getoption("--crash-rounds")
+    saving = request.config.getoption("--crash-saving")
     end = 3 * rounds + 6
     job = jobs.write_job(tmp_path)
     common = [f"--training.steps={end}", "--checkpoint.enable", "--checkpoint.keep_latest_k=2"]
@@ -110,7 +111,7 @@ def test_training_survives_crashes_at_random_moments(tmp_path, request):
                 step = newest + INTERVAL
             ranks = rng.choice([(0,), (1,), (0, 1)])
             crash = Crash(ranks, moment, step, rng.uniform(0.0, 0.6))
-        found = go("killed", rng.choice(["disabled", "async"]), crash)
+        found = go("killed", saving or rng.choice(["disabled", "async"]), crash)
         crashes.append((crash, newest, unfinished, [step for step, _ in found]))
         assert not found or found[0][0] == newest + 1, crashes
         for step, loss in found:
