@@ -10,6 +10,7 @@ registry to start from, else `[model] name` and `flavor` the model, the rest bei
 import dataclasses
 import functools
 import importlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torchtitan.components.optimizer import default_adamw
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from shampoo_torchtitan import demo
@@ -56,17 +58,8 @@ _GONE: dict[str, tuple[Any, str]] = {
     ),
     "job.description": (_ANY, ""),
     "experimental.custom_args_module": ("", "subclass Trainer.Config in a registry of your own"),
-    "model.converters": ([], f"quantization is part of the model: {_OWN_FUNCTION}"),
+    "model.converters": ([], f"they are part of the model: {_OWN_FUNCTION}"),
     "model.tokenizer_path": (None, "set hf_assets_path"),
-    "quantize": (None, _OWN_FUNCTION),
-    "activation_checkpoint.selective_ac_option": (
-        "op",
-        f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
-    ),
-    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
-        "",
-        f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
-    ),
     "activation_checkpoint": (
         None,
         f"set activation_checkpoint.mode alone, or {_OWN_FUNCTION}",
@@ -89,8 +82,20 @@ _GONE: dict[str, tuple[Any, str]] = {
     "validation.local_batch_size": (None, "validation takes that of the training"),
     "validation.seq_len": (None, "validation takes that of the training"),
 }
+# The same, where the job can do without: what is said then.
+_CONVERTERS = "model.converters"
+_NOT_QUANTIZED = f"nothing is quantized; to do so, {_OWN_FUNCTION}"
+_LEFT_OUT = {
+    _CONVERTERS: _NOT_QUANTIZED,
+    "quantize": _NOT_QUANTIZED,
+    "activation_checkpoint.selective_ac_option": "the mode alone decides",
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "the mode alone decides",
+}
+_SAYS_NOTHING = (False, "", [], "op")
 _IMPORT = "experimental.custom_import"
 _OURS = ("", "shampoo_torchtitan", "shampoo_torchtitan.optimizer")  # is there without an import
+# What 0.3's own jobs turn CUDA graphs off for, which 0.2 did not have.
+_NO_GRAPHS_WITH = ("parallelism.expert_parallel_degree", "parallelism.pipeline_parallel_degree")
 _RECOMPUTE: dict[str, Any] = {
     "selective": SelectiveAC.Config,
     "full": FullAC.Config,
@@ -114,7 +119,8 @@ def is_of_files(name: str) -> bool:
         "activation_checkpoint.mode",
     )
     chosen = (*chosen, *(f"optimizer.{key}" for key in HYPERPARAMETERS), _IMPORT)
-    return name in chosen or _moved(name) != name or _gone(name) is not None
+    left_out = any(name == key or name.startswith(f"{key}.") for key in _LEFT_OUT)
+    return name in chosen or left_out or _moved(name) != name or _gone(name) is not None
 
 
 def value_of(text: str) -> Any:
@@ -153,7 +159,10 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
             allowed = ", ".join(_RECOMPUTE)
             raise ValueError(f"activation_checkpoint.mode = {mode!r}: must be one of {allowed}")
         config.activation_checkpoint = _RECOMPUTE[mode]()
+    if not of_function and any(settings.get(degree, 1) != 1 for degree in _NO_GRAPHS_WITH):
+        settings.setdefault("training.disable_cuda_graphs", True)
     config.optimizer = choose_optimizer(config.optimizer, settings, of_user=of_function)
+    _leave_out(settings)
     for key, value in settings.items():
         if (gone := _gone(key)) is None:
             set_field(config, _moved(key), value, key)
@@ -165,6 +174,21 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
             check()
     config.__post_init__()
     return config
+
+
+def _leave_out(settings: dict[str, Any]) -> None:
+    """Takes out what the job can do without, with a line for each where the file asks for it."""
+    for prefix, instead in _LEFT_OUT.items():
+        found = [key for key in settings if key == prefix or key.startswith(f"{prefix}.")]
+        if _CONVERTERS in found and not _quantize(settings[_CONVERTERS]):
+            continue
+        if any([settings.pop(key) not in _SAYS_NOTHING for key in found]):
+            logger.warning(f"TorchTitan 0.3 has no {prefix}, which is left out: {instead}")
+
+
+def _quantize(converters: Any) -> bool:
+    names = converters if isinstance(converters, list) else [converters]
+    return all(re.match(r"(float8|mx|quantize)\b", str(name)) for name in names)
 
 
 def _base(tables: dict[str, Any]) -> Trainer.Config:
@@ -188,7 +212,10 @@ def _base(tables: dict[str, Any]) -> Trainer.Config:
         spec = registry.model_registry(flavor)
     except (KeyError, TypeError):
         raise ValueError(f"model.flavor = {flavor!r}: {name} has no such flavor") from None
-    loss = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+    try:
+        loss = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+    except AssertionError:  # of TorchTitan's
+        raise ValueError(f"model.name = {name!r}: no language model; {_OWN_FUNCTION}") from None
     return Trainer.Config(
         model_spec=spec,
         optimizer=default_adamw(),

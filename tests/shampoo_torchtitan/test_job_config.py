@@ -189,7 +189,11 @@ _DEGREES = [
         ("[fault_tolerance]\nenable = true", "TorchFT is an experiment of its own there"),
         ("[activation_checkpoint]\nearly_stop = true", "set activation_checkpoint.mode alone"),
         ('[activation_checkpoint]\nmode = "some"', "must be one of selective, full, "),
-        ('[model]\nconverters = ["float8"]', "[job] module and config"),
+        ('[model]\nconverters = ["float8", "own"]', "[job] module and config"),
+        (
+            '[model]\nname = "flux"\nflavor = "flux-debug"',
+            "'flux': no language model; start from a",
+        ),
         ('[model]\nflavor = "9B"', "model.flavor = '9B': llama3 has no such flavor"),
         ('[model]\nname = "llama9"', "there is no module 'torchtitan.models.llama9'"),
         ('[job]\nmodule = "llama3"', "give both"),
