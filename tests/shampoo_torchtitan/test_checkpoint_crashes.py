@@ -90,7 +90,7 @@ def test_training_survives_crashes_at_random_moments(tmp_path, request):
         arguments = [*common, f"--checkpoint.folder={name}", f"--checkpoint.async_mode={mode}"]
         keywords = {"job": job, "arguments": arguments, "losses": losses, "crash": crash}
         try:
-            run_ranks(2, doomed, init=False, timeout=240, **keywords)
+            run_ranks(2, doomed, init=False, timeout=240 + 20 * rounds, **keywords)
         except RanksError as error:
             assert crash and "died with exit code -9" in str(error)
         return read(losses)[before:]
