@@ -113,16 +113,16 @@ def snippets(ran: Path) -> dict[str, bytes]:
         "empty": b"](" + b"}" * 20_000 + b"e",
         "bytearray(2**40)": b"cbuiltins\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R",
         "bytearrays": b"X\x00\x80\x00\x00" + b"a" * 2**15
-        + b"q\xfacbuiltins\nbytearray\nq\xfb\x86](" + b"h\xfbh\xfa\x8c\x06latin1\x86R" * 4000
+        + b"q\xfacbuiltins\nbytearray\nq\xfb)R\x86](" + b"h\xfbh\xfa\x8c\x06latin1\x86R" * 4000
         + b"e\x86",
         "deque": b"ccollections\ndeque\n)\x8a\x06\x00\x00\x00\x00\x00\x01\x86R",
         "one hash": b"}(" + b"".join(
             b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(1, 3000)
         ) + b"u",
-        "many arguments": b"(" + b"K\x01" * 5000 + b"tq\xfaccollections\nOrderedDict\nq\xfb"
+        "many arguments": b"(" + b"K\x01" * 5000 + b"tq\xfaccollections\nOrderedDict\nq\xfb)R"
         + b"\x86](" + b"h\xfbh\xfaR" * 4000 + b"e\x86",
         "many sets": b"](" + b"".join(b"M" + struct.pack("<H", i) for i in range(5000))
-        + b"eq\xfacbuiltins\nset\nq\xfb\x86](" + b"h\xfbh\xfa\x85R" * 4000 + b"e\x86",
+        + b"eq\xfacbuiltins\nset\nq\xfb)R\x86](" + b"h\xfbh\xfa\x85R" * 4000 + b"e\x86",
         "tensor of 2**40": tensor + b"(NK\x00\x8a\x06\x00\x00\x00\x00\x00\x01\x85K\x00\x85\x89NtR",
         "text": b"\x8c\x03\x1b[2",
     }  # fmt: skip

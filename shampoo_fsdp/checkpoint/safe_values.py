@@ -191,7 +191,7 @@ def _is_small(key: Any) -> bool:
     return type(key) is int and abs(key) < sys.hash_info.modulus
 
 
-def _bytes(data: Any, encoding: str = "latin1") -> bytes:
+def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
     """As Python writes them in protocols that have no bytes."""
     if type(data) is str and encoding in ("latin1", "latin-1"):
         return data.encode(encoding)

@@ -300,7 +300,7 @@ def test_no_planner_is_given_code(tmp_path, planner):
 
 def test_values_come_back_as_they_were_saved():
     values = {
-        "a": [1, -(2**70), 2.5, None, True, 1j, "\xe9", b"\xff", bytearray(b"x")],
+        "a": [1, -(2**70), 2.5, None, True, 1j, "\xe9", b"\xff", bytearray(b"x"), bytearray()],
         (1, "b"): [{1, 2}, frozenset({3}), collections.deque([1], 3), collections.Counter("aab")],
         "t": torch.arange(24.0).view(2, 3, 4)[:, 1:, ::2],
         "kinds": [torch.tensor(3, dtype=kind) for kind in (torch.bool, torch.bfloat16, torch.int8)],
