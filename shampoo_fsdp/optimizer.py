@@ -15,6 +15,7 @@ from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.runtime.groups import (
+    Resumed,
     check_entries,
     check_group,
     copied,
@@ -99,6 +100,7 @@ class Shampoo(torch.optim.Optimizer):
         super().__init__(copied(params), defaults)
         self._constructed = True
         self._seen_a_gradient = False
+        self._resumed: list[Resumed] = []
         if may_be_replaced(self.param_groups, replicas):
             check(self.param_groups, self.config)
         else:
@@ -210,6 +212,7 @@ class Shampoo(torch.optim.Optimizer):
         self._whole = None
         refuse_moved(parameters.members, parameters.device)
         built.excluded.follow_the_model()
+        self._resumed = [resumed for resumed in self._resumed if not resumed.settled()]
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
         problem = find_gradients(parameters.members, built.given.frozen)
         if not self._seen_a_gradient:
@@ -300,12 +303,14 @@ class Shampoo(torch.optim.Optimizer):
             return result
 
         if self._waits and state_dict.get("state") == {}:
-            load_settings(given_in(self.param_groups), self.param_groups, self._asked, read())
+            given = given_in(self.param_groups)
+            self._resumed = load_settings(given, self.param_groups, self._asked, read())
         else:
             built = self._ready()
-            self._state.update(
-                load_state(built.parameters, built.given, self.param_groups, self.config, read)
+            others, self._resumed = load_state(
+                built.parameters, built.given, self.param_groups, self.config, read
             )
+            self._state.update(others)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

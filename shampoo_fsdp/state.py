@@ -16,7 +16,13 @@ from shampoo_fsdp.checkpoint.loading import carry_out, flat, other_pieces, stran
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks
 from shampoo_fsdp.checkpoint.sharded import ShardedBlocks
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.runtime.groups import Given, find_saved, settings_to_load
+from shampoo_fsdp.runtime.groups import (
+    Given,
+    Resumed,
+    find_saved,
+    settings_to_load,
+    take_over,
+)
 from shampoo_fsdp.runtime.ranks import tell_all
 from shampoo_fsdp.runtime.team import Parameters
 from shampoo_fsdp.validation import name_some
@@ -83,12 +89,10 @@ def load_settings(
     param_groups: list[dict[str, Any]],
     config: ShampooConfig,
     state_dict: Mapping[str, Any],
-) -> None:
+) -> list[Resumed]:
     """Take over the settings of a state dict, as :func:`load_state` does; nothing is exchanged."""
     _, saved_groups = find_saved(given, state_dict["param_groups"])
-    groups = _settings(config, param_groups, saved_groups)
-    for group, settings in zip(param_groups, groups, strict=True):
-        group.update(settings)
+    return take_over(param_groups, _settings(config, param_groups, saved_groups))
 
 
 def _settings(
@@ -108,7 +112,7 @@ def load_state(
     param_groups: list[dict[str, Any]],
     config: ShampooConfig,
     read: Callable[[], dict[str, Any]],
-) -> dict[Any, Any]:
+) -> tuple[dict[Any, Any], list[Resumed]]:
     """Take over a state dict; all ranks must call it.
 
     Args:
@@ -116,7 +120,8 @@ def load_state(
         read: gives the state dict; where it raises, all ranks do.
 
     Returns:
-        what the state dict has beside the state of parameters.
+        what the state dict has beside the state of parameters, and groups whose initial lr is not
+        settled.
 
     Raises:
         ValueError: on every rank, names the parameter and the entry or setting that does not
@@ -144,8 +149,7 @@ def load_state(
     if said := str(decision.report):
         _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
 
-    for group, settings in zip(param_groups, groups, strict=True):
-        group.update(settings)
+    resumed = take_over(param_groups, groups)
     carry_out(here, saved, decision, set(other))
     for member in parameters.members:
         for entry in strangers(member.state):
@@ -156,4 +160,4 @@ def load_state(
     for bucket in parameters.buckets:
         bucket.state_was_loaded()
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
-    return {key: copy.deepcopy(state[key]) for key in state.keys() - known}
+    return {key: copy.deepcopy(state[key]) for key in state.keys() - known}, resumed
