@@ -33,6 +33,11 @@ _ROOT_METHODS = {
     "kl_shampoo": ("eigh", "polynomial", "coupled_newton", "qr"),
     "soap": ("qr", "eigh"),
 }
+_ANYWHERE: dict[str, tuple[Any, ...]] = {
+    "buckets": (1, 2, 3, 5),
+    "owner_scope": ("shard",),
+    "ranks_per_node": (1, 2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,10 @@ class Case:
     groups: list[tuple[list[str], dict[str, Any]]]
     """Names, and settings of the group."""
     settings: dict[str, Any]
+    later: dict[str, Any]
+    """Other settings on the second mesh, of those that change no update."""
+    dtype: torch.dtype
+    """Of the parameters."""
     lr: list[float]
     """A factor for each step."""
     gradients: list[dict[str, str]]
@@ -61,19 +70,19 @@ class Case:
     def __str__(self) -> str:
         return "\n".join(f"    {name}: {value}" for name, value in vars(self).items())
 
-    def optimizer(self, parameters: dict[str, Tensor], **more: Any) -> Shampoo:
-        """For the parameters, wherever they are."""
+    def optimizer(self, parameters: dict[str, Tensor], **others: Any) -> Shampoo:
+        """For the parameters, wherever they are, with some other settings."""
         groups = [
             {"params": [(name, parameters[name]) for name in names], **of_group}
             for names, of_group in self.groups
         ]
-        return Shampoo(groups, **self.settings, **more)
+        return Shampoo(groups, **self.settings | others)
 
     def start(self) -> dict[str, Tensor]:
         """The values of the parameters."""
         generator = torch.Generator().manual_seed(self.number)
         return {
-            name: 0.1 * torch.randn(shape, generator=generator)
+            name: (0.1 * torch.randn(shape, generator=generator)).to(self.dtype)
             for name, shape in self.shapes.items()
         }
 
@@ -102,14 +111,14 @@ def draw(number: int) -> Case:
         case = _draw(number, dice)
         try:
             parameters = {name: value.requires_grad_() for name, value in case.start().items()}
-            case.optimizer(parameters)
+            case.optimizer(parameters, **case.later)
         except ValueError:  # settings that exclude each other, or a root that a method cannot take
             continue
         return case
 
 
 def _draw(number: int, dice: random.Random) -> Case:
-    shapes = {f"w{i}": _shape(dice) for i in range(dice.randint(2, 5))}
+    shapes = {f"w{i}": _shape(dice) for i in range(dice.randint(1, 5))}
     if dice.random() < 0.5:
         shapes["embeddings"] = _shape(dice)
     names = list(shapes)
@@ -124,6 +133,8 @@ def _draw(number: int, dice: random.Random) -> Case:
         cut={name: _cut(shape, settings, dice) for name, shape in shapes.items()},
         groups=[group for group in groups if group[0]],
         settings=settings,
+        later={name: dice.choice(of) for name, of in _ANYWHERE.items() if dice.random() < 0.3},
+        dtype=dice.choice([torch.float32] * 8 + [torch.float64, torch.bfloat16]),
         lr=[dice.choice((1.0, 1.0, 0.5, 0.1)) for _ in range(steps)],
         gradients=_gradients(names, steps, dice),
         source=source,
@@ -202,9 +213,7 @@ def _settings(dice: random.Random) -> dict[str, Any]:
         "base_width": (8,),
         "precondition_1d": (True,),
         "communication_dtype": ("bfloat16",),
-        "buckets": (1, 2, 3, 5),
-        "owner_scope": ("shard",),
-        "ranks_per_node": (1, 2),
+        **_ANYWHERE,
     }
     known = {field.name for field in dataclasses.fields(ShampooConfig)}
     assert choices.keys() <= known | {"betas", "eps", "weight_decay"}

@@ -8,6 +8,7 @@ measured, by training in one process again with gradients that are a little off.
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,10 @@ from tests.distributed.cases import LAYOUTS, Case, draw
 from tests.models import full_parameters, set_gradients
 from tests.ranks import run_ranks
 
-TOLERANCE = 2e-5
-"""Of a parameter's whole update, where rounding is not magnified."""
-TIMES_ROUNDING = 30.0
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 5e-2}
+"""Of a parameter's whole update, where rounding is not magnified, by the parameter's type. (CPUs
+round the last numbers of a bf16 tensor otherwise than those before: shards differ.)"""
+TIMES_ROUNDING = 10.0
 DIMS = {"hsdp": ("replica", "fsdp"), "tp_fsdp": ("fsdp", "tp")}
 
 
@@ -44,7 +46,7 @@ def test_what_is_drawn_trains_alike_on_all_meshes(request: pytest.FixtureRequest
         if problem := difference(case, expected, allowed, [of_rank[i] for of_rank in found]):
             problems.append(f"--fuzz {case.number}:{case.number + 1}: {problem}\n{case}")
     assert not problems, f"{len(problems)} of {len(cases)} cases:\n" + "\n\n".join(problems[:5])
-    assert loose <= 1 + len(cases) / 20
+    assert loose <= 1 + len(cases) / 10
 
 
 Result = tuple[dict[str, Tensor] | None, list[int], list[int]]
@@ -61,7 +63,9 @@ def alone(case: Case) -> tuple[Result, dict[str, float]]:
     for name, value in exact[0].items():
         moved = (value - start[name]).norm().item()
         errors = [(other[0][name] - value).norm().item() for other in others]
-        allowed[name] = max(TOLERANCE, TIMES_ROUNDING * max(errors) / max(moved, 1e-30))
+        allowed[name] = max(
+            TOLERANCE[value.dtype], TIMES_ROUNDING * max(errors) / max(moved, 1e-30)
+        )
     return exact, allowed
 
 
@@ -149,7 +153,7 @@ def train(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> Result:
 
     mesh = meshes[case.source]
     if mesh.get_coordinate() is not None:
-        model, optimizer = build(case, case.start(), case.source, mesh)
+        model, optimizer = build(case, case.start(), case.source, mesh, {})
         refused = take_steps(case, dict(model.named_parameters()), optimizer, steps[: case.halt])
         counters += optimizer.counters()[[0, 2, 3]]
         weights = full_parameters(model)
@@ -163,7 +167,7 @@ def train(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> Result:
     mesh = meshes[case.target]
     if mesh.get_coordinate() is None:
         return None, [], counters.tolist()
-    model, optimizer = build(case, found, case.target, mesh)
+    model, optimizer = build(case, found, case.target, mesh, case.later)
     load(case, model, optimizer, mesh, folder)
     refused += take_steps(case, dict(model.named_parameters()), optimizer, steps[case.halt :])
     counters += optimizer.counters()[[0, 2, 3]]
@@ -171,7 +175,11 @@ def train(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> Result:
 
 
 def build(
-    case: Case, weights: dict[str, Tensor], layout: str, mesh: DeviceMesh
+    case: Case,
+    weights: dict[str, Tensor],
+    layout: str,
+    mesh: DeviceMesh,
+    settings: dict[str, Any],
 ) -> tuple[nn.Module, Shampoo]:
     model, kind = nn.Module(), LAYOUTS[layout][0]
     for name, value in weights.items():
@@ -186,7 +194,10 @@ def build(
     if kind in ("fsdp", "hsdp", "tp_fsdp"):
         fully_shard(model, mesh=mesh["fsdp"] if kind == "tp_fsdp" else mesh)
     parameters = dict(model.named_parameters())
-    return model, case.optimizer(parameters, replicas=mesh if kind == "ddp" else None)
+    replicas = None
+    if kind == "ddp":
+        replicas = mesh if case.number % 2 else mesh.get_group()  # either will do
+    return model, case.optimizer(parameters, replicas=replicas, **settings)
 
 
 def save(case: Case, model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, folder: Path) -> None:
