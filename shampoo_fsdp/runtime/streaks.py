@@ -1,5 +1,6 @@
 """What has gone wrong many times in a row: who hears of it, and where weight decay stops."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from logging import getLogger
@@ -137,8 +138,9 @@ class _Entries(_Counts):
         gradients = [g for member in self._members if (g := member.gradient) is not None]
         if not gradients or len(gradients) < len(self._members):
             return
-        # A sum of sizes is not finite where an entry is not.
-        sizes = torch._foreach_norm(gradients, 1, dtype=torch.float32)
+        # A sum of sizes is not finite where an entry is not; in 16 bits it might be without one.
+        widest = functools.reduce(torch.promote_types, (g.dtype for g in gradients), torch.float32)
+        sizes = torch._foreach_norm(gradients, 1, dtype=widest)
         self._streaks.add_(1).mul_(torch.stack(sizes).isfinite().logical_not_())
         self.send(self._streaks)
 

@@ -97,7 +97,7 @@ def test_heads_are_split_where_blocks_are_cut_at_shards_as_well():
 def train_after_casting(layout: str) -> dict[str, Tensor]:
     built = build(layout)
     optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-    for step in range(6):
+    for step in range(10):
         if step == 3:
             built.model.to(torch.float64)
         set_gradients(built.model, deterministic_gradients(built.model, step))
