@@ -26,7 +26,7 @@ from shampoo_fsdp.runtime.ranks import Replicas
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, make_parameters, summary
-from shampoo_fsdp.state import create_state
+from shampoo_fsdp.state import State
 
 __all__ = ["Built", "build", "check", "may_be_replaced"]
 
@@ -45,6 +45,7 @@ class Built:
     parameters: Parameters
     excluded: ExcludedParameters
     streaks: Streaks
+    state: State
     watch: Stopwatch
     tensors: tuple[Tensor, ...]
     """Of the groups, in their order."""
@@ -65,10 +66,11 @@ class Built:
         return summary(self.parameters, self.config)
 
     @property
-    def moved(self) -> bool:
-        """Whether a parameter has left the device of its state."""
+    def outdated(self) -> bool:
+        """Whether a parameter has left the device of its state, or is frozen no more."""
         device = self.parameters.device
-        return any(member.parameter.device != device for member in self.parameters.members)
+        moved = any(member.parameter.device != device for member in self.parameters.members)
+        return moved or any(parameter.requires_grad for _, parameter in self.given.frozen)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -127,9 +129,9 @@ def build(
     config = with_embeddings(config, [n for n, _, _ in given.trained if is_embedding.get(n)])
     chosen = on_device(config, device)
     parameters = make_parameters(given.trained, states, replicas, chosen)
-    create_state(parameters, chosen)
     others = [member for member in parameters.members if member.part is None]
     excluded = ExcludedParameters(others, chosen, parameters.device)
+    state = State(parameters, excluded, chosen)
     if parameters.on_first_rank:
         shapes = {member.name: member.spec.shape for member in parameters.members}
         for problem in what_names_miss(shapes, is_embedding, chosen):
@@ -142,6 +144,7 @@ def build(
         parameters,
         excluded,
         Streaks(parameters),
+        state,
         Stopwatch(parameters.device),
         tensors,
     )

@@ -26,7 +26,7 @@ from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.schedule import take_steps
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
-from shampoo_fsdp.state import forget_reading, load_settings, load_state, whole_state
+from shampoo_fsdp.state import load_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -125,10 +125,11 @@ class Shampoo(torch.optim.Optimizer):
 
     def _ready(self) -> Built:
         """What is built for the parameters in the groups: at the latest now, and anew if other
-        tensors have taken their place, as Accelerate does when it shards a model."""
+        tensors have taken their place, as Accelerate does when it shards a model, or some are
+        frozen no more."""
         built = self._built
         if built is not None:
-            if built.fits(self.param_groups) and (built.has_values or not built.moved):
+            if built.fits(self.param_groups) and (built.has_values or not built.outdated):
                 return built
             if built.has_values:
                 raise RuntimeError(
@@ -211,10 +212,10 @@ class Shampoo(torch.optim.Optimizer):
         watch.start()
         self._whole = None
         refuse_moved(parameters.members, parameters.device)
-        built.excluded.follow_the_model()
+        put_by_others = built.state.take_back(self._state)
         self._resumed = [resumed for resumed in self._resumed if not resumed.settled()]
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
-        problem = find_gradients(parameters.members, built.given.frozen)
+        problem = find_gradients(parameters.members, built.given.frozen) or put_by_others
         if not self._seen_a_gradient:
             refuse_without_gradients(parameters)
             self._seen_a_gradient = True
@@ -253,8 +254,7 @@ class Shampoo(torch.optim.Optimizer):
         Accelerate asks before it shards, when state would be that of the whole model on each rank.
         """
         if not self._waits:
-            self._ready()
-            forget_reading(self._state)
+            self._ready().state.give_out(self._state)
         self._shown, self._whole = self._whole or self._state, None
         try:
             return super().state_dict()
@@ -276,7 +276,7 @@ class Shampoo(torch.optim.Optimizer):
         built = self._ready()
         self._whole = None  # before the new one is made
         rank = dist.get_rank() if dist.is_initialized() else 0
-        self._whole = whole_state(built.parameters, self._state, keep=to in (rank, None))
+        self._whole = built.state.whole(self._state, keep=to in (rank, None))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -307,10 +307,7 @@ class Shampoo(torch.optim.Optimizer):
             self._resumed = load_settings(given, self.param_groups, self._asked, read())
         else:
             built = self._ready()
-            others, self._resumed = load_state(
-                built.parameters, built.given, self.param_groups, self.config, read
-            )
-            self._state.update(others)
+            self._resumed = built.state.load(built.given, self.param_groups, self._state, read)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -339,6 +336,7 @@ class Shampoo(torch.optim.Optimizer):
     def diagnostics(self) -> Diagnostics:
         """Figures of the last step, for this rank's blocks; the host waits for the device."""
         built = self._ready()
+        built.state.take_back(self._state)
         stacks = [owned for bucket in built.parameters.buckets for owned in bucket.stacks]
         betas = [group["betas"][1] for group in self.param_groups]
         return diagnose(stacks, built.watch.milliseconds(), betas)

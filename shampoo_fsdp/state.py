@@ -1,9 +1,10 @@
-"""The state of an optimizer: made at the start, and loaded from a state dict."""
+"""The state of an optimizer: made at the start, loaded, and taken back from others."""
 
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
@@ -11,11 +12,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.checkpoint.entries import state_entries
-from shampoo_fsdp.checkpoint.fits import decide
-from shampoo_fsdp.checkpoint.loading import carry_out, flat, other_pieces, strangers
-from shampoo_fsdp.checkpoint.owned import OwnedBlocks
-from shampoo_fsdp.checkpoint.sharded import ShardedBlocks
+from shampoo_fsdp.checkpoint.fits import decide, is_state_entry
+from shampoo_fsdp.checkpoint.loading import (
+    carry_out,
+    copy_own_part,
+    flat,
+    forget_reading,
+    is_being_read,
+    other_pieces,
+    start_anew,
+    strangers,
+)
+from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
+from shampoo_fsdp.checkpoint.sharded import local_parts
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.rules.stack import BlockStack
+from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import (
     Given,
     Resumed,
@@ -23,65 +35,264 @@ from shampoo_fsdp.runtime.groups import (
     settings_to_load,
     take_over,
 )
+from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import tell_all
 from shampoo_fsdp.runtime.team import Parameters
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["create_state", "forget_reading", "load_settings", "load_state", "whole_state"]
+__all__ = ["State", "load_settings"]
 
 _logger = getLogger(__name__)
 
-
-def create_state(parameters: Parameters, config: ShampooConfig) -> None:
-    """Put the counters of all members into their state, and what their blocks have."""
-    # All state exists from the start: loading a checkpoint into an optimizer without state
-    # would make torch.distributed.checkpoint run a step with gradients of zero first.
-    for member in parameters.members:
-        member.create_counters()
-    for team in parameters.teams:
-        owned = defaultdict(list)
-        for bucket in team.buckets:
-            for member, block, saved in bucket.saved():
-                owned[member].append((block, saved))
-        for member, part in team.parts.items():
-            member.state.update(
-                state_entries(part.grid, owned[member], config, parameters.device, team.mesh)
-            )
+States = MutableMapping[Tensor, dict[str, Any]]
+"""`optimizer.state`: the entries of each parameter."""
 
 
-def forget_reading(state: Mapping[Any, Any]) -> None:
-    """A checkpoint that was refused before any of it came has changed nothing."""
-    for entries in state.values():
-        for value in entries.values() if isinstance(entries, dict) else ():
-            local = value.to_local() if isinstance(value, ShardedBlocks) else value
-            if isinstance(local, OwnedBlocks):
-                local.forget_reading()
+@dataclass(frozen=True)
+class State:
+    """What is kept of the parameters of an optimizer, and shown as `optimizer.state`.
 
-
-def whole_state(
-    parameters: Parameters, state: Mapping[Any, Any], *, keep: bool
-) -> dict[Any, Any] | None:
-    """The state with whole tensors, on the CPU; all ranks must call it.
-
-    Args:
-        state: the optimizer's.
-        keep: whether this rank wants it; the result is None otherwise.
+    What is shown of blocks are views of their stacks. Others may put other tensors into the places
+    of these, as programs do that move state to the host and back: a stack is freed when nothing
+    that was shown of it is left, and the next step takes the values back.
     """
 
-    def whole(value: Any) -> Any:
-        if isinstance(value, DTensor):  # all ranks put one tensor together at a time
-            value = value.full_tensor()
-        if not keep:
-            return None
-        if isinstance(value, OwnedBlocks):
-            value = value.whole()
-        return value.cpu() if isinstance(value, Tensor) else value
+    parameters: Parameters
+    excluded: ExcludedParameters
+    config: ShampooConfig
+    _reading: Reading = field(default_factory=Reading)
+    _versions: list[int] = field(default_factory=list)
+    """Of the tensors of all entries when they were last given out, to be saved or read into."""
 
-    entries = {
-        member.parameter: {entry: whole(value) for entry, value in member.state.items()}
-        for member in parameters.members
-    }
-    return {**state, **entries} if keep else None
+    def __post_init__(self) -> None:
+        # All state exists from the start: loading a checkpoint into an optimizer without state
+        # would make torch.distributed.checkpoint run a step with gradients of zero first.
+        for stacks, made in self._make_entries():
+            _show(stacks, made, {member.parameter: member.state for member in made})
+
+    def take_back(self, states: States) -> ValueError | None:
+        """Copy what others have put into the places of entries, and put the entries back. Those of
+        a parameter that has none any more start anew, as with the optimizers of torch.
+
+        Args:
+            states: the optimizer's, which may be another one than before.
+
+        Returns:
+            the first trouble with an entry, whose values are then those of before.
+
+        Raises:
+            RuntimeError: a checkpoint was read, and not loaded.
+        """
+        if self._is_shown(states) and not self._reading.begun:
+            return None
+        self.give_out(states)
+        if self._reading.begun or any(map(is_being_read, _tensors(states))):
+            raise RuntimeError(
+                "a checkpoint was read into the state of this optimizer, or a part of it, and "
+                "load_state_dict() has not taken it over. If reading it went well, call "
+                "load_state_dict() with what was read, as set_optimizer_state_dict() does; if "
+                "not, load another checkpoint, or start anew with an optimizer that is built again."
+            )
+        trouble = self._return_entries(states)
+        return ValueError(trouble) if trouble else None
+
+    def give_out(self, states: States) -> None:
+        """Note what entries are before a checkpoint may be read into them. One that was, and of
+        which nothing has come, was refused or not readable: all is as it was."""
+        entries = _tensors(states)
+        parts = [part for entry in entries for part in local_parts(entry)]
+        versions = [0 if part.is_inference() else part._version for part in parts]
+        if self._reading.begun and versions == self._versions:
+            forget_reading(entries)
+            # Of several ranks another one may have read, of which this one does not know.
+            self._reading.begun = any(r.group is not None for r in self.parameters.rank_sets)
+        if not self._reading.begun:
+            self._versions[:] = versions
+
+    def whole(self, states: States, *, keep: bool) -> dict[Any, Any] | None:
+        """`optimizer.state` with whole tensors, on the CPU; all ranks must call it.
+
+        Args:
+            keep: whether this rank wants it; the result is None otherwise.
+
+        Raises:
+            ValueError: on every rank, if others have put there what cannot be used.
+        """
+        if problem := tell_all(self.parameters.rank_sets, self._return_entries(states)):
+            raise ValueError(problem)
+
+        def whole(value: Any) -> Any:
+            if isinstance(value, DTensor):  # all ranks put one tensor together at a time
+                value = value.full_tensor()
+            if not keep:
+                return None
+            if isinstance(value, OwnedBlocks):
+                value = value.whole()
+            return value.cpu() if isinstance(value, Tensor) else value
+
+        entries = {
+            member.parameter: {entry: whole(value) for entry, value in member.state.items()}
+            for member in self.parameters.members
+        }
+        return {**states, **entries} if keep else None
+
+    def _is_shown(self, states: States) -> bool:
+        shown = all(member.is_shown(states) for member in self.parameters.members)
+        return shown and self.excluded.has_types_of_the_model()
+
+    def _return_entries(self, states: States) -> str | None:
+        problem = None
+        if self._is_shown(states):
+            return problem
+        for stacks, made in self._make_entries():
+            for member, entries in made.items():
+                found = states.setdefault(member.parameter, {})
+                problem = _take(member.name, entries, found) or problem
+            _show(stacks, made, states)
+        self._start_factors()
+        return problem
+
+    def _make_entries(self) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
+        """The entries of all members, of a few at a time, and the stacks that they are views of."""
+        for member in self.excluded.members:
+            yield [], {member: member.counters | self.excluded.create_entries(member)}
+        for team in self.parameters.teams:
+            for bucket in team.buckets:
+                owned = defaultdict(list)
+                for member, block, saved in bucket.saved():
+                    owned[member].append((block, saved))
+                made = {
+                    member: member.counters
+                    | state_entries(
+                        team.parts[member].grid,
+                        owned[member],
+                        self.config,
+                        self.parameters.device,
+                        team.mesh,
+                        self._reading,
+                    )
+                    for member in bucket.members
+                }
+                yield [owned.stack for owned in bucket.stacks], made
+
+    def _start_factors(self) -> None:
+        """Anew where a parameter's factors have seen no gradient, whatever was loaded for them."""
+        for member in self.parameters.members:
+            if member.part and member.factor_step == 0:
+                member.counters["refreshed"].zero_()
+        for bucket in self.parameters.buckets:
+            bucket.state_was_loaded()
+
+    def load(
+        self,
+        given: Given,
+        param_groups: list[dict[str, Any]],
+        states: States,
+        read: Callable[[], dict[str, Any]],
+    ) -> list[Resumed]:
+        """Take over a state dict; all ranks must call it.
+
+        Args:
+            param_groups: of the optimizer; they take over the saved settings.
+            states: the optimizer's; it also gets what the state dict has beside parameters.
+            read: gives the state dict; where it raises, all ranks do.
+
+        Returns:
+            groups whose initial lr is not settled.
+
+        Raises:
+            ValueError: on every rank, names the parameter and the entry or setting that does not
+                fit; nothing has been changed then.
+        """
+        members, rank_sets = self.parameters.members, self.parameters.rank_sets
+        trouble = self._return_entries(states)
+        here = flat({member.name: member.state for member in members})
+        problem, saved, other = None, dict[str, Tensor](), list[str]()
+        try:
+            if trouble:
+                raise ValueError(trouble)
+            state_dict = read()
+            state = state_dict["state"]
+            keys, saved_groups = find_saved(given, state_dict["param_groups"])
+            entries = {m.name: state.get(keys.get(m.name), {}) for m in members}
+            groups = _settings(self.config, param_groups, saved_groups)
+            saved = flat(entries)
+            decision = decide(here, saved, self.config.on_mismatch)
+            other = other_pieces(here, saved, decision)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = str(error) if isinstance(error, ValueError) else repr(error)
+        if problem := tell_all(rank_sets, problem):
+            raise ValueError(problem)
+        for ranks in rank_sets:
+            other += itertools.chain(*ranks.gather(other))
+        if frozen := [name for name, _ in given.frozen if state.get(keys.get(name))]:
+            _logger.warning(f"The saved state of {name_some(frozen)}, frozen here, is not used.")
+        if said := str(decision.report):
+            _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
+
+        resumed = take_over(param_groups, groups)
+        carry_out(here, saved, decision, set(other))
+        self._start_factors()
+        forget_reading(here.values())
+        self._reading.begun = False
+
+        # Others may have put more there, also into a state dict that is the optimizer's own.
+        known = {key for group in state_dict["param_groups"] for key in group["params"]}
+        beside = {key: copy.deepcopy(state[key]) for key in state.keys() - known}
+        for key in [key for key in states if not isinstance(key, Tensor)]:
+            del states[key]
+        states.update(beside)
+        for member in members:
+            theirs = strangers(entries[member.name], member.parameter.device)
+            for entry in [e for e in member.state if not is_state_entry(e)]:
+                del member.state[entry]
+            member.state.update(theirs)
+        return resumed
+
+
+def _tensors(states: States) -> list[Tensor]:
+    of_parameters = [entries for entries in states.values() if isinstance(entries, Mapping)]
+    return [v for entries in of_parameters for v in entries.values() if isinstance(v, Tensor)]
+
+
+def _show(
+    stacks: Sequence[BlockStack], made: Mapping[Member, Mapping[str, Tensor]], states: States
+) -> None:
+    """Put entries into the optimizer's state; without any of them the stacks are freed."""
+    # (It must not know the members, or nothing of an optimizer would be freed at once.)
+    left = [sum(len(entries) - len(member.counters) for member, entries in made.items())]
+
+    def when_gone(_: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            for stack in stacks:
+                stack.release()
+
+    for member, entries in made.items():
+        member.show(states[member.parameter], entries, when_gone)
+
+
+def _take(name: str, entries: Mapping[str, Tensor], found: Mapping[str, Any]) -> str | None:
+    """Copy what was found in the places of the entries of a parameter; what is wrong with it."""
+    missing = entries.keys() - found.keys()
+    if len(missing) == len(entries):
+        start_anew(entries.values())
+        return None
+    problem = None
+    for entry, mine in entries.items():
+        theirs = found.get(entry)
+        try:
+            copy_own_part(mine, theirs)
+        except (ValueError, TypeError, RuntimeError):
+            shape = f"shape {tuple(theirs.shape)}" if isinstance(theirs, Tensor) else repr(theirs)
+            problem = (
+                f"the entry '{entry}' of optimizer.state of parameter '{name}' is "
+                f"{'missing' if entry in missing else shape}, but Shampoo has put a "
+                f"{type(mine).__name__} of shape {tuple(mine.shape)} there; allowed is another one "
+                "with all values of this rank, on any device. To start a parameter anew remove all "
+                "of its entries."
+            )
+    return problem
 
 
 def load_settings(
@@ -90,7 +301,7 @@ def load_settings(
     config: ShampooConfig,
     state_dict: Mapping[str, Any],
 ) -> list[Resumed]:
-    """Take over the settings of a state dict, as :func:`load_state` does; nothing is exchanged."""
+    """Take over the settings of a state dict, as :meth:`State.load` does; nothing is exchanged."""
     _, saved_groups = find_saved(given, state_dict["param_groups"])
     return take_over(param_groups, _settings(config, param_groups, saved_groups))
 
@@ -104,60 +315,3 @@ def _settings(
         settings_to_load(config, group, saved_group)
         for group, saved_group in zip(param_groups, saved_groups, strict=True)
     ]
-
-
-def load_state(
-    parameters: Parameters,
-    given: Given,
-    param_groups: list[dict[str, Any]],
-    config: ShampooConfig,
-    read: Callable[[], dict[str, Any]],
-) -> tuple[dict[Any, Any], list[Resumed]]:
-    """Take over a state dict; all ranks must call it.
-
-    Args:
-        param_groups: of the optimizer; they take over the saved settings.
-        read: gives the state dict; where it raises, all ranks do.
-
-    Returns:
-        what the state dict has beside the state of parameters, and groups whose initial lr is not
-        settled.
-
-    Raises:
-        ValueError: on every rank, names the parameter and the entry or setting that does not
-            fit; nothing has been changed then.
-    """
-    here = flat({member.name: member.state for member in parameters.members})
-    problem, saved, other = None, dict[str, Tensor](), list[str]()
-    try:
-        state_dict = read()
-        state = state_dict["state"]
-        keys, saved_groups = find_saved(given, state_dict["param_groups"])
-        entries = {m.name: state.get(keys.get(m.name), {}) for m in parameters.members}
-        groups = _settings(config, param_groups, saved_groups)
-        saved = flat(entries)
-        decision = decide(here, saved, config.on_mismatch)
-        other = other_pieces(here, saved, decision)
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        problem = str(error) if isinstance(error, ValueError) else repr(error)
-    if problem := tell_all(parameters.rank_sets, problem):
-        raise ValueError(problem)
-    for ranks in parameters.rank_sets:
-        other += itertools.chain(*ranks.gather(other))
-    if frozen := [name for name, _ in given.frozen if state.get(keys.get(name))]:
-        _logger.warning(f"The saved state of {name_some(frozen)}, frozen here, is not used.")
-    if said := str(decision.report):
-        _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
-
-    resumed = take_over(param_groups, groups)
-    carry_out(here, saved, decision, set(other))
-    for member in parameters.members:
-        for entry in strangers(member.state):
-            del member.state[entry]
-        member.state.update(strangers(entries[member.name]))
-        if member.part and member.factor_step == 0:
-            member.state["refreshed"].zero_()
-    for bucket in parameters.buckets:
-        bucket.state_was_loaded()
-    known = {key for group in state_dict["param_groups"] for key in group["params"]}
-    return {key: copy.deepcopy(state[key]) for key in state.keys() - known}, resumed

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shampoo_fsdp.checkpoint.owned import Piece
-from shampoo_fsdp.checkpoint.sharded import state_tensor
+from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Piece, Reading
+from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, state_tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid
 from shampoo_fsdp.plan.transfers import OwnedBlock
@@ -27,6 +27,7 @@ def state_entries(
     config: ShampooConfig,
     device: torch.device,
     mesh: DeviceMesh | None,
+    reading: Reading,
 ) -> dict[str, Tensor]:
     """The entries of a parameter: views of what its blocks have.
 
@@ -35,13 +36,16 @@ def state_entries(
 
     Args:
         mesh: of the ranks that share the blocks; None for one rank.
+        reading: is told when a checkpoint is read into them.
     """
     owned = sorted(owned, key=lambda pair: pair[0].index)
     marker = settings_marker(config, grid.fingerprint)
     empty = torch.empty(marker, dtype=torch.float32, device=device)
     holds_first = any(block.index == 0 for block, _ in owned)
     nothing: list[Piece] = [((0,) * len(marker), empty)] if holds_first else []
-    entries = {MARKER: state_tensor(marker, nothing, torch.float32, device, mesh)}
+    marked = OwnedBlocks(marker, nothing, torch.float32, device)
+    marked.reading = reading
+    entries: dict[str, Tensor] = {MARKER: marked if mesh is None else ShardedBlocks(marked, mesh)}
 
     shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
     kept = {shape: saved_entries(shape, config) for shape in dict.fromkeys(shapes)}

@@ -1,19 +1,29 @@
 """Loading a state dict: copying what fits of its entries."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from shampoo_fsdp.checkpoint.fits import LoadDecision, is_state_entry
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks
 from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 
-__all__ = ["carry_out", "flat", "other_pieces", "strangers"]
+__all__ = [
+    "carry_out",
+    "copy_own_part",
+    "flat",
+    "forget_reading",
+    "is_being_read",
+    "other_pieces",
+    "start_anew",
+    "strangers",
+]
 
 State = Mapping[str, Mapping[str, Any]]
 """The entries of each parameter, by the names of both."""
@@ -22,16 +32,32 @@ State = Mapping[str, Mapping[str, Any]]
 def flat(state: State) -> dict[str, Any]:
     """The entries that this package knows, by the keys that checkpoints have for them."""
     return {
-        f"state.{name}.{entry}": torch.as_tensor(value)
+        f"state.{name}.{entry}": _as_tensor(value)
         for name, entries in state.items()
         for entry, value in entries.items()
         if is_state_entry(entry)
     }
 
 
-def strangers(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the entries of a parameter that others have put into its state."""
-    return {e: copy.deepcopy(v) for e, v in entries.items() if not is_state_entry(e)}
+def strangers(entries: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copies of the entries of a parameter that others have put beside ours, tensors on its
+    device."""
+    theirs = {e: copy.deepcopy(v) for e, v in entries.items() if not is_state_entry(e)}
+    moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), theirs)
+    return moved
+
+
+def forget_reading(entries: Iterable[Tensor]) -> None:
+    """These have been loaded, or nothing has been read into them."""
+    for entry in map(_local, entries):
+        if isinstance(entry, OwnedBlocks):
+            entry.unread, entry.reading.begun = {}, False
+
+
+def is_being_read(entry: Tensor) -> bool:
+    """Whether an entry is one that knows that a checkpoint is read into it, and one is."""
+    local = _local(entry)
+    return isinstance(local, OwnedBlocks) and local.reading.begun
 
 
 def other_pieces(
@@ -76,9 +102,7 @@ def carry_out(
         here, saved: see :func:`flat`.
         gathered: keys of entries whose pieces all ranks put together first.
     """
-    for key in decision.to_zero:
-        for part in local_parts(here[key]):
-            part.detach().zero_()
+    start_anew(here[key] for key in decision.to_zero)
     for key, value in here.items():
         if key not in decision.left_out:
             source = saved[decision.renamed.get(key, key)]
@@ -87,6 +111,25 @@ def carry_out(
         steps = here[decision.step_of[key]].clamp(min=1.0)
         for part in local_parts(here[key]):
             part.mul_(steps if key.endswith(".sum") else 1.0 / steps)
+
+
+def start_anew(entries: Iterable[Tensor]) -> None:
+    """Fill this rank's part of entries with zeros."""
+    for entry in entries:
+        for part in local_parts(entry):
+            part.detach().zero_()
+
+
+def copy_own_part(value: Tensor, source: Any) -> None:
+    """Copy what this rank has of an entry from what it has of another one; ranks exchange nothing.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: it is no tensor of this shape, nor a number.
+    """
+    mine, theirs = _local(value), _local(_as_tensor(source))
+    if mine.shape != theirs.shape:
+        raise ValueError(f"of shape {tuple(theirs.shape)}")
+    mine.copy_(theirs)
 
 
 def _copy(value: Tensor, source: Tensor) -> None:
@@ -108,6 +151,10 @@ def _copy(value: Tensor, source: Tensor) -> None:
         value.copy_(source.full_tensor())
     else:
         value.copy_(source)
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def _local(entry: Tensor) -> Tensor:

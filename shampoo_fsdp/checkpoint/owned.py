@@ -1,7 +1,9 @@
 """A tensor of which a rank holds some rectangles."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.utils._pytree import tree_map
 
-__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Piece"]
+__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Piece", "Reading"]
 
 Piece = tuple[tuple[int, ...], Tensor]
 """Offsets in the whole tensor, and the values there."""
@@ -29,6 +31,32 @@ OF_EACH_PIECE = (
     torch.ops.aten.zero_.default,
 )
 """Operators that are applied to each piece by itself."""
+
+
+@dataclass
+class Reading:
+    """What an optimizer must know of a checkpoint that is read into its state."""
+
+    begun: bool = False
+    """On this rank and, since all ranks plan before any of them reads, on all where any has read.
+    It is no longer when the checkpoint has been loaded."""
+
+
+class _Counted(torch.Tensor):
+    """A part of a piece; counts what is copied into it."""
+
+    count: Callable[[int], None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if isinstance(result, cls) and isinstance(args[0], cls):
+            result.count = args[0].count
+            if func is torch.Tensor.copy_:
+                result.count(result.numel())
+        return result
 
 
 class OwnedBlocks(torch.Tensor):
@@ -45,9 +73,11 @@ class OwnedBlocks(torch.Tensor):
     pieces: list[Piece]
     _at: dict[tuple[int, ...], Tensor]
     """The values by their offsets, made when first needed."""
-    _to_read: set[tuple[int, ...]]
-    """Offsets of the pieces for which a checkpoint is being read, and of which nothing has come."""
-    _reading: bool
+    unread: dict[tuple[int, ...], int]
+    """While a checkpoint is read into it: how many numbers of the piece at each offset have not
+    come. (PyTorch's planner does not ask whether the checkpoint has all of them.)"""
+    reading: Reading
+    """Is told when that begins."""
 
     @staticmethod
     def __new__(
@@ -62,8 +92,8 @@ class OwnedBlocks(torch.Tensor):
         )
         self.pieces = list(pieces)
         self._at = {}
-        self._to_read = set()
-        self._reading = False
+        self.unread = {}
+        self.reading = Reading()
         return self
 
     def __init__(
@@ -95,11 +125,7 @@ class OwnedBlocks(torch.Tensor):
 
     def check_read(self, name: str) -> None:
         """Raise a ValueError if a checkpoint was read into the pieces and did not fill them."""
-        missing = set(self._to_read)
-        if self._reading:
-            missing |= {at for at, values in self.pieces if bool(values.isnan().any())}
-        self._reading, self._to_read = False, set()
-        if missing:
+        if missing := [at for at, left in self.unread.items() if left > 0]:
             raise ValueError(
                 f"{name} was not read completely: the checkpoint lacks all or a part of the block "
                 f"at {min(missing)}"
@@ -108,11 +134,6 @@ class OwnedBlocks(torch.Tensor):
                 "with StateDictOptions(full_state_dict=True). The state here is unusable now: load "
                 "another checkpoint."
             )
-
-    def forget_reading(self) -> None:
-        """A checkpoint of which nothing has come was not read, but refused or unreadable."""
-        if len(self._to_read) == sum(values.numel() > 0 for _, values in self.pieces):
-            self._reading, self._to_read = False, set()
 
     def load(self, saved: Tensor) -> None:
         """Copy the pieces of `saved`, or the parts of a whole tensor, to the pieces here.
@@ -201,7 +222,7 @@ class OwnedBlocks(torch.Tensor):
         )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        self._reading, self._to_read = False, set()
+        self.check_read(f"'{fqn}'")
         properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(
@@ -213,9 +234,9 @@ class OwnedBlocks(torch.Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        # Only for reading. The default planner does not ask whether a checkpoint has all of it.
-        self._reading = True
-        self._to_read = {offsets for offsets, values in self.pieces if values.numel()}
+        # Only for reading.
+        self.unread = {offsets: values.numel() for offsets, values in self.pieces}
+        self.reading.begun = True
         return self._chunks()
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
@@ -230,11 +251,14 @@ class OwnedBlocks(torch.Tensor):
         offsets = tuple(index.offset or ())
         if offsets not in self._at:
             raise ValueError(f"no block of '{index.fqn}' at {index.offset} on this rank")
-        if offsets in self._to_read:
-            # What is not read stays NaN, which no state is: see `check_read`.
-            self._to_read.discard(offsets)
-            self._at[offsets].fill_(torch.nan)
-        return self._at[offsets]
+        if offsets not in self.unread:
+            return self._at[offsets]
+        part = self._at[offsets].as_subclass(_Counted)
+        part.count = functools.partial(self._has_come, offsets)
+        return part
+
+    def _has_come(self, offsets: tuple[int, ...], numbers: int) -> None:
+        self.unread[offsets] -= numbers
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.complete:

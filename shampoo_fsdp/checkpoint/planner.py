@@ -27,9 +27,9 @@ from shampoo_fsdp.checkpoint.fits import (
     check_others,
     decide,
 )
+from shampoo_fsdp.checkpoint.loading import start_anew
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 from shampoo_fsdp.checkpoint.safe_values import load_values
-from shampoo_fsdp.checkpoint.sharded import local_parts
 
 __all__ = ["ShampooLoadPlanner", "find_damage"]
 
@@ -97,9 +97,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         # Not before: now every rank has accepted the checkpoint.
-        for key in self._decision.to_zero:
-            for part in local_parts(self.state_dict[key]):
-                part.detach().zero_()
+        start_anew(self.state_dict[key] for key in self._decision.to_zero)
         self._unread = sum(item.type == LoadItemType.TENSOR for item in new_plan.items)
         self._to_convert = []
         return super().finish_plan(new_plan)

@@ -57,16 +57,7 @@ class BlockStack:
         self.config = config
         self.gradient = gradient
         self.device = device = gradient.device
-        self.saved = {
-            name: torch.zeros(len(phases), *kept, dtype=dtype, device=device)
-            for name, (kept, dtype) in saved_entries(shape, config).items()
-        }
-        """The state as checkpoints have it, stacked."""
-        self.state = split_rows(self.saved, shape, config)
-        """The same, with a tensor for each matrix of a block."""
-        self.rule = rule_of(config)(shape, config, self.state)
-        self.rule.restart(slice(None))
-        self._second_moment = self.state.get(second_moment_name(config.grafting) or "")
+        self.allocate()
         self.norms: tuple[Tensor, Tensor] | None = None
         """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
         self._compiled = self._accumulate, self._direct
@@ -80,6 +71,25 @@ class BlockStack:
         """Streaks are of refreshes with a root that failed."""
         self.skipped = Tally(len(phases), device)
         """For a bad gradient."""
+
+    def allocate(self) -> None:
+        """Make the state, as it is before the first step."""
+        self.saved = {
+            name: torch.zeros(len(self.phases), *kept, dtype=dtype, device=self.device)
+            for name, (kept, dtype) in saved_entries(self.shape, self.config).items()
+        }
+        """The state as checkpoints have it, stacked."""
+        self.state = split_rows(self.saved, self.shape, self.config)
+        """The same, with a tensor for each matrix of a block."""
+        self.rule = rule_of(self.config)(self.shape, self.config, self.state)
+        self.rule.restart(slice(None))
+        self._second_moment = self.state.get(second_moment_name(self.config.grafting) or "")
+
+    def release(self) -> None:
+        """Forget the state, until the next :meth:`allocate`; its memory is free when no view of it
+        is left."""
+        self.saved, self.state, self._second_moment = {}, {}, None
+        del self.rule
 
     def accumulate(self, clock: Clock, group: GroupSettings) -> Iterator[str]:
         """Let the gradients in `gradient` into the state; then :meth:`direct` completes the step.

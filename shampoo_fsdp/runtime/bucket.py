@@ -115,8 +115,11 @@ class Bucket:
         )
 
     def saved(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
-        """The state of each block that this rank owns, by name, as checkpoints have it."""
+        """The state of each block that this rank owns, by name, as checkpoints have it; made anew
+        where it was released."""
         for owned in self.stacks:
+            if not owned.stack.saved:
+                owned.stack.allocate()
             for position, (member, block) in enumerate(
                 zip(owned.members, owned.blocks, strict=True)
             ):
@@ -138,7 +141,8 @@ class Bucket:
             for settings, active, shards in self._active(groups):
                 if decay := settings.weight_decay:
                     dense = [g for k in active if (g := gradients[k]) is not None]
-                    total = torch._foreach_add(dense, shards, alpha=decay)
+                    alike = [w.reshape(g.shape) for w, g in zip(shards, dense, strict=True)]
+                    total = torch._foreach_add(dense, alike, alpha=decay)
                     for k, sum_ in zip(active, total, strict=True):
                         gradients[k] = sum_
         self._exchange.send_gradients(gradients)
@@ -172,15 +176,19 @@ class Bucket:
         for settings, active, shards in self._active(groups):
             if settings.lost:
                 stalled = [
-                    shard[piece]
+                    (k, shard, shard.clone())
                     for k, shard in zip(active, shards, strict=True)
-                    for piece in self.members[k].stalled
+                    if self.members[k].stalled
                 ]
-                kept = [piece.clone() for piece in stalled]
                 torch._foreach_mul_(shards, 1.0 - settings.lost)
-                for piece, values in zip(stalled, kept, strict=True):
-                    piece.copy_(values)
-            torch._foreach_add_(shards, [updates[k] for k in active], alpha=-settings.lr)
+                for k, shard, before in stalled:
+                    keeps = torch.zeros(self._shapes[k], dtype=torch.bool, device=shard.device)
+                    for piece in self.members[k].stalled:
+                        keeps[piece] = True
+                    torch.where(keeps.view(shard.shape), before, shard, out=shard)
+            # (Not the other way round: others may have given a shard other strides.)
+            alike = [updates[k].view(w.shape) for k, w in zip(active, shards, strict=True)]
+            torch._foreach_add_(shards, alike, alpha=-settings.lr)
         watch.lap("apply")
 
     def state_was_loaded(self) -> None:
@@ -192,14 +200,14 @@ class Bucket:
     def _active(
         self, groups: Sequence[GroupSettings]
     ) -> Iterator[tuple[GroupSettings, list[int], list[Tensor]]]:
-        """By parameter group, and lr in it, the positions of members with a gradient, and views of
-        their shards of the parameter."""
+        """By parameter group, and lr in it, the positions of members with a gradient, and their
+        shards of the parameter."""
         active: dict[tuple[int, float], list[int]] = defaultdict(list)
         for k, member in enumerate(self.members):
             if member.gradient is not None:
                 active[member.group, member.lr_scale].append(k)
         for (group, scale), chosen in active.items():
-            shards = [self.members[k].shard().view(self._shapes[k]) for k in chosen]
+            shards = [self.members[k].shard() for k in chosen]
             settings = groups[group]
             yield dataclasses.replace(settings, lr=scale * settings.lr), chosen, shards
 

@@ -51,7 +51,7 @@ class ExcludedParameters:
     ) -> None:
         """
         Args:
-            members: their state is created, in their shapes and placements.
+            members: parameters that are not preconditioned.
         """
         self.members = list(members)
         self._config = config
@@ -67,15 +67,14 @@ class ExcludedParameters:
             names.append("momentum_buffer")
         self._names = [name for name in names if name]
         self.skipped_entries = torch.zeros((), dtype=torch.int64, device=device)
-        for member in self.members:
-            member.state.update({name: torch.zeros_like(member.parameter) for name in self._names})
 
-    def follow_the_model(self) -> None:
-        """Give the state the type of its parameter, if that has been cast to another one."""
-        for member in self.members:
-            if member.state["exp_avg"].dtype != member.parameter.dtype:
-                for name in self._names:
-                    member.state[name] = member.state[name].to(member.parameter.dtype)
+    def create_entries(self, member: Member) -> dict[str, Tensor]:
+        """The state of a parameter before the first step, in its shape, placement and type."""
+        return {name: torch.zeros_like(member.parameter) for name in self._names}
+
+    def has_types_of_the_model(self) -> bool:
+        """Whether the state has the types of the parameters, which may be cast to others."""
+        return all(m.state["exp_avg"].dtype == m.parameter.dtype for m in self.members)
 
     def step(self, groups: Sequence[Mapping[str, object]]) -> None:
         """Update the members that have a gradient, in place.

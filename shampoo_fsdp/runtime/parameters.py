@@ -1,8 +1,9 @@
 """One object per parameter; which ones cannot be trained."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -41,35 +42,66 @@ class Member:
     counts: bool
     """Whether this rank counts what it does to its shard, not another replica."""
     state: dict[str, Any]
-    """The optimizer's. Its counters, tensors on the CPU, are the only ones."""
+    """The optimizer's: what :meth:`show` put there, and what others did."""
+    counters: dict[str, Any] = field(init=False)
+    """By what the host decides: on the CPU, wherever others may move the entries of `state`."""
     gradient: Tensor | None = None
     """This rank's shard of the gradient, while a step is taken."""
     cold: bool = False
     """Whether the step that is taken has the first refresh of its blocks."""
     stalled: Sequence[Slices] = ()
     """Pieces of its shard, in the view of the part, that weight decay leaves alone."""
+    _shown: dict[str, ReferenceType[Tensor]] = field(init=False, default_factory=dict)
 
-    def create_counters(self) -> None:
-        """Zero, as tensors: checkpoints are read into them."""
+    def __post_init__(self) -> None:
+        # Zero, as tensors: checkpoints are read into them.
         names = ("step", *(("factor_step", "refreshed") if self.part else ()))
-        self.state.update(
-            {name: torch.zeros((), dtype=torch.float32, device="cpu") for name in names}
-        )
+        self.counters = {n: torch.zeros((), dtype=torch.float32, device="cpu") for n in names}
+
+    def show(
+        self,
+        state: dict[str, Any],
+        entries: Mapping[str, Tensor],
+        when_gone: Callable[[Any], None],
+    ) -> None:
+        """Put the entries that a step works with into the optimizer's state.
+
+        Args:
+            when_gone: is called for each of them, but counters, to which nobody refers any more.
+                Nothing here does.
+        """
+        # First, so that nothing is called for those of before.
+        self._shown = {
+            name: ref(entry, None if name in self.counters else when_gone)
+            for name, entry in entries.items()
+        }
+        self.state = state
+        state.update(entries)
+
+    def is_shown(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the optimizer's state has these very entries; nothing is read back."""
+        entries = states.get(self.parameter)
+        if entries is not self.state:
+            return False
+        for name, shown in self._shown.items():  # noqa: SIM110, all() takes twice as long
+            if entries.get(name, "missing") is not shown():
+                return False
+        return True
 
     @property
     def step(self) -> int:
         """Gradients so far."""
-        return int(self.state["step"].tolist())
+        return int(self.counters["step"].tolist())
 
     @property
     def factor_step(self) -> int:
         """Of these the ones since its factors were started."""
-        return int(self.state["factor_step"].tolist())
+        return int(self.counters["factor_step"].tolist())
 
     @property
     def refreshed(self) -> bool:
         """Whether its blocks have had their first refresh."""
-        return bool(self.state["refreshed"].tolist())
+        return bool(self.counters["refreshed"].tolist())
 
     def shard(self) -> Tensor:
         """This rank's part of the parameter; shares its memory."""
@@ -137,14 +169,14 @@ def count(members: Sequence[Member], first_refresh: int) -> None:
         member.cold = False
     active = [member for member in members if member.gradient is not None]
     counters = [
-        m.state[name] for m in active for name in ("step", "factor_step") if name in m.state
+        m.counters[name] for m in active for name in ("step", "factor_step") if name in m.counters
     ]
     if counters:
         torch._foreach_add_(counters, 1)
     for member in active:
         if member.part and not member.refreshed and member.factor_step >= first_refresh:
             member.cold = True
-            member.state["refreshed"].fill_(1.0)
+            member.counters["refreshed"].fill_(1.0)
 
 
 def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:

@@ -214,13 +214,6 @@ def _check_shard(spec: ParameterSpec, shard: Tensor, shape: tuple[int, ...]) -> 
             f"parameter '{spec.name}' has a shard of {tuple(shard.shape)} here, but its "
             f"placements {spec.placements} on a mesh of {spec.mesh_shape} say {shape}."
         )
-    try:
-        shard.view(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"parameter '{spec.name}' of {tuple(shard.shape)} has strides {shard.stride()}, so "
-            f"that it cannot be updated as {shape}; use the default memory format or exclude it."
-        ) from None
 
 
 def refuse_nonfinite(parameters: Parameters) -> None:

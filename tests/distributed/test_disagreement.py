@@ -126,7 +126,7 @@ def test_a_state_dict_that_one_rank_cannot_load_is_an_error_on_every_rank():
 def test_state_that_is_spread_over_ranks_is_not_pickled_in_part(tmp_path):
     built = build("fsdp")
     optimizer = Shampoo(built.model.named_parameters())
-    with pytest.raises(TypeError, match=r"save it with torch\.distributed\.checkpoint"):
+    with pytest.raises(TypeError, match=r"or save with torch\.distributed\.checkpoint"):
         torch.save(optimizer.state_dict(), tmp_path / "state.pt")
 
 

@@ -563,10 +563,31 @@ class TestBadParameters:
         with pytest.raises(ValueError, match="'a' and 'b' are the same"):
             Shampoo([("a", weight), ("b", weight)])
 
-    def test_channels_last(self):
-        weight = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
-        with pytest.raises(ValueError, match=r"'conv' .*default memory format"):
-            Shampoo([("conv", nn.Parameter(weight))])
+    @pytest.mark.parametrize("from_step", [0, 1])
+    @pytest.mark.parametrize("settings", [{}, {"weight_decay_type": "l2"}, {"exclude": ["conv"]}])
+    def test_channels_last_is_as_good_as_another(self, from_step, settings):
+        found = []
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            generator = torch.Generator().manual_seed(0)
+            weight = nn.Parameter(torch.randn(8, 6, 3, 3, generator=generator))
+            optimizer = Shampoo([("conv", weight)], lr=0.1, **settings)
+            for step in range(3):
+                if step == from_step:
+                    weight.data = weight.data.to(memory_format=memory_format)
+                weight.grad = torch.randn(8, 6, 3, 3, generator=generator)
+                optimizer.step()
+            assert weight.is_contiguous(memory_format=memory_format)
+            found.append(weight.detach())
+        assert torch.equal(*found)
+
+    def test_unfrozen_before_the_first_step(self):
+        weight, other = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+        weight.requires_grad_(False)
+        optimizer = Shampoo([("w", weight), ("v", other)])
+        weight.requires_grad_(True)
+        weight.grad = other.grad = torch.ones(2, 2)
+        optimizer.step()
+        assert weight.any() and torch.equal(weight, other)
 
     def test_unfrozen_later(self):
         weight, other = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))

@@ -1,0 +1,108 @@
+"""State that others move, and checkpoints that cannot be read to the end, on several ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from shampoo_fsdp.checkpoint import ShampooLoadPlanner
+from tests.distributed.test_checkpoints import make, resume, states, train
+from tests.distributed.test_meshes import relative_difference
+from tests.models import full_parameters
+from tests.ranks import ranks, run_ranks
+from tests.shampoo_fsdp.test_state import move
+
+SAVED_AT, END = 6, 10
+
+
+def moved_and_saved(layouts: list[str], folder: Path) -> list[tuple[dict[str, Tensor], ...]]:
+    """The parameters at the end of a run that nothing happens to, and of one whose state is moved
+    to and fro, and saved while it is away."""
+    ends = []
+    for layout in layouts:
+        built, optimizer = make(layout)
+        train(built, optimizer, range(END))
+        expected = full_parameters(built.model)
+        built, optimizer = make(layout)
+        train(built, optimizer, range(SAVED_AT))
+        move(optimizer)
+        dcp.save(states(built, optimizer, True), checkpoint_id=folder / layout)
+        move(optimizer)
+        train(built, optimizer, range(SAVED_AT, END - 1))
+        if dist.is_initialized() and dist.get_rank() == 0:
+            move(optimizer)  # on one rank alone
+        train(built, optimizer, range(END - 1, END))
+        ends.append((expected, full_parameters(built.model)))
+    return ends
+
+
+def resumed(runs: list[dict]) -> list[dict[str, Tensor]]:
+    return [resume(flat=True, **run) for run in runs]
+
+
+def test_moved_state_goes_on_and_is_saved_for_any_mesh(tmp_path):
+    layouts = ["fsdp", "tp", "ddp"]
+    ends = run_ranks(2, moved_and_saved, layouts=layouts, folder=tmp_path)
+    for of_rank in ends:
+        for expected, found in of_rank:
+            assert relative_difference(found, expected) == 0.0
+    expected = [before for before, _ in ends[0]]
+    for world, on in ((2, ["fsdp"] * 3), (1, ["single"] * 3)):
+        runs = [{"layout": o, "folder": tmp_path / s} for o, s in zip(on, layouts, strict=True)]
+        for results in run_ranks(world, resumed, runs=runs):
+            for found, whole in zip(results, expected, strict=True):
+                assert relative_difference(found, whole) <= 1e-5
+
+
+@ranks(2)
+def test_half_a_checkpoint_stops_all_ranks(tmp_path):
+    """The file of one rank ends early: that one cannot read on, the other one has read its part."""
+    built, optimizer = make("fsdp")
+    train(built, optimizer, range(3))
+    dcp.save(states(built, optimizer, True), checkpoint_id=tmp_path)
+    torn = tmp_path / "__1_0.distcp"
+    content = torn.read_bytes()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        torn.write_bytes(content[: len(content) // 2])
+    dist.barrier()
+    for planner in (None, ShampooLoadPlanner("rebuild")):
+        built, optimizer = make("fsdp", on_mismatch="rebuild")
+        with pytest.raises(dcp.api.CheckpointException):
+            dcp.load(states(built, optimizer, True), checkpoint_id=tmp_path, planner=planner)
+        before = full_parameters(built.model)
+        with pytest.raises(RuntimeError, match="load another checkpoint"):
+            train(built, optimizer, range(1))
+        after = full_parameters(built.model)
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        torn.write_bytes(content)
+    dist.barrier()
+    saved = states(built, optimizer, True)
+    dcp.load(saved, checkpoint_id=tmp_path)
+    with pytest.raises(RuntimeError, match=r"call load_state_dict\(\)"):
+        train(built, optimizer, range(3, 4))
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(built, optimizer, range(3, 5))
+    assert all(p.isfinite().all() for p in full_parameters(built.model).values())
+
+
+@ranks(2)
+def test_what_cannot_be_used_raises_after_the_step_and_hangs_nobody():
+    built, optimizer = make("fsdp")
+    train(built, optimizer, range(2))
+    if dist.get_rank() == 0:
+        optimizer.state[built.model.output.weight]["exp_avg"] = "lost"
+        with pytest.raises(ValueError, match=r"'exp_avg' .*'output.weight' is 'lost'"):
+            train(built, optimizer, range(2, 3))
+    else:
+        train(built, optimizer, range(2, 3))
+    train(built, optimizer, range(3, 4))
+    if dist.get_rank() == 1:
+        optimizer.state[built.model.output.weight].pop("step")
+    with pytest.raises(ValueError, match=r"'step' .*'output.weight' is missing"):
+        optimizer.load_state_dict(optimizer.state_dict())
