@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.rules.matrices import along, scale_along, unfold
+from shampoo_fsdp.rules.matrices import along, per_block, scale_along, unfold
 from shampoo_fsdp.rules.rule import Now, Positions, register
 from shampoo_fsdp.rules.shampoo import Shampoo
 from shampoo_fsdp.validation import refuse
@@ -19,6 +19,11 @@ __all__ = ["KLShampoo"]
 # rounding, other on each mesh, would be as large as the gradient. (Final losses of a model of 1 M
 # parameters, one run each: 1.560 with 1.2e-7, 1.554 with 1e-5, within noise; 1.599 with 3e-4.)
 _RESOLUTION = 1e-5
+
+# How far the mean of a side that has the size of 1 may leave it. While gradients are tiny, all
+# sides would fade, and the first usual ones, whitened by such roots, would make all of them so
+# large that these gradients decide for hundreds of steps.
+_LARGEST_MEAN = 1e4
 
 
 @register
@@ -91,6 +96,27 @@ class KLShampoo(Shampoo):
             else:
                 averaged = averaged._replace(weight=now.weight * rest)
                 self._accumulate_diagonal(i, whitened.float().square(), averaged)
+
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        for i in () if cold else self._sides[1:]:
+            self._bound(i, where)
+        return super().refresh(where, cold, correction)
+
+    def _bound(self, i: int, where: Positions) -> None:
+        """Scale a side that has left the size of 1; usually by exactly 1. (The first side carries
+        the scale of the gradients.)"""
+        if i in self.diagonal:
+            factors = diagonal = self.state[f"diagonals_{i}"][where]
+        else:
+            factors = self.factors[i].read(where)
+            diagonal = factors.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(1)
+        scale = torch.where(mean > 0.0, mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN) / mean, 1.0)
+        scaled = factors * per_block(scale, factors.ndim)
+        if i in self.diagonal:
+            self.state[f"diagonals_{i}"][where] = scaled
+        else:
+            self.factors[i].write(scaled, where)
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         # The others did not start at zero.

@@ -86,6 +86,9 @@ class Soap(Rule):
         eigenvalues, failures = [], []
         resolution = max(self.resolution, _RESOLUTION)
         moved = self.state["second_moment"][where]
+        # One gradient, the first, which is in the factors and not yet in V, tells no basis: in its
+        # own the direction would be that gradient. An idle expert keeps the basis of the axes.
+        fresh = per_block((moved == 0.0).flatten(1).all(1), 3)
         for i in self.full:
             kept = self.state[f"eigenvectors_{i}"]
             before = kept[where].to(torch.float32, copy=True)
@@ -95,6 +98,7 @@ class Soap(Rule):
             eigenvalues.append(values)
             failures.append(failed)
             if not cold:
+                kept[where] = torch.where(fresh, before.to(kept.dtype), kept[where])
                 moved = along(moved, (kept[where].float().mT @ before).square_(), i)
         if cold:
             self._start_second_moment(where, eigenvalues, torch.stack(failures).any(0))
@@ -151,8 +155,10 @@ class Soap(Rule):
         moment = self.state["second_moment"]
         denominator = moment.sqrt().add_(now.eps * root)
         result = torch.div(self._to_basis(momentum, now), denominator, out=denominator)
-        if now.warm:  # before, the basis is that of the axes, where small entries are no rounding
+        if now.warm:
             floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
+            if self.full:  # in the basis of the axes small entries are no rounding
+                floor.mul_(per_block(self._turned(), moment.ndim))
             floor.clamp_min_(torch.finfo(torch.float32).tiny)
             result.mul_(moment.div(floor).clamp_max_(1.0))
             result = result.to(self.products_in)
@@ -167,6 +173,11 @@ class Soap(Rule):
             for i in self.full:
                 blocks = along(blocks, self._vectors(i).mT, i)
         return blocks.float()
+
+    def _turned(self) -> Tensor:
+        """Whether a block has another basis than that of the axes, [B]."""
+        sides = [self.state[f"eigenvectors_{i}"].diagonal(dim1=1, dim2=2) for i in self.full]
+        return torch.stack([(side != 1.0).any(1) for side in sides]).any(0)
 
     def _vectors(self, i: int) -> Tensor:
         return self.state[f"eigenvectors_{i}"].to(self.products_in)

@@ -27,7 +27,9 @@ class KLShampooRule(ShampooRule):
     Kullback-Leibler divergence satisfy S_i = E[W_(i) W_(i)ᵀ] / (product of the other sizes), where
     W is the gradient times S_j^(-1/2) along every j but i. P = M times S_i^(-1/2) along each. The
     first factor begins at zero, the others at the identity. Gradients that are all zero do not
-    count. Eigenvalues are raised to 1e-5 times the largest; the ridge is a multiple of their mean.
+    count. From the second refresh on, a factor but the first whose mean eigenvalue has left
+    [1e-4, 1e4] is scaled to the nearer end before. Eigenvalues are raised to 1e-5 times the
+    largest; the ridge is a multiple of their mean.
     """
 
     def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
@@ -50,6 +52,13 @@ class KLShampooRule(ShampooRule):
     def unit(self, factor: Tensor) -> float:
         mean = (factor if factor.ndim == 1 else factor.diag()).mean().item()
         return mean if mean > 0 else 1.0
+
+    def refresh(self, correction: float) -> None:
+        for d, factor in enumerate(self.factors):
+            if factor is not None and d != self.first and self.has_roots:
+                mean = self.unit(factor)
+                self.factors[d] = factor * (min(max(mean, 1e-4), 1e4) / mean)
+        super().refresh(correction)
 
     def accumulate(self, grad: Tensor, correction: float) -> None:
         if not grad.any():

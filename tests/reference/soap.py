@@ -27,7 +27,8 @@ class SoapRule(GramFactors):
     """Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2024, Algorithm 3).
 
     The basis is the identity until the first refresh, and for dimensions without a full factor,
-    whatever else they have.
+    whatever else they have. A block that has seen no gradient before this step's keeps its basis
+    at later refreshes, and entries in the basis of the axes never fade.
     """
 
     works_without_roots = True
@@ -40,6 +41,8 @@ class SoapRule(GramFactors):
         self.second_moment = torch.zeros(shape, dtype=torch.float64)
 
     def refresh(self, correction: float) -> None:
+        if self.has_roots and not self.second_moment.any():
+            return
         eigenvalues: list[Tensor | None] = [None for _ in self.factors]
         least = max(FLOORS[self.settings.factor_dtype], RESOLUTION)
         for d, factor in enumerate(self.factors):
@@ -84,6 +87,8 @@ class SoapRule(GramFactors):
         root = (self.second_moment / correction).sqrt() + self.settings.eps
         largest = self.second_moment.max()
         seen = (self.second_moment / (FLOOR * largest)).clamp(max=1) if largest > 0 else 0.0
+        if self.full_sides and all(torch.equal(b, torch.eye(len(b)).to(b)) for b in self.bases):
+            seen = 1.0
         direction = self._project(momentum) / root * seen
         for d, basis in enumerate(self.bases):
             direction = along(direction, basis, d)
