@@ -9,7 +9,6 @@ exact; times follow from the rates below, which are assumed. In the timeline a G
 each other, and so do the network's transfers.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -23,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from benchmarks.command import parser_of
 from benchmarks.dry_run_tables import print_tables
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
@@ -141,11 +141,7 @@ def _is_muons(spec: ParameterSpec) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dry_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.dry_run", __doc__)
     parser.add_argument("--model", default="llama3-8b", choices=MODELS)
     parser.add_argument("--mesh", default="dp_shard=8", help="as in dp_shard=64,tp=8")
     parser.add_argument("--rank", type=int, help="default: the one with the most work")

@@ -1,5 +1,5 @@
 """What only a GPU can tell: time, kernels and memory of optimizers' steps, whole training steps,
-inverse roots, the loss of a run.
+inverse roots.
 
     python -m benchmarks.gpu --json gpu.json                    # one GPU, at most 10 minutes
     python -m benchmarks.gpu --device cpu --dim 64 --layers 1   # tests the benchmark itself
@@ -18,18 +18,16 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import llama, roots
-from benchmarks.gpu_references import dry_runs, study_losses
+from benchmarks.command import console, parser_of, table
+from benchmarks.gpu_references import dry_runs
 from benchmarks.gpu_steps import measure_row
 from benchmarks.gpu_training import measure_training
 from benchmarks.peers import peer_rows
@@ -104,31 +102,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sizes": vars(sizes_of(options)),
     }
     session.figures["left_out"] = session.left_out
-    console = Console(width=None if Console().is_terminal else 180)
     of_device = f"on one {session.figures['device']}"
     parts = {
-        "steps": (_measure_steps, partial(_table, "The optimizer's part of a step", _COLUMNS)),
-        "training": (_measure_training, partial(_table, "Training steps", _COLUMNS_OF_TRAINING)),
-        "roots": (_measure_roots, partial(roots.table, "Inverse roots")),
-        "study": (_measure_study, partial(roots.table, "The study's 1M model")),
+        "steps": (_measure_steps, "The optimizer's part of a step", _COLUMNS),
+        "training": (_measure_training, "Training steps", _COLUMNS_OF_TRAINING),
+        "roots": (_measure_roots, "Inverse roots", None),
     }
-    for name, (measure, table) in parts.items():
+    for name, (measure, title, columns) in parts.items():
         found = session.figures[name] = measure(session, options)
         if options.json:  # at once, so that a benchmark that is cut off keeps its figures
             Path(options.json).write_text(json.dumps(session.figures, indent=2), encoding="utf-8")
         if found:
-            console.print(table(found), f"({of_device})\n")
+            console().print(table(title, found, columns), f"({of_device})\n")
     for line in session.left_out:
-        console.print(f"Left out: {line}", markup=False)
+        console().print(f"Left out: {line}", markup=False)
     return 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.gpu", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     add_size_arguments(parser)
     parser.set_defaults(**vars(_SIZES))
@@ -138,8 +130,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokens", type=int, nargs="*", default=[16384], help="of whole training steps"
     )
     parser.add_argument("--root-sizes", type=int, nargs="*", default=[256, 1024])
-    parser.add_argument("--study-steps", type=int, default=240, help="240, 2000, or 0 for none")
-    parser.add_argument("--study-seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing is begun after that")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file as well")
     return parser.parse_args(arguments)
@@ -213,13 +203,6 @@ def _measure_roots(session: _Session, options: argparse.Namespace) -> roots.Rows
     return found
 
 
-def _measure_study(session: _Session, options: argparse.Namespace) -> roots.Rows:
-    if not options.study_steps:
-        return []
-    steps, seeds = options.study_steps, options.study_seeds
-    return session.measure("study", study_losses, steps, seeds) or []
-
-
 def _roots(n: int, device: str) -> roots.Rows:
     """Milliseconds for a stack, and the error of a root times a gradient for each spectrum."""
     exponents = (-0.25, -0.5)
@@ -235,18 +218,6 @@ def _roots(n: int, device: str) -> roots.Rows:
         for exponent in exponents
         for row in roots.measure_cost(n, max(1, elements // n**2), exponent, device)
     ]
-
-
-def _table(
-    title: str, columns: Mapping[str, tuple[str, str]], rows: Sequence[dict[str, Any]]
-) -> Table:
-    table = Table(title=title, title_justify="left")
-    for k, heading in enumerate(columns):
-        table.add_column(heading, justify="right" if k else "left")
-    for figures in rows:
-        values = [(figures[key], form) for key, form in columns.values()]
-        table.add_row(*("-" if v is None else form.format(v) for v, form in values))
-    return table
 
 
 if __name__ == "__main__":

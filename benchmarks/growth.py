@@ -6,7 +6,6 @@ Starting from one setting (see --dim and so on), one thing is changed at a time.
 `benchmarks.step_time`, as multiples of fused AdamW's in the same run; the rest are exact counts.
 """
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import llama
+from benchmarks.command import parser_of
 from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import shampoo_row, torch_rows
 from benchmarks.step_time import add_size_arguments, measure_rows, sizes_of
@@ -39,11 +39,7 @@ class _Setting(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, plot and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.growth", __doc__)
     add_size_arguments(parser)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--axes", nargs="+", choices=list(_AXES), default=list(_AXES))
@@ -135,7 +131,7 @@ def _plot(points: Sequence[dict[str, Any]], path: Path) -> None:
         values = [point["value"] for point in chosen]
         for row, (name, key, _) in enumerate(_SHOWN):
             plot = grid[row][column]
-            plot.plot(values, [point[key] for point in chosen], marker="o", markersize=4)
+            plot.plot(values, [point[key] for point in chosen], "C4o-", markersize=4)
             plot.set_xscale("log", base=2)
             plot.set_xticks(values, [str(value) for value in values])
             plot.minorticks_off()

@@ -9,9 +9,9 @@ gradient and update of a matrix that Shampoo preconditions, the mean of these ov
 equal size of the step the loss falls by lr times it, as long as lr and not curvature is the limit.
 """
 
-import argparse
 import contextlib
 import io
+import itertools
 import logging
 import statistics
 import tempfile
@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.command import console, parser_of, table
 from benchmarks.ranks import run_on_ranks
 from shampoo_torchtitan.generation import need_02
 
@@ -35,11 +34,7 @@ _LAST = 5
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lr_sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.lr_sweep", __doc__)
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 240])
     parser.add_argument("--flavor", default="tiny")
@@ -50,23 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     need_02("benchmarks.lr_sweep")
     import shampoo_torchtitan.train  # noqa: F401  (once, before ranks are forked, after --help)
 
-    table = Table(title="Loss of AdamW and Shampoo, by lr", title_justify="left")
-    for heading in ("steps", "lr", "AdamW", "Shampoo", "alignment: AdamW", "Shampoo"):
-        table.add_column(heading, justify="right")
-    for steps in options.steps:
-        for lr in options.lr:
-            rows = [
-                run_on_ranks(1, _train, options.flavor, steps, lr, name, options.set, init=False)
-                for name in ("AdamW", "shampoo")
-            ]
-            losses, alignments = zip(*rows, strict=True)
-            table.add_row(
-                f"{steps}",
-                f"{lr:g}",
-                *(f"{loss:.3f}" for loss in losses),
-                *(f"{alignment:.2f}" for alignment in alignments),
-            )
-    Console(width=100).print(table)
+    rows = []
+    for steps, lr in itertools.product(options.steps, options.lr):
+        rows.append({"steps": steps, "lr": lr})
+        for name in ("AdamW", "shampoo"):
+            job = (options.flavor, steps, lr, name, options.set)
+            loss, alignment = run_on_ranks(1, _train, *job, init=False)
+            rows[-1] |= {name: loss, f"alignment of {name}": alignment}
+    console().print(table("Loss of AdamW and Shampoo, by lr", rows, _COLUMNS))
+
+
+_COLUMNS = {
+    "steps": ("steps", "{}"),
+    "lr": ("lr", "{:g}"),
+    "AdamW": ("AdamW", "{:.3f}"),
+    "Shampoo": ("shampoo", "{:.3f}"),
+    "alignment: AdamW": ("alignment of AdamW", "{:.2f}"),
+    "alignment: Shampoo": ("alignment of shampoo", "{:.2f}"),
+}
 
 
 def _train(

@@ -2,9 +2,7 @@
 
 import itertools
 import os
-import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -137,62 +135,26 @@ def _bytes_sent(func: Any, args: tuple[Any, ...]) -> int:
 
 
 class Products(_Dispatched):
-    """Within it, the time and the shapes of matrix products and of decompositions."""
+    """Within it, the time of matrix products and of decompositions, and the products' FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds = 0.0
-        self.decomposition_seconds = 0.0
-        self.flops = 0.0
-        self._operands: Counter[tuple[Any, ...]] = Counter()
+        self.seconds = self.decomposition_seconds = self.flops = 0.0
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.split("::")[1]
-        if name in _DECOMPOSITIONS:
-            start = time.perf_counter()
-            result = func(*args, **kwargs)
-            self.decomposition_seconds += time.perf_counter() - start
-            return result
-        if name not in _PRODUCTS:
+        if name not in _PRODUCTS | _DECOMPOSITIONS:
             return func(*args, **kwargs)
-        operands = [a for a in args if isinstance(a, Tensor)]
-        forms = tuple(map(_form, operands))
-        named = tuple((k, _form(v) if isinstance(v, Tensor) else v) for k, v in kwargs.items())
         start = time.perf_counter()
         result = func(*args, **kwargs)
-        self.seconds += time.perf_counter() - start
-        self._operands[func, forms, named] += 1
-        self.flops += 2.0 * operands[-1].shape[-1] * operands[-2].numel()
+        took = time.perf_counter() - start
+        if name in _DECOMPOSITIONS:
+            self.decomposition_seconds += took
+            return result
+        self.seconds += took
+        left, right = [a for a in args if isinstance(a, Tensor)][-2:]
+        self.flops += 2.0 * right.shape[-1] * left.numel()
         return result
-
-    def seconds_alone(self, repeats: int = 5) -> float:
-        """The time of the same products, each repeated by itself on the same operands."""
-        total = 0.0
-        for (func, forms, named), number in self._operands.items():
-            operands = [_operand(*form) for form in forms]
-            kwargs = {k: _operand(*v) if isinstance(v, tuple) else v for k, v in named}
-            total += number * _median_seconds(lambda: func(*operands, **kwargs), repeats)  # noqa: B023
-        return total
-
-
-def _form(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _operand(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    result = torch.empty_strided(shape, stride, dtype=dtype)
-    # Small, so that repeated accumulation stays finite.
-    return result.copy_(torch.randn(shape).mul_(1e-3))
-
-
-def _median_seconds(function: Callable[[], object], repeats: int) -> float:
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def state_bytes(optimizers: Iterable[Any]) -> int:

@@ -1,6 +1,5 @@
 """Rows for optimizers that others publish, where they are installed.
 
-    pip install pytorch-optimizer emerging-optimizers     # the latter needs Python 3.12
     git clone https://github.com/facebookresearch/optimizers
     PYTHONPATH=optimizers python -m benchmarks.step_time
 
@@ -112,57 +111,10 @@ def _let_meta_use_gloo() -> None:
     utils.AllToAllContext._execute_all_to_all = execute
 
 
-# ------------------------------------------------------------- not distributed: on whole copies
-
-
-def _soap_rows() -> list[Row]:
-    def build(matrices: list[nn.Parameter]) -> Optimizer:
-        soap: Any = importlib.import_module("emerging_optimizers.soap")
-        optimizer: Optimizer = soap.SOAP(
-            matrices,
-            lr=LR,
-            betas=BETAS,
-            shampoo_beta=BETAS[1],
-            eps=EPS,
-            weight_decay=WEIGHT_DECAY,
-            fp32_matmul_prec="highest",
-            qr_fp32_matmul_prec="highest",
-        )
-        return optimizer
-
-    name = "emerging-optimizers SOAP, every step"
-    return [Row(name, _with_adamw_for_vectors(build), sharded=False)]
-
-
-def _scalable_shampoo_rows() -> list[Row]:
-    def build(matrices: list[nn.Parameter]) -> Optimizer:
-        package: Any = importlib.import_module("pytorch_optimizer")
-        grafts: Any = importlib.import_module("pytorch_optimizer.optimizer.utils.graft")
-        optimizer: Optimizer = package.ScalableShampoo(
-            matrices,
-            lr=LR,
-            betas=BETAS,
-            moving_average_for_momentum=True,
-            nesterov=False,
-            weight_decay=WEIGHT_DECAY,
-            decoupled_weight_decay=True,
-            start_preconditioning_step=10,
-            preconditioning_compute_steps=10,
-            block_size=256,
-            graft_type=grafts.LayerWiseGrafting.RMSPROP,
-        )
-        return optimizer
-
-    name = "pytorch-optimizer ScalableShampoo 256, every 10"
-    return [Row(name, _with_adamw_for_vectors(build), period=10, together=True, sharded=False)]
-
-
 _PEERS: list[tuple[str, str, Callable[[], list[Row]]]] = [
     (
         "distributed_shampoo",
         "git clone https://github.com/facebookresearch/optimizers; PYTHONPATH=optimizers",
         _meta_rows,
     ),
-    ("emerging_optimizers.soap", "pip install emerging-optimizers", _soap_rows),
-    ("pytorch_optimizer", "pip install pytorch-optimizer", _scalable_shampoo_rows),
 ]

@@ -1,4 +1,4 @@
-"""Inverse roots: the cost and the error of each method, and what a warm start is worth.
+"""Inverse roots: the cost and the error of each method.
 
     python -m benchmarks.roots
     python -m benchmarks.roots --sizes 256 --blocks 4 --exponents -0.5 --json roots.json
@@ -10,18 +10,15 @@ the gradients that make up A. All methods take turns in one run; times are media
 What it says: on CPUs "eigh" is the one to take. Matrix products alone take more FLOPs and more
 time, the more the larger n. "coupled_newton" is the more exact, 10 times and more from condition
 1e4 on, but eigh's error is small beside what 10 steps change, and so is that of "polynomial", which
-is asked for no more. A QR step from the last basis takes as long as eigh (0.8 to 1.6 times) and
-leaves an error of 14% with exponent -1/4.
+is asked for no more. A QR step from the last basis takes as long as eigh (0.8 to 1.6 times).
 
 On CUDA, which `python -m benchmarks.gpu` measures, torch.linalg.eigh makes the host wait
 (pytorch/pytorch#175585).
 """
 
-import argparse
 import json
 import math
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,26 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.command import console, parser_of, table
 from benchmarks.measure import Counts
 from shampoo_fsdp.rules.eigenbasis import eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, inverse_root_from_basis
-from shampoo_torchtitan.generation import need_02
 
 EPS = 1e-12
 RESOLUTION = torch.finfo(torch.float32).eps
 ELEMENTS = 2**20  # of a stack, if --blocks is not given
 ROUNDS, FEWEST_ROUNDS, SECONDS = 9, 2, 3.0  # of timing, per size and exponent
-TRAINING_STEPS, FIRST_REFRESH, PERIOD = 60, 30, 10
-TRAINED = [
-    f"layers.{name}.weight"
-    for name in ("0.attention.wq", "1.feed_forward.w1", "2.feed_forward.w2", "3.attention.wo")
-]
 
 SPECTRA: dict[str, Callable[[int], Tensor]] = {
     f"condition 1e{x}": lambda n, x=x: torch.logspace(0, -x, n, dtype=torch.float64)
@@ -61,8 +50,7 @@ Rows = list[dict[str, Any]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roots", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("benchmarks.roots", __doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--blocks", type=int, help="matrices in a stack; default: 2^20 / n^2")
     parser.add_argument("--exponents", type=float, nargs="+", default=[-0.25, -0.5])
@@ -71,14 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    warm_start = measure_warm_start()
     cost = [
         row
         for n, exponent in product(options.sizes, options.exponents)
         for row in measure_cost(n, options.blocks or max(1, ELEMENTS // n**2), exponent)
     ]
     figures = {
-        "warm_start": warm_start,
         "cost": cost,
         "cost_model": cost_model(cost),
         "error": [
@@ -90,17 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         setting = {"torch": torch.__version__, "threads": options.threads}
         Path(options.json).write_text(json.dumps(setting | figures, indent=1), encoding="utf-8")
-    console = Console(width=120)
     for title, rows in figures.items():
-        console.print(table(title.replace("_", " "), rows))
-
-
-def table(title: str, rows: Rows) -> Table:
-    """One column per entry."""
-    result = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        result.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    return result
+        console().print(table(title.replace("_", " "), rows))
 
 
 def measure_cost(n: int, blocks: int, exponent: float, device: str = "cpu") -> Rows:
@@ -212,7 +189,6 @@ def measure_errors(n: int, spectrum: str, exponents: Sequence[float], device: st
         exact = torch.diag(treated**exponent * kept)
         root = inverse_root(matrix.unsqueeze(0), exponent, EPS, method)[0][0].double()
         root = vectors.mT @ root @ vectors
-        residual = torch.linalg.matrix_power(root, round(-1.0 / exponent)) * (treated * kept)
         effect = ((root - exact) @ gradients).norm() / (exact @ gradients).norm()
         rows.append(
             {
@@ -220,8 +196,6 @@ def measure_errors(n: int, spectrum: str, exponents: Sequence[float], device: st
                 "spectrum": spectrum,
                 "exponent": exponent,
                 "method": method,
-                "residual": ((residual - kept.diag()).norm() / n**0.5).item(),
-                "root": ((root - exact).norm() / exact.norm()).item(),
                 "effect": effect.item(),
             }
         )
@@ -242,70 +216,6 @@ def own_eigenvalues(eigenvalues: Tensor, method: str) -> tuple[Tensor, Tensor]:
     if method == "eigh_pseudo_inverse":
         kept = (eigenvalues > len(eigenvalues) * RESOLUTION * eigenvalues.max()).double()
     return eigenvalues.clamp_min(RESOLUTION * eigenvalues.max().item()) + EPS, kept
-
-
-def measure_warm_start() -> Rows:
-    """Eigenvectors kept, improved by QR steps and taken anew at each refresh, on the factors of a
-    training: ||offdiag(Q^T A Q)|| / ||A||, and errors of the root times the gradient; medians over
-    factors and refreshes."""
-    found: dict[tuple[float, str], Rows] = {}
-    for (beta2, _), refreshes in trained_factors().items():
-        fresh = once = twice = eigenbasis(refreshes[0][0])
-        for matrix, gradient in refreshes[1:]:
-            kept, fresh = fresh, eigenbasis(matrix)
-            once = warm_eigenbasis(matrix, once[1])
-            twice = warm_eigenbasis(matrix, twice[1], iterations=2)
-            eigenvalues, vectors = torch.linalg.eigh(matrix.double())
-            treated, _ = own_eigenvalues(eigenvalues[0], "eigh")
-            ways = {"kept": kept, "qr, 1 step": once, "qr, 2 steps": twice, "eigh": fresh}
-            for way, basis in ways.items():
-                rotated = basis[1].mT.double() @ matrix.double() @ basis[1].double()
-                rest = rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
-                figures = {"offdiagonal": (rest.norm() / rotated.norm()).item()}
-                for exponent in (-0.25, -0.5):
-                    exact = (vectors * treated**exponent) @ (vectors.mT @ gradient.double())
-                    error = inverse_root_from_basis(*basis, exponent, EPS) @ gradient - exact
-                    figures[f"effect {exponent}"] = (error.norm() / exact.norm()).item()
-                found.setdefault((beta2, way), []).append(figures)
-    return [
-        {"beta2": beta2, "eigenvectors": way}
-        | {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        for (beta2, way), rows in found.items()
-    ]
-
-
-def trained_factors() -> dict[tuple[float, str], list[tuple[Tensor, Tensor]]]:
-    """Factors [1, n, n] and unfolded gradients at the refreshes, after 30, 40, 50 and 60 steps of
-    AdamW on Python source, of both sides of some weights of a small Llama; by beta2 and name."""
-    need_02("benchmarks.roots, with factors of a training,")
-    import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan importable
-    from torchtitan.models.llama3 import Transformer, llama3_args  # isort: skip
-
-    from shampoo_torchtitan.demo.data import python_source
-
-    model = Transformer(llama3_args["small"])
-    with torch.no_grad():
-        model.init_weights()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    weights = {name: p for name, p in model.named_parameters() if name in TRAINED}
-    assert len(weights) == len(TRAINED)
-    texts = python_source(sysconfig.get_paths()["stdlib"])[:200]["text"]
-    text = torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).long()
-    sums: dict[tuple[float, str], Tensor] = {}
-    refreshes: dict[tuple[float, str], list[tuple[Tensor, Tensor]]] = {}
-    for step in range(1, TRAINING_STEPS + 1):
-        starts = torch.randint(len(text) - 129, (8, 1))
-        batch = text[starts + torch.arange(129)]
-        optimizer.zero_grad()
-        cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
-        for beta2, (name, p), side in product((0.95, 0.99), weights.items(), ("left", "right")):
-            gradient, key = p.grad if side == "left" else p.grad.mT, (beta2, f"{name} {side}")
-            sums[key] = beta2 * sums.get(key, 0.0) + (1.0 - beta2) * gradient @ gradient.mT
-            if step >= FIRST_REFRESH and step % PERIOD == 0:
-                factor = sums[key].unsqueeze(0) / (1.0 - beta2**step)
-                refreshes.setdefault(key, []).append((factor, gradient.clone()))
-        optimizer.step()
-    return refreshes
 
 
 if __name__ == "__main__":

@@ -20,17 +20,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from benchmarks import llama
+from benchmarks.command import console, parser_of, table
 from benchmarks.measure import Counts, Products, memory, state_bytes
 from benchmarks.peers import peer_rows
 from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import Row, our_rows, torch_rows
-from benchmarks.step_tables import tables
 from shampoo_fsdp import Shampoo
 
 __all__ = ["add_size_arguments", "main", "measure_rows", "sizes_of"]
@@ -38,11 +37,7 @@ __all__ = ["add_size_arguments", "main", "measure_rows", "sizes_of"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_time",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.step_time", __doc__)
     parser.add_argument("--ranks", type=int, default=2)
     add_size_arguments(parser)
     parser.add_argument("--rows", default="", help="regular expression: only rows that contain it")
@@ -61,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps({"ranks": options.ranks, "sizes": vars(sizes), "rows": figures}, indent=2))
         return
-    console = Console(width=None if Console().is_terminal else 180)
-    for table in tables(figures):
-        console.print(table)
+    for title, columns in _TABLES.items():
+        console().print(table(title, figures, {"optimizer": ("row", "{}")} | columns))
     for line in missing:
         print(line)
 
@@ -77,6 +71,39 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 def sizes_of(options: argparse.Namespace) -> llama.Sizes:
     """The model that the options describe."""
     return llama.Sizes(**{name: getattr(options, name) for name in vars(llama.Sizes())})
+
+
+_TABLES = {
+    "Time of a step": {
+        "mean, ms": ("mean_ms", "{:.1f}"),
+        "to first row": ("mean_to_first_row", "{:.2f}"),
+        "CPU time, ms": ("cpu_ms", "{:.1f}"),
+        "median, ms": ("median_ms", "{:.1f}"),
+        "plain, ms": ("plain_ms", "{:.1f}"),
+        "refresh, ms": ("refresh_ms", "{:.1f}"),
+        "slowest, ms": ("slowest_ms", "{:.1f}"),
+        "slowest / median": ("slowest_to_median", "{:.2f}"),
+        "steps": ("timed_steps", "{}"),
+    },
+    "What a step does, per rank": {
+        "operators": ("operators_per_step", "{:,.0f}"),
+        "at most": ("operators_largest", "{:,.0f}"),
+        "read-backs": ("read_backs_per_step", "{:.1f}"),
+        "MB sent": ("mb_sent_per_step", "{:.2f}"),
+        "at least": ("mb_sent_per_step_least", "{:.2f}"),
+        "GFLOP": ("gflop_per_step", "{:.2f}"),
+        "without roots": ("gflop_per_step_without_roots", "{:.2f}"),
+        "products' share": ("product_share", "{:.0%}"),
+        "eigh/qr share": ("decomposition_share", "{:.0%}"),
+    },
+    "Memory per rank (beside it: in buckets, the gradients of its part of the matrices)": {
+        "state, MB": ("state_mb", "{:.1f}"),
+        "max / mean": ("state_max_to_mean", "{:.3f}"),
+        "bytes / parameter": ("state_bytes_per_parameter", "{:.1f}"),
+        "beside it, between steps": ("alive_buckets", "{:.2f}"),
+        "at the peak": ("peak_buckets", "{:.2f}"),
+    },
+}
 
 
 # ------------------------------------------------------------------------------- on the ranks
@@ -219,7 +246,6 @@ def _count_figures(runner: _Runner, sizes: llama.Sizes, mean_ms: float) -> dict[
         with torch.compiler.set_stance("force_eager"), products, counts:
             runner.step()
         operators.append(counts.operators - before)
-    alone = products.seconds_alone() if products.seconds else 0.0
     needed, least = None, None
     if runner.row.preconditioner is not None:
         shapes = llama.matrix_shapes(sizes, runner.row.exclude)
@@ -236,7 +262,6 @@ def _count_figures(runner: _Runner, sizes: llama.Sizes, mean_ms: float) -> dict[
         "gflop_per_step_without_roots": needed,
         "product_share": _mean(1e3 * products.seconds / period / mean_ms),
         "decomposition_share": _mean(1e3 * products.decomposition_seconds / period / mean_ms),
-        "product_rate_to_alone": _mean(alone / products.seconds if products.seconds else 0.0),
     }
 
 

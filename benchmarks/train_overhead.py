@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.command import console, parser_of, table
 from benchmarks.llama import block_flops
 from benchmarks.ranks import run_on_ranks
 from shampoo_torchtitan.generation import need_02
@@ -41,11 +40,7 @@ _FLAVOR = "benchmark"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.train_overhead", __doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -73,33 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps({"settings": vars(options), "rows": figures}, indent=2))
         return
-    table = Table(title="A training step, over AdamW's", title_justify="left")
-    for heading, justify in _COLUMNS:
-        table.add_column(heading, justify=justify)
-    for row in figures:
-        table.add_row(
-            row["optimizer"],
-            f"{row['tokens']:,}",
-            f"{row['step_ms']:,.0f}",
-            f"{row['optimizer_ms']:.0f}",
-            f"{row['over_adamw']:.3f}",
-            f"{row['over_adamw_pooled']:.3f}",
-            f"{row['predicted']:.3f}",
-            f"{row['metrics_ms']:.0f}",
-        )
-    Console(width=None if Console().is_terminal else 140).print(table)
+    console().print(table("A training step, over AdamW's", figures, _COLUMNS))
 
 
-_COLUMNS: list[tuple[str, Any]] = [
-    ("optimizer", "left"),
-    ("tokens per rank", "right"),
-    ("step, ms", "right"),
-    ("of it optimizer, ms", "right"),
-    ("over AdamW", "right"),
-    ("with shared forward and backward", "right"),
-    ("1 + extra FLOPs, without roots", "right"),
-    ("metrics of an interval, ms", "right"),
-]
+_COLUMNS = {
+    "optimizer": ("optimizer", "{}"),
+    "tokens per rank": ("tokens", "{:,}"),
+    "step, ms": ("step_ms", "{:,.0f}"),
+    "of it optimizer, ms": ("optimizer_ms", "{:.0f}"),
+    "over AdamW": ("over_adamw", "{:.3f}"),
+    "with shared forward and backward": ("over_adamw_pooled", "{:.3f}"),
+    "1 + extra FLOPs, without roots": ("predicted", "{:.3f}"),
+    "metrics of an interval, ms": ("metrics_ms", "{:.0f}"),
+}
 
 
 # ------------------------------------------------------------------------------- on the ranks

@@ -16,7 +16,7 @@ def test_a_tiny_model_on_the_cpu(tmp_path):
     printed = benchmark(
         "gpu",
         *("--device", "cpu", "--dim", "64", "--layers", "1", "--ffn", "160", "--vocab", "100"),
-        *("--rows", "fused|^ours", "--seconds", "0", "--root-sizes", "24", "--study-steps", "0"),
+        *("--rows", "fused|^ours", "--seconds", "0", "--root-sizes", "24"),
         *("--tokens", "64"),
         *("--json", str(file)),
     )

@@ -1,0 +1,51 @@
+"""What all commands of the benchmarks and studies share: their parser, and tables for people."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["console", "parser_of", "table"]
+
+
+def parser_of(module: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m module`, whose help begins with this text."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def console() -> Console:
+    """As wide as the terminal; in a file nothing is cut."""
+    return Console(width=None if Console().is_terminal else 180)
+
+
+def table(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, tuple[str, str]] | None = None,
+) -> Table:
+    """A line for each row.
+
+    Args:
+        columns: by heading which entry of a row, and its format; without it one for each entry.
+    """
+    columns = columns or {key: (key, "") for key in rows[0]}
+    result = Table(title=title, title_justify="left")
+    for number, heading in enumerate(columns):
+        result.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        result.add_row(*(_cell(row[key], form) for key, form in columns.values()))
+    return result
+
+
+def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    if form:
+        return form.format(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
