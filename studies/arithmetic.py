@@ -10,7 +10,7 @@ validated on 65,536 bytes that nothing is trained on. The same variant of two ve
 which round differently, shows what of a difference is chance.
 """
 
-import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from studies.pretrain.results import Results, Run, versions
+from benchmarks.command import parser_of
+from studies.pretrain.results import Results, Run, complete, versions
 from studies.pretrain.toml_files import read_toml
 
 _HERE = Path(__file__).parent
@@ -125,9 +126,7 @@ def report(size: str, steps: list[int], seeds: list[int]) -> Table:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("studies.arithmetic", __doc__)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--size", default="1M", choices=("1M", "3M"))
     parser.add_argument("--steps", type=int, nargs="+", default=[240, 2000])
@@ -139,14 +138,10 @@ def main() -> None:
         return
     results = Results(_RESULTS / f"{versions()['commit']}.jsonl")
     emulate_gpu()
-    for seed in options.seeds:
-        for steps in options.steps:
-            for variant in options.only:
-                if (run := job(variant, steps, seed, options.size)) not in results:
-                    from studies.pretrain.job import run as train
+    from studies.pretrain.job import run as train
 
-                    results.add(run, train(run.settings))
-                    print(variant, steps, seed, results.loss(run), flush=True)
+    wanted = itertools.product(options.only, options.steps, options.seeds)
+    complete((job(*which, options.size) for which in wanted), results, train)
 
 
 if __name__ == "__main__":

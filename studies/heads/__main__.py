@@ -7,7 +7,6 @@ Small Llamas with grouped queries, KL-Shampoo, for each seed the same weights an
 65,536 bytes of files that nothing is trained on.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 
 import torch
 
-from studies.pretrain.results import Results, Run
+from benchmarks.command import parser_of
+from studies.pretrain.results import Results, Run, complete
+from studies.tables import markdown_table
 
 _RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
 _SEEDS = (1, 2, 3)
@@ -74,11 +75,11 @@ def markdown(results: Results, lengths: list[int]) -> str:
     }
     columns = [c for c in columns if any((variant, *c) in found for variant in VARIANTS)]
     heads = [f"{size}, {steps} steps" for size, steps in columns]
-    lines = [f"| {' | '.join(['wq, wk, wv', *heads])} |", "|" + "---|" * (1 + len(heads))]
+    rows = []
     for variant in VARIANTS:
         cells = [_cell(found.get((variant, *c)), found.get(("separate", *c))) for c in columns]
-        lines.append(f"| {' | '.join([variant, *cells])} |")
-    return "\n".join(lines)
+        rows.append([variant, *cells])
+    return markdown_table(["wq, wk, wv", *heads], rows)
 
 
 def _losses(results: Results, variant: str, size: str, steps: int) -> list[float]:
@@ -98,15 +99,11 @@ def _cell(losses: list[float] | None, separate: list[float] | None) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """The loss of each variant above that of separate matrices, along a training."""
-    import matplotlib
+    from studies import plots
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    panels = sorted({(record["size"], record["settings"]["steps"]) for record in results})
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
-    for axis, (size, steps) in zip(axes[0], panels, strict=True):
+    settings = sorted({(record["size"], record["settings"]["steps"]) for record in results})
+    figure, axes = plots.panels(1, len(settings), (4.5, 3.6))
+    for axis, (size, steps) in zip(axes[0], settings, strict=True):
         for variant in VARIANTS:
             pairs = [
                 (results[own], results[other])
@@ -115,28 +112,20 @@ def draw(results: Results, path: Path) -> None:
                 and (other := run_of(size, "separate", steps, seed)) in results
             ]
             if pairs:
-                over = np.array([np.subtract(own["loss"], other["loss"]) for own, other in pairs])
-                (line,) = axis.plot(pairs[0][0]["step"], over.mean(0), "o-", ms=3, label=variant)
-                low, high = over.min(0), over.max(0)
-                axis.fill_between(
-                    pairs[0][0]["step"], low, high, color=line.get_color(), alpha=0.15
-                )
-        axis.set(xlabel="step", title=f"{size}, {steps} steps; mean, and range of the seeds")
-        axis.title.set_size(9)
-        axis.legend(fontsize=8)
+                over = [
+                    [x - y for x, y in zip(own["loss"], other["loss"], strict=True)]
+                    for own, other in pairs
+                ]
+                plots.band(axis, pairs[0][0]["step"], over, variant)
+        axis.set(xlabel="step")
+        plots.finish(axis, f"{size}, {steps} steps; mean, and range of the seeds")
     axes[0][0].set_ylabel("held-out loss above separate, uncut")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.heads",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("studies.heads", __doc__)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--size", nargs="+", choices=_SIZES, default=list(_SIZES))
     parser.add_argument("--steps", type=int, nargs="+", default=[120, 240])
@@ -160,11 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in _SEEDS
         for variant in options.only
     ]
-    for run in wanted:
-        if run not in results:
-            results.add(run, train(run.settings))
-            seed, loss = run.settings["seed"], results.loss(run)
-            print(f"{run.size}, {run.stage}, seed {seed}, {run.contestant}: {loss}", flush=True)
+    complete(wanted, results, train)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@
 study.toml says who takes part and what is tried, jobs/SIZE.toml what all runs have in common.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import parser_of
 from shampoo_torchtitan.generation import need_02
 from studies.pretrain.plan import STAGES, Study
 from studies.pretrain.results import Results
@@ -22,12 +22,8 @@ _HERE = Path(__file__).parent
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.pretrain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=("run", "estimate", "report", "flops"))
+    parser = parser_of("studies.pretrain", __doc__)
+    parser.add_argument("what", choices=("run", "report", "flops"))
     parser.add_argument("--study", type=Path, default=_HERE / "study.toml", help="its file")
     parser.add_argument("--results", type=Path, default=_HERE / "results" / "runs.jsonl")
     parser.add_argument("--size", nargs="+", help="of the study's sizes; default: all")
@@ -61,14 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
         from studies.pretrain import flops
 
         for size in sizes:
-            print("\n".join(flops.table(study, size, contestants, results)))
+            print(flops.table(study, size, contestants, results))
         return
-    from studies.pretrain.execute import estimate, execute
+    need_02("studies.pretrain run")
+    from studies.pretrain.execute import execute
 
-    print(estimate(study, sizes, contestants, options.stages, results, options.jobs), flush=True)
-    if options.what == "run":
-        need_02("studies.pretrain run")
-        execute(study, sizes, contestants, options.stages, results, options.jobs, options.threads)
+    execute(study, sizes, contestants, options.stages, results, options.jobs, options.threads)
 
 
 def _chosen(parser: Any, option: str, chosen: list[str] | None, known: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 step on a GPU, is not in it."""
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from studies.pretrain.job import trainer_of
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
 from studies.pretrain.summary import BASELINE, at, seconds, summaries, target
+from studies.tables import markdown_table
 
 __all__ = ["flops_of_a_step", "table"]
 
@@ -77,26 +78,25 @@ def _of_shampoo(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, An
     return statistics.fmean(step["bf16"] + step["tf32"] + step["fp32"] for step in steps)
 
 
-def table(study: Study, size: str, contestants: list[str], results: Results) -> Iterator[str]:
-    """Lines in Markdown: the FLOPs of a step and to the target, and the losses of all where the
+def table(study: Study, size: str, contestants: list[str], results: Results) -> str:
+    """In Markdown: the FLOPs of a step and to the target, and the losses of all where the
     baseline's run has ended, at the same FLOPs and at the same time."""
     found = summaries(study, size, contestants, results)
     aim = target(found)
     if aim is None:
-        return
+        return ""
     each = {s.contestant: flops_of_a_step(s.settings) for s in found}
     steps, time = next(s.whole() for s in found if s.contestant == BASELINE)
     whole = steps * sum(each[BASELINE])
-    yield (
+    title = (
         f"{size}: {BASELINE}'s whole run takes {whole / 1e15:.3f} PFLOP of matrix products "
         f"(without attention's own and decompositions) and {time:.0f} s"
     )
-    yield ""
-    yield (
-        "| optimizer | forward and backward, GFLOP per step | optimizer | PFLOP to target "
-        "| loss after as many FLOPs | loss after as many seconds |"
-    )
-    yield "|---|---|---|---|---|---|"
+    heads = [
+        *("optimizer", "forward and backward, GFLOP per step", "optimizer", "PFLOP to target"),
+        *("loss after as many FLOPs", "loss after as many seconds"),
+    ]
+    rows = []
     for summary in found:
         passes, optimizer = each[summary.contestant]
         reached = [r and r[0] for r in summary.to_target(aim)]
@@ -118,4 +118,5 @@ def table(study: Study, size: str, contestants: list[str], results: Results) -> 
             f"{statistics.fmean(by_flops):.4f}",
             f"{statistics.fmean(by_time):.4f}",
         ]
-        yield f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    return f"{title}\n\n{markdown_table(heads, rows)}"

@@ -15,6 +15,7 @@ from studies.pretrain.summary import (
     summaries,
     target,
 )
+from studies.tables import markdown_table
 
 __all__ = ["markdown"]
 
@@ -26,13 +27,12 @@ def markdown(study: Study, sizes: Iterable[str], contestants: list[str], results
         found = summaries(study, size, contestants, results)
         aim = target(found)
         if aim is not None:
-            parts.append("\n".join(_comparison(study, size, found, aim)))
+            parts += _comparison(study, size, found, aim)
             if unfinished := _unfinished(size, contestants, found, results):
                 parts.append(f"Not all of their runs are there yet: {', '.join(unfinished)}.")
         if rows := list(_ablations(study, size, results)):
-            head = [f"Ablations, {size}", ""]
-            head += ["| setting | value | loss | optimizer, ms per step |"]
-            parts.append("\n".join([*head, "|---|---|---|---|", *rows]))
+            heads = ("setting", "value", "loss", "optimizer, ms per step")
+            parts += [f"Ablations, {size}", markdown_table(heads, rows)]
     return "\n\n".join(parts) or "No contestant has all its runs yet."
 
 
@@ -45,19 +45,18 @@ def _unfinished(
     return [name for name in contestants if name in begun - finished]
 
 
-def _comparison(study: Study, size: str, found: list[Summary], aim: float) -> Iterator[str]:
+def _comparison(study: Study, size: str, found: list[Summary], aim: float) -> list[str]:
     seeds = len(study.general["final_seeds"])
-    yield (
+    title = (
         f"{size}: mean of {seeds} seeds ± their standard deviation, loss in nats per token on "
         f"held-out text; the target is {BASELINE}'s best seed, {aim:.4f}"
     )
-    yield ""
     shorter = f"loss of one run of {study.general['shorter']:.0%} of the steps"
-    yield (
-        "| optimizer | chosen | final loss | steps to target | time to target "
-        f"| steps to {BASELINE}'s end, seed by seed | {shorter} | optimizer, ms per step |"
-    )
-    yield "|---|---|---|---|---|---|---|---|"
+    heads = [
+        *("optimizer", "chosen", "final loss", "steps to target", "time to target"),
+        *(f"steps to {BASELINE}'s end, seed by seed", shorter, "optimizer, ms per step"),
+    ]
+    rows = []
     baseline = next(s for s in found if s.contestant == BASELINE)
     steps, time = baseline.whole()
     for summary in found:
@@ -78,7 +77,8 @@ def _comparison(study: Study, size: str, found: list[Summary], aim: float) -> It
             _mean_and_deviation(summary.losses(shorter=True)),
             f"{summary.optimizer_ms():.0f}",
         ]
-        yield f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    return [title, markdown_table(heads, rows)]
 
 
 def _chosen(study: Study, summary: Summary) -> str:
@@ -102,13 +102,13 @@ def _mean_and_deviation(losses: list[float]) -> str:
     return f"{statistics.fmean(losses):.4f}{deviation}"
 
 
-def _ablations(study: Study, size: str, results: Results) -> Iterator[str]:
+def _ablations(study: Study, size: str, results: Results) -> Iterator[list[str]]:
     for ablation in study.ablations:
         for value, run, loss in ablation_losses(study, size, ablation, results):
             lost = "diverged" if math.isinf(loss) else f"{loss:.4f}"
             lr = f" (lr {_value(run.settings[LR])})" if "lr" in ablation else ""
             name = f"{ablation['contestant']}: {_short(ablation['setting'])}"
-            yield f"| {name} | {_value(value)}{lr} | {lost} | {optimizer_ms(results[run]):.0f} |"
+            yield [name, f"{_value(value)}{lr}", lost, f"{optimizer_ms(results[run]):.0f}"]
 
 
 def _short(name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import shampoo_fsdp
 
-__all__ = ["Results", "Run", "versions"]
+__all__ = ["Results", "Run", "complete", "versions"]
 
 _CHANGE_NOTHING = ("job.description", "job.dump_folder", "metrics.log_freq")
 
@@ -81,6 +81,16 @@ class Results:
             # After a half line, which has no end.
             file.seek(max(0, file.tell() - 1))
             file.write(text + "\n" if file.read(1) in ("", "\n") else "\n" + text + "\n")
+
+
+def complete(
+    runs: Iterable[Run], results: Results, train: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Train what has no result yet, one after the other."""
+    for run in runs:
+        if run not in results:
+            results.add(run, train(run.settings))
+            print(f"{run.size}, {run.contestant}, {run.stage}: {results.loss(run)}", flush=True)
 
 
 def versions() -> dict[str, str]:

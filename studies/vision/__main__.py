@@ -7,7 +7,7 @@ Each contestant's lr is chosen of the same number of values by the loss on 500 i
 more seeds are compared on 1,000 others.
 """
 
-import argparse
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from studies.pretrain.results import Results, Run
+from benchmarks.command import parser_of
+from studies.pretrain.results import Results, Run, complete
+from studies.tables import markdown_table
 
 _RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
 _EPOCHS = 12
@@ -67,24 +69,10 @@ def run(results: Results) -> None:
 
     torch.set_num_threads(1)
     for contestant, (_, _, values) in CONTESTANTS.items():
-        for lr in values:
-            _complete(run_of(contestant, lr, 0, "tuning"), results, train)
+        complete((run_of(contestant, lr, 0, "tuning") for lr in values), results, train)
         chosen = best_lr(contestant, results)
         assert chosen is not None
-        for seed in _SEEDS:
-            _complete(run_of(contestant, chosen, seed, "test"), results, train)
-
-
-def _complete(run: Run, results: Results, train: Any) -> None:
-    if run not in results:
-        results.add(run, train(run.settings))
-        record = results[run]
-        print(
-            f"{run.contestant}, lr {run.settings['options']['lr']:g}, {run.stage}: training loss "
-            f"{record['training_loss'][-1]}, loss {record['loss'][-1]}, accuracy "
-            f"{record['accuracy'][-1]:.1%}",
-            flush=True,
-        )
+        complete((run_of(contestant, chosen, seed, "test") for seed in _SEEDS), results, train)
 
 
 def finals(results: Results) -> dict[str, tuple[float, list[dict[str, Any]]]]:
@@ -101,10 +89,8 @@ def finals(results: Results) -> dict[str, tuple[float, list[dict[str, Any]]]]:
 
 def markdown(results: Results) -> str:
     """The table."""
-    lines = [
-        "| optimizer | lr | accuracy after 3 epochs | after all | loss | training loss |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ("optimizer", "lr", "accuracy after 3 epochs", "after all", "loss", "training loss")
+    rows = []
     for contestant, (lr, records) in finals(results).items():
         cells = [
             f"{100 * _mean(r['accuracy'][2] for r in records):.1f}%",
@@ -112,8 +98,8 @@ def markdown(results: Results) -> str:
             f"{_mean(r['loss'][-1] for r in records):.4f}",
             f"{_mean(r['training_loss'][-1] for r in records):.4f}",
         ]
-        lines.append(f"| {' | '.join([contestant, f'{lr:g}', *cells])} |")
-    return "\n".join(lines)
+        rows.append([contestant, f"{lr:g}", *cells])
+    return markdown_table(heads, rows)
 
 
 def _mean(values: Any) -> float:
@@ -122,42 +108,32 @@ def _mean(values: Any) -> float:
 
 def draw(results: Results, path: Path) -> None:
     """Accuracy and training loss by epoch, and the final loss by lr."""
-    import matplotlib
+    from studies import plots
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    figure, axes = plots.panels(1, 3, (4.7, 4))
+    errors, training, tuning = axes[0]
     for contestant, (_, records) in finals(results).items():
-        for axis, name in zip(axes, ("accuracy", "training_loss"), strict=False):
-            values = np.array([record[name] for record in records], dtype=float)
-            if name == "accuracy":
-                values = 100 * (1 - values)
-            x = np.arange(1, values.shape[1] + 1)
-            (line,) = axis.plot(x, values.mean(0), label=contestant)
-            axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+        wrong = [[100 * (1 - right) for right in record["accuracy"]] for record in records]
+        losses = [record["training_loss"] for record in records]
+        for axis, seeds in ((errors, wrong), (training, losses)):
+            epochs = range(1, len(seeds[0]) + 1)
+            plots.band(axis, epochs, seeds, contestant, plots.color_of(contestant))
     for contestant, (_, _, values) in CONTESTANTS.items():
         found = [results.loss(run_of(contestant, lr, 0, "tuning")) for lr in values]
-        losses = [np.nan if x is None else x for x in found]
-        axes[2].plot(np.divide(values, values[0]), losses, "o-", label=contestant)
-    axes[0].set(xlabel="epoch", ylabel="errors on the test images, %", yscale="log")
-    axes[1].set(xlabel="epoch", ylabel="training loss", yscale="log")
-    axes[2].set(xlabel="lr over the smallest that was tried", ylabel="tuning loss", xscale="log")
-    for axis in axes:
+        losses = [math.nan if loss is None else loss for loss in found]
+        relative = [lr / values[0] for lr in values]
+        tuning.plot(relative, losses, "o-", color=plots.color_of(contestant), label=contestant)
+    errors.set(xlabel="epoch", ylabel="errors on the test images, %", yscale="log")
+    training.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    tuning.set(xlabel="lr over the smallest that was tried", ylabel="tuning loss", xscale="log")
+    for axis in axes[0]:
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.vision",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("studies.vision", __doc__)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--results", type=Path, default=_RESULTS)
     options = parser.parse_args(arguments)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.pretrain.execute import estimate, missing
+from studies.pretrain.execute import missing
 from studies.pretrain.plan import LR, Study
 from studies.pretrain.results import Results, Run
 
@@ -95,9 +95,6 @@ def test_later_choices_wait_for_earlier_ones(study):
 def test_a_contestant_whose_settings_are_given_is_only_compared(study, tmp_path):
     runs = study.runs("tiny", "Given", ("final", "ablations"), lambda run: None)
     assert [(run.stage, run.settings[LR]) for run in runs] == 2 * [("final", 2e-3)]
-    results = Results(tmp_path / "runs.jsonl")
-    text = estimate(study, ["tiny"], ["Given"], ["final"], results, 1)
-    assert text.startswith("tiny: 2 runs")
 
 
 def test_only_the_runs_that_are_compared_see_the_held_out_text(study):
@@ -152,14 +149,3 @@ def test_a_killed_study_goes_on(study, tmp_path):
     assert Results(path).loss(todo[2]) == 2.0
     record = json.loads(path.read_text().splitlines()[0])
     assert record["settings"][LR] == 1e-3
-
-
-def test_the_estimate_counts_what_is_missing(study, tmp_path):
-    results = Results(tmp_path / "runs.jsonl")
-    text = estimate(study, ["tiny"], ["AdamW"], ["final", "ablations"], results, jobs=1)
-    # 3 lr, 1 weight decay, 2 seeds, 2 ablations.
-    assert text.startswith("tiny: 8 runs")
-    run = study.tuning("tiny", "AdamW", results.loss)[0][0]
-    results.add(run, {**_curve(1.0), "seconds": [3600.0]})
-    text = estimate(study, ["tiny"], ["AdamW"], ["final", "ablations"], results, jobs=2)
-    assert text.startswith("tiny: 7 runs, about 1.5 h")
