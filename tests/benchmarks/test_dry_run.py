@@ -72,7 +72,7 @@ def test_llama3_8b_on_64_gpus(capsys, monkeypatch):
     main(["--model", "llama3-8b", "--mesh", "dp_shard=64", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["blocks"] == 104
-    assert found["total"]["launches"] <= 400
+    assert found["total"]["launches"] <= 430
     assert sum(found["parts"][part]["launches"] for part in ("exchange", "apply")) <= 30
     assert found["share"] < found["Muon's share"] < 0.021
     assert found["bytes of row numbers"] < 2e6

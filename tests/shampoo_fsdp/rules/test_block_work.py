@@ -43,4 +43,4 @@ def test_passes_over_a_block():
     assert every["bytes"] <= 140 * 256**2
     assert refresh["bytes"] <= 580 * 256**2
     assert every["launches"] <= 55
-    assert refresh["launches"] <= 125
+    assert refresh["launches"] <= 135
