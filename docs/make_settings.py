@@ -6,13 +6,22 @@ With --check it writes nothing and fails if the file is out of date.
 import ast
 import inspect
 import itertools
+import re
 import sys
 from pathlib import Path
 
 from shampoo_fsdp.config import ShampooConfig
 
 FILE = Path(__file__).with_name("settings.md")
-_TYPES = {"int": "integer", "float": "number", "str": "string", "bool": "true or false"}
+_TYPES = {
+    "PositiveInt": "integer >= 1",
+    "NonNegativeInt": "integer >= 0",
+    "PositiveFloat": "number > 0",
+    "NonNegativeFloat": "number >= 0",
+    "Share": "0 <= number < 1",
+    "str": "string",
+    "bool": "true or false",
+}
 _HEAD = """# Settings
 
 <!-- Made by `python -m docs.make_settings` from the docstrings in shampoo_fsdp/config.py. -->
@@ -47,7 +56,7 @@ def _values(annotation: ast.expr) -> str:
         return _values(annotation.left)
     if isinstance(annotation, ast.Subscript):
         if ast.unparse(annotation.value) == "list":
-            return f"list of {_values(annotation.slice)}s"
+            return "list of " + re.sub(r"(string|number)", r"\1s", _values(annotation.slice))
         return ", ".join(f'`"{choice}"`' for choice in ast.literal_eval(annotation.slice))
     return _TYPES[ast.unparse(annotation)]
 

@@ -5,11 +5,19 @@
 """
 
 import math
-import typing
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from shampoo_fsdp.validation import check_patterns, check_positive, check_range, misfit, refuse
+from shampoo_fsdp.validation import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    check_fields,
+    check_patterns,
+    refuse,
+)
 
 __all__ = [
     "DEFAULT_EXCLUDE",
@@ -28,19 +36,6 @@ _EMBEDDINGS_AND_OUTPUT = (
     r"(^|\.)(wte|wpe|lm_head)\.",
     r"^(model\.)?(output|head|score)\.",
 )
-
-_AT_LEAST = {
-    "max_preconditioner_dim": 1,
-    "precondition_frequency": 1,
-    "start_preconditioning_step": 1,
-    "buckets": 1,
-    "refresh_warmup_steps": 0,
-    "ranks_per_node": 1,
-    "head_dim": 1,
-    "base_width": 1,
-}
-_SHARES = ("grafting_beta2", "beta3", "momentum", "dampening")
-_POSITIVE = ("preconditioner_eps", "excluded_lr_factor", "max_factor_ratio")
 
 
 class RuleSettings(Protocol):
@@ -64,7 +59,7 @@ RULES: dict[str, type[RuleSettings]] = {}
 class ShampooConfig:
     """Settings of Shampoo that stay fixed for a run."""
 
-    max_preconditioner_dim: int = 1024
+    max_preconditioner_dim: PositiveInt = 1024
     """Largest side of a block. A longer dimension is cut into tiles of nearly equal size; larger
     blocks precondition better, cost more per step and more memory."""
 
@@ -73,7 +68,7 @@ class ShampooConfig:
     'one_sided': it is left whole and has no factor (unless all dimensions of the parameter are
     longer: then they are cut); 'diagonal': it is left whole and its factor is a diagonal."""
 
-    max_factor_ratio: float = 4.0
+    max_factor_ratio: PositiveFloat = 4.0
     """Largest ratio of a factor's elements to those of its block: an m x n block has no factor for
     n where n > max_factor_ratio * m, as in adapters of a low rank and routers of few experts. The
     shortest side has one in any case."""
@@ -89,7 +84,7 @@ class ShampooConfig:
     match is cut along its rows at every multiple of head_dim, so that no block has rows of two
     heads: projections to queries, keys and values, also where they are fused."""
 
-    head_dim: int | None = None
+    head_dim: PositiveInt | None = None
     """Rows of a head in what split_heads matches, or of several heads that share their blocks; it
     must divide the rows. In TorchTitan jobs the model says, if it is not given. Where it is
     below 1 / max_factor_ratio of a block's other side, that side has no factor."""
@@ -99,14 +94,14 @@ class ShampooConfig:
     in the eigenbasis of these moments; 'kl_shampoo': inverse roots of moments that are whitened by
     the other side first; or the name of a rule of your own (see shampoo_fsdp.rules)."""
 
-    precondition_frequency: int = 10
+    precondition_frequency: PositiveInt = 10
     """Steps between two refreshes of a block's inverse roots (or eigenbases)."""
 
-    start_preconditioning_step: int = 2
+    start_preconditioning_step: PositiveInt = 2
     """First step that is preconditioned; before it the grafted method runs alone, while the
     factors fill."""
 
-    refresh_warmup_steps: int | None = None
+    refresh_warmup_steps: NonNegativeInt | None = None
     """Steps over which the time between two refreshes grows from 1 to precondition_frequency, as
     factors change fastest at the start; more, if each length could not be in use for as many steps
     as it has. Default: 10 * precondition_frequency."""
@@ -130,7 +125,7 @@ class ShampooConfig:
     (for soap 'high') where the device is faster in it, also CPUs with bf16 arithmetic; else
     'highest'."""
 
-    root_exponents: list[float] = field(default_factory=list)
+    root_exponents: list[NonNegativeFloat] = field(default_factory=list)
     """Entry k - 1 is the p of factor^(-p) for blocks with k factors; where it is missing or zero, p
     is 1 / (2 k). For shampoo: kl_shampoo's p is 1 / 2, and soap has none."""
 
@@ -138,18 +133,18 @@ class ShampooConfig:
     """The method whose step size each block takes, and that updates the excluded parameters (Adam
     does for 'none')."""
 
-    grafting_beta2: float | None = None
+    grafting_beta2: Share | None = None
     """Decay of the grafted method's second moment. Default: the optimizer's beta2."""
 
-    grafting_eps: float | None = None
+    grafting_eps: NonNegativeFloat | None = None
     """Epsilon of the grafted method. Default: the optimizer's eps."""
 
-    beta3: float | None = None
+    beta3: Share | None = None
     """Weight of the last momentum M in what is preconditioned and grafted, beta3 M +
     (1 - beta3) G, the M that is kept being averaged with beta1: beta1 is the usual momentum.
     Default: beta1 * beta1, Nesterov's (Dozat 2016)."""
 
-    preconditioner_eps: float = 1e-12
+    preconditioner_eps: PositiveFloat = 1e-12
     """Ridge that is added to the factors before their inverse roots are taken; for kl_shampoo
     relative to the mean of the factor's eigenvalues. Before that 'eigh' and 'qr' raise eigenvalues
     to 1.2e-7 times the largest (1e-5 for kl_shampoo, 2.4e-4 with factors in bf16), 'polynomial' to
@@ -158,13 +153,13 @@ class ShampooConfig:
     use_bias_correction: bool = True
     """Whether averages are divided by 1 - beta^t, as they start at zero."""
 
-    momentum: float = 0.0
+    momentum: Share = 0.0
     """Heavy-ball momentum of the updates, after preconditioning (beta1 averages gradients)."""
 
     nesterov: bool = False
     """Whether that momentum is Nesterov's."""
 
-    dampening: float = 0.0
+    dampening: Share = 0.0
     """Dampening of that momentum, as in torch.optim.SGD."""
 
     weight_decay_type: Literal["decoupled", "l2", "independent"] = "decoupled"
@@ -202,11 +197,11 @@ class ShampooConfig:
     (`param_groups(model)`, TorchTitan), for every `nn.Embedding` and what is tied to it, whatever
     its name. ["default", "router"] adds to it, ["router"] takes its place, [] excludes nothing."""
 
-    excluded_lr_factor: float = 1.0
+    excluded_lr_factor: PositiveFloat = 1.0
     """lr of the parameters that are not preconditioned (excluded ones, and vectors), as a multiple
     of lr; below 1 if lr is above what AdamW bears."""
 
-    base_width: int | None = None
+    base_width: PositiveInt | None = None
     """Width for which lr is meant: a preconditioned weight [out, in] moves by sqrt(base_width / in)
     times what lr says, so that lr of a narrow model is that of a wide one. Default: by lr."""
 
@@ -221,7 +216,7 @@ class ShampooConfig:
     communication_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients travel to a block's owner and updates travel back."""
 
-    buckets: int | None = None
+    buckets: PositiveInt | None = None
     """In how many parts the gradients of parameters on the same ranks travel, so that one part is
     on its way while another is computed, and only a part is in memory. Default: as many as make
     2^26 numbers per rank each, 256 MiB in fp32; on one rank alone 2^28."""
@@ -234,26 +229,13 @@ class ShampooConfig:
     share the work; 'shard': within each replica, so that every replica repeats the work of all
     blocks and nothing is sent between replicas."""
 
-    ranks_per_node: int = 8
+    ranks_per_node: PositiveInt = 8
     """Ranks with a fast connection: r and s are on one node if r // ranks_per_node is equal."""
 
     def __post_init__(self) -> None:
-        for name, annotation in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if allowed := misfit(name, value, annotation):
-                refuse(name, value, allowed)
-        for name, least in _AT_LEAST.items():
-            check_range(name, getattr(self, name), least)
-        for name in _SHARES:
-            check_range(name, getattr(self, name), 0.0, 1.0)
-        check_range("grafting_eps", self.grafting_eps, 0.0)
-        for name in _POSITIVE:
-            check_positive(name, getattr(self, name))
+        check_fields(type(self), vars(self))
         if self.nesterov and not (self.momentum > 0.0 and self.dampening == 0.0):
             refuse("nesterov", True, "false without a momentum > 0 or with dampening")
-        for exponent in self.root_exponents:
-            if not (math.isfinite(exponent) and exponent >= 0.0):
-                refuse("root_exponents", exponent, "numbers >= 0")
         if self.preconditioner not in RULES:
             refuse("preconditioner", self.preconditioner, " or ".join(map(repr, RULES)))
         if self.root_method not in (None, *self.rule.root_methods):
@@ -264,6 +246,12 @@ class ShampooConfig:
         self.rule.check(self)
         check_patterns("exclude", self.exclude)
         check_patterns("split_heads", self.split_heads)
+
+    def completed(self, **values: Any) -> "ShampooConfig":
+        """A copy with values that follow from the device or the model, and need no check."""
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self) | values)
+        return copy
 
     @property
     def excluded_names(self) -> list[str]:

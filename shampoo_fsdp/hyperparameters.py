@@ -8,7 +8,6 @@ from typing import Any
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.validation import (
     TORCH_OPTIONS,
-    check_range,
     check_torch_options,
     is_number,
     refuse,
@@ -72,7 +71,8 @@ def validate_hyperparameters(
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))):
         refuse("betas", betas, "two numbers (beta1, beta2)")
     beta1, beta2 = betas
-    check_range("beta1", beta1, 0.0, 1.0)
+    if not 0.0 <= beta1 < 1.0:
+        refuse("beta1", beta1, "0 <= beta1 < 1")
     if config.beta3 and not beta1:
         refuse("beta3", config.beta3, "nothing but 0 if beta1 is 0, where there is no momentum")
     if not 0.0 <= beta2 <= 1.0:
@@ -96,9 +96,13 @@ def validate_hyperparameters(
 def settings_from_keywords(keywords: Mapping[str, Any]) -> ShampooConfig:
     """The configuration for keyword arguments; a TypeError names an unknown one.
 
-    Options of torch.optim's optimizers are checked and left out.
+    Options of torch.optim's optimizers are checked and left out. What has been checked already, as
+    settings of a job are, comes as `config`.
     """
+    if isinstance(config := keywords.get("config"), ShampooConfig):
+        return config
     check_torch_options(keywords)
     keywords = {name: value for name, value in keywords.items() if name not in TORCH_OPTIONS}
-    refuse_unknown(keywords, [f.name for f in dataclasses.fields(ShampooConfig)])
+    for name in keywords:
+        refuse_unknown(name, [f.name for f in dataclasses.fields(ShampooConfig)])
     return ShampooConfig(**keywords)

@@ -1,23 +1,29 @@
-"""Checking values that people have written: types, ranges, options of other optimizers."""
+"""Checking what people have written: names, types, bounds, options of other optimizers."""
 
+import dataclasses
 import difflib
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 __all__ = [
     "REMOVED",
     "TORCH_OPTIONS",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFloat",
+    "PositiveInt",
+    "Share",
+    "check_fields",
     "check_patterns",
-    "check_positive",
-    "check_range",
     "check_torch_options",
+    "field_types",
     "is_number",
-    "misfit",
     "name_some",
     "refuse",
     "refuse_unknown",
@@ -62,16 +68,21 @@ def refuse(name: str, value: Any, allowed: str) -> NoReturn:
     raise ValueError(f"setting '{name}' is {value!r}; allowed: {allowed}.")
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise a TypeError for the first setting that does not exist (any more)."""
-    known = list(known)
-    for name in names:
-        if name in REMOVED:
-            raise TypeError(f"setting '{name}' has been removed: {REMOVED[name]}.")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise TypeError(f"unknown setting '{name}'.{hint} Allowed: {', '.join(known)}.")
+def refuse_unknown(key: str, known: Collection[str], name: str = "") -> None:
+    """Raise a TypeError for a setting that does not exist (any more).
+
+    Args:
+        known: those that do.
+        name: the setting's in the message, where it is not the key alone.
+    """
+    if key in known:
+        return
+    name = name or key
+    if key in REMOVED:
+        raise TypeError(f"setting '{name}' has been removed: {REMOVED[key]}.")
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise TypeError(f"unknown setting '{name}'.{hint} Allowed: {', '.join(known)}.")
 
 
 def check_torch_options(options: Mapping[str, Any]) -> None:
@@ -89,18 +100,6 @@ def check_torch_options(options: Mapping[str, Any]) -> None:
             if not (isinstance(value, Real | None) and value in harmless):
                 choices = " or ".join(map(repr, harmless)) or "nothing"
                 refuse(name, value, f"{choices} ({instead})" if instead else choices)
-
-
-def check_range(name: str, value: float | None, least: float, below: float = math.inf) -> None:
-    """Raise a ValueError unless least <= value < below, or the setting is not set."""
-    if value is not None and not least <= value < below:
-        kind = "an integer" if isinstance(least, int) else "a number"
-        refuse(name, value, f"{kind} >= {least:g}" if below == math.inf else f"0 <= {name} < 1")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0.0):
-        refuse(name, value, "a positive number")
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:
@@ -131,20 +130,62 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def misfit(name: str, value: Any, annotation: Any) -> str:
-    """What a setting of the annotated type may be, if it may not have this value; else "".
+@dataclass(frozen=True)
+class Bound:
+    """What the values of an annotated type must be beside their type."""
 
-    Settings also come from TOML files, where nothing else checks their types. Annotations that are
-    not known here allow everything.
+    words: str
+    """What is allowed, as it stands in a message."""
+    holds: Callable[[Any], bool]
+
+
+PositiveInt = Annotated[int, Bound("an integer >= 1", lambda n: n >= 1)]
+NonNegativeInt = Annotated[int, Bound("an integer >= 0", lambda n: n >= 0)]
+PositiveFloat = Annotated[float, Bound("a positive number", lambda x: 0.0 < x < math.inf)]
+NonNegativeFloat = Annotated[float, Bound("a number >= 0", lambda x: 0.0 <= x < math.inf)]
+Share = Annotated[float, Bound("0 <= {name} < 1", lambda x: 0.0 <= x < 1.0)]
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's public fields, with their bounds."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: hint for name, hint in hints.items() if not name.startswith("_")}
+
+
+def check_fields(cls: type, values: Mapping[str, Any], table: str = "") -> None:
+    """Check the names, types and bounds of what the fields of a dataclass are given.
+
+    Keywords, TOML files and configurations come here. Types that are not known here allow
+    everything.
+
+    Args:
+        values: by name; fields that are dataclasses have tables.
+        table: what they are in, with dots, for messages.
+
+    Raises:
+        TypeError: a name that does not exist.
+        ValueError: a value that is not allowed.
     """
-    if _fits(value, annotation):
-        return ""
-    gone = f" ({value!r} has been removed)" if f"{name} = {value!r}" in REMOVED else ""
-    return _describe(annotation) + gone
+    known = field_types(cls)
+    for key, value in values.items():
+        name = f"{table}.{key}" if table else key
+        refuse_unknown(key, known, name)
+        if not dataclasses.is_dataclass(known[key]):
+            if not _fits(value, known[key]):
+                removed = f"{key} = {value!r}" in REMOVED
+                gone = f" ({value!r} has been removed)" if removed else ""
+                refuse(name, value, _describe(known[key], key) + gone)
+        elif isinstance(value, Mapping):
+            check_fields(typing.cast(type, known[key]), value, name)
+        else:
+            refuse(name, value, f"a table, [{name}]")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        bounds = [bound for bound in arguments[1:] if isinstance(bound, Bound)]
+        return _fits(value, arguments[0]) and all(bound.holds(value) for bound in bounds)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
     if origin is Literal:
@@ -162,13 +203,16 @@ def _fits(value: Any, annotation: Any) -> bool:
     return annotation is not types.NoneType or value is None
 
 
-def _describe(annotation: Any) -> str:
+def _describe(annotation: Any, name: str) -> str:
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        bounds = [bound.words for bound in arguments[1:] if isinstance(bound, Bound)]
+        return bounds[0].format(name=name) if bounds else _describe(arguments[0], name)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in arguments if a is not types.NoneType)
+        return " or ".join(_describe(a, name) for a in arguments if a is not types.NoneType)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (list, tuple):
-        return "a list" if not arguments else f"a list, each {_describe(arguments[0])}"
+        return "a list" if not arguments else f"a list, each {_describe(arguments[0], name)}"
     return names.get(annotation, str(annotation))

@@ -83,9 +83,8 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         """
         with alike_on_all_ranks():
             own = with_heads(config.shampoo, model_parts)
-            settings = {f.name: getattr(own, f.name) for f in dataclasses.fields(ShampooConfig)}
             pairs = [pair for part in model_parts for pair in typed_parameters(part)]
-            settings["kinds"] = {pair.parameter: type(pair) for pair in pairs}
+            kinds = {pair.parameter: type(pair) for pair in pairs}
             factories = config.optimizer_factory_kwargs_by_name
             if factories.get(NAME):
                 raise ValueError(
@@ -95,7 +94,8 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
             complete = dataclasses.replace(
                 config,
                 param_groups=groups_with_defaults(config),
-                optimizer_factory_kwargs_by_name=factories | {NAME: settings},
+                optimizer_factory_kwargs_by_name=factories
+                | {NAME: {"config": own, "kinds": kinds}},
             )
             super().__init__(complete, model_parts=model_parts)
             self.log_summary()  # with it all are planned, which is what may be refused

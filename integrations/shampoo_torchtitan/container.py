@@ -1,7 +1,6 @@
 """What TorchTitan's containers of optimizers can do where Shampoo is in them."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,7 +66,7 @@ def with_heads(config: ShampooConfig, model_parts: Sequence[nn.Module]) -> Shamp
     found = sorted(size for size in sizes if isinstance(size, int))
     if len(found) > 1:
         raise ValueError(f"'split_heads' without 'head_dim', and heads of {found} rows: set it.")
-    return dataclasses.replace(config, head_dim=found[0]) if found else config
+    return config.completed(head_dim=found[0]) if found else config
 
 
 class ShampooContainer:

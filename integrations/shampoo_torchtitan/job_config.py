@@ -4,18 +4,14 @@ TorchTitan merges this module's `JobConfig` into its own (`job.custom_config_mod
 checks types of the command line alone; those of the TOML file our launcher checks.
 """
 
-import dataclasses
-import difflib
 import math
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
-from shampoo_fsdp.validation import REMOVED, misfit
 
-__all__ = ["JobConfig", "Optimizer", "check_degrees", "check_job", "check_table"]
+__all__ = ["JobConfig", "Optimizer", "check_degrees", "check_job"]
 
 _TITAN_OPTIMIZERS = ("Adam", "AdamW")
 _OWN_IMPORTS = ("", "shampoo_torchtitan")
@@ -36,36 +32,6 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
 
 
-def check_table(cls: type, table: dict[str, Any], path: str = "") -> None:
-    """Checks the keys and the types of a TOML table.
-
-    Args:
-        cls: The dataclass that the table is for; fields that are dataclasses are tables in it.
-        table: What the file says.
-        path: The table's name in the file, with dots.
-
-    Raises:
-        ValueError: A key that does not exist.
-        TypeError: A value of a type that the key does not take.
-    """
-    hints = typing.get_type_hints(cls)
-    for key, value in table.items():
-        name = f"{path}.{key}" if path else key
-        if key not in hints and cls is ShampooConfig and key in REMOVED:
-            raise ValueError(f"setting {name} has been removed: {REMOVED[key]}")
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown setting {name}.{hint} Allowed: {', '.join(sorted(hints))}")
-        if not dataclasses.is_dataclass(hints[key]):
-            if allowed := misfit(key, value, hints[key]):
-                raise TypeError(f"{name} = {value!r}: must be {allowed}")
-        elif isinstance(value, dict):
-            check_table(typing.cast(type, hints[key]), value, name)
-        else:
-            raise TypeError(f"{name} = {value!r}: must be a table, [{name}]")
-
-
 def check_job(config: Any) -> None:
     """Checks what settings mean together, for jobs that use Shampoo, and the optimizer's name.
 
@@ -80,16 +46,13 @@ def check_job(config: Any) -> None:
             allowed = ", ".join(("shampoo", *_TITAN_OPTIMIZERS))
             raise ValueError(f"optimizer.name = {optimizer.name!r}: must be one of {allowed}")
         return
-    try:
-        validate_hyperparameters(
-            getattr(optimizer, "shampoo", None) or ShampooConfig(),
-            lr=optimizer.lr,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"[optimizer] {error}") from None
+    validate_hyperparameters(
+        getattr(optimizer, "shampoo", None) or ShampooConfig(),
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
     if optimizer.early_step_in_backward:
         raise ValueError(
             "optimizer.early_step_in_backward = true: must be false with "

@@ -1,8 +1,7 @@
 """Jobs of TorchTitan 0.2: TOML files, its trainer, and what the plan asks for."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer as TitanTrainer
 
 from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.validation import check_fields, field_types
 from shampoo_torchtitan import job_config
 from shampoo_torchtitan.demo import byte_tokenizer
 from shampoo_torchtitan.demo.cpu import fit_job_config as fit_to_cpu
@@ -47,21 +47,10 @@ class Reader(ConfigManager):
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: Any) -> Any:
         cls = super()._maybe_add_custom_config(args, toml_values)
-        if hasattr(cls().optimizer, "shampoo"):
-            return cls
-        return self._merge_configs(cls, job_config.JobConfig)
-
-    def _dict_to_dataclass(self, cls: Any, data: dict[str, Any]) -> Any:
-        # It calls itself for the tables inside: their names are complete only the first time,
-        # when all of them are checked.
-        if dataclasses.is_dataclass(cls):
-            job_config.check_table(cast(type, cls), data)
-        try:
-            return super()._dict_to_dataclass(cls, data)
-        except (TypeError, ValueError) as error:
-            if cls is ShampooConfig:
-                raise type(error)(f"[optimizer.shampoo] {error}") from None
-            raise
+        if "shampoo" not in field_types(field_types(cls)["optimizer"]):
+            cls = self._merge_configs(cls, job_config.JobConfig)
+        check_fields(cls, toml_values or {})
+        return cls
 
     def _validate_config(self) -> None:
         byte_tokenizer.write_default(self.config.model.hf_assets_path)

@@ -1,7 +1,6 @@
 """Jobs of TorchTitan 0.3: functions, and TOML files as in 0.2; its trainer, and what the plan asks
 for."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -105,7 +104,7 @@ def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
         return ShampooConfig()
     others = [name for name in names if not _is_shampoos(name, optimizer.param_groups)]
     exclude = [*optimizer.shampoo.exclude, *map(exactly, others)]
-    return dataclasses.replace(optimizer.shampoo, exclude=exclude)
+    return optimizer.shampoo.completed(exclude=exclude)
 
 
 def _is_shampoos(name: str, groups: Sequence[Any]) -> bool:

@@ -1,6 +1,5 @@
 """Builds Shampoo where a job of TorchTitan 0.2 says `[optimizer] name = "shampoo"`."""
 
-import dataclasses
 import sys
 from typing import Any
 
@@ -96,8 +95,8 @@ def build_optimizers(
     replicas = parallel_dims.get_mesh("dp_replicate") if ddp else None
     with alike_on_all_ranks():
         config = with_heads(config, model_parts)
-        settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(ShampooConfig)}
-        settings |= {
+        settings = {
+            "config": config,
             "lr": optimizer_config.lr,
             "betas": (optimizer_config.beta1, optimizer_config.beta2),
             "eps": optimizer_config.eps,

@@ -24,8 +24,8 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from shampoo_fsdp.validation import check_fields, field_types, refuse_unknown
 from shampoo_torchtitan import demo
-from shampoo_torchtitan.fields import set_field
 from shampoo_torchtitan.param_groups import HYPERPARAMETERS
 from shampoo_torchtitan.toml_optimizer import choose_optimizer
 
@@ -153,6 +153,8 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
     _import(_table(tables, "experimental").pop("custom_import", ""))
     of_function = not {"module", "config"}.isdisjoint(_table(tables, "job"))
     config = _base(tables)
+    optimizer = _table(tables, "optimizer")
+    config.optimizer = choose_optimizer(config.optimizer, optimizer, of_user=of_function)
     settings = dict(_leaves(tables))
     if (mode := settings.pop("activation_checkpoint.mode", None)) is not None:
         if not isinstance(mode, str) or mode not in _RECOMPUTE:
@@ -161,11 +163,10 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
         config.activation_checkpoint = _RECOMPUTE[mode]()
     if not of_function and any(settings.get(degree, 1) != 1 for degree in _NO_GRAPHS_WITH):
         settings.setdefault("training.disable_cuda_graphs", True)
-    config.optimizer = choose_optimizer(config.optimizer, settings, of_user=of_function)
     _leave_out(settings)
     for key, value in settings.items():
         if (gone := _gone(key)) is None:
-            set_field(config, _moved(key), value, key)
+            _set(config, _moved(key), value, key)
         elif gone[0] is not _ANY and value != gone[0]:
             raise ValueError(f"{key} = {value!r} is not known to TorchTitan 0.3: {gone[1]}")
     for name in (field.name for field in dataclasses.fields(config)):
@@ -174,6 +175,19 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
             check()
     config.__post_init__()
     return config
+
+
+def _set(config: Any, key: str, value: Any, said: str) -> None:
+    """Sets a field of a configuration by its name with dots, which the user may call otherwise."""
+    *tables, last = key.split(".")
+    for table in tables:
+        refuse_unknown(table, field_types(type(config)), said)
+        config = getattr(config, table)
+    check_fields(type(config), {last: value}, said.rpartition(".")[0])
+    of_tables = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    if dataclasses.is_dataclass(getattr(config, last)) or of_tables:
+        raise TypeError(f"{said} = {value!r}: a file cannot say it; start from a function")
+    setattr(config, last, value)
 
 
 def _leave_out(settings: dict[str, Any]) -> None:

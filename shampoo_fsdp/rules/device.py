@@ -20,8 +20,7 @@ def on_device(config: ShampooConfig, device: torch.device) -> ShampooConfig:
     precision = config.matmul_precision or _matmul_precision(rule, device)
     # Eigenvectors are what "qr" starts from again.
     rounded = precision == "medium" and rule.rounds_roots and method != "qr"
-    return dataclasses.replace(
-        config,
+    return config.completed(
         root_method=method,
         matmul_precision=precision,
         root_dtype=config.root_dtype or ("bfloat16" if rounded else "float32"),

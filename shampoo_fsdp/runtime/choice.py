@@ -1,7 +1,6 @@
 """Which parameters are preconditioned: by shape, by name and, where a model has told it, by the
 type of their module."""
 
-import dataclasses
 import math
 import re
 from collections import Counter
@@ -48,7 +47,7 @@ def with_embeddings(config: ShampooConfig, names: Iterable[str]) -> ShampooConfi
     if DEFAULT_EXCLUDE not in config.exclude:
         return config
     others = [n for n in names if not any(re.search(p, n) for p in config.excluded_names)]
-    return dataclasses.replace(config, exclude=[*config.exclude, *map(exactly, others)])
+    return config.completed(exclude=[*config.exclude, *map(exactly, others)])
 
 
 def refuse_nameless(parameters: int, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -95,7 +94,7 @@ def what_names_miss(
             f"setting 'exclude' has {name_some(found)}, which the name of no parameter matches (or "
             "of none in this part of the model); nothing is excluded there."
         )
-    everything = dataclasses.replace(config, exclude=[])
+    everything = config.completed(exclude=[])
     matrices = [n for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, everything)]
     if matrices and not chosen:
         yield (

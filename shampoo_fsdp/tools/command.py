@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, run = options.pop("command"), options.pop("run")
     try:
         names = [text.lstrip("-").partition("=")[0] for text in unknown if text.startswith("--")]
-        refuse_unknown([name for name in names if name in REMOVED], [])
+        for name in names:
+            refuse_unknown(name, () if name in REMOVED else names)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         run(**options)

@@ -1,6 +1,7 @@
 """What is found in the model for Shampoo."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -37,7 +38,10 @@ def test_the_rows_of_a_head_come_from_the_model():
 
 
 def blocks(job, arguments) -> dict[str, tuple[int, ...]]:
-    trainer = jobs.make_trainer(job, *arguments)
+    checked = []
+    with mock.patch.object(ShampooConfig, "__post_init__", lambda config: checked.append(config)):
+        trainer = jobs.make_trainer(job, *arguments)
+    assert len(checked) <= 2  # the file's and what the command line makes of it
     (optimizer,) = trainer.optimizers.optimizers
     members = [member for member in optimizer._parameters.members if member.part]
     shapes = {m.name: tuple(m.part.grid.tiles) for m in members if "attention.w" in m.name}
