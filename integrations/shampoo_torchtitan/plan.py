@@ -34,7 +34,7 @@ from shampoo_fsdp.runtime.choice import with_embeddings
 from shampoo_fsdp.runtime.groups import FromEmbedding, plain_name
 from shampoo_fsdp.runtime.parameters import describe
 from shampoo_fsdp.tools.machine import add_rates, machine_of
-from shampoo_fsdp.tools.plan_figures import PlanReport
+from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan.container import with_heads
@@ -46,7 +46,7 @@ if JOBS_ARE_FUNCTIONS:
 else:
     from shampoo_torchtitan import jobs_02 as generation
 
-__all__ = ["job_report", "job_specs", "main", "read_job"]
+__all__ = ["job_figures", "job_specs", "main", "read_job"]
 
 
 _DEGREES = {
@@ -80,14 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         job = read_job(of_job)
         models = job_specs(job, options.world_size)
-        report = job_report(job, models, options.world_size, options.device)
+        figures = job_figures(job, models, options.world_size, options.device)
         step = None
         if options.device == "cuda":
             ranks = _data_parallel_ranks(job, options.world_size)
             if options.tokens is None:
                 options.tokens = _tokens(job, ranks)
             sharing = options.world_size // ranks
-            step = model_step(report, models, machine_of(vars(options)), sharing)
+            step = model_step(figures, models, machine_of(vars(options)), sharing)
     except (
         AssertionError,
         ImportError,
@@ -102,10 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.disabled = False
     try:
         if options.json:
-            figures = report.as_json() | ({"step": step.as_json()} if step else {})
+            figures |= {"step": step.as_json()} if step else {}
             print(json.dumps(figures, indent=2), flush=True)
         else:
-            print_plan(report, step, Console())
+            print_plan(figures, step, Console())
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -132,10 +132,10 @@ def read_job(arguments: Sequence[str]) -> Any:
     return _PlanReader().parse_args(list(arguments))
 
 
-def job_report(
+def job_figures(
     config: Any, models: Sequence[Sequence[ParameterSpec]], world_size: int, device: str = "cuda"
-) -> PlanReport:
-    """The plan of a job.
+) -> dict[str, Any]:
+    """The plan of a job, see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
 
     Args:
         models: as :func:`job_specs` returns them.
@@ -150,7 +150,7 @@ def job_report(
         f" ({mesh})" if mesh else ""
     )
     names = [spec.name for specs in models for spec in specs]
-    return PlanReport(title, models, generation.shampoo_of(config, names), device)
+    return plan_figures(title, models, generation.shampoo_of(config, names), device)
 
 
 def _data_parallel_ranks(config: Any, world_size: int) -> int:

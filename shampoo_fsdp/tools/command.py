@@ -24,7 +24,7 @@ from shampoo_fsdp.tools.inspection_plot import plot as draw
 from shampoo_fsdp.tools.inspection_report import as_json, print_report
 from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
-from shampoo_fsdp.tools.plan_figures import PlanReport
+from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_fsdp.validation import REMOVED, refuse_unknown
@@ -58,14 +58,14 @@ def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) ->
     config = settings_from_keywords(settings)
     sizes = mesh_of(mesh)
     models = [model_specs(model, sizes)]
-    report = PlanReport(f"{model} on {mesh}", models, config, device)
+    figures = plan_figures(f"{model} on {mesh}", models, config, device)
     step = None
     if device == "cuda":
-        step = model_step(report, models, machine, sizes.get("tp", 1))
+        step = model_step(figures, models, machine, sizes.get("tp", 1))
     if json:
-        _print_json(report.as_json() | ({"step": step.as_json()} if step else {}))
+        _print_json(figures | ({"step": step.as_json()} if step else {}))
     else:
-        print_plan(report, step, Console())
+        print_plan(figures, step, Console())
 
 
 def _inspect(

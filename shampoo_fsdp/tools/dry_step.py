@@ -30,7 +30,7 @@ from shampoo_fsdp.runtime.rows import Way
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
-from shampoo_fsdp.tools.work import Transfer, Work
+from shampoo_fsdp.tools.work import TimedTransfer, Work
 
 __all__ = ["dry_optimizer", "dry_step"]
 
@@ -116,7 +116,7 @@ def dry_step(optimizer: Shampoo, machine: Machine) -> Work:
 class _Travelling:
     """What `dist.all_to_all_single` returns."""
 
-    def __init__(self, work: Work, transfer: Transfer) -> None:
+    def __init__(self, work: Work, transfer: TimedTransfer) -> None:
         self.wait = partial(work.wait, transfer)
 
 

@@ -6,7 +6,6 @@ Everything is read piece by piece, so that a checkpoint of any size fits into on
 import dataclasses
 import itertools
 import math
-import operator
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from shampoo_fsdp.tools.reader import CheckpointReader
 from shampoo_fsdp.tools.spectra import Factor, elements_of, factor_in
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Block", "Checkpoint", "Parameter", "inspect_checkpoint"]
+__all__ = ["Block", "Checkpoint", "ParameterState", "inspect_checkpoint"]
 
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 # What a checkpoint may claim, as each block is looked at.
@@ -41,7 +40,7 @@ class Block:
 
 
 @dataclass
-class Parameter:
+class ParameterState:
     """The state of one parameter."""
 
     name: str
@@ -86,7 +85,7 @@ class Checkpoint:
     """How far the training is, as TorchTitan counts."""
     files: int
     bytes_on_disk: int
-    parameters: list[Parameter]
+    parameters: list[ParameterState]
 
 
 def inspect_checkpoint(
@@ -154,7 +153,7 @@ def _parameter(
     keys: Mapping[str, str],
     settings: dict[str, Any],
     most_blocks: int | None,
-) -> Parameter:
+) -> ParameterState:
     moments = [key for entry, key in keys.items() if entry not in factor_entries()]
     factors = [key for entry, key in keys.items() if entry in factor_entries()]
     checked = {entry: key for entry, key in keys.items() if entry != MARKER}
@@ -164,7 +163,7 @@ def _parameter(
     if marker:
         resolution = getattr(RULES.get(preconditioner), "resolution", 0.0)
         number_of_blocks, blocks = _blocks(reader, keys, most_blocks, resolution)
-    return Parameter(
+    return ParameterState(
         name=name,
         shape=reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
         step=int(reader.value(keys["step"])) if "step" in keys else 0,
@@ -242,8 +241,8 @@ def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
     view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[MARKER])
     if not math.prod(view):
         raise ValueError(f"'{keys['exp_avg']}' is empty.")
-    ends = [map(operator.add, *piece) for piece in reader.pieces(keys["exp_avg"])]
-    cuts = tuple(tuple(sorted({0, *along})) for along in zip(*ends, strict=True))
+    ends = reader.rectangles(keys["exp_avg"]).sum(1).T.tolist()
+    cuts = tuple(tuple(sorted({0, *along})) for along in ends)
     guesses = (BlockGrid(view, batch_dims, cuts) for batch_dims in (0, 1))
     for grid in itertools.chain(guesses, _grids(view, cap)):
         if grid.fingerprint == fingerprint:

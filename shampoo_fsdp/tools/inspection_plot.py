@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shampoo_fsdp.tools.inspection import Checkpoint, Parameter
+from shampoo_fsdp.tools.inspection import Checkpoint, ParameterState
 from shampoo_fsdp.tools.inspection_report import by_dimension, median
 from shampoo_fsdp.tools.spectra import Factor
 
@@ -56,16 +56,16 @@ def plot(checkpoint: Checkpoint, file: Path) -> None:
         raise ValueError(f"the picture cannot be written to {file}: {error}") from None
 
 
-def _by_kind(parameters: Sequence[Parameter]) -> dict[str, list[Parameter]]:
+def _by_kind(parameters: Sequence[ParameterState]) -> dict[str, list[ParameterState]]:
     """Parameters with factors, those of all layers together."""
-    kinds: dict[str, list[Parameter]] = defaultdict(list)
+    kinds: dict[str, list[ParameterState]] = defaultdict(list)
     for parameter in parameters:
         if any(f.spectrum for factors in by_dimension(parameter).values() for f in factors):
             kinds[parameter.kind].append(parameter)
     return dict(kinds)
 
 
-def _draw_decay(axes: Any, kinds: dict[str, list[Parameter]], dimension: int) -> None:
+def _draw_decay(axes: Any, kinds: dict[str, list[ParameterState]], dimension: int) -> None:
     """The median of the eigenvalues at each place, over all blocks of a kind, and half of them."""
     for number, (kind, members) in enumerate(kinds.items()):
         factors = [f for p in members for f in by_dimension(p).get(dimension, [])]
@@ -85,7 +85,10 @@ def _draw_decay(axes: Any, kinds: dict[str, list[Parameter]], dimension: int) ->
 
 
 def _draw_layers(
-    axes: Any, kinds: dict[str, list[Parameter]], title: str, figure_of: Callable[[Factor], float]
+    axes: Any,
+    kinds: dict[str, list[ParameterState]],
+    title: str,
+    figure_of: Callable[[Factor], float],
 ) -> None:
     """A figure of each layer's factors, the median over its blocks."""
     styles: dict[int, str] = {}

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Column, Table
 
-from shampoo_fsdp.tools.inspection import Checkpoint, Parameter
+from shampoo_fsdp.tools.inspection import Checkpoint, ParameterState
 from shampoo_fsdp.tools.spectra import Factor
 from shampoo_fsdp.tools.tables import by_size, number_columns, times, titled_table
 
@@ -87,7 +87,7 @@ def print_report(checkpoint: Checkpoint, console: Console) -> None:
         )
 
 
-def _settings_table(parameters: Sequence[Parameter]) -> Table:
+def _settings_table(parameters: Sequence[ParameterState]) -> Table:
     groups = Counter(
         ", ".join(f"{name} = {value}" for name, value in sorted(p.settings.items()))
         for p in parameters
@@ -98,7 +98,7 @@ def _settings_table(parameters: Sequence[Parameter]) -> Table:
     return table
 
 
-def _figures(p: Parameter) -> tuple[str, ...]:
+def _figures(p: ParameterState) -> tuple[str, ...]:
     """Of a parameter, under `_HEADS`."""
     step = str(p.step)
     if p.factor_step not in (None, p.step):
@@ -118,7 +118,7 @@ def _figures(p: Parameter) -> tuple[str, ...]:
     )
 
 
-def by_dimension(parameter: Parameter) -> dict[int, list[Factor]]:
+def by_dimension(parameter: ParameterState) -> dict[int, list[Factor]]:
     """The factors of all blocks, for each dimension that has some."""
     found: dict[int, list[Factor]] = defaultdict(list)
     for block in parameter.blocks:

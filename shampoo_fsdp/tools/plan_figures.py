@@ -7,9 +7,9 @@ have one each); a rank's figures are the sums over its plans.
 import dataclasses
 import itertools
 import math
-import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import sub
 from typing import Any
 
 import torch
@@ -26,201 +26,101 @@ from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.tables import times
 from shampoo_fsdp.validation import refuse, unmatched
 
-__all__ = ["EVEN", "PlanReport", "max_over_mean", "spread_of"]
+__all__ = ["QUANTITIES", "plan_figures"]
+
+QUANTITIES = {
+    "gflop_per_step": "load, GFLOP per step",
+    "blocks": "blocks",
+    "state_gib": "state with Shampoo, GiB",
+    "adamw_state_gib": "state with AdamW, GiB",
+    "gib_sent_inside_node": "sent within node, GiB a step",
+    "gib_sent_across_nodes": "sent to other nodes, GiB a step",
+}
+"""What each rank has, in words."""
 
 _GIB = 2**30
+_PHASE = "gflop_in_phase_"
+_COSTS = ("flop", "refresh_flop", "state_bytes")
 # Rows below this cost over 1 byte per element.
 _NARROW = 16
 # Up to this ratio of the largest load to the mean the work counts as even.
-EVEN = 1.05
+_EVEN = 1.05
 
 
-class PlanReport:
-    """Figures of all ranks of a job. GiB are 2^30 bytes, GFLOP 10^9 operations."""
+def plan_figures(
+    title: str,
+    models: Sequence[Sequence[ParameterSpec]],
+    config: ShampooConfig,
+    device: str = "cuda",
+) -> dict[str, Any]:
+    """Figures of all ranks of a job: plain dicts, lists, strings and numbers.
 
-    def __init__(
-        self,
-        title: str,
-        models: Sequence[Sequence[ParameterSpec]],
-        config: ShampooConfig,
-        device: str = "cuda",
-    ) -> None:
-        """
-        Args:
-            title: what the job is, for the head of the report.
-            models: the parameters of each optimizer of the job, the excluded ones included: one
-                list, or one for each part of the model under pipeline parallelism.
-            device: type of what it will run on, which decides about settings that are None.
+    GiB are 2^30 bytes, GFLOP 10^9 operations. "ranks" share blocks; where replicas repeat the work
+    they are those of the first one, as others are alike. "least_gib_sent_by_all_ranks" is what
+    would be sent if every block were owned by a rank that holds most of it. Parameters in
+    "narrow_rows", by width, cost 16 / width bytes per element (see
+    :class:`shampoo_fsdp.plan.shards.ShardMap`).
 
-        Raises:
-            ValueError: as :func:`shampoo_fsdp.plan.transfers.make_plan`, or if an expression of
-                `split_heads` or `exclude` matches nothing.
-        """
-        self.chosen_by_device = reasons(config, torch.device(device))
-        config = on_device(config, torch.device(device))
-        specs = list(itertools.chain.from_iterable(models))
-        assignments = [of for members in models for of in _assignments(members, config)]
-        names = [spec.name for of in assignments for spec in of.parameters]
-        for pattern in unmatched(config.split_heads, names):
-            refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
-        for pattern in unmatched(config.excluded_names, [spec.name for spec in specs]):
-            if pattern in config.exclude:
-                refuse("exclude", pattern, "what the name of a parameter matches")
-        plans = [Totals(assignment) for assignment in assignments]
-        excluded = [spec for spec in specs if not is_preconditioned(spec.name, spec.shape, config)]
-        numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # in a GiB that is sent
-        self.title = title
-        self.settings = config
-        self.ranks = tuple(sorted({rank for part in plans or specs for rank in part.ranks}))
-        """Ascending. Where replicas repeat the work, those of the first one: others are alike."""
-        self.parameters = len(specs)
-        self.parameters_preconditioned = self.parameters - len(excluded)
-        self.elements = sum(math.prod(spec.shape) for spec in specs)
-        left_out = sum(math.prod(spec.shape) for spec in excluded)
-        self.elements_preconditioned = self.elements - left_out
-        shapes = Counter(of.sites[site].shape for of in assignments for site in of.site_of)
-        self.blocks_by_shape = dict(shapes.most_common())
-        """Without batch dimensions, the most frequent first."""
-        state = [*_adam_bytes(excluded), *((plan.ranks, plan.state) for plan in plans)]
-        near = [(plan.ranks, map(operator.sub, plan.sent, plan.across)) for plan in plans]
-        far = [(plan.ranks, plan.across) for plan in plans]
-        self.per_rank: dict[str, list[float]] = {
-            "gflop_per_step": self._sums([(plan.ranks, plan.load) for plan in plans], 1e9),
-            "blocks": self._sums([(plan.ranks, plan.owned) for plan in plans], 1),
-            "state_gib": self._sums(state, _GIB),
-            "adamw_state_gib": self._sums(_adam_bytes(specs), _GIB),
-            "gib_sent_inside_node": self._sums(near, numbers),
-            "gib_sent_across_nodes": self._sums(far, numbers),
-        }
-        """For each quantity its value on each rank."""
-        self.phases = [
-            self._sums([(plan.ranks, [r[phase] for r in plan.phase_load]) for plan in plans], 1e9)
-            for phase in range(config.precondition_frequency)
-        ]
-        """For each refresh phase and rank the GFLOP of a step."""
-        self.refreshed = [sum(p.refreshed[i] for p in plans) for i in range(len(self.phases))]
-        """For each phase the number of blocks that its steps refresh."""
-        self.gib_sent = sum(sum(plan.sent) for plan in plans) / numbers
-        """By all ranks together, per step."""
-        self.least_gib_sent = sum(plan.least_sent for plan in plans) / numbers
-        """The same if every block were owned by a rank that holds most of it."""
-        self.groups = len({plan.ranks for plan in plans})
-        """How many sets of ranks share blocks among themselves; as many as stages of a pipeline."""
-        self.narrow_rows: dict[int, list[str]] = defaultdict(list)
-        """Names of parameters whose rows are narrow, by their width (see
-        :class:`shampoo_fsdp.plan.shards.ShardMap`): they cost 16 / width bytes per element."""
-        for assignment in assignments:
-            for spec, shard_map in zip(assignment.parameters, assignment.maps, strict=True):
-                if (width := shard_map.row_width) < _NARROW:
-                    self.narrow_rows[width].append(spec.name)
-        loads = [x for plan in plans for x in (plan.load, *zip(*plan.phase_load, strict=True))]
-        self.load_over_mean_in_groups = max(map(max_over_mean, loads), default=1.0)
-        """The largest load of a rank over the mean of its own set, on average or in a phase."""
+    Args:
+        title: what the job is, for the head of the report.
+        models: the parameters of each optimizer of the job, the excluded ones included: one list,
+            or one for each part of the model under pipeline parallelism.
+        device: type of what it will run on, which decides about settings that are None.
 
-    def _sums(
-        self, parts: Iterable[tuple[Sequence[int], Iterable[float]]], unit: float
-    ) -> list[float]:
-        """What each rank has of all parts, which are ranks and their values, in units."""
-        sums = dict.fromkeys(self.ranks, 0.0)
-        for ranks, values in parts:
-            for rank, value in zip(ranks, values, strict=True):
-                if rank in sums:
-                    sums[rank] += value
-        return [total / unit for total in sums.values()]
-
-    @property
-    def imbalance(self) -> dict[str, float]:
-        """Every quantity's largest value on a rank over its mean; 1.0 is even."""
-        phases = {f"gflop_in_phase_{p}": loads for p, loads in enumerate(self.phases)}
-        return {name: max_over_mean(values) for name, values in (self.per_rank | phases).items()}
-
-    @property
-    def worst(self) -> tuple[int, int | None, float]:
-        """The rank with the most work, the phase if it is in one or None for the mean of all, and
-        that work over the mean."""
-        loads: list[tuple[int | None, Sequence[float]]] = [(None, self.per_rank["gflop_per_step"])]
-        loads += enumerate(self.phases)
-        phase, load = max(loads, key=lambda entry: max_over_mean(entry[1]))
-        return self.ranks[load.index(max(load))], phase, max_over_mean(load)
-
-    def reason(self) -> str:
-        """Why the rank with the most work has that much, and what can be done about it."""
-        rank, phase, ratio = self.worst
-        blocks, ranks = sum(self.blocks_by_shape.values()), len(self.ranks)
-        if not blocks:
-            return "nothing is preconditioned"
-        owned = int(self.per_rank["blocks"][self.ranks.index(rank)])
-        when = "on average" if phase is None else f"in refresh phase {phase}"
-        worst = (
-            f"rank {rank} has {ratio:.3f} x the mean load {when}; it owns {owned:,} of "
-            f"{blocks:,} blocks, {blocks / ranks:,.2f} per rank"
-        )
-        more = (
-            "a smaller max_preconditioner_dim "
-            f"(now {self.settings.max_preconditioner_dim}) makes more and smaller blocks"
-        )
-        if blocks < ranks:
-            return (
-                f"{worst}. There are fewer blocks than ranks, so that {ranks - blocks:,} ranks or "
-                f"more own none; {more}"
-            )
-        if ratio <= EVEN:
-            return f"{worst}. That is even: within {EVEN}"
-        if self.groups > 1 and self.load_over_mean_in_groups <= EVEN:
-            return (
-                f"{worst}. Blocks cannot move between the {self.groups} sets of ranks that hold "
-                "different parameters, such as pipeline stages; within each set the work is even "
-                f"({self.load_over_mean_in_groups:.3f})"
-            )
-        if self.settings.block_alignment == "shard":
-            return f"{worst}. With block_alignment = 'shard' blocks stay where they lie"
-        if phase is None:
-            return f"{worst}. Blocks are whole; {more}"
-        share = self.refreshed[phase] / ranks
-        return (
-            f"{worst}. A step of this phase refreshes {self.refreshed[phase]:,} blocks, "
-            f"{share:,.2f} per rank, and blocks are whole: some ranks refresh "
-            f"{math.ceil(share):,} or more; {more}, or a smaller precondition_frequency "
-            f"(now {self.settings.precondition_frequency}) more refreshes per step"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
-        rank, phase, ratio = self.worst
-        return {
-            "title": self.title,
-            "ranks": len(self.ranks),
-            "owner_scope": self.settings.owner_scope,
-            "parameters": self.parameters,
-            "parameters_preconditioned": self.parameters_preconditioned,
-            "elements": self.elements,
-            "elements_preconditioned": self.elements_preconditioned,
-            "blocks": sum(self.blocks_by_shape.values()),
-            "blocks_by_shape": {times(s): n for s, n in self.blocks_by_shape.items()},
-            "sides_without_factor": {times(s): n for s, n in self.sides_without_factor().items()},
-            "per_rank": {name: spread_of(values) for name, values in self.per_rank.items()},
-            "phases": [
-                {"blocks_refreshed": n, "gflop": spread_of(loads)}
-                for n, loads in zip(self.refreshed, self.phases, strict=True)
-            ],
-            "narrow_rows": {str(width): len(names) for width, names in self.narrow_rows.items()},
-            "gib_sent_by_all_ranks": self.gib_sent,
-            "least_gib_sent_by_all_ranks": self.least_gib_sent,
-            "imbalance": self.imbalance,
-            "even": ratio <= EVEN,
-            "worst_rank": {
-                "rank": rank,
-                "phase": phase,
-                "load_over_mean": ratio,
-                "reason": self.reason(),
-            },
-            "settings": dataclasses.asdict(self.settings),
-        }
-
-    def sides_without_factor(self) -> dict[tuple[int, ...], list[int]]:
-        """For each shape of block the sides that have no factor, if there are some."""
-        shapes = {s: sides_without_factor(s, self.settings) for s in self.blocks_by_shape}
-        return {shape: sides for shape, sides in shapes.items() if sides}
+    Raises:
+        ValueError: as :func:`shampoo_fsdp.plan.transfers.make_plan`, or if an expression of
+            `split_heads` or `exclude` matches nothing.
+    """
+    chosen = reasons(config, torch.device(device))
+    config = on_device(config, torch.device(device))
+    specs = list(itertools.chain.from_iterable(models))
+    assignments = [of for members in models for of in _assignments(members, config)]
+    _refuse_unmatched(specs, assignments, config)
+    excluded = [spec for spec in specs if not is_preconditioned(spec.name, spec.shape, config)]
+    plans = [Totals(assignment) for assignment in assignments]
+    ranks = sorted({rank for part in plans or specs for rank in part.ranks})
+    values = _values_of(ranks, specs, excluded, plans, config)
+    spreads = {name: _spread_of(of_ranks) for name, of_ranks in values.items()}
+    ratios = {name: _max_over_mean(of_ranks) for name, of_ranks in values.items()}
+    worst = max((name for name in values if name.startswith("gflop")), key=lambda n: ratios[n])
+    phases = [f"{_PHASE}{i}" for i in range(config.precondition_frequency)]
+    shapes = Counter(of.sites[site].shape for of in assignments for site in of.site_of)
+    costs, sides = BlockCosts(config), {s: sides_without_factor(s, config) for s in shapes}
+    place, numbers = values[worst].index(spreads[worst]["max"]), _numbers_in_gib(config)
+    figures: dict[str, Any] = {
+        "title": title,
+        "chosen_by_device": chosen,
+        "ranks": len(ranks),
+        "nodes": len({rank // config.ranks_per_node for rank in ranks}),
+        "owner_scope": config.owner_scope,
+        "parameters": len(specs),
+        "parameters_preconditioned": len(specs) - len(excluded),
+        "elements": _elements(specs),
+        "elements_preconditioned": _elements(specs) - _elements(excluded),
+        "blocks": sum(shapes.values()),
+        "blocks_by_shape": {times(shape): number for shape, number in shapes.most_common()},
+        "block_costs": {times(s): dict(zip(_COSTS, costs[s], strict=True)) for s in shapes},
+        "sides_without_factor": {times(shape): found for shape, found in sides.items() if found},
+        "per_rank": {name: spread for name, spread in spreads.items() if name not in phases},
+        "phases": [
+            {"blocks_refreshed": sum(plan.refreshed[i] for plan in plans), "gflop": spreads[name]}
+            for i, name in enumerate(phases)
+        ],
+        "narrow_rows": _narrow_rows(assignments),
+        "gib_sent_by_all_ranks": sum(sum(plan.sent) for plan in plans) / numbers,
+        "least_gib_sent_by_all_ranks": sum(plan.least_sent for plan in plans) / numbers,
+        "imbalance": ratios,
+        "even": ratios[worst] <= _EVEN,
+        "worst_rank": {
+            "rank": ranks[place],
+            "blocks": int(values["blocks"][place]),
+            "phase": phases.index(worst) if worst in phases else None,
+            "load_over_mean": ratios[worst],
+        },
+        "settings": dataclasses.asdict(config),
+    }
+    figures["worst_rank"]["reason"] = _reason(figures, plans)
+    return figures
 
 
 def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[Assignment]:
@@ -232,6 +132,48 @@ def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[
     return [Assignment(members, config, costs, ranks[0]) for ranks, members in sharing.items()]
 
 
+def _refuse_unmatched(
+    specs: Sequence[ParameterSpec], assignments: Sequence[Assignment], config: ShampooConfig
+) -> None:
+    names = [spec.name for of in assignments for spec in of.parameters]
+    for pattern in unmatched(config.split_heads, names):
+        refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
+    for pattern in unmatched(config.excluded_names, [spec.name for spec in specs]):
+        if pattern in config.exclude:
+            refuse("exclude", pattern, "what the name of a parameter matches")
+
+
+def _values_of(
+    ranks: Sequence[int],
+    specs: Sequence[ParameterSpec],
+    excluded: Sequence[ParameterSpec],
+    plans: Sequence[Totals],
+    config: ShampooConfig,
+) -> dict[str, list[float]]:
+    """For each quantity, the work in each refresh phase included, what each rank has."""
+    numbers, frequency = _numbers_in_gib(config), config.precondition_frequency
+    parts: list[tuple[str, float, Sequence[int], Iterable[float]]] = []
+    for plan in plans:
+        parts += [
+            ("gflop_per_step", 1e9, plan.ranks, plan.load),
+            ("blocks", 1, plan.ranks, plan.owned),
+            ("state_gib", _GIB, plan.ranks, plan.state),
+            ("gib_sent_inside_node", numbers, plan.ranks, map(sub, plan.sent, plan.across)),
+            ("gib_sent_across_nodes", numbers, plan.ranks, plan.across),
+        ]
+        loads = zip(*plan.phase_load, strict=True)
+        parts += [(f"{_PHASE}{i}", 1e9, plan.ranks, load) for i, load in enumerate(loads)]
+    parts += [("state_gib", _GIB, *moments) for moments in _adam_bytes(excluded)]
+    parts += [("adamw_state_gib", _GIB, *moments) for moments in _adam_bytes(specs)]
+    names = (*QUANTITIES, *(f"{_PHASE}{i}" for i in range(frequency)))
+    sums = {name: dict.fromkeys(ranks, 0.0) for name in names}
+    for name, unit, having, values in parts:
+        for rank, value in zip(having, values, strict=True):
+            if rank in sums[name]:
+                sums[name][rank] += value / unit
+    return {name: list(of_ranks.values()) for name, of_ranks in sums.items()}
+
+
 def _adam_bytes(specs: Sequence[ParameterSpec]) -> Iterator[tuple[Sequence[int], list[int]]]:
     """Bytes of Adam's two moments, in fp32: ranks and what each has, layout after layout."""
     layouts = Counter((s.shape, s.ranks, s.mesh_shape, s.placements) for s in specs)
@@ -241,10 +183,71 @@ def _adam_bytes(specs: Sequence[ParameterSpec]) -> Iterator[tuple[Sequence[int],
         yield ranks, [2 * torch.float32.itemsize * number * volume(shard) for shard in shards]
 
 
-def max_over_mean(values: Sequence[float]) -> float:
+def _narrow_rows(assignments: Sequence[Assignment]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for assignment in assignments:
+        for spec, shard_map in zip(assignment.parameters, assignment.maps, strict=True):
+            if shard_map.row_width < _NARROW:
+                names[str(shard_map.row_width)].append(spec.name)
+    return dict(names)
+
+
+def _reason(figures: dict[str, Any], plans: Sequence[Totals]) -> str:
+    """Why the rank with the most work has that much, and what can be done about it."""
+    worst, settings = figures["worst_rank"], figures["settings"]
+    blocks, ranks, phase = figures["blocks"], figures["ranks"], worst["phase"]
+    if not blocks:
+        return "nothing is preconditioned"
+    when = "on average" if phase is None else f"in refresh phase {phase}"
+    said = (
+        f"rank {worst['rank']} has {worst['load_over_mean']:.3f} x the mean load {when}; it owns "
+        f"{worst['blocks']:,} of {blocks:,} blocks, {blocks / ranks:,.2f} per rank"
+    )
+    more = (
+        f"a smaller max_preconditioner_dim (now {settings['max_preconditioner_dim']}) makes more "
+        "and smaller blocks"
+    )
+    if blocks < ranks:
+        return (
+            f"{said}. There are fewer blocks than ranks, so that {ranks - blocks:,} ranks or "
+            f"more own none; {more}"
+        )
+    if figures["even"]:
+        return f"{said}. That is even: within {_EVEN}"
+    groups = len({plan.ranks for plan in plans})  # as many as stages of a pipeline
+    loads = [load for plan in plans for load in (plan.load, *zip(*plan.phase_load, strict=True))]
+    inside = max(map(_max_over_mean, loads))
+    if groups > 1 and inside <= _EVEN:
+        return (
+            f"{said}. Blocks cannot move between the {groups} sets of ranks that hold different "
+            f"parameters, such as pipeline stages; within each set the work is even ({inside:.3f})"
+        )
+    if settings["block_alignment"] == "shard":
+        return f"{said}. With block_alignment = 'shard' blocks stay where they lie"
+    if phase is None:
+        return f"{said}. Blocks are whole; {more}"
+    refreshed = figures["phases"][phase]["blocks_refreshed"]
+    return (
+        f"{said}. A step of this phase refreshes {refreshed:,} blocks, {refreshed / ranks:,.2f} "
+        f"per rank, and blocks are whole: some ranks refresh {math.ceil(refreshed / ranks):,} or "
+        f"more; {more}, or a smaller precondition_frequency (now "
+        f"{settings['precondition_frequency']}) more refreshes per step"
+    )
+
+
+def _numbers_in_gib(config: ShampooConfig) -> float:
+    """How many travel in one."""
+    return _GIB / torch_dtype(config.communication_dtype).itemsize
+
+
+def _elements(specs: Sequence[ParameterSpec]) -> int:
+    return sum(math.prod(spec.shape) for spec in specs)
+
+
+def _max_over_mean(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return max(values) / mean if mean else 1.0
 
 
-def spread_of(values: Sequence[float]) -> dict[str, float]:
+def _spread_of(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}

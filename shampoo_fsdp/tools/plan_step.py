@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.tools.dry_step import dry_optimizer, dry_step
 from shampoo_fsdp.tools.machine import Machine
-from shampoo_fsdp.tools.plan_figures import PlanReport
 
 __all__ = ["ModelledStep", "model_step"]
 
@@ -63,21 +63,21 @@ class ModelledStep:
 
 
 def model_step(
-    report: PlanReport,
+    plan: dict[str, Any],
     models: Sequence[Sequence[ParameterSpec]],
     machine: Machine,
     sharing: int = 1,
 ) -> ModelledStep:
     """
     Args:
-        report: the plan.
+        plan: see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
         models: what it was made of.
         sharing: GPUs of a data-parallel rank, see :meth:`Machine.training_step`.
 
     Raises:
         RuntimeError: if torch.distributed is in use already.
     """
-    rank = report.worst[0]
+    rank, settings = plan["worst_rank"]["rank"], ShampooConfig(**plan["settings"])
     errors = Console(stderr=True)
     parts: Counter[str] = Counter()
     kernels = decompositions = peak = 0
@@ -87,7 +87,7 @@ def model_step(
         if not here:
             continue
         doing = errors.status("Modelling a step")  # of large models for half a minute
-        with doing, dry_optimizer(here, report.settings, rank) as optimizer:
+        with doing, dry_optimizer(here, settings, rank) as optimizer:
             work = dry_step(optimizer, machine)
         parts.update(work.busy)
         waited += sum(transfer.waited for transfer in work.transfers)
@@ -96,5 +96,5 @@ def model_step(
         peak = max(peak, work.peak)
     busy = {part: float(took) for part, took in parts.items()}
     return ModelledStep(
-        rank, machine, report.elements, sharing, busy, waited, kernels, decompositions, peak
+        rank, machine, plan["elements"], sharing, busy, waited, kernels, decompositions, peak
     )

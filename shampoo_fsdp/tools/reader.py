@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class CheckpointReader:
         self._storage.set_up_storage_reader(found, is_coordinator=True)
         self.metadata: Mapping[str, Any] = found.state_dict_metadata
         """What is known of each key without reading it."""
+        self.rectangles = cache(self._rectangles)
+        self._piece = lru_cache(maxsize=1)(self._storage.entry)  # one may have many blocks
 
     def is_tensor(self, key: str) -> bool:
         return isinstance(self.metadata[key], TensorStorageMetadata)
@@ -64,22 +67,26 @@ class CheckpointReader:
         """A rectangle of a tensor."""
         result = torch.zeros(tuple(sizes), dtype=self.metadata[key].properties.dtype)
         found = 0
-        for number, piece in enumerate(self.metadata[key].chunks):
-            sides = zip(offsets, sizes, piece.offsets, piece.sizes, strict=True)
-            common = [(max(a, b), min(a + n, b + m), a, b) for a, n, b, m in sides]
-            if all(start < stop for start, stop, _, _ in common):
-                saved = self._storage.entry(key, number)
-                part = result[tuple(slice(i - a, j - a) for i, j, a, _ in common)]
-                part.copy_(saved[tuple(slice(i - b, j - b) for i, j, _, b in common)])
-                found += part.numel()
+        starts, lengths = self.rectangles(key).unbind(1)
+        start = torch.tensor(tuple(offsets), dtype=torch.long)
+        begins = starts.maximum(start)
+        ends = (starts + lengths).minimum(start + torch.tensor(tuple(sizes), dtype=torch.long))
+        for number in (begins < ends).all(1).nonzero().flatten().tolist():
+            here, there = (
+                tuple(map(slice, (begins[number] - of).tolist(), (ends[number] - of).tolist()))
+                for of in (start, starts[number])
+            )
+            found += result[here].copy_(self._piece(key, number)[there]).numel()
         if found != result.numel():
             raise ValueError(f"the pieces of '{key}' overlap, or one is missing.")
         return result
 
-    def pieces(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Offsets and sizes of the pieces in which a tensor was saved, in row-major order."""
+    def _rectangles(self, key: str) -> Tensor:
+        """Offsets and sizes of the pieces in which a tensor was saved: [pieces, 2, dimensions]."""
         chunks = self.metadata[key].chunks
-        return sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks)
+        found = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+        shape = len(chunks), 2, len(self.shape(key))
+        return torch.tensor(found, dtype=torch.long).reshape(shape)
 
     def nonfinite(self, key: str) -> int:
         """How many numbers of a tensor are NaN or infinite; reads it piece by piece."""

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 from shampoo_fsdp.tools.launches import launches_of
 from shampoo_fsdp.tools.machine import Machine
 
-__all__ = ["Transfer", "Work"]
+__all__ = ["TimedTransfer", "Work"]
 
 
 @dataclass
-class Transfer:
-    """An exchange between ranks; times in ms since the step began, by the machine's rates."""
+class TimedTransfer:
+    """A transfer between ranks; times in ms since the step began, by the machine's rates."""
 
     name: str
     near: int
@@ -49,7 +49,7 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Milliseconds since the start, by the machine's rates."""
         self.busy: dict[str, float] = defaultdict(float)
         """Milliseconds of each part's kernels."""
-        self.transfers: list[Transfer] = []
+        self.transfers: list[TimedTransfer] = []
         self.memory = 0
         """Bytes that were allocated within, and still are."""
         self.peaks: Counter[str] = Counter()
@@ -109,15 +109,15 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.now += took
         return result
 
-    def send(self, name: str, near: int, far: int) -> Transfer:
+    def send(self, name: str, near: int, far: int) -> TimedTransfer:
         """A transfer sets out; the network carries one after the other."""
         free = max([self.now, *(transfer.ends for transfer in self.transfers)])
         took = self._machine.transfer(near, far)
-        self.transfers.append(Transfer(name, near, far, free, free + took))
+        self.transfers.append(TimedTransfer(name, near, far, free, free + took))
         self.counts[self.part]["launches"] += 1
         return self.transfers[-1]
 
-    def wait(self, transfer: Transfer) -> None:
+    def wait(self, transfer: TimedTransfer) -> None:
         """What follows needs what it brings."""
         transfer.waited = max(0.0, transfer.ends - self.now)
         self.now += transfer.waited

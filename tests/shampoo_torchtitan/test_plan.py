@@ -1,5 +1,6 @@
 """The plan of a job, made without running it, is the one that the job makes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from shampoo_fsdp.tools.models import model_specs
 from shampoo_torchtitan import plan
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-from shampoo_torchtitan.plan import job_report, job_specs, main, read_job
+from shampoo_torchtitan.plan import job_figures, job_specs, main, read_job
 from tests.ranks import preload, run_ranks
 from tests.shampoo_torchtitan import jobs
 
@@ -110,11 +111,11 @@ def test_embeddings_of_every_stage_are_known_by_their_type(monkeypatch):
     parts = [nn.ModuleDict(stage) for stage in stages]
     monkeypatch.setattr(plan.generation, "model_parts", lambda config, dims: parts)
     config = read_job(["--model.name=llama3", "--optimizer.name=shampoo"])
-    report = job_report(config, job_specs(config, 1), 1)
-    assert (report.parameters, report.parameters_preconditioned) == (5, 2)
+    report = job_figures(config, job_specs(config, 1), 1)
+    assert (report["parameters"], report["parameters_preconditioned"]) == (5, 2)
     with pytest.raises(ValueError, match=r"'exclude' is '\^tok_'; allowed: what the name of a"):
         config.optimizer.shampoo = ShampooConfig(exclude=["default", "^tok_"])
-        job_report(config, job_specs(config, 1), 1)
+        job_figures(config, job_specs(config, 1), 1)
 
 
 def test_settings_of_the_command_line_reach_the_plan():
@@ -126,14 +127,13 @@ def test_settings_of_the_command_line_reach_the_plan():
         ]
     )
     specs = job_specs(config, 16)
-    report = job_report(config, specs, 16)
+    report = job_figures(config, specs, 16)
     given = ShampooConfig(max_preconditioner_dim=2048)
-    assert report.settings == on_device(given, torch.device("cuda"))
-    assert job_report(config, job_specs(config, 16), 16, "cpu").settings == on_device(
-        given, torch.device("cpu")
-    )
-    assert report.title == "llama3 8B on 16 ranks (dp_shard=16)"
-    assert max(report.blocks_by_shape) == (2048, 2048)
+    for device in ("cuda", "cpu"):
+        expected = dataclasses.asdict(on_device(given, torch.device(device)))
+        assert job_figures(config, specs, 16, device)["settings"] == expected
+    assert report["title"] == "llama3 8B on 16 ranks (dp_shard=16)"
+    assert max(report["blocks_by_shape"]) == "2048 x 2048"
 
 
 def test_the_command_reads_a_job_file(capsys):

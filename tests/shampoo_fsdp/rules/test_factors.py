@@ -12,7 +12,7 @@ from shampoo_fsdp.plan.grid import make_grid
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.rules.factors import factor_kinds
 from shampoo_fsdp.runtime.choice import is_preconditioned
-from shampoo_fsdp.tools.plan_figures import PlanReport
+from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_tables import print_plan
 from tests.shampoo_fsdp.test_family import relative_error
 
@@ -90,8 +90,8 @@ def test_the_update_without_some_factors_equals_the_reference(preconditioner, la
 
 def test_the_plan_and_the_optimizer_say_which_sides_have_no_factor(capsys):
     specs = [ParameterSpec(n, s, (0,), (1,), (None,)) for n, s in _ADAPTER.items()]
-    report = PlanReport("adapter", [specs], ShampooConfig())
-    assert report.as_json()["sides_without_factor"] == {"8 x 1024": [1024]}
+    report = plan_figures("adapter", [specs], ShampooConfig())
+    assert report["sides_without_factor"] == {"8 x 1024": [1024]}
     print_plan(report, None, Console(width=200))
     assert "Sides without a factor, by the shape of the block (8 x 1024: 1024)" in (
         capsys.readouterr().out

@@ -9,7 +9,7 @@ from benchmarks.dry_run import dry_run
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from shampoo_fsdp.tools.machine import Machine
-from shampoo_fsdp.tools.plan_figures import PlanReport
+from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_step import ModelledStep, model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from tests.ranks import run_ranks
@@ -31,9 +31,9 @@ def specs(first: int, ranks: tuple[int, ...], rows: int = 128) -> list[Parameter
 
 
 def modelled(models, machine: Machine = MACHINE) -> ModelledStep:
-    report = PlanReport("a model", models, CONFIG)
+    plan = plan_figures("a model", models, CONFIG)
     # A process group is of the whole process.
-    (step,) = run_ranks(1, model_step, init=False, report=report, models=models, machine=machine)
+    (step,) = run_ranks(1, model_step, init=False, plan=plan, models=models, machine=machine)
     return step
 
 
@@ -70,7 +70,7 @@ def test_what_other_settings_would_make_of_it():
 def printed(models, step: ModelledStep | None = None) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        print_plan(PlanReport("a model", models, CONFIG), step, console)
+        print_plan(plan_figures("a model", models, CONFIG), step, console)
     return " ".join(capture.get().split())
 
 
