@@ -120,10 +120,10 @@ class ShampooConfig:
     matmul_precision: Literal["highest", "high", "medium"] | None = None
     """Of the matrix products of every step, in torch's words: 'highest': fp32; 'high': TF32, where
     the device has it; 'medium': inputs in bf16, sums in fp32. (Inverse roots and eigenbases choose
-    for themselves.) Rounding to bf16 gives every gradient all directions: 'highest' is for factors
-    that lack some, as with few rows in a batch, where these would come to count. Default: 'medium'
-    (for soap 'high') where the device is faster in it, also CPUs with bf16 arithmetic; else
-    'highest'."""
+    for themselves.) Rounding to bf16 gives every gradient all directions. Where they lack some, as
+    with few rows in a batch, these come to count, unless it is 'highest' or, for kl_shampoo,
+    preconditioner_eps is 0.004. Default: 'medium' (for soap 'high') where the device is faster in
+    it, also CPUs with bf16 arithmetic; else 'highest'."""
 
     root_exponents: list[NonNegativeFloat] = field(default_factory=list)
     """Entry k - 1 is the p of factor^(-p) for blocks with k factors; where it is missing or zero, p
