@@ -338,8 +338,8 @@ class Shampoo(torch.optim.Optimizer):
         built = self._ready()
         built.state.take_back(self._state)
         stacks = [owned for bucket in built.parameters.buckets for owned in bucket.stacks]
-        betas = [group["betas"][1] for group in self.param_groups]
-        return diagnose(stacks, built.watch.milliseconds(), betas)
+        groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
+        return diagnose(stacks, built.watch.milliseconds(), groups)
 
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""

@@ -7,7 +7,6 @@ import torch
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
-from shampoo_fsdp.rules.clock import Clock
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
@@ -28,11 +27,13 @@ def work_of_block(shape: Sequence[int], config: ShampooConfig) -> tuple[Counter[
     with pretended_gpu():
         stack = BlockStack(shape, [0], config, torch.empty(1, *shape, device=CUDA))
         # The refresh period's phase is 0: a step of its multiple refreshes.
-        step = 1000 * config.precondition_frequency
-        clock = Clock([step], [step], [True], [True], [False])
+        count = 1000 * config.precondition_frequency
+        step = stack.begin(group, [count], [count], [True], [True], [False])
         with Work() as work:
             work.part = "factors"
-            for part in stack.accumulate(clock, group):
-                work.part = "roots" if part == "factors" else "direction"
-            stack.direct()
+            stack.accumulate(step)
+            work.part = "roots"
+            stack.refresh(step)
+            work.part = "direction"
+            stack.direct(step)
     return work.counts["factors"] + work.counts["direction"], work.counts["roots"]

@@ -8,18 +8,19 @@ fused kernel).
 """
 
 from shampoo_fsdp.rules.kl_shampoo import KLShampoo
-from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register, rule_of
+from shampoo_fsdp.rules.rule import Health, Positions, Rule, register, rule_of
 from shampoo_fsdp.rules.shampoo import Shampoo
 from shampoo_fsdp.rules.soap import Soap
+from shampoo_fsdp.rules.step import Step
 
 __all__ = [
     "Health",
     "KLShampoo",
-    "Now",
     "Positions",
     "Rule",
     "Shampoo",
     "Soap",
+    "Step",
     "register",
     "rule_of",
 ]

@@ -8,8 +8,9 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
 from shampoo_fsdp.rules.matrices import along, per_block, scale_along, unfold
-from shampoo_fsdp.rules.rule import Now, Positions, register
+from shampoo_fsdp.rules.rule import Positions, register
 from shampoo_fsdp.rules.shampoo import Shampoo
+from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
 
 __all__ = ["KLShampoo"]
@@ -64,12 +65,12 @@ class KLShampoo(Shampoo):
             else:
                 self.factors[i].write_identity(where)
 
-    def accumulate(self, gradient: Tensor, now: Now) -> None:
+    def accumulate(self, gradient: Tensor, step: Step) -> None:
         """S_i <- beta2 S_i + (1 - beta2) W_(i) W_(i)^T / (product of the other sizes), W being G
         whitened along the other dimensions."""
         # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
         # sides that start from the identity would fade, and their roots grow without bound.
-        decay = now.decay.masked_fill(now.idle, 1.0)
+        decay = step.decay.masked_fill(step.idle, 1.0)
         lows: dict[float, Tensor] = {}
         for i in self._sides:
             share = gradient.shape[i + 1] / gradient[0].numel()
@@ -86,16 +87,14 @@ class KLShampoo(Shampoo):
                     root = self.roots[j].read(dtype=whitened.dtype)
                     whitened = along(whitened, root, j, symmetric=True)
                 else:
-                    root = self._diagonal_root(j, now.correction)
+                    root = self._diagonal_root(j, step.correction)
                     whitened = scale_along(whitened, root.to(whitened.dtype), j)
                 # The roots of tiny gradients can raise a large one until its square overflows.
                 whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
-            averaged = now._replace(decay=decay)
             if i in self.full:
-                self._accumulate_gram(i, unfold(whitened, i), averaged, rest)
+                self._average(i, unfold(whitened, i), step, decay, rest)
             else:
-                averaged = averaged._replace(weight=now.weight * rest)
-                self._accumulate_diagonal(i, whitened.float().square(), averaged)
+                self._average_diagonal(i, whitened.float().square(), step, decay, rest)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         for i in () if cold else self._sides[1:]:

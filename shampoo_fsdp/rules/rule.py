@@ -13,8 +13,9 @@ from shampoo_fsdp.rules.factors import factor_kinds, is_matrix, resolution_of
 from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
 from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
+from shampoo_fsdp.rules.step import Step
 
-__all__ = ["Health", "Now", "Positions", "Rule", "register", "rule_of"]
+__all__ = ["Health", "Positions", "Rule", "register", "rule_of"]
 
 Positions = slice | Tensor
 """Some blocks of a stack."""
@@ -28,25 +29,6 @@ class Health(NamedTuple):
     residual: Tensor
     """How much the factors have outgrown their roots or eigenbases: from 0, not at all, to 1, which
     is nothing in common."""
-
-
-class Now(NamedTuple):
-    """What a rule is told of a step."""
-
-    decay: Tensor
-    """Of what was before, [B]: beta2, and 1 where the gradient is not usable."""
-    weight: float
-    """Of the gradient: 1 - beta2, or 1 for sums."""
-    sums: bool
-    """Whether beta2 is 1."""
-    correction: float | Tensor
-    """Bias correction of the factors, this step's gradient included; a number or [B]."""
-    eps: float
-    """The optimizer's."""
-    warm: bool
-    """Whether any block has had its first refresh, this step's included."""
-    idle: Tensor
-    """Whether the gradient is zero in all of the block, as that of an idle expert, [B]."""
 
 
 class Rule(ABC):
@@ -156,7 +138,7 @@ class Rule(ABC):
         """Set the state of these blocks to what it is before the first step."""
 
     @abstractmethod
-    def accumulate(self, gradient: Tensor, now: Now) -> None:
+    def accumulate(self, gradient: Tensor, step: Step) -> None:
         """Add a gradient to the factors.
 
         Args:
@@ -177,11 +159,11 @@ class Rule(ABC):
             where a decomposition failed, [dimensions, n].
         """
 
-    def observe(self, gradient: Tensor, now: Now) -> None:  # noqa: B027
+    def observe(self, gradient: Tensor, step: Step) -> None:  # noqa: B027
         """Look at the gradient once more, after the refresh."""
 
     @abstractmethod
-    def direction(self, momentum: Tensor, now: Now, out: Tensor) -> Tensor:
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
         """The preconditioned momentum, in fp32 or the type of the products; linear in it.
 
         Args:
@@ -193,24 +175,33 @@ class Rule(ABC):
     def health(self, correction: float | Tensor) -> Health:
         """How the factors and their roots are; too costly for every step."""
 
-    def _accumulate_gram(self, i: int, unfolded: Tensor, now: Now, share: float = 1.0) -> None:
-        """factors_i <- decay factors_i + weight share U U^T; U is [B, d_i, rest], zero where the
-        decay is 1."""
-        factor, decay = self.factors[i].read(), per_block(now.decay, 3)
+    def _average(
+        self, i: int, unfolded: Tensor, step: Step, decay: Tensor, share: float = 1.0
+    ) -> None:
+        """factors_i <- decay factors_i + weight share U U^T.
+
+        Args:
+            unfolded: U, [B, d_i, rest], zero where the decay is 1.
+            decay: [B].
+        """
+        factor, decay = self.factors[i].read(), per_block(decay, 3)
         whole = unfolded.dtype == torch.float32 or unfolded.device.type == "cpu"
-        if whole or now.sums or share != 1.0:
+        if whole or step.sums or share != 1.0:
             factor.mul_(decay)
-            add_gram(factor, unfolded, now.weight * share)
+            add_gram(factor, unfolded, step.weight * share)
         else:  # in one pass less
             factor.lerp_(gram(unfolded), 1.0 - decay)
         self.factors[i].keep(factor)
 
-    def _accumulate_diagonal(self, i: int, squares: Tensor, now: Now) -> None:
-        """diagonals_i [B, d_i] <- decay diagonals_i + weight * squares summed along the others."""
+    def _average_diagonal(
+        self, i: int, squares: Tensor, step: Step, decay: Tensor, share: float = 1.0
+    ) -> None:
+        """diagonals_i [B, d_i] <- decay diagonals_i + weight share (squares summed along the
+        others); arguments as those of `_average`."""
         others = [d for d in range(1, squares.ndim) if d != i + 1]
         total = squares.sum(others) if others else squares
-        diagonal = self.state[f"diagonals_{i}"].mul_(now.decay.view(-1, 1))
-        diagonal.add_(total, alpha=now.weight)
+        diagonal = self.state[f"diagonals_{i}"].mul_(decay.view(-1, 1))
+        diagonal.add_(total, alpha=step.weight * share)
 
     def _updated_basis(
         self,

@@ -17,7 +17,8 @@ from shampoo_fsdp.rules.matrices import (
     unfold,
 )
 from shampoo_fsdp.rules.roots import inverse_root, inverse_root_from_basis, ridged_powers
-from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
+from shampoo_fsdp.rules.rule import Health, Positions, Rule, register
+from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
 
 __all__ = ["Shampoo"]
@@ -88,13 +89,13 @@ class Shampoo(Rule):
             if f"eigenvectors_{i}" in self.state:
                 MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
 
-    def accumulate(self, gradient: Tensor, now: Now) -> None:
+    def accumulate(self, gradient: Tensor, step: Step) -> None:
         """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""
         low = gradient.to(self.products_in)
         for i in self.full:
-            self._accumulate_gram(i, unfold(low, i), now)
+            self._average(i, unfold(low, i), step, step.decay)
         for i in self.diagonal:
-            self._accumulate_diagonal(i, gradient.square(), now)
+            self._average_diagonal(i, gradient.square(), step, step.decay)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         failed: dict[int, Tensor] = {}
@@ -156,10 +157,10 @@ class Shampoo(Rule):
         changes = torch.stack([*self._changes.values()])
         return Health(torch.stack(conditions), changes.clamp_max_(1.0))
 
-    def direction(self, momentum: Tensor, now: Now, out: Tensor) -> Tensor:
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
         result = momentum
         for i in self.diagonal:
-            result = scale_along(result, self._diagonal_root(i, now.correction), i)
+            result = scale_along(result, self._diagonal_root(i, step.correction), i)
         low = self.products_in
         result = result.to(low)
         for i in reversed(self.roots):

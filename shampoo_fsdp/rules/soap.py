@@ -15,7 +15,8 @@ from shampoo_fsdp.rules.matrices import (
     scale_along,
     unfold,
 )
-from shampoo_fsdp.rules.rule import Health, Now, Positions, Rule, register
+from shampoo_fsdp.rules.rule import Health, Positions, Rule, register
+from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
 
 __all__ = ["Soap"]
@@ -79,10 +80,10 @@ class Soap(Rule):
             self.state[f"factors_{i}"][where] = 0.0
             MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
 
-    def accumulate(self, gradient: Tensor, now: Now) -> None:
+    def accumulate(self, gradient: Tensor, step: Step) -> None:
         low = gradient.to(self.products_in)
         for i in self.full:
-            self._accumulate_gram(i, unfold(low, i), now)
+            self._average(i, unfold(low, i), step, step.decay)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         eigenvalues, failures = [], []
@@ -143,21 +144,21 @@ class Soap(Rule):
             per_block(failed, before.ndim), before, started
         )
 
-    def observe(self, gradient: Tensor, now: Now) -> None:
+    def observe(self, gradient: Tensor, step: Step) -> None:
         """V <- beta2 V + (1 - beta2) (the gradient in the eigenbasis)^2."""
-        projected = self._to_basis(gradient, now)
-        moment = self.state["second_moment"].mul_(per_block(now.decay, gradient.ndim))
-        moment.addcmul_(projected, projected, value=now.weight)
+        projected = self._to_basis(gradient, step)
+        moment = self.state["second_moment"].mul_(per_block(step.decay, gradient.ndim))
+        moment.addcmul_(projected, projected, value=step.weight)
 
-    def direction(self, momentum: Tensor, now: Now, out: Tensor) -> Tensor:
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
         """Adam's direction in the eigenbasis, seen from outside."""
-        root = now.correction**0.5
+        root = step.correction**0.5
         if isinstance(root, Tensor):
             root = per_block(root, momentum.ndim)
         moment = self.state["second_moment"]
-        denominator = moment.sqrt().add_(now.eps * root)
-        result = torch.div(self._to_basis(momentum, now), denominator, out=denominator)
-        if now.warm:
+        denominator = moment.sqrt().add_(step.eps * root)
+        result = torch.div(self._to_basis(momentum, step), denominator, out=denominator)
+        if step.warm:
             floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
             if self.full:  # in the basis of the axes small entries are no rounding
                 floor.mul_(per_block(self._turned(), moment.ndim))
@@ -169,8 +170,8 @@ class Soap(Rule):
                 result = along(result, self._vectors(i), i, out if last else None)
         return result.float().mul_(root)
 
-    def _to_basis(self, blocks: Tensor, now: Now) -> Tensor:
-        if now.warm:
+    def _to_basis(self, blocks: Tensor, step: Step) -> Tensor:
+        if step.warm:
             blocks = blocks.to(self.products_in)
             for i in self.full:
                 blocks = along(blocks, self._vectors(i).mT, i)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
-from shampoo_fsdp.rules.clock import Clock, StepFacts
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
     accelerate,
@@ -20,6 +19,7 @@ from shampoo_fsdp.rules.kept import saved_entries, split_rows
 from shampoo_fsdp.rules.matrices import per_block, to_device
 from shampoo_fsdp.rules.precision import has_fast_bfloat16, products_in
 from shampoo_fsdp.rules.rule import rule_of
+from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.rules.tally import Tally
 
 __all__ = ["BlockStack"]
@@ -31,16 +31,13 @@ _AT_ONCE = 2**24
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_Accumulated = tuple[Callable[[StepFacts, Tensor, Tensor], None], StepFacts, Clock, Tensor, Tensor]
-"""What `direct` needs of `accumulate`: its arithmetic and that one's arguments."""
-
 
 class BlockStack:
     """State and update of blocks of one shape (d_1, ..., d_k), stacked as [B, d_1, ..., d_k].
 
     Blocks are in the order of their refresh phase, so that those due on a step are neighbours.
-    `gradient`, in fp32, is filled with the gradient blocks; a step, :meth:`accumulate` and
-    :meth:`direct`, overwrites it with the update blocks.
+    `gradient`, in fp32, is filled with the gradient blocks; a step, which is :meth:`begin`,
+    :meth:`accumulate`, :meth:`refresh` and :meth:`direct`, overwrites it with the update blocks.
     """
 
     def __init__(
@@ -60,12 +57,11 @@ class BlockStack:
         self.allocate()
         self.norms: tuple[Tensor, Tensor] | None = None
         """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
-        self._compiled = self._accumulate, self._direct
+        self._plain = self._compiled = self._accumulate, self._direct
         if config.compile:
             has_fast_bfloat16(self.device.type)  # a graph knows the answer, and cannot ask
-            self._compiled = (_compile(self._accumulate), _compile(self._direct))
+            self._compiled = _compile(self._accumulate), _compile(self._direct)
         self._precision = config.matmul_precision or "highest"
-        self._accumulated: _Accumulated | None = None
         self.refreshes = 0
         self.failed_roots = Tally(len(phases), device)
         """Streaks are of refreshes with a root that failed."""
@@ -91,55 +87,69 @@ class BlockStack:
         self.saved, self.state, self._second_moment = {}, {}, None
         del self.rule
 
-    def accumulate(self, clock: Clock, group: GroupSettings) -> Iterator[str]:
-        """Let the gradients in `gradient` into the state; then :meth:`direct` completes the step.
+    def begin(
+        self,
+        group: GroupSettings,
+        steps: Sequence[int],
+        factor_steps: Sequence[int],
+        active: Sequence[bool],
+        refreshed: Sequence[bool],
+        cold: Sequence[bool],
+    ) -> Step:
+        """The record of a step; arguments as :class:`Step` says."""
+        step = Step(group, steps, factor_steps, active, refreshed, cold)
+        (beta1, beta2), beta3 = group.betas, group.beta3
+        # A number, which is another one on each step, must not be compiled into the step.
+        compiled = self._compiles(step)
+        step.correction = self._correction(beta2, step.factor_steps, as_tensor=compiled)
+        step.momentum_correction = self._correction(beta1, step.steps, beta3, as_tensor=compiled)
+        step.graft_correction = self._correction(group.graft_beta2, step.steps, as_tensor=compiled)
+        return step
+
+    def accumulate(self, step: Step) -> None:
+        """Let the gradients in `gradient` into the factors, the momentum and graft statistics.
 
         A block with a non-finite or excessive gradient is skipped: its state stays, its update is
         zero.
-
-        Args:
-            group: a second beta of 1 sums the factors.
-
-        Yields:
-            the name of each part when it is done.
         """
-        (beta1, beta2), beta3 = group.betas, group.beta3
-        before = [r and not c for r, c in zip(clock.refreshed, clock.cold, strict=True)]
-        # What is compiled is one case: the step that is taken nearly always.
-        compiled = self.config.compile and all(before) and all(clock.active)
-        step = StepFacts(
-            group,
-            any(clock.refreshed),
-            clock.refreshed,
-            self._correction(beta2, clock.factor_steps, as_tensor=compiled),
-            self._correction(beta1, clock.steps, beta3, as_tensor=compiled),
-            self._correction(group.graft_beta2, clock.steps, as_tensor=compiled),
-        )
-        accumulate, direct = self._compiled if compiled else (self._accumulate, self._direct)
+        accumulate, _ = self._compiled if self._compiles(step) else self._plain
         with products_in(self._precision):
-            usable, idle = accumulate(step)
-        self._count_skipped(usable, clock.active)
-        yield "factors"
-        self._refresh(clock, beta2)
-        yield "roots"
-        self._accumulated = direct, step, clock, usable, idle
+            accumulate(step)
+        skipped = stays = step.usable == 0.0
+        if not all(step.active):
+            skipped = skipped & self._on_device(step.active)
+        self.skipped.add(skipped, stays)
 
-    def direct(self) -> None:
+    def refresh(self, step: Step) -> None:
+        """Take the roots or eigenbases of the blocks that are due anew."""
+        if not self.rule.full:
+            return
+        due = self._due(step)
+        matrices = sum(self.shape[i] ** 2 for i in self.rule.full)
+        for chosen in self._at_once(due, step.cold, max(1, _AT_ONCE // matrices)):
+            where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
+            if len(chosen) != chosen[-1] + 1 - chosen[0]:
+                where = self._on_device(chosen)
+            own = [step.factor_steps[b] for b in chosen]
+            correction = self._correction(step.group.betas[1], own)
+            failed = self.rule.refresh(where, step.cold[chosen[0]], correction).to(self.device)
+            self.failed_roots.add(failed.sum(0), failed.any(0), where)
+            self.refreshes += failed.numel()
+
+    def direct(self, step: Step) -> None:
         """Replace the gradients in `gradient` by the updates D, to be subtracted times lr."""
-        assert self._accumulated is not None
-        direct, step, clock, usable, idle = self._accumulated
-        self._accumulated = None
+        _, direct = self._compiled if self._compiles(step) else self._plain
         with products_in(self._precision):
-            direct(step, usable, idle)
+            direct(step)
         if self.config.momentum:
-            self._accelerate(usable, clock)
+            self._accelerate(step)
 
-    def health(self, clock: Clock, beta2: float) -> tuple[float, float]:
+    def health(self, step: Step) -> tuple[float, float]:
         """The largest condition number of a factor, and the largest residual of a root; the host
         waits for the device."""
-        if not (self.rule.full and all(clock.refreshed)):
+        if not (self.rule.full and all(step.refreshed)):
             return 0.0, 0.0
-        health = self.rule.health(self._correction(beta2, clock.factor_steps))
+        health = self.rule.health(step.correction)
         condition, residual = (float(figures.nan_to_num(0.0).amax()) for figures in health)
         return condition, residual
 
@@ -147,22 +157,22 @@ class BlockStack:
         """Forget what the rule knows of these blocks."""
         self.rule.restart(self._on_device(positions, torch.int64))
 
-    def _accumulate(self, step: StepFacts) -> tuple[Tensor, Tensor]:
-        """Let the gradients into the factors, momentum and graft statistics.
+    def _compiles(self, step: Step) -> bool:
+        # What is compiled is one case.
+        return self.config.compile and step.usual
 
-        Returns:
-            which gradients are usable, and which are zero, [B].
-        """
-        gradient, beta1 = self.gradient, step.group.betas[0]
+    def _accumulate(self, step: Step) -> None:
+        gradient, (beta1, beta2) = self.gradient, step.group.betas
         inner = tuple(range(1, gradient.ndim))
         # Comparisons with NaN are false. (The infinity norm is far slower on CPUs.)
         largest, least = gradient.amax(inner), gradient.amin(inner)
-        idle = (largest == 0.0) & (least == 0.0)
-        usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
-        each = per_block(usable, gradient.ndim)  # 1 for usable gradients, else 0
+        step.idle = (largest == 0.0) & (least == 0.0)
+        step.usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
+        step.decay = 1.0 - (1.0 - beta2) * step.usable
+        each = per_block(step.usable, gradient.ndim)
         gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(each)
 
-        self.rule.accumulate(gradient, step.now(usable, idle))
+        self.rule.accumulate(gradient, step)
         exp_avg = self.state["exp_avg"].float().lerp_(gradient, (1.0 - beta1) * each)
         self._keep("exp_avg", exp_avg)
         if self._second_moment is not None:
@@ -170,24 +180,23 @@ class BlockStack:
             decay = 1.0 - (1.0 - graft_beta2) * each
             method = self.config.grafting
             update_second_moment(method, self._second_moment, gradient, decay, graft_beta2)
-        return usable, idle
 
-    def _direct(self, step: StepFacts, usable: Tensor, idle: Tensor) -> None:
+    def _direct(self, step: Step) -> None:
         """Put the preconditioned and grafted momentum, beta3 M' + (1 - beta3) G, into `gradient`.
 
         M' is the last momentum; with M = beta1 M' + (1 - beta1) G it is a mix of M and G.
         """
-        config, gradient, rule, now = self.config, self.gradient, self.rule, step.now(usable, idle)
+        config, gradient, rule = self.config, self.gradient, self.rule
         beta1, beta3 = step.group.betas[0], step.group.beta3
         exp_avg = self.state["exp_avg"].float()
-        rule.observe(gradient, now)
+        rule.observe(gradient, step)
         share = beta3 / beta1 if beta1 else 1.0
         inner = tuple(range(1, gradient.ndim))
-        each = per_block(usable, gradient.ndim)
-        correction1 = per_block(step.momentum, gradient.ndim)
+        each = per_block(step.usable, gradient.ndim)
+        correction1 = per_block(step.momentum_correction, gradient.ndim)
         grafted = config.grafting != "none"
         # Without roots a block takes the grafted method's direction, if there is no better one.
-        known = step.rooted if grafted or not rule.works_cold else [True]
+        known = step.refreshed if grafted or not rule.works_cold else [True]
         graft_norm = cold_update = None
         # What is only multiplied, and measured, is made in the type of the products at once.
         dtype = rule.products_in if any(known) else torch.float32
@@ -207,7 +216,8 @@ class BlockStack:
                 return
             cold_update = graft * (each * factor)
             del graft
-        direction = rule.direction(momentum, now, gradient)
+        out = gradient if dtype == gradient.dtype else torch.empty_like(momentum)
+        direction = rule.direction(momentum, step, out)
         norm = torch.linalg.vector_norm(direction, 2, inner, True, dtype=torch.float32)
         scale = 1.0 / correction1
         if graft_norm is not None:
@@ -226,15 +236,16 @@ class BlockStack:
         out = gradient if dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
         return torch.lerp(gradient, exp_avg, share, out=out)
 
-    def _graft(self, momentum: Tensor, step: StepFacts) -> tuple[Tensor, float | Tensor]:
-        first, second = (per_block(c, momentum.ndim) for c in (step.momentum, step.graft))
+    def _graft(self, momentum: Tensor, step: Step) -> tuple[Tensor, float | Tensor]:
+        first = per_block(step.momentum_correction, momentum.ndim)
+        second = per_block(step.graft_correction, momentum.ndim)
         method, eps = self.config.grafting, step.group.graft_eps
         return graft_step(method, momentum, self._second_moment, first, second, eps)
 
-    def _accelerate(self, usable: Tensor, clock: Clock) -> None:
-        weights = [1.0 if step <= 1 else 1.0 - self.config.dampening for step in clock.steps]
+    def _accelerate(self, step: Step) -> None:
+        weights = [1.0 if steps <= 1 else 1.0 - self.config.dampening for steps in step.steps]
         weight = per_block(self._uniform(weights), self.gradient.ndim)
-        each = per_block(usable, self.gradient.ndim)
+        each = per_block(step.usable, self.gradient.ndim)
         buffer = self.state["momentum_buffer"].float()
         accelerate(self.config, self.gradient, buffer, weight, each)
         self._keep("momentum_buffer", buffer)
@@ -243,32 +254,17 @@ class BlockStack:
         if self.state[name].dtype != torch.float32:  # else they are the state itself
             self.state[name].copy_(values)
 
-    def _refresh(self, clock: Clock, beta2: float) -> None:
-        if not self.rule.full:
-            return
-        due = self._due(clock)
-        matrices = sum(self.shape[i] ** 2 for i in self.rule.full)
-        for chosen in self._at_once(due, clock.cold, max(1, _AT_ONCE // matrices)):
-            cold = clock.cold[chosen[0]]
-            where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
-            if len(chosen) != chosen[-1] + 1 - chosen[0]:
-                where = self._on_device(chosen)
-            correction = self._correction(beta2, [clock.factor_steps[b] for b in chosen])
-            failed = self.rule.refresh(where, cold, correction).to(self.device)
-            self.failed_roots.add(failed.sum(0), failed.any(0), where)
-            self.refreshes += failed.numel()
-
-    def _due(self, clock: Clock) -> list[int]:
+    def _due(self, step: Step) -> list[int]:
         """Positions of the blocks whose roots are refreshed on this step, ascending."""
         period = self.config.refresh_period
         return [
             b
             for b, phase in enumerate(self.phases)
-            if clock.cold[b]
+            if step.cold[b]
             or (
-                clock.active[b]
-                and clock.refreshed[b]
-                and (clock.steps[b] + phase) % period(clock.factor_steps[b]) == 0
+                step.active[b]
+                and step.refreshed[b]
+                and (step.steps[b] + phase) % period(step.factor_steps[b]) == 0
             )
         ]
 
@@ -289,7 +285,7 @@ class BlockStack:
         as_tensor: bool = False,
     ) -> float | Tensor:
         """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ, or [1] if a
-        number, which is another one on each step, must not be compiled into the step.
+        number is of no use.
 
         Args:
             last: the weight of the past in the newest average, if that is not beta.
@@ -306,12 +302,6 @@ class BlockStack:
         if min(values) == max(values):
             return values[0]
         return self._on_device(values, torch.float32)
-
-    def _count_skipped(self, usable: Tensor, active: Sequence[bool]) -> None:
-        skipped = stays = usable == 0.0
-        if not all(active):
-            skipped = skipped & self._on_device(active)
-        self.skipped.add(skipped, stays)
 
     def _on_device(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
         return to_device(torch.tensor(values, dtype=dtype, device="cpu"), self.device)

@@ -11,9 +11,9 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part
-from shampoo_fsdp.rules.clock import Clock
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
+from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
@@ -53,13 +53,14 @@ class OwnedStack:
         gradient = memory[: math.prod(shape)].view(shape)
         self.stack = BlockStack(shape[1:], [b.phase for b in self.blocks], config, gradient)
 
-    def clock(self) -> Clock:
-        """Where the blocks are in time."""
+    def begin(self, groups: Sequence[GroupSettings]) -> Step:
+        """The record of a step; `groups` are those of the optimizer."""
         members = dict.fromkeys(self.members)
         of = {
             m: (m.step, m.factor_step, m.gradient is not None, m.refreshed, m.cold) for m in members
         }
-        return Clock(*zip(*(of[member] for member in self.members), strict=True))
+        blocks = zip(*(of[member] for member in self.members), strict=True)
+        return self.stack.begin(groups[self.group], *blocks)
 
 
 class Bucket:
@@ -151,16 +152,24 @@ class Bucket:
         """Fill the workspace."""
         self._exchange.receive_gradients(self._workspace)
 
-    def accumulate(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> None:
-        """Let the gradients into the state; `watch` measures the parts."""
-        for owned in self.stacks:
-            for part in owned.stack.accumulate(owned.clock(), groups[owned.group]):
-                watch.lap(part)
+    def accumulate(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> list[Step]:
+        """Let the gradients into the state; `watch` measures the parts.
 
-    def direct(self, watch: Stopwatch) -> None:
+        Returns:
+            what :meth:`direct` needs.
+        """
+        steps = [owned.begin(groups) for owned in self.stacks]
+        for owned, step in zip(self.stacks, steps, strict=True):
+            owned.stack.accumulate(step)
+            watch.lap("factors")
+            owned.stack.refresh(step)
+            watch.lap("roots")
+        return steps
+
+    def direct(self, steps: Sequence[Step], watch: Stopwatch) -> None:
         """Make the updates D of them, and clear the workspace."""
-        for owned in self.stacks:
-            owned.stack.direct()
+        for owned, step in zip(self.stacks, steps, strict=True):
+            owned.stack.direct(step)
         watch.lap("direction")
         self._exchange.pack_updates(self._workspace)
         watch.lap("exchange")

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.runtime.bucket import OwnedStack
 
 __all__ = ["Diagnostics", "diagnose", "kind_of", "merged"]
@@ -44,14 +45,16 @@ def merged(ranks: Iterable[Diagnostics]) -> dict[str, float]:
 
 
 def diagnose(
-    stacks: Sequence[OwnedStack], milliseconds: Mapping[str, float], betas: Sequence[float]
+    stacks: Sequence[OwnedStack],
+    milliseconds: Mapping[str, float],
+    groups: Sequence[GroupSettings],
 ) -> Diagnostics:
     """Read the figures back; the host waits for the device.
 
     Args:
         stacks: stacks of this rank.
         milliseconds: of the last step's parts.
-        betas: those of the factors, of each parameter group, for their bias correction.
+        groups: of the optimizer.
     """
     result = Diagnostics({f"ms/{part}": value for part, value in milliseconds.items()})
     state = sum(tensor.nbytes for owned in stacks for tensor in owned.stack.saved.values())
@@ -60,7 +63,7 @@ def diagnose(
     ratios, blocks = 0.0, 0
     for owned in stacks:
         stack = owned.stack
-        condition, residual = stack.health(owned.clock(), betas[owned.group])
+        condition, residual = stack.health(owned.begin(groups))
         for name, value in (("root_residual", residual), ("condition_number", condition)):
             result.largest[name] = max(value, result.largest.get(name, 0.0))
         if stack.norms is None:

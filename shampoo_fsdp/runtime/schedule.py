@@ -47,12 +47,12 @@ def take_steps(
         if following and not unfinished:
             following.send_gradients(groups)
         watch.lap("exchange")
-        bucket.accumulate(groups, watch)
+        steps = bucket.accumulate(groups, watch)
         if following and unfinished:
             unfinished.pop().apply_updates(groups, watch)
             following.send_gradients(groups)
             watch.lap("exchange")
-        bucket.direct(watch)
+        bucket.direct(steps, watch)
         unfinished.append(bucket)
         # Updates wait until memory of the next gradients is free. Not where these come from other
         # ranks: they may be waiting for such updates before they send.
