@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from shampoo_fsdp.checkpoint.entries import state_entries
 from shampoo_fsdp.checkpoint.fits import decide, is_state_entry
@@ -21,7 +23,6 @@ from shampoo_fsdp.checkpoint.loading import (
     is_being_read,
     other_pieces,
     start_anew,
-    strangers,
 )
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
 from shampoo_fsdp.checkpoint.sharded import local_parts
@@ -243,11 +244,18 @@ class State:
             del states[key]
         states.update(beside)
         for member in members:
-            theirs = strangers(entries[member.name], member.parameter.device)
+            theirs = _beside_ours(entries[member.name], member.parameter.device)
             for entry in [e for e in member.state if not is_state_entry(e)]:
                 del member.state[entry]
             member.state.update(theirs)
         return resumed
+
+
+def _beside_ours(entries: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copies of the entries of a parameter that others have put there, tensors on its device."""
+    theirs = {e: copy.deepcopy(v) for e, v in entries.items() if not is_state_entry(e)}
+    moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), theirs)
+    return moved
 
 
 def _tensors(states: States) -> list[Tensor]:

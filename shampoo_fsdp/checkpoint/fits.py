@@ -100,22 +100,10 @@ class LoadDecision:
 
     report: LoadReport = field(default_factory=LoadReport)
     left_out: set[str] = field(default_factory=set)
-    """Keys that are not read."""
-    to_zero: set[str] = field(default_factory=set)
-    """Of these the ones of tensors that become zero; of factors only their number of steps, from
-    which the optimizer knows to give them their initial values."""
+    """Keys that are not read: state that starts anew, and settings of groups."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Second moments that are read from the key of another kind, and are multiplied or divided by
     the number of steps."""
-    step_of: dict[str, str] = field(default_factory=dict)
-    """For each of these the key of that number."""
-
-    def leave_out(self, entries: Iterable[str], keys: Mapping[str, str]) -> None:
-        """Start these entries of a parameter anew."""
-        for entry in entries:
-            self.left_out.add(keys[entry])
-            if entry == "factor_step" or entry not in factor_entries():
-                self.to_zero.add(keys[entry])
 
 
 def decide(
@@ -155,10 +143,9 @@ def decide(
             if entry in mine and entry not in theirs and other in theirs:
                 theirs[entry] = theirs[other]
                 decision.renamed[keys[entry]] = their_keys[other]
-                decision.step_of[keys[entry]] = keys["step"]
         if _MOMENTUM in mine and not fits(mine[_MOMENTUM], theirs.get(_MOMENTUM)):
             decision.report.momentum_started.append(name)
-            decision.leave_out([_MOMENTUM], keys)
+            decision.left_out.add(keys[_MOMENTUM])
 
         factors = [entry for entry in mine if entry in factor_entries()]
         if not all(fits(mine[e], theirs.get(e)) for e in _MOMENTS if e in mine):
@@ -172,7 +159,7 @@ def decide(
         if on_mismatch == "refuse" and not (switched_off or (switched_on and anew == factors)):
             raise CheckpointMismatch(explanation(name, mine, theirs))
         affected.append(name)
-        decision.leave_out(anew, keys)
+        decision.left_out |= {keys[entry] for entry in anew}
     decision.renamed = {k: v for k, v in decision.renamed.items() if k not in decision.left_out}
     return decision
 

@@ -1,28 +1,31 @@
-"""Loading a state dict: copying what fits of its entries."""
+"""Carrying out what was decided about state: of a folder, and of a state dict in memory.
 
-import copy
+What is read from a folder is in its place already; only `begin` and `convert` are left to do.
+"""
+
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
 from shampoo_fsdp.checkpoint.fits import LoadDecision, is_state_entry
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks
 from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
+from shampoo_fsdp.rules.kept import factor_entries
 
 __all__ = [
+    "begin",
     "carry_out",
+    "convert",
     "copy_own_part",
     "flat",
     "forget_reading",
     "is_being_read",
     "other_pieces",
     "start_anew",
-    "strangers",
 ]
 
 State = Mapping[str, Mapping[str, Any]]
@@ -37,14 +40,6 @@ def flat(state: State) -> dict[str, Any]:
         for entry, value in entries.items()
         if is_state_entry(entry)
     }
-
-
-def strangers(entries: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Copies of the entries of a parameter that others have put beside ours, tensors on its
-    device."""
-    theirs = {e: copy.deepcopy(v) for e, v in entries.items() if not is_state_entry(e)}
-    moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), theirs)
-    return moved
 
 
 def forget_reading(entries: Iterable[Tensor]) -> None:
@@ -102,15 +97,29 @@ def carry_out(
         here, saved: see :func:`flat`.
         gathered: keys of entries whose pieces all ranks put together first.
     """
-    start_anew(here[key] for key in decision.to_zero)
+    begin(here, decision)
     for key, value in here.items():
         if key not in decision.left_out:
             source = saved[decision.renamed.get(key, key)]
             _copy(value, source.full_tensor() if key in gathered else source)
+    convert(here, decision)
+
+
+def begin(here: Mapping[str, Any], decision: LoadDecision) -> None:
+    """Start state anew that is not read, once all ranks have accepted what is: with zeros, and of
+    factors only their number of steps, by which the optimizer gives them their initial values."""
+    for key in decision.left_out:
+        entry = key.rpartition(".")[2]
+        if entry == "factor_step" or (is_state_entry(entry) and entry not in factor_entries()):
+            start_anew([here[key]])
+
+
+def convert(here: Mapping[str, Any], decision: LoadDecision) -> None:
+    """Make averages of squares of their sums, or sums of averages, once all has been read."""
     for key in decision.renamed:
-        steps = here[decision.step_of[key]].clamp(min=1.0)
+        steps = here[f"{key.rpartition('.')[0]}.step"].clamp(min=1.0)
         for part in local_parts(here[key]):
-            part.mul_(steps if key.endswith(".sum") else 1.0 / steps)
+            part.detach().mul_((steps if key.endswith(".sum") else 1.0 / steps).to(part.device))
 
 
 def start_anew(entries: Iterable[Tensor]) -> None:

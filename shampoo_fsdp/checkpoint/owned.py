@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.utils._pytree import tree_map
 
-__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Piece", "Reading"]
+__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Piece", "Reading", "reduce_blocks"]
 
 Piece = tuple[tuple[int, ...], Tensor]
 """Offsets in the whole tensor, and the values there."""
@@ -96,13 +96,7 @@ class OwnedBlocks(torch.Tensor):
         self.reading = Reading()
         return self
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        pieces: Sequence[Piece],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, *_: Any) -> None:
         pass
 
     @property
@@ -215,7 +209,7 @@ class OwnedBlocks(torch.Tensor):
             return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         raise TypeError(
             "the state of Shampoo is spread over ranks by block; a rank that pickles its part "
-            "would lose the others': call optimizer.consolidate_state_dict() on all ranks before "
+            "would lose the rest: call optimizer.consolidate_state_dict() on all ranks before "
             "rank 0 asks for its state_dict() and saves it, or save with "
             "torch.distributed.checkpoint. (Replicas of DDP with owner_scope = 'shard' have all "
             "of it, and do all of the work.)"
@@ -271,9 +265,9 @@ def _slices(offsets: tuple[int, ...], values: Tensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))
 
 
-def _reduce(blocks: OwnedBlocks) -> Any:
+def reduce_blocks(blocks: OwnedBlocks) -> Any:
+    """What a process of its own is handed, which may save a rank's part: it loses nothing."""
     return OwnedBlocks, (tuple(blocks.shape), blocks.pieces, blocks.dtype, str(blocks.device))
 
 
-# Asynchronous saving may hand a rank's own part to a process of its own, which loses nothing.
-ForkingPickler.register(OwnedBlocks, _reduce)
+ForkingPickler.register(OwnedBlocks, reduce_blocks)

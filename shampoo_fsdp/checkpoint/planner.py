@@ -27,7 +27,7 @@ from shampoo_fsdp.checkpoint.fits import (
     check_others,
     decide,
 )
-from shampoo_fsdp.checkpoint.loading import start_anew
+from shampoo_fsdp.checkpoint.loading import begin, convert
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 from shampoo_fsdp.checkpoint.safe_values import load_values
 
@@ -61,7 +61,6 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         self.report = LoadReport()
         self._decision = LoadDecision()
         self._unread = 0
-        self._to_convert: list[tuple[str, Tensor]] = []
 
     def create_local_plan(self) -> LoadPlan:
         """
@@ -97,9 +96,8 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         # Not before: now every rank has accepted the checkpoint.
-        start_anew(self.state_dict[key] for key in self._decision.to_zero)
+        begin(self.state_dict, self._decision)
         self._unread = sum(item.type == LoadItemType.TENSOR for item in new_plan.items)
-        self._to_convert = []
         return super().finish_plan(new_plan)
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
@@ -121,14 +119,9 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         super().commit_tensor(read_item, tensor)
-        if (key := read_item.dest_index.fqn) in self._decision.renamed:
-            self._to_convert.append((key, tensor))
         self._unread -= 1
-        if self._unread:
-            return
-        for key, tensor in self._to_convert:  # all steps have been read
-            steps = self.state_dict[self._decision.step_of[key]].clamp(min=1.0).to(tensor.device)
-            tensor.mul_(steps if key.endswith(".sum") else 1.0 / steps)
+        if not self._unread:
+            convert(self.state_dict, self._decision)
 
 
 def find_damage(folder: str | Path) -> str:

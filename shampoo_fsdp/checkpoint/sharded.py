@@ -23,7 +23,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._pytree import tree_map
 
-from shampoo_fsdp.checkpoint.owned import OF_EACH_PIECE, OwnedBlocks, Piece
+from shampoo_fsdp.checkpoint.owned import OF_EACH_PIECE, OwnedBlocks, Piece, reduce_blocks
+
+aten = torch.ops.aten
 
 __all__ = ["ShardedBlocks", "local_parts", "state_tensor"]
 
@@ -103,12 +105,10 @@ class ShardedBlocks(DTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         local = tree_map(lambda x: x.to_local() if isinstance(x, ShardedBlocks) else x, args)
-        if func in (*OF_EACH_PIECE, torch.ops.aten.new_empty.default):
+        known = func in (*OF_EACH_PIECE, aten.new_empty.default, aten.copy_.default)
+        if known and isinstance(args[0], ShardedBlocks):
             result = func(*local, **(kwargs or {}))
             return args[0] if result is local[0] else cls(result, args[0].device_mesh)
-        if func is torch.ops.aten.copy_.default and isinstance(args[0], ShardedBlocks):
-            local[0].copy_(local[1])
-            return args[0]
         raise NotImplementedError(
             f"{func} on the state of Shampoo, whose blocks are spread over the ranks: call "
             "full_tensor() on all of them for a plain tensor of the whole"
@@ -125,9 +125,4 @@ class ShardedBlocks(DTensor):
         return f"ShardedBlocks(shape={tuple(self.shape)}, held={held}, mesh={self.device_mesh})"
 
 
-def _reduce(blocks: ShardedBlocks) -> Any:
-    local = blocks.to_local()
-    return OwnedBlocks, (tuple(local.shape), local.pieces, local.dtype, str(local.device))
-
-
-ForkingPickler.register(ShardedBlocks, _reduce)
+ForkingPickler.register(ShardedBlocks, lambda blocks: reduce_blocks(blocks.to_local()))
