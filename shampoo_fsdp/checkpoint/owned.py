@@ -197,11 +197,11 @@ class OwnedBlocks(torch.Tensor):
         self.load(whole)
 
     def tolist(self) -> list[Any]:
-        """As Tensor.tolist()."""
+        """Return the whole, zeros where there is none, as Tensor.tolist() does."""
         return self.whole().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """As Tensor.numpy(), but a copy."""
+        """Return a copy of the whole as an array, as Tensor.numpy() does."""
         return self.whole().numpy(force=force)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -63,7 +63,8 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         self._unread = 0
 
     def create_local_plan(self) -> LoadPlan:
-        """
+        """Decide what this rank reads.
+
         Raises:
             CheckpointMismatch: names the setting or the key that does not fit.
         """
@@ -101,7 +102,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         return super().finish_plan(new_plan)
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        """As the default planner does, but only values: no code that a file may contain is run.
+        """Load an entry that is no tensor: only values, and no code of a file is run.
 
         Raises:
             UnsafeCheckpoint: names what the file asks for.

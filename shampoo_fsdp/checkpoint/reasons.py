@@ -78,5 +78,5 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """Of a tensor or its metadata; () for what is no tensor."""
+    """The shape of a tensor or of its metadata; () for what is no tensor."""
     return tuple(getattr(value, "shape", getattr(value, "size", ())))

@@ -138,7 +138,7 @@ def records_of(stream: io.BytesIO, known: Container[str], what: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says, for people: short, and printable."""
+    """The first line of what an error says, short and printable."""
     (line, *_) = str(error).splitlines() or [""]
     line = line if line.isprintable() else repr(line)
     return f"{type(error).__name__}: {line[:_LONGEST_LINE]}"

@@ -79,7 +79,7 @@ class SafeFileSystemReader(FileSystemReader):
             self.fs.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
 
     def size(self, name: str) -> int | None:
-        """Of a file in the folder, in bytes; None if there is no such file."""
+        """The bytes of a file in the folder; None if there is no such file."""
         path = self._place(name)
         if isinstance(path, Path):
             return path.stat().st_size if path.is_file() else None
@@ -90,7 +90,8 @@ class SafeFileSystemReader(FileSystemReader):
         return int(found["size"]) if found["type"] == "file" else None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """
+        """Read what the checkpoint says of its entries.
+
         Raises:
             UnsafeCheckpoint: names what the file asks for.
             ValueError: it is damaged.
@@ -115,7 +116,8 @@ class SafeFileSystemReader(FileSystemReader):
         self._entries = metadata.state_dict_metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """
+        """Read the entries of a plan, file after file.
+
         Raises:
             UnsafeCheckpoint: names the entry and what it asks for.
             ValueError: names the entry that is damaged, or is not what the metadata says.

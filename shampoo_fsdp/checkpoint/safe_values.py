@@ -192,7 +192,7 @@ def _is_small(key: Any) -> bool:
 
 
 def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes:
-    """As Python writes them in protocols that have no bytes."""
+    """Bytes as Python writes them in protocols that have none."""
     if type(data) is str and encoding in ("latin1", "latin-1"):
         return data.encode(encoding)
     if type(data) is bytes:

@@ -142,7 +142,7 @@ def inspect_checkpoint(
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """For sorting: layer 2 comes before layer 10."""
+    """A key to sort names by: layer 2 comes before layer 10."""
     parts = name.split(".")
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
@@ -218,8 +218,8 @@ def _blocks(
 def _kinds(
     reader: CheckpointReader, keys: Mapping[str, str], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[dict[tuple[int, ...], tuple[FactorKind, ...]], str]:
-    """For each shape of block what factor each dimension has, and how matrices are kept: by the
-    total of their elements, as the checkpoint does not say its `max_factor_ratio`."""
+    """The kind of factor of each dimension, for each shape of block, and how matrices are kept:
+    by the total of their elements, as the checkpoint does not say its `max_factor_ratio`."""
     (cap, *_) = reader.shape(keys[MARKER])
     total = math.prod(reader.shape(keys["factors"])) if "factors" in keys else None
     ratios = {n * n / math.prod(shape) for shape in shapes for n in shape}

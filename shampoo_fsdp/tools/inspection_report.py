@@ -99,7 +99,7 @@ def _settings_table(parameters: Sequence[ParameterState]) -> Table:
 
 
 def _figures(p: ParameterState) -> tuple[str, ...]:
-    """Of a parameter, under `_HEADS`."""
+    """The figures of a parameter, under `_HEADS`."""
     step = str(p.step)
     if p.factor_step not in (None, p.step):
         step += f" (factors {p.factor_step})"
@@ -128,7 +128,7 @@ def by_dimension(parameter: ParameterState) -> dict[int, list[Factor]]:
 
 
 def median(values: Iterable[float]) -> float:
-    """Of those that are numbers; NaN if none is."""
+    """The median of those that are finite; NaN if none is."""
     finite = [value for value in values if math.isfinite(value)]
     return statistics.median(finite) if finite else math.nan
 

@@ -40,7 +40,7 @@ class Machine:
     """The part of all parameters that a token uses; mixtures of experts use less than all."""
 
     def milliseconds(self, work: Mapping[str, float]) -> float:
-        """Of kernels, one after the other, given their FLOPs by precision, bytes and launches."""
+        """Time of kernels, one after the other, by their FLOPs by precision, bytes and launches."""
         rates = {"bf16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}
         products = sum(work.get(kind, 0) / rate for kind, rate in rates.items())
         moved = 1e3 * work.get("bytes", 0) / self.memory

@@ -150,7 +150,7 @@ def _values_of(
     plans: Sequence[Totals],
     config: ShampooConfig,
 ) -> dict[str, list[float]]:
-    """For each quantity, the work in each refresh phase included, what each rank has."""
+    """What each rank has of each quantity, the work in each refresh phase included."""
     numbers, frequency = _numbers_in_gib(config), config.precondition_frequency
     parts: list[tuple[str, float, Sequence[int], Iterable[float]]] = []
     for plan in plans:

@@ -18,7 +18,7 @@ __all__ = ["ModelledStep", "model_step"]
 
 @dataclass(frozen=True)
 class ModelledStep:
-    """By the assumed rates of a machine; times in ms."""
+    """A step of a rank by the assumed rates of a machine; times in ms."""
 
     rank: int
     machine: Machine
@@ -47,7 +47,7 @@ class ModelledStep:
 
     @property
     def share(self) -> float:
-        """Of forward and backward."""
+        """The optimizer's time by that of forward and backward."""
         return self.total / self.training
 
     def share_with(self, *, period: float = 1.0, tokens: float = 1.0) -> float:
@@ -68,7 +68,8 @@ def model_step(
     machine: Machine,
     sharing: int = 1,
 ) -> ModelledStep:
-    """
+    """Model a step of the rank with the most work.
+
     Args:
         plan: see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
         models: what it was made of.

@@ -22,8 +22,8 @@ CUDA = torch.device("cuda")
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Within it tensors can be made on CUDA; reading a value of one on the host is an error. Those
-    of the host are what they always are."""
+    """A context in which tensors can be made on CUDA; reading a value of one on the host is an
+    error. Those of the host are what they always are."""
     # Builds for CPUs have no memory that is pinned, and no events.
     pinned = mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor)
     events = mock.patch("torch.cuda.Event", _Event)

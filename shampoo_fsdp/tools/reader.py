@@ -49,7 +49,7 @@ class CheckpointReader:
         return tuple(self.metadata[key].size)
 
     def size_in_bytes(self, key: str) -> int:
-        """Of a tensor."""
+        """The bytes of a tensor in memory."""
         return math.prod(self.shape(key)) * int(self.metadata[key].properties.dtype.itemsize)
 
     def value(self, key: str) -> Any:
@@ -111,7 +111,7 @@ class CheckpointReader:
 
 
 def _for_people(value: Any) -> Any:
-    """Only what can be shown: a few bytes can say lists of any size, or steer a terminal."""
+    """What can be shown of a value: few bytes can be lists of any size, or steer a terminal."""
     parts = value if isinstance(value, list | tuple) else [value]
     if not all(part is None or type(part) in (bool, int, float, str) for part in parts):
         return _NO_VALUE

@@ -45,8 +45,10 @@ def factor_in(
     kind: str,
     resolution: float,
 ) -> Factor:
-    """
+    """Read a factor and look at its eigenvalues.
+
     Args:
+        start: where it begins in the entry.
         resolution: of the rule.
     """
     values = reader.part(key, (start,), (elements_of(n, kind),))
@@ -70,7 +72,7 @@ def factor_in(
 
 
 def elements_of(n: int, kind: str) -> int:
-    """That are kept of a factor."""
+    """How many numbers are kept of a factor."""
     return {"full": n * n, "packed": n * (n + 1) // 2, "diagonal": n}[kind]
 
 

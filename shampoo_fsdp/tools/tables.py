@@ -16,12 +16,12 @@ def number_columns(*heads: str) -> list[Column]:
 
 
 def four_digits(value: float) -> str:
-    """Never with an exponent where a person would not write one."""
+    """Write a number, without an exponent where a person would not write one."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def by_size(count: float) -> str:
-    """So many bytes."""
+    """Write a number of bytes."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:,.4g} {unit}"

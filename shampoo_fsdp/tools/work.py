@@ -35,7 +35,7 @@ class TimedTransfer:
 
 
 class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, and within :func:`pretended_gpu`, what the GPU does is counted."""
+    """A context that counts what the GPU does, within :func:`pretended_gpu`."""
 
     def __init__(self, machine: Machine | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -72,7 +72,7 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def total(self) -> Counter[str]:
-        """Of all parts."""
+        """The counts of all parts together."""
         return sum(self.counts.values(), Counter())
 
     def belongs(self, part: str) -> None:
@@ -135,7 +135,7 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    """On the GPU."""
+    """The storages on the GPU."""
     tensors = [t for t in tree_leaves(values) if isinstance(t, FakeTensor)]
     return [t.untyped_storage() for t in tensors if t.device.type == "cuda"]
 
