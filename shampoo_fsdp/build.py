@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,26 @@ from shampoo_fsdp.runtime.choice import (
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import Given, given_in
 from shampoo_fsdp.runtime.parameters import check_parameters
-from shampoo_fsdp.runtime.ranks import Replicas
+from shampoo_fsdp.runtime.ranks import RankSet, Replicas
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, make_parameters, summary
 from shampoo_fsdp.state import State
 
-__all__ = ["Built", "build", "check", "may_be_replaced"]
+__all__ = ["Built", "Runtime", "build", "check", "may_be_replaced"]
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What an optimizer communicates, measures and reads back with. A dry run, in which there are
+    no other ranks and no values, gives another one: see :attr:`shampoo_fsdp.Shampoo.runtime`."""
+
+    rank_set: Callable[..., RankSet] = RankSet
+    """Of ranks and their process group."""
+    watch: Callable[[torch.device], Stopwatch] = Stopwatch
+    streaks: Callable[[Parameters], Streaks] = Streaks
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ def build(
     replicas: Replicas,
     config: ShampooConfig,
     is_embedding: Mapping[str, bool],
+    runtime: Runtime,
 ) -> Built:
     """Plan the parameters and make their state; all ranks of their meshes must call it.
 
@@ -128,7 +140,7 @@ def build(
     device = next((p.device for _, p, _ in given.trained), torch.device("cpu"))
     config = with_embeddings(config, [n for n, _, _ in given.trained if is_embedding.get(n)])
     chosen = on_device(config, device)
-    parameters = make_parameters(given.trained, states, replicas, chosen)
+    parameters = make_parameters(given.trained, states, replicas, chosen, runtime.rank_set)
     others = [member for member in parameters.members if member.part is None]
     excluded = ExcludedParameters(others, chosen, parameters.device)
     state = State(parameters, excluded, chosen)
@@ -143,8 +155,8 @@ def build(
         reasons(config, device),
         parameters,
         excluded,
-        Streaks(parameters),
+        runtime.streaks(parameters),
         state,
-        Stopwatch(parameters.device),
+        runtime.watch(parameters.device),
         tensors,
     )

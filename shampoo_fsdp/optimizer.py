@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_fsdp.build import Built, build, check, may_be_replaced
+from shampoo_fsdp.build import Built, Runtime, build, check, may_be_replaced
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.rules.factors import sides_without_factor
@@ -106,6 +106,11 @@ class Shampoo(torch.optim.Optimizer):
         else:
             self._ready()
 
+    @property
+    def runtime(self) -> Runtime:
+        """What it communicates and measures with: a dry run overrides it."""
+        return Runtime()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as long as no step has been taken.
 
@@ -140,7 +145,12 @@ class Shampoo(torch.optim.Optimizer):
         self._built = self._whole = None
         self._state.clear()  # before the new one is made: there may be no memory for both
         built = self._built = build(
-            self.param_groups, self._state, self._replicas, self._asked, self._is_embedding
+            self.param_groups,
+            self._state,
+            self._replicas,
+            self._asked,
+            self._is_embedding,
+            self.runtime,
         )
         self.config = built.config
         return built

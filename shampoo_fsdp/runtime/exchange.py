@@ -2,10 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part
@@ -44,7 +43,7 @@ class Exchange:
             dtype: in which everything travels, and what does not is rounded to.
             travels: whether any rank sends anything: all of them take part then, or none.
         """
-        self._group = ranks.group
+        self._ranks = ranks
         self._travels = travels
         self._dtype = dtype
         self._device = device
@@ -73,7 +72,7 @@ class Exchange:
 
         self._gather = way(in_shards("gather_out"), in_blocks("gather_in"))
         self._scatter = way(in_blocks("scatter_out"), in_shards("scatter_in"))
-        self._work: dist.Work | None = None
+        self._wait: Callable[[], object] | None = None
         self._leaving = self._arriving = torch.empty(0, device="cpu")
         """What travels, and the rows that stay with memory for those that come after them."""
 
@@ -88,7 +87,7 @@ class Exchange:
         # An interrupted step may have left something in flight.
         self._finish()
         self._pack(self._staged(gradients), self._gather)
-        self._set_out(self._gather)
+        self._set_out(self._gather, "gradients")
 
     def receive_gradients(self, blocks: Tensor) -> None:
         """Fill the memory of all blocks with their gradients."""
@@ -104,7 +103,7 @@ class Exchange:
 
     def send_updates(self) -> None:
         """Let them set out for the shards."""
-        self._set_out(self._scatter)
+        self._set_out(self._scatter, "updates")
 
     def receive_updates(self) -> list[Tensor]:
         """The update of each parameter's shard, in the shape of the view."""
@@ -140,15 +139,11 @@ class Exchange:
         self._arriving = rows.new_empty(len(way.arrived), self._width)
         torch.index_select(rows, 0, way.staying, out=self._arriving[:stay])
 
-    def _set_out(self, way: Way) -> None:
+    def _set_out(self, way: Way, what: str) -> None:
         if self._travels:
-            self._work = dist.all_to_all_single(
-                self._arriving[len(way.staying) :],
-                self._leaving,
-                way.received,
-                way.sent,
-                group=self._group,
-                async_op=True,
+            arriving = self._arriving[len(way.staying) :]
+            self._wait = self._ranks.all_to_all(
+                arriving, self._leaving, way.received, way.sent, what
             )
 
     def _arrived(self) -> Tensor:
@@ -160,9 +155,9 @@ class Exchange:
     def _finish(self) -> None:
         # What is in flight is kept until here. Its memory may then be freed, since all that uses it
         # again does so after the stream of the step, which waits for the transfer here.
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
 
 
 def allocate(buffer: Tensor) -> None:

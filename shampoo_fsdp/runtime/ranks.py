@@ -2,7 +2,7 @@
 error on each of them, never a hang."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeVar
@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-__all__ = ["RankSet", "Replicas", "check_replicas", "is_first_replica", "make_rank_set", "tell_all"]
+__all__ = [
+    "RankSet",
+    "Replicas",
+    "check_replicas",
+    "find_group",
+    "is_first_replica",
+    "tell_all",
+]
 
 Replicas = DeviceMesh | dist.ProcessGroup | None
 """Where plain tensors are replicated."""
@@ -22,7 +29,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class RankSet:
-    """Ranks that hold the same parameters."""
+    """Ranks that hold the same parameters, and all ways in which they exchange something."""
 
     ranks: tuple[int, ...]
     """Global, ascending."""
@@ -41,6 +48,33 @@ class RankSet:
         everyone = [mine] * len(self.ranks)
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
+
+    def maximum(self, values: Tensor) -> None:
+        """Replace each value by the largest one of any rank, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+
+    def all_to_all(
+        self,
+        arriving: Tensor,
+        leaving: Tensor,
+        received: Sequence[int],
+        sent: Sequence[int],
+        what: str,
+    ) -> Callable[[], object]:
+        """Let rows set out for other ranks; returns the function that waits for those of others.
+
+        Args:
+            arriving: is filled with rows, in the order of the ranks that they come from.
+            leaving: the rows, in the order of the ranks that they go to.
+            received, sent: how many, of each rank.
+            what: "gradients" or "updates".
+        """
+        work = dist.all_to_all_single(
+            arriving, leaving, received, sent, group=self.group, async_op=True
+        )
+        wait: Callable[[], object] = work.wait
+        return wait
 
     def agree(self, problem: str | None, facts: Mapping[str, Sequence[object]]) -> None:
         """Raise the same on every rank if one of them has a problem or other facts.
@@ -71,28 +105,27 @@ class RankSet:
                 )
 
 
-def tell_all(rank_sets: Sequence[RankSet], problem: str | None) -> str | None:
-    """The first problem of any rank of these sets, and of sets that are linked by them."""
+def tell_all(rank_sets: Sequence[RankSet], mine: _T | None) -> _T | None:
+    """What the first rank has that has anything, of these sets and sets that are linked by them."""
     # Twice, since a set may hear of the trouble in another one through a third.
     for ranks in (*rank_sets, *rank_sets):
-        problems = ranks.gather(problem)
-        problem = problem or next(filter(None, problems), None)
-    return problem
+        mine = mine or next(filter(None, ranks.gather(mine)), None)
+    return mine
 
 
-def make_rank_set(
+def find_group(
     ranks: tuple[int, ...], parameters: Iterable[Tensor], replicas: Replicas
-) -> RankSet:
-    """These ranks with their process group, an existing one where there is one.
+) -> dist.ProcessGroup | None:
+    """The process group of these ranks, an existing one where there is one; None for one rank.
 
     Args:
         parameters: their meshes have groups.
         replicas: has one, too.
     """
     if len(ranks) == 1:
-        return RankSet(ranks, None)
+        return None
     if len(ranks) == dist.get_world_size():
-        return RankSet(ranks, dist.group.WORLD)
+        return dist.group.WORLD
     # Not a set: every rank must find the same one first.
     meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
     if isinstance(replicas, DeviceMesh):
@@ -102,8 +135,9 @@ def make_rank_set(
         groups.append(replicas)
     for existing in groups:
         if tuple(dist.get_process_group_ranks(existing)) == ranks:
-            return RankSet(ranks, existing)
-    return RankSet(ranks, dist.new_group(list(ranks), use_local_synchronization=True))
+            return existing
+    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    return made
 
 
 def check_replicas(replicas: Any) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from logging import getLogger
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_fsdp.rules.matrices import to_device
@@ -109,8 +108,7 @@ class _Blocks(_Counts):
             skipped = torch.cat([stack.skipped.streak for stack in self._stacks])
             failed = torch.cat([stack.failed_roots.streak for stack in self._stacks])
             counts.index_copy_(1, self._positions, torch.stack([skipped, failed]))
-        if self._team.ranks.group is not None:
-            dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._team.ranks.group)
+        self._team.ranks.maximum(counts)
         self.send(counts)
 
     def read(self) -> None:

@@ -4,7 +4,7 @@ ranks, and the figures about them."""
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,13 @@ from shampoo_fsdp.runtime.bucket import Bucket, elements, fill_buckets
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.runtime.exchange import release
 from shampoo_fsdp.runtime.parameters import Member, describe, local_shard
-from shampoo_fsdp.runtime.ranks import RankSet, Replicas, is_first_replica, make_rank_set
+from shampoo_fsdp.runtime.ranks import (
+    RankSet,
+    Replicas,
+    find_group,
+    is_first_replica,
+    tell_all,
+)
 from shampoo_fsdp.validation import name_some
 
 __all__ = [
@@ -86,6 +92,7 @@ def make_parameters(
     states: Mapping[Tensor, dict[str, Any]],
     replicas: Replicas,
     config: ShampooConfig,
+    rank_set: Callable[..., RankSet] = RankSet,
 ) -> Parameters:
     """Plan all parameters.
 
@@ -95,13 +102,14 @@ def make_parameters(
         named: name, parameter and number of the parameter group of each.
         states: the optimizer's.
         replicas: where plain tensors are replicated.
+        rank_set: makes one of ranks and their process group.
 
     Raises:
         ValueError: on every rank, if ranks disagree or a parameter cannot be planned.
     """
     specs = {name: describe(name, parameter, replicas) for name, parameter, _ in named}
     tensors = {name: parameter for name, parameter, _ in named}
-    rank_sets, plans = _agreed_plans(specs, tensors, replicas, config)
+    rank_sets, plans = _agreed_plans(specs, tensors, replicas, config, rank_set)
     part_of = {
         name: part
         for chosen, plan, _ in plans
@@ -146,6 +154,7 @@ def _agreed_plans(
     tensors: Mapping[str, Tensor],
     replicas: Replicas,
     config: ShampooConfig,
+    rank_set: Callable[..., RankSet],
 ) -> tuple[list[RankSet], list[tuple[list[str], Plan, RankSet]]]:
     """The sets of ranks that parameters live on; the plan for each, with the names of its
     parameters and the ranks that share blocks."""
@@ -156,7 +165,7 @@ def _agreed_plans(
     # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
     for all_ranks, living in sorted(living_on.items(), key=lambda entry: entry[0]):
         parameters = [tensors[spec.name] for spec in living]
-        ranks = make_rank_set(all_ranks, parameters, replicas)
+        ranks = rank_set(all_ranks, find_group(all_ranks, parameters, replicas))
         ranks.agree(None, _facts(living, config))
         rank_sets.append(ranks)
         chosen = [spec for spec in living if is_preconditioned(spec.name, spec.shape, config)]
@@ -165,7 +174,7 @@ def _agreed_plans(
             plan = _agreed_plan(chosen, shards, ranks, config)
             # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
             if plan.ranks != all_ranks:
-                ranks = make_rank_set(plan.ranks, parameters, replicas)
+                ranks = rank_set(plan.ranks, find_group(plan.ranks, parameters, replicas))
             ranks.agree(None, {"the plan of blocks": [plan.fingerprint]})
             plans.append(([spec.name for spec in chosen], plan, ranks))
     return rank_sets, plans
@@ -222,7 +231,11 @@ def refuse_nonfinite(parameters: Parameters) -> None:
     bad = torch.zeros(len(mine), dtype=torch.bool, device=parameters.device)
     for k, (_, gradient) in enumerate(mine):
         bad[k] = gradient.isfinite().all().logical_not_()
-    if not _anywhere(bad.any(), parameters):
+    anywhere = bad.any().int()
+    # Twice, since a set may hear of it in another one through a third.
+    for ranks in (*parameters.rank_sets, *parameters.rank_sets):
+        ranks.maximum(anywhere)
+    if not anywhere:  # the host waits
         return
     found = {name for (name, _), is_bad in zip(mine, bad.tolist(), strict=True) if is_bad}
     for ranks in parameters.rank_sets:
@@ -239,24 +252,12 @@ def refuse_without_gradients(parameters: Parameters) -> None:
     which is what an optimizer does that has kept the tensors of before `fully_shard`."""
     members = parameters.members
     some = any(member.gradient is not None for member in members)
-    if any(ranks.group is not None for ranks in parameters.rank_sets):
-        some = _anywhere(torch.tensor(some, device=parameters.device), parameters)
-    if members and not some:
+    if not tell_all(parameters.rank_sets, some) and members:
         raise RuntimeError(
             f"none of the {len(members)} parameters of this optimizer has a gradient on its first "
             "step. Call backward() before step(); if the optimizer was built before fully_shard() "
             "or another wrapper, which replaces the parameters of a model, build it after that."
         )
-
-
-def _anywhere(here: Tensor, parameters: Parameters) -> bool:
-    """Whether something is true on any of the ranks that parameters live on; the host waits."""
-    anywhere = here.int()
-    # Twice, since a set may hear of it in another one through a third.
-    for ranks in (*parameters.rank_sets, *parameters.rank_sets):
-        if ranks.group is not None:
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=ranks.group)
-    return bool(anywhere)
 
 
 def summary(parameters: Parameters, config: ShampooConfig) -> dict[str, float]:

@@ -5,11 +5,12 @@ not answer, but what is sent to them is known. Counts are exact; times follow fr
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-from unittest import mock
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,20 +22,23 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from shampoo_fsdp.build import Runtime
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.optimizer import Shampoo
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded, shape_of, shard_rectangle
-from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.ranks import RankSet
-from shampoo_fsdp.runtime.rows import Way
+from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
-from shampoo_fsdp.tools.work import TimedTransfer, Work
+from shampoo_fsdp.tools.work import Work
 
 __all__ = ["dry_optimizer", "dry_step"]
 
 _STEPS = 1000.0  # so many have been taken: the first ones are dearer
+
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -54,18 +58,15 @@ def dry_optimizer(
     ranks = 1 + max(max(spec.ranks) for spec in specs)
     settings = dataclasses.asdict(dataclasses.replace(config, compile=False))
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    alone = mock.patch.object(RankSet, "gather", lambda self, mine: [mine] * len(self.ranks))
-    unread = mock.patch.object(Streaks, "look")  # there are no values
     try:
-        with alone, unread, pretended_gpu():
+        with pretended_gpu():
             meshes: dict[Any, DeviceMesh] = {}
             named = {spec.name: _sharded(spec, rank, meshes) for spec in specs}
-            optimizer = Shampoo(named.items(), **settings)
+            optimizer = _DryShampoo(named.items(), **settings)
             for state in optimizer.state.values():
                 for name, value in (("step", _STEPS), ("factor_step", _STEPS), ("refreshed", 1.0)):
                     if name in state:
                         state[name].fill_(value)
-            optimizer._seen_a_gradient = True  # else the step would wait, as the first one does
             for parameter in named.values():
                 parameter.grad = _like(parameter)
             yield optimizer
@@ -75,49 +76,67 @@ def dry_optimizer(
 
 def dry_step(optimizer: Shampoo, machine: Machine) -> Work:
     """What a step of a :func:`dry_optimizer` is."""
-    work = Work(machine)
-    setting_out: tuple[str, tuple[int, ...]] = "", ()
-    lap, set_out = optimizer._ready().watch.lap, Exchange._set_out
-    node = optimizer.config.ranks_per_node
-    known: dict[Way, tuple[str, tuple[int, ...]]] = {}
-    number = 0
-    for team in optimizer._parameters.teams:
-        for bucket in team.buckets:
-            known[bucket._exchange._gather] = f"gradients {number}", team.ranks.ranks
-            known[bucket._exchange._scatter] = f"updates {number}", team.ranks.ranks
-            number += 1
-
-    def named(exchange: Exchange, way: Way) -> None:
-        nonlocal setting_out
-        setting_out = known[way]
-        set_out(exchange, way)
-
-    def sent(output: Tensor, packed: Tensor, received: Any, sent: list[int], **_: Any) -> Any:
-        name, ranks = setting_out
-        mine = dist.get_rank() // node
-        near = sum(n for rank, n in zip(ranks, sent, strict=True) if rank // node == mine)
-        row = packed.element_size() * packed.shape[1]
-        return _Travelling(work, work.send(name, near * row, (sum(sent) - near) * row))
-
-    def measured(part: str) -> None:
-        lap(part)
-        work.belongs(part)
-
-    with (
-        mock.patch.object(Exchange, "_set_out", named),
-        mock.patch("torch.distributed.all_to_all_single", sent),
-        mock.patch.object(optimizer._ready().watch, "lap", measured),
-        work,
-    ):
+    assert isinstance(optimizer, _DryShampoo)
+    with Work(machine) as work:
+        optimizer.under_way = _UnderWay(work, optimizer.config.ranks_per_node)
         optimizer.step()
     return work
 
 
-class _Travelling:
-    """What `dist.all_to_all_single` returns."""
+@dataclass
+class _UnderWay:
+    """A step that is counted."""
 
-    def __init__(self, work: Work, transfer: TimedTransfer) -> None:
-        self.wait = partial(work.wait, transfer)
+    work: Work
+    node: int
+    """How many ranks a node has."""
+    transfers: Counter[str] = field(default_factory=Counter)
+    """The numbers of those that have set out. They do in the order of the buckets."""
+
+
+class _DryShampoo(Shampoo):
+    under_way: _UnderWay
+
+    @property
+    def runtime(self) -> Runtime:
+        return Runtime(partial(_DryRanks, of=self), partial(_DryWatch, of=self), _NoStreaks)
+
+
+@dataclass(frozen=True)
+class _DryRanks(RankSet):
+    """Ranks that agree, and of which only this one is there."""
+
+    of: _DryShampoo
+
+    def gather(self, mine: _T) -> list[_T]:
+        return [mine] * len(self.ranks)
+
+    def all_to_all(
+        self, arriving: Any, leaving: Tensor, received: Any, sent: Sequence[int], what: str
+    ) -> Callable[[], object]:
+        step = self.of.under_way
+        mine = dist.get_rank() // step.node
+        pairs = zip(self.ranks, sent, strict=True)
+        near = sum(rows for rank, rows in pairs if rank // step.node == mine)
+        row = leaving.element_size() * leaving.shape[1]
+        name = f"{what} {step.transfers[what]}"
+        step.transfers[what] += 1
+        transfer = step.work.send(name, near * row, (sum(sent) - near) * row)
+        return partial(step.work.wait, transfer)
+
+
+class _DryWatch(Stopwatch):
+    def __init__(self, device: torch.device, of: _DryShampoo) -> None:
+        super().__init__(device)
+        self._of = of
+
+    def lap(self, part: str) -> None:
+        self._of.under_way.work.belongs(part)
+
+
+class _NoStreaks(Streaks):
+    def look(self) -> None:
+        """Nothing: what is counted has no values."""
 
 
 def _sharded(spec: ParameterSpec, rank: int, meshes: dict[Any, DeviceMesh]) -> Tensor:

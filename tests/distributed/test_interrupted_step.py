@@ -28,14 +28,14 @@ def test_the_next_step_touches_no_memory_that_is_still_in_flight():
         optimizer.step()
     (bucket,) = optimizer._parameters.buckets
     exchange = bucket._exchange
-    work, wait, waited_for = exchange._work, exchange._finish, []
+    work, wait, waited_for = exchange._wait, exchange._finish, []
     in_flight = weakref.ref(exchange._arriving.untyped_storage())
     assert work is not None and in_flight() is not None
     gc.collect()
 
     def watched() -> None:
-        if exchange._work is not None:
-            waited_for.append((exchange._work, in_flight() is not None))
+        if exchange._wait is not None:
+            waited_for.append((exchange._wait, in_flight() is not None))
         wait()
 
     with mock.patch.object(exchange, "_finish", watched):
