@@ -13,6 +13,7 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.rules.factors import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
+from shampoo_fsdp.runtime.bucket import take_steps
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.runtime.groups import (
     Resumed,
@@ -24,7 +25,6 @@ from shampoo_fsdp.runtime.groups import (
 )
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
-from shampoo_fsdp.runtime.schedule import take_steps
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
 from shampoo_fsdp.state import load_settings
 

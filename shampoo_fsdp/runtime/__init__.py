@@ -2,7 +2,7 @@
 
 `parameters.py` and `groups.py` take what the optimizer is given, `ranks.py` lets ranks agree,
 `team.py` plans, `bucket.py` and `exchange.py` move gradients to the owners of their blocks and
-updates back in the order of `schedule.py`, `excluded.py` updates the other parameters. Here stand
-all collectives of the step: every rank must make the same ones, whatever it has seen, and nothing
-may make the host wait for the device.
+updates back, `excluded.py` updates the other parameters. Here stand all collectives of the step:
+every rank must make the same ones, whatever it has seen, and nothing may make the host wait for the
+device.
 """

@@ -1,9 +1,10 @@
-"""Which gradients travel together, and their way through a step: the stacks of their blocks."""
+"""Which gradients travel together, their way through a step, and the order of all of these ways."""
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from shampoo_fsdp.plan.transfers import OwnedBlock, Part
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.rules.step import Step
-from shampoo_fsdp.runtime.exchange import Exchange
+from shampoo_fsdp.runtime.exchange import Exchange, allocate, release
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 
-__all__ = ["Bucket", "OwnedStack", "elements", "fill_buckets"]
+__all__ = ["Bucket", "OwnedStack", "elements", "fill_buckets", "take_steps"]
 
 _BUCKET_ELEMENTS = 64 * 2**20
 """A rank's share of the gradients of one bucket, where `buckets` is not set: 256 MiB in fp32."""
@@ -64,13 +65,7 @@ class OwnedStack:
 
 
 class Bucket:
-    """Some preconditioned parameters of a team, on their way through a step:
-
-        send_gradients -> receive_gradients -> accumulate -> direct -> send_updates -> apply_updates
-
-    While something is on its way the caller may work on other buckets. All buckets compute in one
-    workspace, which is one's from `receive_gradients` to `direct`.
-    """
+    """Some preconditioned parameters of a team, whose gradients and updates travel together."""
 
     def __init__(
         self,
@@ -85,7 +80,7 @@ class Bucket:
         Args:
             parts: the parameters, and what this rank has to do for them.
             ranks: those of the plan.
-            workspace: fp32, of :func:`elements` numbers at least.
+            workspace: that all buckets compute in; fp32, of :func:`elements` numbers at least.
             travels: whether any rank of the plan sends anything.
         """
         self.members = list(parts)
@@ -127,12 +122,45 @@ class Bucket:
                 saved = owned.stack.saved.items()
                 yield member, block, {name: stacked[position] for name, stacked in saved}
 
-    def send_gradients(self, groups: Sequence[GroupSettings]) -> None:
-        """Let the members' gradients set out for the owners of their blocks.
+    def step(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> Iterator[None]:
+        """Take a step, up to the next yield at a time; see :func:`take_steps`.
 
         Args:
             groups: of the optimizer.
+            watch: measures the parts.
+
+        Yields:
+            where the caller may work on other buckets. From the second to the fourth yield the
+            workspace is this bucket's.
         """
+        self._exchange.send_gradients(self._gradients(groups))
+        watch.lap("exchange")
+        yield  # gradients travel
+        self._exchange.receive_gradients(self._workspace)
+        yield
+        watch.lap("exchange")
+        steps = [owned.begin(groups) for owned in self.stacks]
+        for owned, step in zip(self.stacks, steps, strict=True):
+            owned.stack.accumulate(step)
+            watch.lap("factors")
+            owned.stack.refresh(step)
+            watch.lap("roots")
+        yield
+        for owned, step in zip(self.stacks, steps, strict=True):
+            owned.stack.direct(step)
+        watch.lap("direction")
+        self._exchange.pack_updates(self._workspace)
+        watch.lap("exchange")
+        yield
+        self._exchange.send_updates()
+        yield  # updates travel
+        updates = self._exchange.receive_updates()
+        watch.lap("exchange")
+        self._apply(updates, groups)
+        watch.lap("apply")
+
+    def _gradients(self, groups: Sequence[GroupSettings]) -> list[Tensor | None]:
+        """The members' gradients in the shape of their views, with L2 decay."""
         # Unlike a parameter's shard, a gradient may be copied, if it is not dense.
         gradients = [
             None if (g := member.gradient) is None else g.reshape(shape)
@@ -146,42 +174,10 @@ class Bucket:
                     total = torch._foreach_add(dense, alike, alpha=decay)
                     for k, sum_ in zip(active, total, strict=True):
                         gradients[k] = sum_
-        self._exchange.send_gradients(gradients)
+        return gradients
 
-    def receive_gradients(self) -> None:
-        """Fill the workspace."""
-        self._exchange.receive_gradients(self._workspace)
-
-    def accumulate(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> list[Step]:
-        """Let the gradients into the state; `watch` measures the parts.
-
-        Returns:
-            what :meth:`direct` needs.
-        """
-        steps = [owned.begin(groups) for owned in self.stacks]
-        for owned, step in zip(self.stacks, steps, strict=True):
-            owned.stack.accumulate(step)
-            watch.lap("factors")
-            owned.stack.refresh(step)
-            watch.lap("roots")
-        return steps
-
-    def direct(self, steps: Sequence[Step], watch: Stopwatch) -> None:
-        """Make the updates D of them, and clear the workspace."""
-        for owned, step in zip(self.stacks, steps, strict=True):
-            owned.stack.direct(step)
-        watch.lap("direction")
-        self._exchange.pack_updates(self._workspace)
-        watch.lap("exchange")
-
-    def send_updates(self) -> None:
-        """Let the updates set out for the shards."""
-        self._exchange.send_updates()
-
-    def apply_updates(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> None:
+    def _apply(self, updates: Sequence[Tensor], groups: Sequence[GroupSettings]) -> None:
         """W <- (1 - decay) W - lr D on this rank's shards; where these are stalled they keep W."""
-        updates = self._exchange.receive_updates()
-        watch.lap("exchange")
         for settings, active, shards in self._active(groups):
             if settings.lost:
                 stalled = [
@@ -198,7 +194,6 @@ class Bucket:
             # (Not the other way round: others may have given a shard other strides.)
             alike = [updates[k].view(w.shape) for k, w in zip(active, shards, strict=True)]
             torch._foreach_add_(shards, alike, alpha=-settings.lr)
-        watch.lap("apply")
 
     def state_was_loaded(self) -> None:
         """Start the factors anew of parameters whose factors have seen no gradient."""
@@ -250,3 +245,52 @@ def fill_buckets(
 def elements(parts: Mapping[Member, Part]) -> int:
     """How many numbers the blocks have that this rank owns."""
     return sum(math.prod(block.shape) for part in parts.values() for block in part.blocks)
+
+
+def take_steps(
+    buckets: Sequence[Bucket],
+    workspace: Tensor,
+    groups: Sequence[GroupSettings],
+    watch: Stopwatch,
+    meanwhile: Callable[[], None],
+) -> None:
+    """Take the step of all buckets; all ranks do so in this order.
+
+    While something travels, something else is computed: what `meanwhile` does; the first half of a
+    bucket's work, while the last one's updates travel; the second half, while the next one's
+    gradients do. More at once would only take more memory. When no gradients are to come any more,
+    the last but one's updates may travel longer instead.
+
+    Args:
+        workspace: that all buckets compute in; has memory within this call only.
+        groups: of the optimizer.
+        watch: measures the parts.
+    """
+    steps = [bucket.step(groups, watch) for bucket in buckets]
+    # Updates wait until memory of the next gradients is free. Not where these come from other
+    # ranks: they may be waiting for such updates before they send.
+    waits = [a.ranks == b.ranks for a, b in itertools.pairwise(buckets)] + [True]
+    for step in steps[:1]:
+        next(step)  # gradients set out
+    meanwhile()
+    watch.lap("excluded")
+    allocate(workspace)
+    for k, step in enumerate(steps):
+        following = k + 1 < len(steps)
+        next(step)  # gradients arrive
+        if k and waits[k - 1]:
+            next(steps[k - 1])  # updates set out
+        if following and not k:
+            next(steps[1])  # gradients set out
+        next(step)  # gradients are accumulated
+        if following and k:
+            next(steps[k - 1], None)  # updates are applied
+            next(steps[k + 1])  # gradients set out
+        next(step)  # gradients become updates
+        if not waits[k]:
+            next(step)  # updates set out
+    release(workspace)
+    for step in steps[-1:]:
+        next(step)  # updates set out
+    for step in steps[-2:]:
+        next(step, None)  # updates are applied

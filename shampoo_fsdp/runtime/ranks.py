@@ -109,7 +109,8 @@ def tell_all(rank_sets: Sequence[RankSet], mine: _T | None) -> _T | None:
     """What the first rank has that has anything, of these sets and sets that are linked by them."""
     # Twice, since a set may hear of the trouble in another one through a third.
     for ranks in (*rank_sets, *rank_sets):
-        mine = mine or next(filter(None, ranks.gather(mine)), None)
+        everyone = ranks.gather(mine)
+        mine = mine or next(filter(None, everyone), None)
     return mine
 
 
