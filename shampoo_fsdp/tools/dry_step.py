@@ -5,10 +5,9 @@ not answer, but what is sent to them is known. Counts are exact; times follow fr
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -78,24 +77,14 @@ def dry_step(optimizer: Shampoo, machine: Machine) -> Work:
     """What a step of a :func:`dry_optimizer` is."""
     assert isinstance(optimizer, _DryShampoo)
     with Work(machine) as work:
-        optimizer.under_way = _UnderWay(work, optimizer.config.ranks_per_node)
+        optimizer.work = work
         optimizer.step()
     return work
 
 
-@dataclass
-class _UnderWay:
-    """A step that is counted."""
-
-    work: Work
-    node: int
-    """How many ranks a node has."""
-    transfers: Counter[str] = field(default_factory=Counter)
-    """The numbers of those that have set out. They do in the order of the buckets."""
-
-
 class _DryShampoo(Shampoo):
-    under_way: _UnderWay
+    work: Work
+    """That the step which is taken is counted in."""
 
     @property
     def runtime(self) -> Runtime:
@@ -114,15 +103,14 @@ class _DryRanks(RankSet):
     def all_to_all(
         self, arriving: Any, leaving: Tensor, received: Any, sent: Sequence[int], what: str
     ) -> Callable[[], object]:
-        step = self.of.under_way
-        mine = dist.get_rank() // step.node
-        pairs = zip(self.ranks, sent, strict=True)
-        near = sum(rows for rank, rows in pairs if rank // step.node == mine)
+        work, node = self.of.work, self.of.config.ranks_per_node
+        mine = dist.get_rank() // node
+        near = sum(n for rank, n in zip(self.ranks, sent, strict=True) if rank // node == mine)
         row = leaving.element_size() * leaving.shape[1]
-        name = f"{what} {step.transfers[what]}"
-        step.transfers[what] += 1
-        transfer = step.work.send(name, near * row, (sum(sent) - near) * row)
-        return partial(step.work.wait, transfer)
+        # They set out in the order of the buckets.
+        number = sum(transfer.name.startswith(what) for transfer in work.transfers)
+        transfer = work.send(f"{what} {number}", near * row, (sum(sent) - near) * row)
+        return partial(work.wait, transfer)
 
 
 class _DryWatch(Stopwatch):
@@ -131,7 +119,7 @@ class _DryWatch(Stopwatch):
         self._of = of
 
     def lap(self, part: str) -> None:
-        self._of.under_way.work.belongs(part)
+        self._of.work.belongs(part)
 
 
 class _NoStreaks(Streaks):
