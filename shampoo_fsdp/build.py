@@ -1,9 +1,10 @@
 """What is built for the parameters in an optimizer's groups: the plan, and what holds state."""
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, make_parameters, summary
 from shampoo_fsdp.state import State
 
-__all__ = ["Built", "Runtime", "build", "check", "may_be_replaced"]
+__all__ = ["Builder", "Built", "Runtime"]
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -44,7 +45,7 @@ class Runtime:
     streaks: Callable[[Parameters], Streaks] = Streaks
 
 
-@dataclass(frozen=True)
+@dataclass
 class Built:
     """All that belongs to the parameters that groups had at a time."""
 
@@ -60,11 +61,15 @@ class Built:
     watch: Stopwatch
     tensors: tuple[Tensor, ...]
     """Of the groups, in their order."""
+    has_seen_gradients: bool = False
+    """Whether any rank has had one, on the first step."""
+    whole: dict[Any, Any] | None = None
+    """The state with whole tensors, for the next state dict."""
 
     def fits(self, groups: Groups) -> bool:
         """Whether the groups still have these parameters."""
         now = [parameter for group in groups for parameter in group["params"]]
-        return len(now) == len(self.tensors) and all(map(_same, now, self.tensors))
+        return len(now) == len(self.tensors) and all(map(operator.is_, now, self.tensors))
 
     @property
     def has_values(self) -> bool:
@@ -84,79 +89,102 @@ class Built:
         return moved or any(parameter.requires_grad for _, parameter in self.given.frozen)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other
+@dataclass
+class Builder:
+    """Builds for an optimizer what belongs to its parameters: with it, unless they are those of a
+    model that is still to be sharded or materialised; else when it is used first; and anew if
+    other tensors take their places before a step, as Accelerate does when it shards a model."""
 
+    config: ShampooConfig
+    """As the user gave it."""
+    replicas: Replicas
+    runtime: Runtime
+    is_embedding: dict[str, bool] = field(default_factory=dict)
+    """What a model has told of parameters, by name."""
+    built: Built | None = None
 
-def check(groups: Groups, config: ShampooConfig) -> None:
-    """Raise a ValueError that names what cannot be trained, or what has no name and needs one."""
-    given = given_in(groups)
-    check_parameters(given.parameters)
-    if config.exclude and not given.named:
-        found = [
-            tuple(p.shape) for n, p, _ in given.trained if is_preconditioned(n, p.shape, config)
-        ]
-        refuse_nameless(len(given.trained), [shape for shape in found if len(shape) > 1])
+    def check(self, groups: Groups) -> None:
+        """Raise a ValueError that names what cannot be trained, or what needs a name."""
+        given = given_in(groups)
+        check_parameters(given.parameters)
+        if self.config.exclude and not given.named:
+            found = [
+                tuple(p.shape)
+                for n, p, _ in given.trained
+                if is_preconditioned(n, p.shape, self.config)
+            ]
+            refuse_nameless(len(given.trained), [shape for shape in found if len(shape) > 1])
 
+    def waits(self, groups: Groups) -> bool:
+        """Whether nothing is built, for a model that may still be sharded or materialised: its
+        state would be that of the whole model on each rank."""
+        if self.built is not None:
+            return False
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if any(parameter.is_meta for parameter in parameters):
+            return True
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+        return several and self.replicas is None and not sharded
 
-def may_be_replaced(groups: Groups, replicas: Replicas) -> bool:
-    """Whether these are the parameters of a model that is still to be sharded or materialised.
+    def build(self, groups: Groups, states: MutableMapping[Tensor, dict[str, Any]]) -> Built:
+        """What belongs to the parameters that the groups have now; all ranks of their meshes must
+        call it.
 
-    Their state would be that of the whole model on each rank.
-    """
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    if any(parameter.is_meta for parameter in parameters):
-        return True
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    return several and replicas is None and not any(isinstance(p, DTensor) for p in parameters)
+        Args:
+            states: the optimizer's.
 
+        Raises:
+            ValueError: as :meth:`check`, or, on every rank, if the ranks' plans differ.
+            RuntimeError: steps have been taken with other parameters.
+        """
+        built = self.built
+        if built is not None:
+            if built.fits(groups) and (built.has_values or not built.outdated):
+                return built
+            if built.has_values:
+                raise RuntimeError(
+                    "the parameters in 'param_groups' are no longer those that this optimizer has "
+                    "state for: build another one for the new ones, with named parameters, and "
+                    "load_state_dict() the state_dict() of this one, taken before, into it."
+                )
+        self.built = built = None
+        states.clear()  # before the new one is made: there may be no memory for both
+        self.built = self._new(groups, states)
+        return self.built
 
-def build(
-    groups: Groups,
-    states: MutableMapping[Tensor, dict[str, Any]],
-    replicas: Replicas,
-    config: ShampooConfig,
-    is_embedding: Mapping[str, bool],
-    runtime: Runtime,
-) -> Built:
-    """Plan the parameters and make their state; all ranks of their meshes must call it.
-
-    Args:
-        states: the optimizer's, empty.
-        config: as the user gave it.
-        is_embedding: what a model has told of parameters, by name.
-
-    Raises:
-        ValueError: as :func:`check`, or, on every rank, if the ranks' plans differ.
-    """
-    check(groups, config)
-    given = given_in(groups)
-    for name, parameter in given.parameters:
-        if parameter.is_meta:
-            raise ValueError(
-                f"parameter '{name}' is on the meta device; materialise the model (to_empty, then "
-                "initialise) before the optimizer is used."
-            )
-    device = next((p.device for _, p, _ in given.trained), torch.device("cpu"))
-    config = with_embeddings(config, [n for n, _, _ in given.trained if is_embedding.get(n)])
-    chosen = on_device(config, device)
-    parameters = make_parameters(given.trained, states, replicas, chosen, runtime.rank_set)
-    others = [member for member in parameters.members if member.part is None]
-    excluded = ExcludedParameters(others, chosen, parameters.device)
-    state = State(parameters, excluded, chosen)
-    if parameters.on_first_rank:
-        shapes = {member.name: member.spec.shape for member in parameters.members}
-        for problem in what_names_miss(shapes, is_embedding, chosen):
-            warnings.warn(problem, stacklevel=4)
-    tensors = tuple(parameter for group in groups for parameter in group["params"])
-    return Built(
-        given,
-        chosen,
-        reasons(config, device),
-        parameters,
-        excluded,
-        runtime.streaks(parameters),
-        state,
-        runtime.watch(parameters.device),
-        tensors,
-    )
+    def _new(self, groups: Groups, states: MutableMapping[Tensor, dict[str, Any]]) -> Built:
+        self.check(groups)
+        given = given_in(groups)
+        for name, parameter in given.parameters:
+            if parameter.is_meta:
+                raise ValueError(
+                    f"parameter '{name}' is on the meta device; materialise the model (to_empty, "
+                    "then initialise) before the optimizer is used."
+                )
+        device = next((p.device for _, p, _ in given.trained), torch.device("cpu"))
+        embeddings = [n for n, _, _ in given.trained if self.is_embedding.get(n)]
+        config = with_embeddings(self.config, embeddings)
+        chosen = on_device(config, device)
+        parameters = make_parameters(
+            given.trained, states, self.replicas, chosen, self.runtime.rank_set
+        )
+        others = [member for member in parameters.members if member.part is None]
+        excluded = ExcludedParameters(others, chosen, parameters.device)
+        state = State(parameters, excluded, chosen)
+        if parameters.on_first_rank:
+            shapes = {member.name: member.spec.shape for member in parameters.members}
+            for problem in what_names_miss(shapes, self.is_embedding, chosen):
+                warnings.warn(problem, stacklevel=5)
+        tensors = tuple(parameter for group in groups for parameter in group["params"])
+        return Built(
+            given,
+            chosen,
+            reasons(config, device),
+            parameters,
+            excluded,
+            self.runtime.streaks(parameters),
+            state,
+            self.runtime.watch(parameters.device),
+            tensors,
+        )

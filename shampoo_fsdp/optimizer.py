@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_fsdp.build import Built, Runtime, build, check, may_be_replaced
+from shampoo_fsdp.build import Builder, Built, Runtime
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.rules.factors import sides_without_factor
@@ -86,25 +86,22 @@ class Shampoo(torch.optim.Optimizer):
             ValueError, TypeError: names the setting or the parameter, what was found and what is
                 allowed. Raised on every rank if the ranks' plans differ.
         """
-        self.config: ShampooConfig = settings_from_keywords(settings)
-        """The settings; once parameters are planned, with the device's defaults."""
-        self._asked, self._replicas = self.config, replicas
-        self._is_embedding: dict[str, bool] = {}
+        self._builder = Builder(settings_from_keywords(settings), replicas, self.runtime)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(self.config, defaults)
         check_replicas(replicas)
-        self._built: Built | None = None
-        self._constructed = False
         self._shown: dict[Any, Any] | None = None
-        self._whole: dict[Any, Any] | None = None
-        super().__init__(copied(params), defaults)
-        self._constructed = True
-        self._seen_a_gradient = False
         self._resumed: list[Resumed] = []
-        if may_be_replaced(self.param_groups, replicas):
-            check(self.param_groups, self.config)
+        super().__init__(copied(params), defaults)
+        if self._builder.waits(self.param_groups):
+            self._builder.check(self.param_groups)
         else:
             self._ready()
+
+    @property
+    def config(self) -> ShampooConfig:
+        """The settings; once parameters are planned, with the device's defaults."""
+        return (self._builder.built or self._builder).config
 
     @property
     def runtime(self) -> Runtime:
@@ -117,56 +114,26 @@ class Shampoo(torch.optim.Optimizer):
         Raises:
             RuntimeError: one has.
         """
-        if self._built is not None and self._built.has_values:
+        if (built := self._builder.built) and built.has_values:
             raise RuntimeError(
                 "add_param_group() after a step: Shampoo plans its blocks when training begins. "
                 'Build another one with all groups and on_mismatch = "rebuild", and '
                 "load_state_dict() the state_dict() of this one into it."
             )
         check_entries(param_group)
-        self._is_embedding.update(take_types(param_group))
+        self._builder.is_embedding.update(take_types(param_group))
         super().add_param_group(param_group)
-        check_group(self._asked, self.param_groups[-1])
+        check_group(self._builder.config, self.param_groups[-1])
 
     def _ready(self) -> Built:
-        """What is built for the parameters in the groups: at the latest now, and anew if other
-        tensors have taken their place, as Accelerate does when it shards a model, or some are
-        frozen no more."""
-        built = self._built
-        if built is not None:
-            if built.fits(self.param_groups) and (built.has_values or not built.outdated):
-                return built
-            if built.has_values:
-                raise RuntimeError(
-                    "the parameters in 'param_groups' are no longer those that this optimizer has "
-                    "state for: build another one for the new ones, with named parameters, and "
-                    "load_state_dict() the state_dict() of this one, taken before, into it."
-                )
-        self._built = self._whole = None
-        self._state.clear()  # before the new one is made: there may be no memory for both
-        built = self._built = build(
-            self.param_groups,
-            self._state,
-            self._replicas,
-            self._asked,
-            self._is_embedding,
-            self.runtime,
-        )
-        self.config = built.config
-        return built
-
-    @property
-    def _waits(self) -> bool:
-        """Whether nothing is built, for a model that may still be sharded or materialised."""
-        return self._built is None and may_be_replaced(self.param_groups, self._replicas)
+        return self._builder.build(self.param_groups, self._state)
 
     @property
     def state(self) -> Any:
         """Of each parameter, by name; it is there from the first look at it."""
         if self._shown is not None:
             return self._shown
-        if self._constructed:
-            self._ready()
+        self._ready()
         return self._state
 
     @state.setter
@@ -220,15 +187,15 @@ class Shampoo(torch.optim.Optimizer):
     def _step(self, built: Built) -> None:
         parameters, watch = built.parameters, built.watch
         watch.start()
-        self._whole = None
+        built.whole = None
         refuse_moved(parameters.members, parameters.device)
         put_by_others = built.state.take_back(self._state)
         self._resumed = [resumed for resumed in self._resumed if not resumed.settled()]
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
         problem = find_gradients(parameters.members, built.given.frozen) or put_by_others
-        if not self._seen_a_gradient:
+        if not built.has_seen_gradients:
             refuse_without_gradients(parameters)
-            self._seen_a_gradient = True
+            built.has_seen_gradients = True
         if problem and all(ranks.group is None for ranks in parameters.rank_sets):
             raise problem
         if self.config.on_nonfinite == "raise":
@@ -263,9 +230,12 @@ class Shampoo(torch.optim.Optimizer):
         As long as the model may still have to be sharded or materialised there is no state in it:
         Accelerate asks before it shards, when state would be that of the whole model on each rank.
         """
-        if not self._waits:
-            self._ready().state.give_out(self._state)
-        self._shown, self._whole = self._whole or self._state, None
+        shown = self._state
+        if not self._builder.waits(self.param_groups):
+            built = self._ready()
+            built.state.give_out(shown)
+            shown, built.whole = built.whole or shown, None
+        self._shown = shown
         try:
             return super().state_dict()
         finally:
@@ -284,9 +254,9 @@ class Shampoo(torch.optim.Optimizer):
                 state_dict() or until the next step.
         """
         built = self._ready()
-        self._whole = None  # before the new one is made
+        built.whole = None  # before the new one is made
         rank = dist.get_rank() if dist.is_initialized() else 0
-        self._whole = built.state.whole(self._state, keep=to in (rank, None))
+        built.whole = built.state.whole(self._state, keep=to in (rank, None))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -304,19 +274,18 @@ class Shampoo(torch.optim.Optimizer):
                 fit; nothing has been changed then.
         """
 
-        self._whole = None
-
         def read() -> dict[str, Any]:
             result = state_dict
             for hook in self._optimizer_load_state_dict_pre_hooks.values():
                 result = hook(self, result) or result
             return result
 
-        if self._waits and state_dict.get("state") == {}:
+        if self._builder.waits(self.param_groups) and state_dict.get("state") == {}:
             given = given_in(self.param_groups)
-            self._resumed = load_settings(given, self.param_groups, self._asked, read())
+            self._resumed = load_settings(given, self.param_groups, self.config, read())
         else:
             built = self._ready()
+            built.whole = None
             self._resumed = built.state.load(built.given, self.param_groups, self._state, read)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
