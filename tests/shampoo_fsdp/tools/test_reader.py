@@ -16,10 +16,12 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from shampoo_fsdp import Shampoo
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid
 from shampoo_fsdp.rules.kept import settings_marker
 from shampoo_fsdp.tools.command import main
+from shampoo_fsdp.tools.inspection import inspect_checkpoint
 
 KEY = "optimizer.state.w.exp_avg"
 
@@ -165,3 +167,28 @@ def test_values_that_are_none_for_people_are_not_shown(tmp_path, capsys, monkeyp
         out = capsys.readouterr().out
         assert "(no plain value)" in out and "\x1b" not in out and len(out) < 10_000
         assert "[/red] [link=x]y" in out
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_many_blocks_are_read_a_few_times_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Also where the factors of all of them were saved in one piece."""
+    weight = torch.nn.Parameter(torch.ones(32, 32))
+    optimizer = Shampoo([("w", weight)], max_preconditioner_dim=4)
+    state = {
+        f"state.w.{entry}": value.whole() if whole and hasattr(value, "whole") else value
+        for entry, value in optimizer.state[weight].items()
+    }
+    dcp.save({"optimizer": state}, checkpoint_id=tmp_path)
+    read: collections.Counter[Any] = collections.Counter()
+    entry_of = SafeFileSystemReader.entry
+
+    def entry(reader: SafeFileSystemReader, *key: Any) -> Any:
+        read[key] += 1
+        return entry_of(reader, *key)
+
+    monkeypatch.setattr(SafeFileSystemReader, "entry", entry)
+    (found,) = inspect_checkpoint(tmp_path).parameters
+    assert len(found.blocks) == 64 and all(len(block.factors) == 2 for block in found.blocks)
+    assert max(read.values()) <= 2
