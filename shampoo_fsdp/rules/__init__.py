@@ -7,19 +7,19 @@ first-order method whose step size is taken, and that the other parameters get (
 fused kernel).
 """
 
-from shampoo_fsdp.rules.kl_shampoo import KLShampoo
+from shampoo_fsdp.rules.kl_shampoo import KLShampooRule
 from shampoo_fsdp.rules.rule import Health, Positions, Rule, register, rule_of
-from shampoo_fsdp.rules.shampoo import Shampoo
-from shampoo_fsdp.rules.soap import Soap
+from shampoo_fsdp.rules.shampoo import ShampooRule
+from shampoo_fsdp.rules.soap import SoapRule
 from shampoo_fsdp.rules.step import Step
 
 __all__ = [
     "Health",
-    "KLShampoo",
+    "KLShampooRule",
     "Positions",
     "Rule",
-    "Shampoo",
-    "Soap",
+    "ShampooRule",
+    "SoapRule",
     "Step",
     "register",
     "rule_of",

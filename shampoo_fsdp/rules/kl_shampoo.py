@@ -1,4 +1,22 @@
-"""KL-Shampoo: each side's second moment, whitened by the other sides."""
+"""KL-Shampoo (Lin et al. 2025, arXiv 2509.03378).
+
+For a block of m x n, its gradient G and momentum N:
+
+    L <- beta2 L + (1 - beta2) (G P_R) (G P_R)^T / n      [m, m], from zero
+    R <- beta2 R + (1 - beta2) (P_L G)^T (P_L G) / m      [n, n], from the identity
+    P_L = (L / c + ridge I)^(-1/2)                        when a refresh is due
+    P_R = (R + ridge I)^(-1/2)
+    D = P_L N P_R
+
+Each side is the second moment of the gradient after whitening by the other: their Kronecker product
+is the closest to the whole second moment in KL divergence. L carries the scale of the gradients,
+and c is its bias correction; R has the size of 1. A block of other dimensions has such a factor for
+each, whitened by all others and over the product of their sizes; the first one carries the scale.
+
+The roots are those of the last refresh, for the direction and for whitening. (The paper averages
+eigenvalues on every step in a basis that may be old: four more products a step for two sides, and
+no better where we compared.)
+"""
 
 from typing import ClassVar
 
@@ -8,12 +26,12 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
 from shampoo_fsdp.rules.matrices import along, per_block, scale_along, unfold
+from shampoo_fsdp.rules.root_rule import RootRule
 from shampoo_fsdp.rules.rule import Positions, register
-from shampoo_fsdp.rules.shampoo import Shampoo
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
 
-__all__ = ["KLShampoo"]
+__all__ = ["KLShampooRule"]
 
 # Relative to the largest eigenvalue, below which the others count as this. What all sides lack is
 # magnified by its inverse: at the resolution of fp32, which does for Shampoo's smaller exponents,
@@ -28,16 +46,8 @@ _LARGEST_MEAN = 1e4
 
 
 @register
-class KLShampoo(Shampoo):
-    """Lin et al. 2025 (arXiv 2509.03378): S_i estimates the second moment of G along dimension i
-    after whitening by the others' S_j^(-1/2), so that their Kronecker product is the closest to the
-    whole second moment in KL divergence; the direction is S_i^(-1/2) along each dimension.
-
-    The roots are those of the last refresh, for the direction and for whitening (the paper averages
-    eigenvalues on every step in a basis that may be old: four more products a step for two sides,
-    and no better where we compared). The first side with a factor starts at zero and carries the
-    scale; the others start at the identity.
-    """
+class KLShampooRule(RootRule):
+    """The equations above, on stacks of blocks."""
 
     name = "kl_shampoo"
     number = 2
@@ -57,53 +67,52 @@ class KLShampoo(Shampoo):
     def root_exponent(cls, config: ShampooConfig, factors: int) -> float:
         return 0.5
 
+    def accumulate(self, gradient: Tensor, step: Step) -> None:
+        """L <- beta2 L + (1 - beta2) (G P_R) (G P_R)^T / n, and R likewise."""
+        # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
+        # sides that start from the identity would fade, and their roots grow without bound.
+        decay = step.decay.masked_fill(step.idle, 1.0)
+        if not self.two_sided:
+            return self._accumulate_sides(gradient, step, decay)
+        m, n = gradient.shape[1:]
+        left, right = self._read_roots()
+        scaled, share = self._over(gradient, n)
+        self._average(0, _bounded(scaled @ right), step, decay, share)
+        if m != n:
+            scaled, share = self._over(gradient, m)
+        self._average(1, _bounded(left @ scaled).mT, step, decay, share)
+
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        """P_L = (L / c + ridge I)^(-1/2), P_R = (R + ridge I)^(-1/2)."""
+        for i in () if cold else self.sides[1:]:
+            self._bound(i, where)
+        return self._take_roots(where, cold, correction)
+
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
+        """D = P_L N P_R."""
+        if not self.two_sided:
+            return self._multiply_sides(momentum, step)
+        left, right = self._read_roots()
+        return torch.bmm(left, momentum @ right, out=out)
+
     def restart(self, where: Positions) -> None:
         super().restart(where)
-        for i in self._sides[1:]:
+        for i in self.sides[1:]:
             if i in self.diagonal:
                 self.state[f"diagonals_{i}"][where] = 1.0
             else:
                 self.factors[i].write_identity(where)
 
-    def accumulate(self, gradient: Tensor, step: Step) -> None:
-        """S_i <- beta2 S_i + (1 - beta2) W_(i) W_(i)^T / (product of the other sizes), W being G
-        whitened along the other dimensions."""
-        # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
-        # sides that start from the identity would fade, and their roots grow without bound.
-        decay = step.decay.masked_fill(step.idle, 1.0)
-        lows: dict[float, Tensor] = {}
-        for i in self._sides:
-            share = gradient.shape[i + 1] / gradient[0].numel()
-            whitened, rest = gradient, share
-            if self.products_in != torch.float32:  # there the share enters with the rounding
-                if share not in lows:
-                    low = torch.empty_like(gradient, dtype=self.products_in)
-                    lows[share] = torch.mul(gradient, share**0.5, out=low)
-                whitened, rest = lows[share], 1.0
-            for j in self._sides:
-                if j == i:
-                    continue
-                if j in self.full:
-                    root = self.roots[j].read(dtype=whitened.dtype)
-                    whitened = along(whitened, root, j, symmetric=True)
-                else:
-                    root = self._diagonal_root(j, step.correction)
-                    whitened = scale_along(whitened, root.to(whitened.dtype), j)
-                # The roots of tiny gradients can raise a large one until its square overflows.
-                whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
-            if i in self.full:
-                self._average(i, unfold(whitened, i), step, decay, rest)
-            else:
-                self._average_diagonal(i, whitened.float().square(), step, decay, rest)
-
-    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        for i in () if cold else self._sides[1:]:
-            self._bound(i, where)
-        return super().refresh(where, cold, correction)
+    def _over(self, gradient: Tensor, size: float) -> tuple[Tensor, float]:
+        """The gradient in the type of the products, and what its gram is still to be multiplied by
+        to be over this number: 1 in bf16, where it enters with the rounding."""
+        if self.products_in == torch.float32:
+            return gradient, 1.0 / size
+        low = torch.empty_like(gradient, dtype=self.products_in)
+        return torch.mul(gradient, (1.0 / size) ** 0.5, out=low), 1.0
 
     def _bound(self, i: int, where: Positions) -> None:
-        """Scale a side that has left the size of 1; usually by exactly 1. (The first side carries
-        the scale of the gradients.)"""
+        """Scale a side that has left the size of 1; usually by exactly 1."""
         if i in self.diagonal:
             factors = diagonal = self.state[f"diagonals_{i}"][where]
         else:
@@ -119,7 +128,7 @@ class KLShampoo(Shampoo):
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         # The others did not start at zero.
-        return correction if i == self._sides[0] else 1.0
+        return correction if i == self.sides[0] else 1.0
 
     def _ridge(self, factors: Tensor, correction: float | Tensor) -> Tensor:
         """Relative to the mean of the eigenvalues. The first side has the size of single squared
@@ -129,6 +138,26 @@ class KLShampoo(Shampoo):
         ridge = torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
         return ridge.clamp_min(torch.finfo(torch.float32).tiny)
 
-    @property
-    def _sides(self) -> list[int]:
-        return sorted((*self.full, *self.diagonal))
+    def _accumulate_sides(self, gradient: Tensor, step: Step, decay: Tensor) -> None:
+        """The same for any number of sides, each with a matrix, a diagonal or nothing."""
+        for i in self.sides:
+            whitened, share = self._over(gradient, gradient[0].numel() / gradient.shape[i + 1])
+            for j in self.sides:
+                if j == i:
+                    continue
+                if j in self.full:
+                    root = self.roots[j].read(dtype=whitened.dtype)
+                    whitened = along(whitened, root, j, symmetric=True)
+                else:
+                    root = self._diagonal_root(j, step.correction)
+                    whitened = scale_along(whitened, root.to(whitened.dtype), j)
+                _bounded(whitened)
+            if i in self.full:
+                self._average(i, unfold(whitened, i), step, decay, share)
+            else:
+                self._average_diagonal(i, whitened.float().square(), step, decay, share)
+
+
+def _bounded(whitened: Tensor) -> Tensor:
+    """In place: the roots of tiny gradients can raise a large one until its square overflows."""
+    return whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)

@@ -105,34 +105,19 @@ def unfold(blocks: Tensor, i: int) -> Tensor:
     return blocks.movedim(i + 1, 1).reshape(len(blocks), blocks.shape[i + 1], -1)
 
 
-def along(
-    blocks: Tensor,
-    matrices: Tensor,
-    i: int,
-    out: Tensor | None = None,
-    *,
-    symmetric: bool = False,
-) -> Tensor:
+def along(blocks: Tensor, matrices: Tensor, i: int, *, symmetric: bool = False) -> Tensor:
     """Multiply blocks [B, d_1, ..., d_k] by matrices [B, e, d_i] along dimension i.
 
     Args:
         symmetric: whether the matrices are: as they lie in the state, CPUs would have to copy them
             to transpose them.
-        out: contiguous memory for the result, other than that of `blocks`; used if i is the first
-            or the last dimension.
     """
     shape = (*blocks.shape[: i + 1], matrices.shape[1], *blocks.shape[i + 2 :])
-    flat_out = None
     if i == blocks.ndim - 2:
         flat = blocks.reshape(len(blocks), -1, blocks.shape[-1])
-        if out is not None:
-            flat_out = out.view(len(blocks), -1, shape[-1])
-        right = matrices if symmetric else matrices.mT
-        return torch.bmm(flat, right, out=flat_out).view(shape)
-    if i == 0 and out is not None:
-        flat_out = out.view(len(blocks), shape[1], -1)
+        return torch.bmm(flat, matrices if symmetric else matrices.mT).view(shape)
     rest = [n for d, n in enumerate(shape[1:]) if d != i]
-    unfolded = torch.bmm(matrices, unfold(blocks, i), out=flat_out)
+    unfolded = torch.bmm(matrices, unfold(blocks, i))
     return unfolded.view(shape[0], shape[i + 1], *rest).movedim(1, i + 1)
 
 

@@ -1,220 +1,58 @@
-"""Shampoo: Kronecker factors of the gradient's second moment and their inverse roots."""
+"""Shampoo (Gupta et al. 2018, arXiv 1802.09568, algorithms 1 and 2).
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+For a block of m x n, its gradient G and momentum N:
+
+    L <- beta2 L + (1 - beta2) G G^T        [m, m]; for beta2 = 1 sums
+    R <- beta2 R + (1 - beta2) G^T G        [n, n]
+    P_L = (L / c + ridge I)^(-1/4)          when a refresh is due; c is the bias correction
+    P_R = (R / c + ridge I)^(-1/4)
+    D = P_L N P_R
+
+A block of k dimensions has a factor for each, of its gradient unfolded along it, and the exponent
+is -1 / (2k).
+"""
 
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.rules.factors import condition_number, factor_kinds
-from shampoo_fsdp.rules.matrices import (
-    MatrixStack,
-    StateEntry,
-    along,
-    per_block,
-    scale_along,
-    unfold,
-)
-from shampoo_fsdp.rules.roots import inverse_root, inverse_root_from_basis, ridged_powers
-from shampoo_fsdp.rules.rule import Health, Positions, Rule, register
+from shampoo_fsdp.rules.matrices import unfold
+from shampoo_fsdp.rules.root_rule import RootRule
+from shampoo_fsdp.rules.rule import Positions, register
 from shampoo_fsdp.rules.step import Step
-from shampoo_fsdp.validation import refuse
 
-__all__ = ["Shampoo"]
-
-_POWER_ITERATIONS = 8
-_TINY = torch.finfo(torch.float32).tiny
+__all__ = ["ShampooRule"]
 
 
 @register
-class Shampoo(Rule):
-    """Gupta et al. 2018 (arXiv 1802.09568), algorithms 1 and 2: one factor L_i, [B, d_i, d_i], for
-    each dimension, the direction being the momentum multiplied by L_i^(-1/(2k)) along each.
-
-    Dimensions with a diagonal factor keep the diagonal of L_i, whose root is taken on every step.
-    """
+class ShampooRule(RootRule):
+    """The equations above, on stacks of blocks."""
 
     name = "shampoo"
     number = 0
-    entries = ("factors", "diagonals", "inverse_roots", "eigenvectors")
-    root_methods: ClassVar[tuple[str, ...]] = (
-        "eigh",
-        "eigh_pseudo_inverse",
-        "coupled_newton",
-        "polynomial",
-        "qr",
-    )
-    root_method_by_products = "polynomial"
-    matmul_precision = "medium"
-    rounds_roots = True
     products = 2
-    works_cold = False
-
-    @classmethod
-    def check(cls, config: ShampooConfig) -> None:
-        method = config.root_method
-        if config.factor_dtype == "bfloat16" and method in ("coupled_newton", "polynomial"):
-            # Rounding makes eigenvalues negative, down to 2^-7 of the largest: these diverge then.
-            refuse("root_method", method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
-
-    @classmethod
-    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
-        entries: dict[str, StateEntry] = {}
-        for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
-            if kind == "full":
-                entries |= cls._matrix_entries(i, n, config, "factors", "inverse_roots")
-                if config.basis_method == "qr":
-                    entries |= cls._matrix_entries(i, n, config, "eigenvectors")
-            elif kind == "diagonal":
-                entries[f"diagonals_{i}"] = (n,), torch.float32
-        return entries
-
-    def __init__(
-        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(shape, config, state)
-        self.roots = {i: MatrixStack(state[f"inverse_roots_{i}"]) for i in self.full}
-        # How much the last refresh changed each root, for `health`; in no checkpoint.
-        kept = {i: root.storage for i, root in self.roots.items()}
-        self._changes = {i: m.new_zeros(len(m), dtype=torch.float32) for i, m in kept.items()}
-
-    def restart(self, where: Positions) -> None:
-        for i in self.full:
-            self.state[f"factors_{i}"][where] = 0.0
-        for i in self.diagonal:
-            self.state[f"diagonals_{i}"][where] = 0.0
-        for i, root in self.roots.items():
-            root.write_identity(where)
-            if f"eigenvectors_{i}" in self.state:
-                MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
 
     def accumulate(self, gradient: Tensor, step: Step) -> None:
-        """L_i <- beta2 L_i + (1 - beta2) G_(i) G_(i)^T, the gradient unfolded along i."""
+        """L <- beta2 L + (1 - beta2) G G^T, and R likewise."""
         low = gradient.to(self.products_in)
+        if self.two_sided:
+            self._average(0, low, step, step.decay)
+            self._average(1, low.mT, step, step.decay)
+            return
         for i in self.full:
             self._average(i, unfold(low, i), step, step.decay)
         for i in self.diagonal:
             self._average_diagonal(i, gradient.square(), step, step.decay)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        failed: dict[int, Tensor] = {}
-        for n in sorted({self.factors[i].size for i in self.full}):
-            same = [i for i in self.full if self.factors[i].size == n]
-            # Sides of one length in one call: half as many kernels for square blocks.
-            factors = torch.cat([self.factors[i].read(where) for i in same])
-            own = _joined([self._correction_of(i, correction) for i in same], factors)
-            roots, bad = self._roots_of(same, where, factors, cold, self._ridge(factors, own), own)
-            # A block that has seen no gradient has no scale: its roots would blow up the first.
-            unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
-            failed |= zip(same, bad.chunk(len(same)), strict=True)
-            roots = roots.to(self.roots[same[0]].storage.dtype)
-            before = torch.cat([self.roots[i].read(where, roots.dtype) for i in same])
-            roots = torch.where(per_block(bad | unseen, 3), before, roots)
-            changes = _change(before, roots)
-            if cold:  # the first root takes the place of the identity
-                changes = torch.zeros_like(changes)
-            parts = (roots.chunk(len(same)), changes.chunk(len(same)))
-            for i, root, change in zip(same, *parts, strict=True):
-                self.roots[i].write(root, where)
-                self._changes[i][where] = change
-        return torch.stack([failed[i] for i in self.full])
-
-    def _roots_of(
-        self,
-        sides: Sequence[int],
-        where: Positions,
-        factors: Tensor,
-        cold: bool,
-        ridge: float | Tensor,
-        correction: float | Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Inverse roots of the factors of sides of one length, side after side, and where that
-        failed."""
-        method = self.config.basis_method
-        if method != "qr":
-            return inverse_root(factors, self.exponent, ridge, method, self.resolution, correction)
-        bases = [
-            self._updated_basis(i, where, part, cold)
-            for i, part in zip(sides, factors.chunk(len(sides)), strict=True)
-        ]
-        eigenvalues = torch.cat([basis[0] for basis in bases])
-        vectors = torch.cat([basis[1] for basis in bases])
-        failed = torch.cat([basis[2] for basis in bases])
-        eigenvalues = eigenvalues / per_block(correction, 2)
-        roots = inverse_root_from_basis(eigenvalues, vectors, self.exponent, ridge, self.resolution)
-        return roots, failed | roots.sum((1, 2)).isfinite().logical_not_()
-
-    def health(self, correction: float | Tensor) -> Health:
-        """The residual is the change of the root at its last refresh: it is known what the old one
-        was good for when there is a new one."""
-        conditions = []
-        for i, root in self.roots.items():
-            factor = self.factors[i].read()
-            # What the root magnifies most is what the factor has least of.
-            largest, smallest = (_growth(factor, _dominant(m)) for m in (factor, root.read()))
-            conditions.append(condition_number(largest, smallest, self.resolution))
-        changes = torch.stack([*self._changes.values()])
-        return Health(torch.stack(conditions), changes.clamp_max_(1.0))
+        """P_L = (L / c + ridge I)^(-1/4), P_R = (R / c + ridge I)^(-1/4)."""
+        return self._take_roots(where, cold, correction)
 
     def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
-        result = momentum
-        for i in self.diagonal:
-            result = scale_along(result, self._diagonal_root(i, step.correction), i)
-        low = self.products_in
-        result = result.to(low)
-        for i in reversed(self.roots):
-            last = i == self.full[0] and result is not out and low == out.dtype
-            root = self.roots[i].read(dtype=low)
-            result = along(result, root, i, out if last else None, symmetric=True)
-        return result
-
-    def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
-        """The root of a diagonal factor, [B, d_i]."""
-        own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
-        ridge = self._ridge(diagonal, own)
-        return ridged_powers(diagonal / per_block(own, 2), self.exponent, ridge, self.resolution)
-
-    def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
-        """The bias correction of the factors of dimension i."""
-        return correction
+        """D = P_L N P_R."""
+        if not self.two_sided:
+            return self._multiply_sides(momentum, step)
+        left, right = self._read_roots()
+        return torch.bmm(left, momentum @ right, out=out)
 
     def _ridge(self, factors: Tensor, correction: float | Tensor) -> float | Tensor:
-        """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are over their
-        correction; a number or [B]."""
         return self.config.preconditioner_eps
-
-
-def _joined(values: Sequence[float | Tensor], factors: Tensor) -> float | Tensor:
-    """Values of sides, numbers or [n], as one number or [sides * n]."""
-    first = values[0]
-    if not any(isinstance(value, Tensor) for value in values) and len({*values}) == 1:
-        return first
-    n = len(factors) // len(values)
-    return torch.cat(
-        [value if isinstance(value, Tensor) else factors.new_full((n,), value) for value in values]
-    )
-
-
-def _change(before: Tensor, after: Tensor) -> Tensor:
-    """||after - before|| / ||after|| of matrices [B, n, n]; [B]."""
-    change, whole = (
-        torch.linalg.vector_norm(m, 2, (1, 2), dtype=torch.float32) for m in (after - before, after)
-    )
-    relative: Tensor = change / whole
-    return relative
-
-
-def _dominant(matrices: Tensor) -> Tensor:
-    """About the eigenvectors of the largest eigenvalues of positive semi-definite matrices
-    [B, n, n]; rows of length 1, [B, 1, n]."""
-    vectors = torch.ones_like(matrices[:, :1])  # rows, see `root_residual`
-    for _ in range(_POWER_ITERATIONS):
-        vectors = torch.nn.functional.normalize(vectors @ matrices, dim=-1, eps=_TINY)
-    return vectors
-
-
-def _growth(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """v A v^T of rows v of length 1, [B]."""
-    result: Tensor = (vectors @ matrices * vectors).sum((1, 2))
-    return result

@@ -1,5 +1,20 @@
-"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+"""SOAP (Vyas et al. 2024, arXiv 2409.11321, algorithm 3): Adam in Shampoo's eigenbasis.
 
+For a block of m x n, its gradient G and momentum N:
+
+    L <- beta2 L + (1 - beta2) G G^T,  R <- beta2 R + (1 - beta2) G^T G
+    Q_L, Q_R: the eigenvectors of L and R, in columns       when a refresh is due
+    V <- beta2 V + (1 - beta2) (Q_L^T G Q_R)^2              V moves with its basis at a refresh
+    D = Q_L [Q_L^T N Q_R / (sqrt(V / c) + eps)] Q_R^T       c is the bias correction
+
+Q is the identity until the first refresh: until then this is Adam. At the first refresh V starts
+from the product of the factors' eigenvalues over their trace (Morwani et al. 2024, arXiv
+2406.17748: the closest Kronecker product), as its entries in the old basis say nothing about the
+new one. Later V moves with its basis, as the diagonal of a covariance does, so that each entry
+belongs to what the momentum has there. A dimension without a matrix keeps its own basis.
+"""
+
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +34,7 @@ from shampoo_fsdp.rules.rule import Health, Positions, Rule, register
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
 
-__all__ = ["Soap"]
+__all__ = ["SoapRule"]
 
 # Where gradients lack rank, the same training on two meshes must not drift apart by rounding. Two
 # 64 x 64 layers, 1 to 4 rows of a batch on each of 3 ranks, 10 steps: parameters differed by 89%
@@ -41,16 +56,8 @@ _FLOOR = 1e-8
 
 
 @register
-class Soap(Rule):
-    """Vyas et al. 2024 (arXiv 2409.11321), algorithm 3: the factors are Shampoo's; the second
-    moment V is averaged in their eigenbasis Q, and the direction is Adam's there.
-
-    Q is the identity until the first refresh: until then this is Adam. At the first refresh V
-    starts from the product of the factors' eigenvalues over their trace (Morwani et al. 2024, arXiv
-    2406.17748: the closest Kronecker product), as its entries in the old basis say nothing about
-    the new one. Later V moves with its basis, as the diagonal of a covariance does, so that each
-    entry belongs to what the momentum has there. A dimension without a matrix keeps its own basis.
-    """
+class SoapRule(Rule):
+    """The equations above, on stacks of blocks."""
 
     name = "soap"
     number = 1
@@ -66,26 +73,14 @@ class Soap(Rule):
         if any(config.root_exponents):
             refuse("root_exponents", config.root_exponents, f"[] for {cls.name}")
 
-    @classmethod
-    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
-        entries: dict[str, StateEntry] = {"second_moment": (tuple(shape), torch.float32)}
-        for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
-            if kind == "full":
-                entries |= cls._matrix_entries(i, n, config, "factors", "eigenvectors")
-        return entries
-
-    def restart(self, where: Positions) -> None:
-        self.state["second_moment"][where] = 0.0
-        for i in self.full:
-            self.state[f"factors_{i}"][where] = 0.0
-            MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
-
     def accumulate(self, gradient: Tensor, step: Step) -> None:
+        """L <- beta2 L + (1 - beta2) G G^T, and R likewise."""
         low = gradient.to(self.products_in)
         for i in self.full:
             self._average(i, unfold(low, i), step, step.decay)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        """Q_L and Q_R of L and R, and V in the new basis."""
         eigenvalues, failures = [], []
         resolution = max(self.resolution, _RESOLUTION)
         moved = self.state["second_moment"][where]
@@ -109,19 +104,51 @@ class Soap(Rule):
             self.state["second_moment"][where] = moved
         return torch.stack(failures)
 
-    def health(self, correction: float | Tensor) -> Health:
-        """From Q^T L Q, whose diagonal has the eigenvalues; the residual is what is beside it."""
-        conditions, residuals = [], []
+    def observe(self, gradient: Tensor, step: Step) -> None:
+        """V <- beta2 V + (1 - beta2) (Q_L^T G Q_R)^2."""
+        projected = self._to_basis(gradient, step)
+        moment = self.state["second_moment"].mul_(per_block(step.decay, gradient.ndim))
+        moment.addcmul_(projected, projected, value=step.weight)
+
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
+        """D = Q_L [Q_L^T N Q_R / (sqrt(V / c) + eps)] Q_R^T."""
+        root = per_block(step.correction**0.5, momentum.ndim)
+        moment = self.state["second_moment"]
+        denominator = moment.sqrt().add_(step.eps * root)
+        result = torch.div(self._to_basis(momentum, step), denominator, out=denominator)
+        if step.warm:
+            result = self._from_basis(result.mul_(self._fade(moment)), out)
+        return result.float().mul_(root)
+
+    def _to_basis(self, blocks: Tensor, step: Step) -> Tensor:
+        """Q_L^T G Q_R; before the first refresh G."""
+        if not step.warm:
+            return blocks.float()
+        blocks = blocks.to(self.products_in)
+        if self.two_sided:
+            left, right = self._vectors(0), self._vectors(1)
+            return (left.mT @ blocks @ right).float()
         for i in self.full:
-            vectors = self.state[f"eigenvectors_{i}"].float()
-            rotated = vectors.mT @ self.factors[i].read() @ vectors
-            eigenvalues = rotated.diagonal(dim1=1, dim2=2)
-            largest, smallest = eigenvalues.amax(1), eigenvalues.amin(1)
-            conditions.append(condition_number(largest, smallest, self.resolution))
-            whole = torch.linalg.matrix_norm(rotated)
-            beside = torch.linalg.matrix_norm(rotated - torch.diag_embed(eigenvalues))
-            residuals.append(beside / torch.where(whole > 0.0, whole, 1.0))
-        return Health(torch.stack(conditions), torch.stack(residuals))
+            blocks = along(blocks, self._vectors(i).mT, i)
+        return blocks.float()
+
+    def _from_basis(self, blocks: Tensor, out: Tensor) -> Tensor:
+        """Q_L D Q_R^T."""
+        blocks = blocks.to(self.products_in)
+        if self.two_sided:
+            left, right = self._vectors(0), self._vectors(1)
+            return torch.bmm(left, blocks @ right.mT, out=out)
+        for i in reversed(self.full):
+            blocks = along(blocks, self._vectors(i), i)
+        return blocks
+
+    def _fade(self, moment: Tensor) -> Tensor:
+        """What entries of the direction are multiplied by: 1, or less where V is rounding."""
+        floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
+        if self.full:  # in the basis of the axes small entries are no rounding
+            floor.mul_(per_block(self._turned(), moment.ndim))
+        floor.clamp_min_(torch.finfo(torch.float32).tiny)
+        return moment.div(floor).clamp_max_(1.0)
 
     def _start_second_moment(
         self, where: Positions, eigenvalues: Sequence[Tensor], failed: Tensor
@@ -144,43 +171,40 @@ class Soap(Rule):
             per_block(failed, before.ndim), before, started
         )
 
-    def observe(self, gradient: Tensor, step: Step) -> None:
-        """V <- beta2 V + (1 - beta2) (the gradient in the eigenbasis)^2."""
-        projected = self._to_basis(gradient, step)
-        moment = self.state["second_moment"].mul_(per_block(step.decay, gradient.ndim))
-        moment.addcmul_(projected, projected, value=step.weight)
-
-    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
-        """Adam's direction in the eigenbasis, seen from outside."""
-        root = step.correction**0.5
-        if isinstance(root, Tensor):
-            root = per_block(root, momentum.ndim)
-        moment = self.state["second_moment"]
-        denominator = moment.sqrt().add_(step.eps * root)
-        result = torch.div(self._to_basis(momentum, step), denominator, out=denominator)
-        if step.warm:
-            floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
-            if self.full:  # in the basis of the axes small entries are no rounding
-                floor.mul_(per_block(self._turned(), moment.ndim))
-            floor.clamp_min_(torch.finfo(torch.float32).tiny)
-            result.mul_(moment.div(floor).clamp_max_(1.0))
-            result = result.to(self.products_in)
-            for i in reversed(self.full):
-                last = i == self.full[0] and result.dtype == out.dtype
-                result = along(result, self._vectors(i), i, out if last else None)
-        return result.float().mul_(root)
-
-    def _to_basis(self, blocks: Tensor, step: Step) -> Tensor:
-        if step.warm:
-            blocks = blocks.to(self.products_in)
-            for i in self.full:
-                blocks = along(blocks, self._vectors(i).mT, i)
-        return blocks.float()
-
     def _turned(self) -> Tensor:
         """Whether a block has another basis than that of the axes, [B]."""
-        sides = [self.state[f"eigenvectors_{i}"].diagonal(dim1=1, dim2=2) for i in self.full]
-        return torch.stack([(side != 1.0).any(1) for side in sides]).any(0)
+        least = [
+            self.state[f"eigenvectors_{i}"].diagonal(dim1=1, dim2=2).amin(1) for i in self.full
+        ]
+        return functools.reduce(torch.minimum, least) < 1.0
 
     def _vectors(self, i: int) -> Tensor:
         return self.state[f"eigenvectors_{i}"].to(self.products_in)
+
+    @classmethod
+    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        entries: dict[str, StateEntry] = {"second_moment": (tuple(shape), torch.float32)}
+        for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
+            if kind == "full":
+                entries |= cls._matrix_entries(i, n, config, "factors", "eigenvectors")
+        return entries
+
+    def restart(self, where: Positions) -> None:
+        self.state["second_moment"][where] = 0.0
+        for i in self.full:
+            self.state[f"factors_{i}"][where] = 0.0
+            MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
+
+    def health(self, correction: float | Tensor) -> Health:
+        """From Q^T L Q, whose diagonal has the eigenvalues; the residual is what is beside it."""
+        conditions, residuals = [], []
+        for i in self.full:
+            vectors = self.state[f"eigenvectors_{i}"].float()
+            rotated = vectors.mT @ self.factors[i].read() @ vectors
+            eigenvalues = rotated.diagonal(dim1=1, dim2=2)
+            largest, smallest = eigenvalues.amax(1), eigenvalues.amin(1)
+            conditions.append(condition_number(largest, smallest, self.resolution))
+            whole = torch.linalg.matrix_norm(rotated)
+            beside = torch.linalg.matrix_norm(rotated - torch.diag_embed(eigenvalues))
+            residuals.append(beside / torch.where(whole > 0.0, whole, 1.0))
+        return Health(torch.stack(conditions), torch.stack(residuals))

@@ -387,7 +387,7 @@ class TestAsATorchOptimizer:
         def fail(matrices: Tensor, *_: object) -> tuple[Tensor, Tensor]:
             return torch.full_like(matrices, torch.nan), torch.ones(len(matrices)).bool()
 
-        monkeypatch.setattr("shampoo_fsdp.rules.shampoo.inverse_root", fail)
+        monkeypatch.setattr("shampoo_fsdp.rules.root_rule.inverse_root", fail)
         weight = nn.Parameter(torch.zeros(4, 4))
         optimizer = Shampoo(
             [("w", weight)],

@@ -1,0 +1,219 @@
+"""What Shampoo and KL-Shampoo share: factors and inverse roots of any number of sides."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.rules.factors import condition_number, factor_kinds
+from shampoo_fsdp.rules.matrices import (
+    MatrixStack,
+    StateEntry,
+    along,
+    per_block,
+    scale_along,
+)
+from shampoo_fsdp.rules.roots import inverse_root, inverse_root_from_basis, ridged_powers
+from shampoo_fsdp.rules.rule import Health, Positions, Rule
+from shampoo_fsdp.rules.step import Step
+from shampoo_fsdp.validation import refuse
+
+__all__ = ["RootRule"]
+
+_POWER_ITERATIONS = 8
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class RootRule(Rule):
+    """A rule that multiplies by an inverse root of a factor along each dimension of a block.
+
+    Dimensions with a diagonal factor keep the diagonal, whose root is taken on every step.
+    """
+
+    entries = ("factors", "diagonals", "inverse_roots", "eigenvectors")
+    root_methods: ClassVar[tuple[str, ...]] = (
+        "eigh",
+        "eigh_pseudo_inverse",
+        "coupled_newton",
+        "polynomial",
+        "qr",
+    )
+    root_method_by_products = "polynomial"
+    matmul_precision = "medium"
+    rounds_roots = True
+    works_cold = False
+
+    @classmethod
+    def check(cls, config: ShampooConfig) -> None:
+        method = config.root_method
+        if config.factor_dtype == "bfloat16" and method in ("coupled_newton", "polynomial"):
+            # Rounding makes eigenvalues negative, down to 2^-7 of the largest: these diverge then.
+            refuse("root_method", method, "'eigh' or 'qr' if factor_dtype is 'bfloat16'")
+
+    @classmethod
+    def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        entries: dict[str, StateEntry] = {}
+        for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
+            if kind == "full":
+                entries |= cls._matrix_entries(i, n, config, "factors", "inverse_roots")
+                if config.basis_method == "qr":
+                    entries |= cls._matrix_entries(i, n, config, "eigenvectors")
+            elif kind == "diagonal":
+                entries[f"diagonals_{i}"] = (n,), torch.float32
+        return entries
+
+    def __init__(
+        self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(shape, config, state)
+        self.roots = {i: MatrixStack(state[f"inverse_roots_{i}"]) for i in self.full}
+        self.sides = sorted((*self.full, *self.diagonal))
+        """Dimensions that have a factor."""
+        # How much the last refresh changed each root, for `health`; in no checkpoint.
+        kept = {i: root.storage for i, root in self.roots.items()}
+        self._changes = {i: m.new_zeros(len(m), dtype=torch.float32) for i, m in kept.items()}
+
+    def restart(self, where: Positions) -> None:
+        for i in self.full:
+            self.state[f"factors_{i}"][where] = 0.0
+        for i in self.diagonal:
+            self.state[f"diagonals_{i}"][where] = 0.0
+        for i, root in self.roots.items():
+            root.write_identity(where)
+            if f"eigenvectors_{i}" in self.state:
+                MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
+
+    def _read_roots(self) -> list[Tensor]:
+        """The roots of the dimensions with a matrix, in the type of the products."""
+        return [root.read(dtype=self.products_in) for root in self.roots.values()]
+
+    def _take_roots(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        """(S / c + ridge I)^exponent of the matrices S of all dimensions; arguments and result are
+        those of `refresh`."""
+        failed: dict[int, Tensor] = {}
+        for n in sorted({self.factors[i].size for i in self.full}):
+            sides = [i for i in self.full if self.factors[i].size == n]
+            # Sides of one length in one call: half as many kernels for square blocks.
+            factors = torch.cat([self.factors[i].read(where) for i in sides])
+            c = _joined([self._correction_of(i, correction) for i in sides], factors)
+            ridge = self._ridge(factors, c)
+            roots, bad = self._roots_of(sides, where, factors, cold, ridge, c)
+            failed |= zip(sides, bad.chunk(len(sides)), strict=True)
+            # A block that has seen no gradient has no scale: its roots would blow up the first.
+            unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
+            self._keep_roots(sides, where, roots, bad | unseen, cold)
+        return torch.stack([failed[i] for i in self.full])
+
+    def _keep_roots(
+        self, sides: Sequence[int], where: Positions, roots: Tensor, bad: Tensor, cold: bool
+    ) -> None:
+        """Keep the last roots where these are bad; note how much the others changed."""
+        roots = roots.to(self.roots[sides[0]].storage.dtype)
+        before = torch.cat([self.roots[i].read(where, roots.dtype) for i in sides])
+        roots = torch.where(per_block(bad, 3), before, roots)
+        changes = _change(before, roots)
+        if cold:  # the first root takes the place of the identity
+            changes = torch.zeros_like(changes)
+        parts = (roots.chunk(len(sides)), changes.chunk(len(sides)))
+        for i, root, change in zip(sides, *parts, strict=True):
+            self.roots[i].write(root, where)
+            self._changes[i][where] = change
+
+    def _roots_of(
+        self,
+        sides: Sequence[int],
+        where: Positions,
+        factors: Tensor,
+        cold: bool,
+        ridge: float | Tensor,
+        correction: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Inverse roots of the factors of sides of one length, side after side, and where that
+        failed."""
+        method = self.config.basis_method
+        if method != "qr":
+            return inverse_root(factors, self.exponent, ridge, method, self.resolution, correction)
+        bases = [
+            self._updated_basis(i, where, part, cold)
+            for i, part in zip(sides, factors.chunk(len(sides)), strict=True)
+        ]
+        eigenvalues = torch.cat([basis[0] for basis in bases])
+        vectors = torch.cat([basis[1] for basis in bases])
+        failed = torch.cat([basis[2] for basis in bases])
+        eigenvalues = eigenvalues / per_block(correction, 2)
+        roots = inverse_root_from_basis(eigenvalues, vectors, self.exponent, ridge, self.resolution)
+        return roots, failed | roots.sum((1, 2)).isfinite().logical_not_()
+
+    def health(self, correction: float | Tensor) -> Health:
+        """The residual is the change of the root at its last refresh: it is known what the old one
+        was good for when there is a new one."""
+        conditions = []
+        for i, root in self.roots.items():
+            factor = self.factors[i].read()
+            # What the root magnifies most is what the factor has least of.
+            largest, smallest = (_growth(factor, _dominant(m)) for m in (factor, root.read()))
+            conditions.append(condition_number(largest, smallest, self.resolution))
+        changes = torch.stack([*self._changes.values()])
+        return Health(torch.stack(conditions), changes.clamp_max_(1.0))
+
+    def _multiply_sides(self, momentum: Tensor, step: Step) -> Tensor:
+        """`direction` for any number of sides, each with a matrix, a diagonal or nothing."""
+        for i in self.diagonal:
+            momentum = scale_along(momentum, self._diagonal_root(i, step.correction), i)
+        momentum = momentum.to(self.products_in)
+        for i, root in reversed(self.roots.items()):
+            momentum = along(momentum, root.read(dtype=self.products_in), i, symmetric=True)
+        return momentum
+
+    def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
+        """The root of a diagonal factor, [B, d_i]."""
+        own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
+        ridge = self._ridge(diagonal, own)
+        return ridged_powers(diagonal / per_block(own, 2), self.exponent, ridge, self.resolution)
+
+    def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
+        """The bias correction of the factors of dimension i."""
+        return correction
+
+    @abstractmethod
+    def _ridge(self, factors: Tensor, correction: float | Tensor) -> float | Tensor:
+        """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are over their
+        correction; a number or [B]."""
+
+
+def _joined(values: Sequence[float | Tensor], factors: Tensor) -> float | Tensor:
+    """Values of sides, numbers or [n], as one number or [sides * n]."""
+    first = values[0]
+    if not any(isinstance(value, Tensor) for value in values) and len({*values}) == 1:
+        return first
+    n = len(factors) // len(values)
+    return torch.cat(
+        [value if isinstance(value, Tensor) else factors.new_full((n,), value) for value in values]
+    )
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """||after - before|| / ||after|| of matrices [B, n, n]; [B]."""
+    change, whole = (
+        torch.linalg.vector_norm(m, 2, (1, 2), dtype=torch.float32) for m in (after - before, after)
+    )
+    relative: Tensor = change / whole
+    return relative
+
+
+def _dominant(matrices: Tensor) -> Tensor:
+    """About the eigenvectors of the largest eigenvalues of positive semi-definite matrices
+    [B, n, n]; rows of length 1, [B, 1, n]."""
+    vectors = torch.ones_like(matrices[:, :1])  # rows, see `root_residual`
+    for _ in range(_POWER_ITERATIONS):
+        vectors = torch.nn.functional.normalize(vectors @ matrices, dim=-1, eps=_TINY)
+    return vectors
+
+
+def _growth(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """v A v^T of rows v of length 1, [B]."""
+    result: Tensor = (vectors @ matrices * vectors).sum((1, 2))
+    return result
