@@ -6,7 +6,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal
 
 from shampoo_fsdp.validation import (
     NonNegativeFloat,
@@ -22,7 +22,6 @@ from shampoo_fsdp.validation import (
 __all__ = [
     "DEFAULT_EXCLUDE",
     "RULES",
-    "RuleSettings",
     "ShampooConfig",
 ]
 
@@ -38,21 +37,9 @@ _EMBEDDINGS_AND_OUTPUT = (
 )
 
 
-class RuleSettings(Protocol):
-    """What the settings need to know of a rule, see :class:`shampoo_fsdp.rules.Rule`."""
-
-    root_methods: ClassVar[tuple[str, ...]]
-    """Allowed values of `root_method`; the first is the default."""
-    averages: ClassVar[bool]
-    """Whether its factors must be averages."""
-
-    @classmethod
-    def check(cls, config: "ShampooConfig") -> None:
-        """Raise a ValueError if a setting has a value that the rule does not allow."""
-
-
-RULES: dict[str, type[RuleSettings]] = {}
-"""The rules, by the name that the setting `preconditioner` gives them: each registers itself."""
+RULES: dict[str, Any] = {}
+"""The rules, by the name that the setting `preconditioner` gives them: each class registers
+itself (see :class:`shampoo_fsdp.rules.Rule`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,14 +247,14 @@ class ShampooConfig:
         return named if len(named) == len(self.exclude) else [*_EMBEDDINGS_AND_OUTPUT, *named]
 
     @property
-    def rule(self) -> type[RuleSettings]:
+    def rule(self) -> Any:
         """What `preconditioner` names."""
         return RULES[self.preconditioner]
 
     @property
     def basis_method(self) -> str:
         """`root_method`, or its default where it is not set."""
-        return self.root_method or self.rule.root_methods[0]
+        return self.root_method or str(self.rule.root_methods[0])
 
     @property
     def elementwise_method(self) -> str:

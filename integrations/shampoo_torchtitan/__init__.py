@@ -31,13 +31,9 @@ def register() -> None:
     Calling it again changes nothing.
     """
     # Here: without a GPU TorchTitan cannot be imported before `demo.cpu` is enabled.
-    from shampoo_torchtitan import demo
+    from shampoo_torchtitan.generation import titan
 
-    if not JOBS_ARE_FUNCTIONS:  # which name it themselves
-        from shampoo_torchtitan import optimizer
-
-        optimizer.register()
-    demo.register()
+    titan().register()
 
 
 if "torchtitan" in sys.modules and not JOBS_ARE_FUNCTIONS:

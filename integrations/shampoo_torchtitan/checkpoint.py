@@ -13,6 +13,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict_loader import load
+from torchtitan.components.checkpoint import (
+    DATALOADER,
+    LR_SCHEDULER,
+    MODEL,
+    OPTIMIZER,
+    CheckpointManager,
+)
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
@@ -22,45 +29,20 @@ from shampoo_fsdp.checkpoint.safe_values import without_code
 from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_torchtitan.checkpoint_folders import complete_checkpoints, find_steps, is_remote
 from shampoo_torchtitan.checkpoint_lock import FolderLock
-from shampoo_torchtitan.container import ShampooContainer
-from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+from shampoo_torchtitan.container import JobError, ShampooContainer
+from shampoo_torchtitan.generation import titan
 from shampoo_torchtitan.names import ReaderOfOldNames
 
-if JOBS_ARE_FUNCTIONS:
-    from torchtitan.components.checkpointer import (
-        DATALOADER,
-        LR_SCHEDULER,
-        MODEL,
-        OPTIMIZER,
-        CheckpointManager,
-    )
-else:
-    from torchtitan.components.checkpoint import (
-        DATALOADER,
-        LR_SCHEDULER,
-        MODEL,
-        OPTIMIZER,
-        CheckpointManager,
-    )
-
 __all__ = [
-    "CheckpointError",
     "ShampooCheckpoints",
     "complete_checkpoints",
     "explain",
-    "look_after_shampoo",
+    "extend_checkpoints",
 ]
 
 
 _Answer = TypeVar("_Answer")
 _LITTLE_SPACE = 2**20  # bytes; what could not be written is still there
-
-
-class CheckpointError(CheckpointException):
-    """Why a checkpoint cannot be loaded or saved, in a sentence; raised on every rank."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def explain(error: CheckpointException, folder: str) -> str:
@@ -70,8 +52,6 @@ def explain(error: CheckpointException, folder: str) -> str:
         error: What loading it raised; every rank has the failures of all.
         folder: The checkpoint.
     """
-    if isinstance(error, CheckpointError):
-        return str(error)
     for failure, _ in error.failures.values():
         if isinstance(failure, CheckpointMismatch):
             return (
@@ -101,11 +81,10 @@ def _first_failure(error: CheckpointException) -> str:
     return f"rank {rank} found {type(failure).__name__}: {said[0]}"
 
 
-def _cannot_save(error: CheckpointException, folder: str) -> CheckpointError:
-    return CheckpointError(
+def _cannot_save(error: CheckpointException, folder: str) -> JobError:
+    return JobError(
         f"Cannot save a checkpoint in {folder}: {_disk_is_full(folder)}{_first_failure(error)}. "
-        f"Complete ones there: {_complete_ones(folder)}.",
-        error.failures,
+        f"Complete ones there: {_complete_ones(folder)}."
     )
 
 
@@ -123,14 +102,14 @@ class ShampooCheckpoints(CheckpointManager):
 
     folder_lock: FolderLock | None = None
 
-    def look_after_folder(self) -> None:
+    def lock_folder(self) -> None:
         """Refuses a folder that cannot be used, or that another job saves its checkpoints in."""
         if self.enable:
             _asked_of_rank_0(self._lock, "Cannot use the folder of checkpoints: ")
 
     def _lock(self) -> None:
         if is_remote(self.folder):
-            if not JOBS_ARE_FUNCTIONS:
+            if not titan().loads_remote_folders:
                 raise ValueError(
                     f"checkpoint.folder is {self.folder}, and TorchTitan 0.2 never loads from it; "
                     "allowed: folders without '://'"
@@ -164,10 +143,9 @@ class ShampooCheckpoints(CheckpointManager):
                     self.folder = f"{folder}/none"
             return bool(super().load(step))
         except FileNotFoundError:
-            raise CheckpointError(
+            raise JobError(
                 f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
-                f"{_complete_ones(folder)}.",
-                {},
+                f"{_complete_ones(folder)}."
             ) from None
         finally:
             self.folder = folder
@@ -184,7 +162,7 @@ class ShampooCheckpoints(CheckpointManager):
             return
         reader = self._reader(checkpoint_id)
         if _asked_of_rank_0(lambda: reader.size(".metadata"), f"{checkpoint_id}: ") is None:
-            raise CheckpointError(explain(CheckpointException("", {}), checkpoint_id), {})
+            raise JobError(explain(CheckpointException("", {}), checkpoint_id))
         before = _hyperparameters(self)
         try:
             load(
@@ -194,7 +172,7 @@ class ShampooCheckpoints(CheckpointManager):
                 planner=_JobPlanner(self.states[OPTIMIZER].shampoos[0].config.on_mismatch),
             )
         except CheckpointException as error:
-            raise CheckpointError(explain(error, checkpoint_id), error.failures) from None
+            raise JobError(explain(error, checkpoint_id)) from None
         if MODEL in self.states:
             self.states[MODEL].load_state_dict(state_dict)
         for name, now in _hyperparameters(self).items():
@@ -202,8 +180,6 @@ class ShampooCheckpoints(CheckpointManager):
                 logger.info(f"The checkpoint's {name} = {now} wins over the job's {before[name]}")
 
     def _reader(self, folder: str) -> SafeFileSystemReader:
-        if not JOBS_ARE_FUNCTIONS:
-            return SafeFileSystemReader(folder)
         model = self.states[MODEL]
         names = [name for part in model.model for name, _ in part.named_parameters()]
         return ReaderOfOldNames(folder, [*map(plain_name, names), *model.state_dict()])
@@ -300,7 +276,7 @@ def _asked_of_rank_0(question: Callable[[], _Answer], failed: str) -> _Answer:
     """What rank 0 finds in a file system, on every rank.
 
     Raises:
-        CheckpointError: On every rank: `failed`, and what rank 0 could not do.
+        JobError: On every rank: `failed`, and what rank 0 could not do.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -310,7 +286,7 @@ def _asked_of_rank_0(question: Callable[[], _Answer], failed: str) -> _Answer:
             answer[1] = str(error) or repr(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise CheckpointError(f"{failed}{answer[1]}.", {})
+        raise JobError(f"{failed}{answer[1]}.")
     return answer[0]  # type: ignore[no-any-return]
 
 
@@ -333,7 +309,7 @@ def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
     optimizers = getattr(self, "states", {}).get(OPTIMIZER)
     if isinstance(optimizers, ShampooContainer) and optimizers.shampoos:
         self.__class__ = _class_for(type(self))
-        self.look_after_folder()
+        self.lock_folder()
 
 
 @functools.cache
@@ -344,7 +320,7 @@ def _class_for(manager: type[CheckpointManager]) -> type[CheckpointManager]:
     return type(manager.__name__, (ShampooCheckpoints, manager), {})
 
 
-def look_after_shampoo() -> None:
+def extend_checkpoints() -> None:
     """Makes TorchTitan's CheckpointManager a :class:`ShampooCheckpoints` where the job is one of
     Shampoo; calling it again changes nothing. (0.2 has no hook: a job cannot choose its class.)
     """

@@ -29,9 +29,10 @@ from shampoo_fsdp.runtime.groups import FromModel
 from shampoo_fsdp.validation import refuse
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import (
-    BadSetting,
+    JobError,
     ShampooContainer,
     alike_on_all_ranks,
+    hyperparameters,
     with_heads,
 )
 from shampoo_torchtitan.param_groups import (
@@ -68,18 +69,12 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         """Shampoo's own settings."""
 
         def __post_init__(self) -> None:
-            validate_hyperparameters(
-                self.shampoo,
-                lr=self.lr,
-                betas=(self.beta1, self.beta2),
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-            )
+            validate_hyperparameters(self.shampoo, **hyperparameters(self))
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         """
         Raises:
-            BadSetting: The settings do not fit the model, on this rank or on another.
+            JobError: The settings do not fit the model, on this rank or on another.
         """
         with alike_on_all_ranks():
             own = with_heads(config.shampoo, model_parts)
@@ -102,8 +97,8 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
         if not self.shampoos:
             return
         self.complete_groups(config.implementation)
-        checkpoint.look_after_shampoo()
-        metrics.look_after_shampoo()
+        checkpoint.extend_checkpoints()
+        metrics.extend_metrics()
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -179,7 +174,7 @@ def use_shampoo(
         **settings: Fields of ShampooConfig.
 
     Raises:
-        BadSetting: The job's container is of another kind, or a setting is not allowed.
+        JobError: The job's container is of another kind, or a setting is not allowed.
     """
     try:
         if type(config) not in (OptimizersContainer.Config, ShampooOptimizers.Config):
@@ -196,7 +191,7 @@ def use_shampoo(
         given = {k: v for k, v in zip(HYPERPARAMETERS, values, strict=True) if v is not None}
         return in_groups(config, NAME, given, own, "it")
     except (TypeError, ValueError) as error:
-        raise BadSetting(f"Bad job settings: use_shampoo: {error}") from None
+        raise JobError(f"Bad job settings: use_shampoo: {error}") from None
 
 
 def in_groups(

@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.runtime.diagnostics import Diagnostics
 
-__all__ = ["BadSetting", "ShampooContainer", "alike_on_all_ranks", "with_heads"]
+__all__ = ["JobError", "ShampooContainer", "alike_on_all_ranks", "hyperparameters", "with_heads"]
 
 # What groups of AdamW have beside ours: TorchTitan asks every checkpoint for all of them, so that a
 # job of AdamW can go on from one of Shampoo.
@@ -25,8 +25,8 @@ _OF_ADAMW = {
 }
 
 
-class BadSetting(ValueError):
-    """Why the optimizer cannot be built, in a sentence; raised on every rank."""
+class JobError(ValueError):
+    """Why a job cannot begin or go on, in a sentence; raised on every rank."""
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def alike_on_all_ranks() -> Iterator[None]:
     """What is refused on one rank, as by the parameters of a stage of a pipeline, is on all.
 
     Raises:
-        BadSetting: On every rank, if what is within raises on any; an error that is not about
+        JobError: On every rank, if what is within raises on any; an error that is not about
             settings stays itself where it happened.
     """
     problem, cause = None, None
@@ -49,7 +49,7 @@ def alike_on_all_ranks() -> Iterator[None]:
     if cause is not None and not isinstance(cause, NotImplementedError | TypeError | ValueError):
         raise cause
     if problem is not None:
-        raise BadSetting(f"Cannot build the optimizer: {problem}") from cause
+        raise JobError(f"Cannot build the optimizer: {problem}") from cause
 
 
 def with_heads(config: ShampooConfig, model_parts: Sequence[nn.Module]) -> ShampooConfig:
@@ -67,6 +67,16 @@ def with_heads(config: ShampooConfig, model_parts: Sequence[nn.Module]) -> Shamp
     if len(found) > 1:
         raise ValueError(f"'split_heads' without 'head_dim', and heads of {found} rows: set it.")
     return config.completed(head_dim=found[0]) if found else config
+
+
+def hyperparameters(table: Any) -> dict[str, Any]:
+    """lr, betas, eps and weight_decay as Shampoo takes them, of a job's table of the optimizer."""
+    return {
+        "lr": table.lr,
+        "betas": (table.beta1, table.beta2),
+        "eps": table.eps,
+        "weight_decay": table.weight_decay,
+    }
 
 
 class ShampooContainer:

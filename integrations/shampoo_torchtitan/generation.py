@@ -1,10 +1,61 @@
-"""Which TorchTitan is installed."""
+"""Which TorchTitan is installed, and all that differs between the two."""
 
+import functools
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-__all__ = ["JOBS_ARE_FUNCTIONS", "need_02"]
+from torch import nn
+
+from shampoo_fsdp import ShampooConfig
+
+__all__ = ["JOBS_ARE_FUNCTIONS", "Titan", "need_02", "titan"]
+
+
+class Titan(Protocol):
+    """What differs between generations of TorchTitan; `titan_02` and `titan_03` have one each."""
+
+    Reader: type[Any]
+    """TorchTitan's ConfigManager, with Shampoo's settings in every job."""
+    loads_remote_folders: bool = True
+    """Whether a job goes on from checkpoints in `s3://...` and the like."""
+
+    def register(self) -> None:
+        """Make Shampoo, and what the demo trains, known to TorchTitan."""
+
+    def check(self, config: Any) -> None:
+        """Raise a ValueError for a job that is refused, if reading it has not done so."""
+
+    def fit_to_cpu(self, config: Any) -> list[str]:
+        """Change what cannot work without a GPU; one `table.key = value` for each change."""
+
+    def with_trainer(self, config: Any, trainer: type[Any]) -> Any:
+        """The job, for this trainer in the place of TorchTitan's own."""
+        return config
+
+    def main(self, trainer: type[Any]) -> None:
+        """Run TorchTitan's launcher."""
+
+    def dump_folder(self, config: Any) -> str:
+        """Where a job writes."""
+
+    def model_of(self, config: Any) -> str:
+        """The name and flavor of the model."""
+
+    def shampoo_of(self, config: Any, names: Sequence[str]) -> ShampooConfig:
+        """The settings that parameters of these names get."""
+
+    def keep_parameters_alone(self, config: Any) -> None:
+        """Do what the trainer does first, and switch off what changes no parameter."""
+
+    def mesh_options(self, config: Any) -> dict[str, Any]:
+        """What ParallelDims is told beside degrees."""
+        return {}
+
+    def model_parts(self, config: Any, dims: Any) -> list[nn.Module]:
+        """The parts of the model on this rank, parallelized, without memory."""
 
 
 def _has(file: str) -> bool:
@@ -18,6 +69,18 @@ def _has(file: str) -> bool:
 JOBS_ARE_FUNCTIONS = _has("trainer.py")
 """From 0.3 on a job is a Python function that returns its configuration, and TOML files are one
 kind of them here; before, a job is a TOML file."""
+
+
+@functools.cache
+def titan() -> Titan:
+    """The one that is installed. (Without a GPU it needs `demo.cpu` to be enabled first.)"""
+    if JOBS_ARE_FUNCTIONS:
+        from shampoo_torchtitan.titan_03 import Titan03
+
+        return Titan03()
+    from shampoo_torchtitan.titan_02 import Titan02
+
+    return Titan02()
 
 
 def need_02(what: str) -> None:

@@ -10,7 +10,7 @@ from torchtitan.tools.logging import logger
 from shampoo_fsdp.runtime.diagnostics import merged
 from shampoo_torchtitan.container import ShampooContainer
 
-__all__ = ["look_after_shampoo"]
+__all__ = ["extend_metrics"]
 
 _NAMES = ("root_refreshes", "failed_roots", "skipped_blocks", "skipped_entries")
 
@@ -67,7 +67,7 @@ def _figures(container: ShampooContainer) -> dict[str, float]:
     }
 
 
-def look_after_shampoo() -> None:
+def extend_metrics() -> None:
     """Lets TorchTitan's metrics have Shampoo's, where there are some; calling it again changes
     nothing. (There is no hook: how a step is logged is no choice of the job.)"""
     MetricsProcessor.log = _log  # type: ignore[method-assign]

@@ -15,10 +15,11 @@ from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import (
     ShampooContainer,
     alike_on_all_ranks,
+    hyperparameters,
     with_heads,
 )
 
-__all__ = ["NAME", "build_optimizers", "register"]
+__all__ = ["NAME", "build_optimizers", "refuse_unsupported", "register", "settings_of"]
 
 NAME = "shampoo"
 
@@ -72,42 +73,43 @@ def build_optimizers(
         Shampoo if the name is "shampoo" in any case, else what TorchTitan returns.
 
     Raises:
-        BadSetting: Shampoo's settings do not fit the model.
+        JobError: Shampoo's settings do not fit the model.
         ValueError: Shampoo together with early_step_in_backward or TorchFT.
     """
     if optimizer_config.name.lower() != NAME:
         return _titan_build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
-    if optimizer_config.early_step_in_backward:
-        raise ValueError(
-            "optimizer.early_step_in_backward = true makes one optimizer per parameter; "
-            'optimizer.name = "shampoo" needs all gradients at once: set it to false'
-        )
-    if ft_manager is not None and ft_manager.enabled:
-        raise ValueError(
-            'optimizer.name = "shampoo" does not support TorchFT: '
-            "set fault_tolerance.enable = false"
-        )
-
-    # Without the custom config module there is no such table: all defaults.
-    config = getattr(optimizer_config, "shampoo", None) or ShampooConfig()
+    refuse_unsupported(optimizer_config, ft_manager is not None and ft_manager.enabled)
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
     replicas = parallel_dims.get_mesh("dp_replicate") if ddp else None
     with alike_on_all_ranks():
-        config = with_heads(config, model_parts)
-        settings = {
-            "config": config,
-            "lr": optimizer_config.lr,
-            "betas": (optimizer_config.beta1, optimizer_config.beta2),
-            "eps": optimizer_config.eps,
-            "weight_decay": optimizer_config.weight_decay,
-        }
+        settings = hyperparameters(optimizer_config)
+        settings["config"] = with_heads(settings_of(optimizer_config), model_parts)
         container = _Container(model_parts, settings, replicas)
         container.log_summary()  # with it all are planned, which is what may be refused
     container.complete_groups(optimizer_config.implementation)
-    checkpoint.look_after_shampoo()
-    metrics.look_after_shampoo()
+    checkpoint.extend_checkpoints()
+    metrics.extend_metrics()
     return container
+
+
+def settings_of(optimizer_config: Any) -> ShampooConfig:
+    """The table [optimizer.shampoo]; all defaults without the custom config module."""
+    return getattr(optimizer_config, "shampoo", None) or ShampooConfig()
+
+
+def refuse_unsupported(optimizer_config: Any, with_torchft: bool) -> None:
+    """Raise a ValueError for what TorchTitan offers and Shampoo cannot do."""
+    if optimizer_config.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true: must be false with "
+            'optimizer.name = "shampoo", which needs all gradients at once'
+        )
+    if with_torchft:
+        raise ValueError(
+            'fault_tolerance.enable = true: must be false with optimizer.name = "shampoo", '
+            "which does not support TorchFT"
+        )
 
 
 def register() -> None:

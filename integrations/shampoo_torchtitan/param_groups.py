@@ -9,6 +9,7 @@ from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
+from shampoo_torchtitan.container import hyperparameters
 
 __all__ = ["ADAM", "HYPERPARAMETERS", "NAME", "change_groups", "groups_with_defaults"]
 
@@ -29,12 +30,7 @@ def groups_with_defaults(config: Any) -> list[ParamGroupConfig]:
     Raises:
         ValueError: The job sets what all of them say themselves.
     """
-    common: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
+    common = hyperparameters(config)
     groups = config.param_groups or [ParamGroupConfig(pattern=".*", optimizer_name=NAME)]
     ours = [group for group in groups if group.optimizer_name == NAME]
     defaults = {f.name: f.default for f in dataclasses.fields(config)}

@@ -39,12 +39,7 @@ from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan.container import with_heads
 from shampoo_torchtitan.demo import cpu
-from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-
-if JOBS_ARE_FUNCTIONS:
-    from shampoo_torchtitan import jobs_03 as generation
-else:
-    from shampoo_torchtitan import jobs_02 as generation
+from shampoo_torchtitan.generation import titan
 
 __all__ = ["job_figures", "job_specs", "main", "read_job"]
 
@@ -120,7 +115,7 @@ class _PlanReader(JobReader):
             return ConfigManager.parse_args(self, args or [])
 
     def _validate_config(self) -> None:
-        generation.check(self.config)
+        titan().check(self.config)
 
 
 def read_job(arguments: Sequence[str]) -> Any:
@@ -146,11 +141,9 @@ def job_figures(
     dims = _parallel_dims(config, world_size)
     degrees = {name: getattr(dims, name) for name in _DEGREES if hasattr(dims, name)}
     mesh = ", ".join(f"{name}={n}" for name, n in degrees.items() if n > 1)
-    title = f"{generation.model_of(config)} on {world_size:,} ranks" + (
-        f" ({mesh})" if mesh else ""
-    )
+    title = f"{titan().model_of(config)} on {world_size:,} ranks" + (f" ({mesh})" if mesh else "")
     names = [spec.name for specs in models for spec in specs]
-    return plan_figures(title, models, generation.shampoo_of(config, names), device)
+    return plan_figures(title, models, titan().shampoo_of(config, names), device)
 
 
 def _data_parallel_ranks(config: Any, world_size: int) -> int:
@@ -179,8 +172,7 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             parallelism that cannot be, or a memory cap.
     """
     _parallel_dims(config, world_size)  # before anything else sees what cannot be
-    generation.complete(config)
-    generation.leave_out_what_changes_no_parameter(config)
+    titan().keep_parameters_alone(config)
     stages = config.parallelism.pipeline_parallel_degree
     specs: list[list[ParameterSpec]] = []
     for stage in range(stages):
@@ -193,7 +185,7 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             warnings.filterwarnings("ignore", message="Parallelize plan key")
             dims = _parallel_dims(config, world_size)
             dims.build_mesh()
-            parts = generation.model_parts(config, dims)
+            parts = titan().model_parts(config, dims)
             if settings := getattr(config.optimizer, "shampoo", None):
                 found = [pair for part in parts for pair in typed_parameters(part)]
                 named = [plain_name(p.name) for p in found if isinstance(p, FromEmbedding)]
@@ -219,7 +211,7 @@ def _parallel_dims(config: Any, world_size: int) -> ParallelDims:
         for name, key in _DEGREES.items()
         if hasattr(config.parallelism, key)
     }
-    return ParallelDims(**degrees, world_size=world_size, **generation.of_dims(config))
+    return ParallelDims(**degrees, world_size=world_size, **titan().mesh_options(config))
 
 
 def _specs(part: nn.Module, dims: ParallelDims) -> list[ParameterSpec]:

@@ -26,12 +26,13 @@ from torchtitan.trainer import Trainer
 
 from shampoo_fsdp.validation import check_fields, field_types, refuse_unknown
 from shampoo_torchtitan import demo
+from shampoo_torchtitan.demo import models_03
 from shampoo_torchtitan.param_groups import HYPERPARAMETERS
 from shampoo_torchtitan.toml_optimizer import choose_optimizer
 
 __all__ = ["is_of_files", "read", "value_of"]
 
-demo.register()  # files may name what is in it
+demo.register(models_03)  # files may name what is in it
 
 # What 0.2 calls so has another name in 0.3.
 _MOVED = {

@@ -7,19 +7,18 @@ Of `demo` it uses the tokenizer where the job names that one, and `cpu` where th
 
 import contextlib
 import gc
+import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from shampoo_torchtitan.demo import cpu
-from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 
 _collects = gc.isenabled()
 gc.disable()  # there is nothing to collect while modules are read; looking takes a second
@@ -30,36 +29,30 @@ try:
     import torchtitan.train
     from torchtitan.tools.logging import logger
 
-    from shampoo_torchtitan import job_config, register
-    from shampoo_torchtitan.checkpoint import CheckpointError
-    from shampoo_torchtitan.container import BadSetting
+    from shampoo_torchtitan.container import JobError
+    from shampoo_torchtitan.generation import titan
 
-    if JOBS_ARE_FUNCTIONS:
-        from torchtitan.config.override import derive
-
-        from shampoo_torchtitan.jobs_03 import Reader, TitanTrainer, fit_to_cpu
-    else:
-        from shampoo_torchtitan.jobs_02 import Reader, TitanTrainer, fit_to_cpu
+    _titan = titan()
 finally:
     if _collects:
         gc.enable()
 
-register()
+_titan.register()
 
-__all__ = ["JobReader", "Trainer", "main"]
+__all__ = ["JobReader", "Trainer", "check_degrees", "main"]
 
 _BAD_SETTING = 2  # exit code, that of argparse; launch.py knows it
 
 
-class JobReader(Reader):
+class JobReader(_titan.Reader):  # type: ignore[name-defined,misc]
     """Reads a job as TorchTitan does, with our settings in it even if it does not ask for them."""
 
     def parse_args(self, args: list[str] | None = None) -> Any:
         """Reads the job, or ends the process with one readable message."""
         try:
             config = super().parse_args(sys.argv[1:] if args is None else args)
-            changes = fit_to_cpu(config) if cpu.needed() else []
-            job_config.check_degrees(config, int(os.environ.get("WORLD_SIZE", "1")))
+            changes = _titan.fit_to_cpu(config) if cpu.needed() else []
+            check_degrees(config, int(os.environ.get("WORLD_SIZE", "1")))
         except BrokenPipeError:  # --help | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
@@ -72,24 +65,42 @@ class JobReader(Reader):
             raise
         if changes:
             logger.info(f"No GPU: training on the CPU with {', '.join(changes)}")
-        if JOBS_ARE_FUNCTIONS and type(config) is TitanTrainer.Config:
-            config = derive(config, Trainer.Config)
-        return config
+        return _titan.with_trainer(config, Trainer)
 
 
-class Trainer(TitanTrainer):
+def check_degrees(config: Any, ranks: int) -> None:
+    """Checks that the parallelism's degrees make as many ranks as there are.
+
+    Raises:
+        ValueError: It names the degrees and the number of ranks.
+    """
+    parallelism = config.parallelism
+    names = (
+        "data_parallel_replicate_degree",
+        "data_parallel_shard_degree",
+        "context_parallel_degree",
+        "tensor_parallel_degree",
+        "pipeline_parallel_degree",
+    )
+    degrees = {name: int(getattr(parallelism, name)) for name in names}
+    rest = degrees["data_parallel_shard_degree"] == -1  # whatever the others leave
+    product = math.prod(degree for degree in degrees.values() if degree != -1)
+    if product < 1 or (ranks % product if rest else ranks != product):
+        shown = ", ".join(f"{name} = {n}" for name, n in degrees.items() if n not in (-1, 1))
+        raise ValueError(
+            f"[parallelism] {shown or 'data_parallel_shard_degree = 1'}: the degrees multiply to "
+            f"{product}, which must {'divide' if rest else 'be'} the number of ranks, {ranks}"
+        )
+
+
+class Trainer(torchtitan.train.Trainer):  # type: ignore[misc]
     """TorchTitan's Trainer; says at the end where the results are."""
-
-    if JOBS_ARE_FUNCTIONS:  # there a config builds the class that it is a part of
-
-        @dataclass(kw_only=True, slots=True)
-        class Config(TitanTrainer.Config):
-            pass
 
     def __init__(self, config: Any) -> None:
         init = cpu.mesh_independent_init() if cpu.needed() else contextlib.nullcontext()
         with init, _readable_errors():
             super().__init__(config)
+        self._job = config
         self._trained = False
 
     def train_step(self, data_iterator: Any) -> None:
@@ -103,9 +114,8 @@ class Trainer(TitanTrainer):
             self._say_where()
 
     def _say_where(self) -> None:
-        config: Any = self.config if JOBS_ARE_FUNCTIONS else self.job_config
+        config, outputs = self._job, _titan.dump_folder(self._job)
         checkpoint, metrics = config.checkpoint, config.metrics
-        outputs = config.dump_folder if JOBS_ARE_FUNCTIONS else config.job.dump_folder
         folder = getattr(self.checkpointer, "folder", outputs)
         if not self._trained:
             logger.warning(
@@ -123,7 +133,7 @@ class Trainer(TitanTrainer):
 def _readable_errors() -> Iterator[None]:
     try:
         yield
-    except (BadSetting, CheckpointError) as error:  # on every rank, wherever it happened
+    except JobError as error:  # on every rank, wherever it happened
         print(error, file=sys.stderr, flush=True)
         _leave_after_the_rank_that_is_shown()
 
@@ -145,7 +155,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     torchtitan.train.ConfigManager = JobReader  # type: ignore[misc]
     try:
-        torchtitan.train.main() if JOBS_ARE_FUNCTIONS else torchtitan.train.main(Trainer)
+        _titan.main(Trainer)
     finally:
         # A process that ends with gloo's threads running is now and then aborted (SIGABRT,
         # "terminate called without an active exception"), whatever it has said before.

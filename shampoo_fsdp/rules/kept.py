@@ -46,7 +46,7 @@ def preconditioner_of(marker: Sequence[int]) -> str:
 
 
 def _rules() -> Mapping[str, type[Rule]]:
-    return RULES  # type: ignore[return-value]
+    return RULES
 
 
 def saved_entries(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:

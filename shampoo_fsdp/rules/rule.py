@@ -255,4 +255,4 @@ def register(rule: type[Rule]) -> type[Rule]:
 
 def rule_of(config: ShampooConfig) -> type[Rule]:
     """The rule that the setting `preconditioner` names."""
-    return config.rule  # type: ignore[return-value]
+    return config.rule  # type: ignore[no-any-return]

@@ -25,8 +25,8 @@ from torchtitan.components.checkpoint import AsyncMode
 
 from shampoo_fsdp.checkpoint.safe_pickle import UnsafeCheckpoint
 from shampoo_torchtitan import checkpoint
-from shampoo_torchtitan.checkpoint import CheckpointError
 from shampoo_torchtitan.checkpoint_lock import FolderLock
+from shampoo_torchtitan.container import JobError
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests import hostile
@@ -47,7 +47,7 @@ SETTINGS = [
 
 
 def error_of(call: Any, *arguments: Any, **keywords: Any) -> str:
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(JobError) as error:
         call(*arguments, **keywords)
     return str(error.value)
 

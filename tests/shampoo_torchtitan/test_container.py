@@ -10,7 +10,7 @@ from torch import nn
 from shampoo_fsdp import ShampooConfig
 from shampoo_torchtitan import checkpoint
 from shampoo_torchtitan.checkpoint import CheckpointManager
-from shampoo_torchtitan.container import BadSetting, alike_on_all_ranks, with_heads
+from shampoo_torchtitan.container import JobError, alike_on_all_ranks, with_heads
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.ranks import preload, run_ranks
@@ -88,14 +88,14 @@ def test_embeddings_of_every_part_are_known_by_their_type(recwarn):
 
 
 def refused_on_one_rank() -> str:
-    with pytest.raises(BadSetting) as refused, alike_on_all_ranks():
+    with pytest.raises(JobError) as refused, alike_on_all_ranks():
         if dist.get_rank() == 1:
             raise ValueError("'exclude' of this stage")
     return str(refused.value)
 
 
 def failed_on_one_rank() -> str:
-    with pytest.raises((BadSetting, MemoryError)) as refused, alike_on_all_ranks():
+    with pytest.raises((JobError, MemoryError)) as refused, alike_on_all_ranks():
         if dist.get_rank() == 1:
             raise MemoryError("no memory")
     return f"{type(refused.value).__name__}: {refused.value}"
@@ -103,7 +103,7 @@ def failed_on_one_rank() -> str:
 
 def test_what_fails_on_a_rank_ends_all_of_them():
     assert run_ranks(2, failed_on_one_rank) == [
-        "BadSetting: Cannot build the optimizer: no memory",
+        "JobError: Cannot build the optimizer: no memory",
         "MemoryError: no memory",
     ]
 

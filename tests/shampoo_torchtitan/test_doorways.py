@@ -40,14 +40,12 @@ _REGISTRY = """
 from torchtitan.components.optimizer import ParamGroupConfig, default_adamw
 from shampoo_torchtitan import toml
 from shampoo_torchtitan.configs import shampoo
-from shampoo_torchtitan.demo import cpu, register
-
-register()
+from shampoo_torchtitan.generation import titan
 
 def adamw():
     config = toml.read("job.toml", {"optimizer.name": "AdamW"})
     config.optimizer = default_adamw(lr=3e-3)
-    cpu.fit_trainer_config(config)
+    titan().fit_to_cpu(config)
     return config
 
 def native():

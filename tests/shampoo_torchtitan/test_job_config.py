@@ -7,8 +7,7 @@ import pytest
 from torchtitan.config import ConfigManager
 
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-from shampoo_torchtitan.job_config import check_degrees
-from shampoo_torchtitan.train import JobReader
+from shampoo_torchtitan.train import JobReader, check_degrees
 
 of_02 = pytest.mark.skipif(JOBS_ARE_FUNCTIONS, reason="a doorway of TorchTitan 0.2")
 of_03 = pytest.mark.skipif(not JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.2 has what this asks for")

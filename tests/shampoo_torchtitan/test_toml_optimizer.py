@@ -18,7 +18,7 @@ from torchtitan.components.optimizer import (
 
 from shampoo_torchtitan import toml
 from shampoo_torchtitan.configs import ShampooOptimizers, shampoo, use_shampoo
-from shampoo_torchtitan.container import BadSetting
+from shampoo_torchtitan.container import JobError
 from shampoo_torchtitan.param_groups import groups_with_defaults
 
 REGISTRY = """
@@ -202,7 +202,7 @@ def test_the_lr_that_adamw_had_is_said_with_what_is_better(caplog, optimizer):
     ],
 )
 def test_a_bad_setting_of_an_override_is_one_line(settings, said):
-    with pytest.raises(BadSetting, match=f"Bad job settings: use_shampoo: .*{said}") as error:
+    with pytest.raises(JobError, match=f"Bad job settings: use_shampoo: .*{said}") as error:
         use_shampoo(default_adamw(), **settings)
     assert "\n" not in str(error.value) and error.value.__suppress_context__
 

@@ -6,19 +6,18 @@ on text that is on every machine (`data`), with a tokenizer that needs no downlo
 their own, so that a job which names none of them is TorchTitan's and Shampoo's alone.
 """
 
+from types import ModuleType
+
 __all__ = ["register"]
 
 
-def register() -> None:
-    """Makes our data sets and models known to TorchTitan. Calling it again changes nothing."""
-    # Here: both import TorchTitan, and `cpu` must come before that.
-    from shampoo_torchtitan.demo import data
-    from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+def register(models: ModuleType) -> None:
+    """Makes our data sets and models known to TorchTitan. Calling it again changes nothing.
 
-    if JOBS_ARE_FUNCTIONS:
-        from shampoo_torchtitan.demo import models_03 as models
-    else:
-        from shampoo_torchtitan.demo import models_02 as models
+    Args:
+        models: `models_02` or `models_03`.
+    """
+    from shampoo_torchtitan.demo import data  # here: `cpu` must come before TorchTitan
 
     data.register()
     models.register()

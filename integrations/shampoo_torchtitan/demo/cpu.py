@@ -2,7 +2,7 @@
 
 Nothing here runs where PyTorch finds an accelerator. `enable` must come before the first use of
 TorchTitan's device (best: before TorchTitan is imported at all, which needs `triton` otherwise);
-`fit_job_config` once the job is read; `mesh_independent_init` around the making of the model.
+`fit` once the job is read; `mesh_independent_init` around the making of the model.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 
-__all__ = ["enable", "fit_job_config", "fit_trainer_config", "mesh_independent_init", "needed"]
+__all__ = ["enable", "fit", "mesh_independent_init", "needed"]
 
 # The modules that want triton, in 0.2 and in 0.3.
 _KERNELS = (
@@ -66,11 +66,12 @@ def enable() -> None:
     warnings.filterwarnings("ignore", message="Set timeout is now only supported")
 
 
-def fit_job_config(config: Any) -> list[str]:
+def fit(config: Any, wanted: dict[tuple[str, str], Any]) -> list[str]:
     """Changes what cannot work, or only very slowly, without a GPU.
 
     Args:
-        config: TorchTitan's JobConfig, changed in place.
+        config: Of a job, changed in place.
+        wanted: Values by table and key, of what not all versions of TorchTitan have.
 
     Returns:
         One `table.key = value` for each change.
@@ -78,65 +79,24 @@ def fit_job_config(config: Any) -> list[str]:
     Raises:
         ValueError: The job asks for what has no substitute.
     """
-    _refuse_context_parallel(config)
-    wanted = {
-        ("training", "mixed_precision_param"): "float32",  # bfloat16 is emulated: many times slower
-        ("activation_checkpoint", "mode"): "none",  # it saves GPU memory and costs time
-        ("comm", "trace_buf_size"): 0,  # NCCL's flight recorder
-        ("profiling", "enable_memory_snapshot"): False,  # of the GPU's allocator
-        ("training", "enable_cpu_offload"): False,  # everything is on the CPU already
-    }
-    return _changes(config, wanted)
-
-
-def fit_trainer_config(config: Any) -> list[str]:
-    """:func:`fit_job_config` for the Trainer.Config of TorchTitan 0.3."""
-    from torchtitan.models.common.attention import (
-        FlexAttention,
-        ScaledDotProductAttention,
-        VarlenAttention,
-    )
-
-    _refuse_context_parallel(config)
-    wanted = {
-        ("training", "mixed_precision_param"): "float32",
-        ("training", "disable_cuda_graphs"): True,
-        ("training", "enable_cpu_offload"): False,
-        ("comm", "trace_buf_size"): 0,
-        ("profiler", "enable_memory_snapshot"): False,
-        ("debug", "enable_structured_logging"): False,
-    }
-    if not AT_LEAST_2_14:
-        wanted["parallelism", "spmd_backend"] = "partial_dtensor"  # the others need 2.14
-    changes = _changes(config, wanted)
-    if config.activation_checkpoint is not None:
-        config.activation_checkpoint = None
-        changes.append("activation_checkpoint.mode = none")
-    for kind in (FlexAttention.Config, VarlenAttention.Config):
-        for _, _, parent, name in list(config.model_spec.model.traverse(kind)):
-            setattr(parent, name, ScaledDotProductAttention.Config())
-    return changes
-
-
-def _refuse_context_parallel(config: Any) -> None:
     degree = config.parallelism.context_parallel_degree
     if degree > 1:
         raise ValueError(
             f"parallelism.context_parallel_degree = {degree}: must be 1 without a GPU, where "
             "PyTorch cannot split attention over ranks"
         )
-
-
-def _changes(config: Any, wanted: dict[tuple[str, str], Any]) -> list[str]:
-    """Makes them, and one of the checkpoint's."""
+    wanted = wanted | {
+        ("training", "mixed_precision_param"): "float32",  # bfloat16 is emulated: many times slower
+        ("comm", "trace_buf_size"): 0,  # NCCL's flight recorder
+        ("training", "enable_cpu_offload"): False,  # everything is on the CPU already
+    }
+    if getattr(config.checkpoint, "async_mode", "") == "async_with_pinned_mem":
+        wanted["checkpoint", "async_mode"] = "async"
     changes = []
     for (table, key), value in wanted.items():
         if getattr(getattr(config, table), key) != value:
             setattr(getattr(config, table), key, value)
             changes.append(f"{table}.{key} = {value}")
-    if getattr(config.checkpoint, "async_mode", "") == "async_with_pinned_mem":
-        config.checkpoint.async_mode = "async"
-        changes.append("checkpoint.async_mode = async")
     return changes
 
 

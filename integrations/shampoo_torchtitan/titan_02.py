@@ -1,0 +1,136 @@
+"""TorchTitan 0.2, whose jobs are TOML files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.hyperparameters import validate_hyperparameters
+from shampoo_fsdp.validation import check_fields, field_types
+from shampoo_torchtitan import demo, job_config
+from shampoo_torchtitan.container import hyperparameters
+from shampoo_torchtitan.demo import byte_tokenizer, cpu, models_02
+from shampoo_torchtitan.generation import Titan
+from shampoo_torchtitan.optimizer import refuse_unsupported, settings_of
+from shampoo_torchtitan.optimizer import register as register_optimizer
+
+__all__ = ["Titan02"]
+
+_TITAN_OPTIMIZERS = ("Adam", "AdamW")
+_OWN_IMPORTS = ("", "shampoo_torchtitan")
+
+
+class _Reader(ConfigManager):
+    """Reads a job as TorchTitan does, with our settings in it even if it does not ask for them."""
+
+    def _maybe_load_toml(self, args: list[str]) -> Any:
+        logger.disabled = True  # it logs the traceback of what `parse_args` says in one line
+        try:
+            return super()._maybe_load_toml(args)
+        except ValueError as error:
+            raise ValueError(f"job.config_file is not TOML: {error}") from None
+        finally:
+            logger.disabled = False
+
+    def _maybe_add_custom_config(self, args: list[str], toml_values: Any) -> Any:
+        cls = super()._maybe_add_custom_config(args, toml_values)
+        if "shampoo" not in field_types(field_types(cls)["optimizer"]):
+            cls = self._merge_configs(cls, job_config.JobConfig)
+        check_fields(cls, toml_values or {})
+        return cls
+
+    def _validate_config(self) -> None:
+        byte_tokenizer.write_default(self.config.model.hf_assets_path)
+        super()._validate_config()
+        _check(self.config)
+
+
+def _check(config: Any) -> None:
+    """Check what settings mean together, for jobs that use Shampoo, and the optimizer's name."""
+    optimizer = config.optimizer
+    if optimizer.name.lower() != "shampoo":
+        # Other extensions may bring optimizers that only they know.
+        known = config.experimental.custom_import not in _OWN_IMPORTS
+        if not known and optimizer.name not in _TITAN_OPTIMIZERS:
+            allowed = ", ".join(("shampoo", *_TITAN_OPTIMIZERS))
+            raise ValueError(f"optimizer.name = {optimizer.name!r}: must be one of {allowed}")
+        return
+    refuse_unsupported(optimizer, config.fault_tolerance.enable)
+    validate_hyperparameters(settings_of(optimizer), **hyperparameters(optimizer))
+
+
+class Titan02(Titan):
+    """TorchTitan 0.2."""
+
+    Reader = _Reader
+    loads_remote_folders = False
+
+    def register(self) -> None:
+        register_optimizer()
+        demo.register(models_02)
+
+    def check(self, config: Any) -> None:
+        _check(config)
+
+    def fit_to_cpu(self, config: Any) -> list[str]:
+        wanted = {
+            ("activation_checkpoint", "mode"): "none",  # it saves GPU memory and costs time
+            ("profiling", "enable_memory_snapshot"): False,  # of the GPU's allocator
+        }
+        return cpu.fit(config, wanted)
+
+    def main(self, trainer: type[Any]) -> None:
+        from torchtitan.train import main  # here: it may be `__main__`
+
+        main(trainer)
+
+    def dump_folder(self, config: Any) -> str:
+        return str(config.job.dump_folder)
+
+    def model_of(self, config: Any) -> str:
+        return f"{config.model.name} {config.model.flavor}"
+
+    def shampoo_of(self, config: Any, names: Sequence[str]) -> ShampooConfig:
+        return settings_of(config.optimizer)
+
+    def keep_parameters_alone(self, config: Any) -> None:
+        config.compile.enable = False
+        config.activation_checkpoint.mode = "none"
+        config.model.converters = []
+
+    def model_parts(self, config: Any, dims: ParallelDims) -> list[nn.Module]:
+        train_spec = get_train_spec(config.model.name)
+        if config.model.flavor not in train_spec.model_args:
+            raise ValueError(
+                f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
+                f"{', '.join(train_spec.model_args)}."
+            )
+        model_args: Any = train_spec.model_args[config.model.flavor]
+        model_args.update_from_config(config)
+        dtype = TORCH_DTYPE_MAP[config.training.dtype]
+        with torch.device("meta"), utils.set_default_dtype(dtype):
+            model: Any = train_spec.model_cls(model_args)
+        if not dims.pp_enabled:
+            return [train_spec.parallelize_fn(model, dims, config)]
+        if train_spec.pipelining_fn is None:
+            raise ValueError(
+                f"parallelism.pipeline_parallel_degree = {dims.pp}: TorchTitan has no pipeline for "
+                f"{config.model.name}."
+            )
+        _, parts, _, _ = train_spec.pipelining_fn(
+            model,
+            dims,
+            config,
+            torch.device("cpu"),
+            model_args,
+            train_spec.parallelize_fn,
+            train_spec.build_loss_fn(config, parallel_dims=dims),
+        )
+        return parts

@@ -1,0 +1,187 @@
+"""TorchTitan 0.3, whose jobs are functions, and TOML files as in 0.2 here."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
+from torchtitan.config.override import apply_overrides, derive
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.attention import (
+    FlexAttention,
+    ScaledDotProductAttention,
+    VarlenAttention,
+)
+from torchtitan.tools import utils
+from torchtitan.trainer import Trainer
+
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.runtime.choice import exactly
+from shampoo_torchtitan import configs, demo, toml
+from shampoo_torchtitan.demo import byte_tokenizer, cpu, models_03
+from shampoo_torchtitan.generation import Titan
+from shampoo_torchtitan.param_groups import NAME
+
+__all__ = ["Titan03"]
+
+_FILE = "--job.config_file"
+
+
+class _Reader(ConfigManager):
+    """Reads a job as TorchTitan does, and TOML files under the name that they have in 0.2."""
+
+    def _load_config(self, args: list[str]) -> tuple[Any, list[str]]:
+        pairs = _pairs(args)
+        keys = [key for key, _ in pairs]
+        if _FILE not in keys and ("--module" in keys or not any(map(_is_of_files, keys))):
+            return super()._load_config(args)  # type: ignore[no-any-return]
+        file, overrides, others = "", {}, list[str]()
+        for key, value in pairs:
+            if key == _FILE:
+                if not value:
+                    raise ValueError("job.config_file: the name of a file is missing")
+                file = value
+            elif _is_of_files(key) and value is not None:
+                overrides[_name(key)] = toml.value_of(value)
+            else:
+                others += [key] if value is None else [key, value]
+        if cpu.needed():  # known already when settings of the command line are checked
+            overrides["training.disable_cuda_graphs"] = True
+        return toml.read(file, overrides), others
+
+    def _validate_config(self) -> None:
+        byte_tokenizer.write_default(self.config.hf_assets_path)
+        super()._validate_config()
+
+
+def _name(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _is_of_files(option: str) -> bool:
+    return toml.is_of_files(_name(option))
+
+
+def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
+    """Options with their values, which follow them or an equals sign; a further value of one has
+    none itself."""
+    pairs: list[tuple[str, str | None]] = []
+    for arg in args:
+        key, equals, value = arg.partition("=")
+        if key == "--job.config-file":
+            key = _FILE
+        if arg.startswith("--"):
+            pairs.append((key, value if equals else None))
+        elif pairs and pairs[-1][0].startswith("--") and pairs[-1][1] is None:
+            pairs[-1] = pairs[-1][0], arg
+        else:
+            pairs.append((arg, None))
+    return pairs
+
+
+def _is_shampoos(name: str, groups: Sequence[Any]) -> bool:
+    """The first group that matches has it."""
+    found = (g.optimizer_name for g in groups if re.search(g.pattern, name))
+    return next(found, NAME) == NAME
+
+
+class Titan03(Titan):
+    """TorchTitan 0.3."""
+
+    Reader = _Reader
+
+    def register(self) -> None:
+        demo.register(models_03)
+
+    def fit_to_cpu(self, config: Any) -> list[str]:
+        wanted = {
+            ("training", "disable_cuda_graphs"): True,
+            ("profiler", "enable_memory_snapshot"): False,
+            ("debug", "enable_structured_logging"): False,
+        }
+        if not cpu.AT_LEAST_2_14:
+            wanted["parallelism", "spmd_backend"] = "partial_dtensor"  # the others need 2.14
+        changes = cpu.fit(config, wanted)
+        if config.activation_checkpoint is not None:
+            config.activation_checkpoint = None
+            changes.append("activation_checkpoint.mode = none")
+        for kind in (FlexAttention.Config, VarlenAttention.Config):
+            for _, _, parent, name in list(config.model_spec.model.traverse(kind)):
+                setattr(parent, name, ScaledDotProductAttention.Config())
+        return changes
+
+    def with_trainer(self, config: Any, trainer: type[Any]) -> Any:
+        if type(config) is not Trainer.Config:
+            return config  # a user's own trainer
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(Trainer.Config):
+            """A configuration builds the class that it is a part of."""
+
+        Config._owner = trainer
+        return derive(config, Config)
+
+    def main(self, trainer: type[Any]) -> None:
+        from torchtitan.train import main  # here: it may be `__main__`
+
+        main()
+
+    def dump_folder(self, config: Any) -> str:
+        return str(config.dump_folder)
+
+    def model_of(self, config: Any) -> str:
+        return f"{config.model_spec.name} {config.model_spec.flavor}"
+
+    def shampoo_of(self, config: Any, names: Sequence[str]) -> ShampooConfig:
+        optimizer = config.optimizer
+        if not isinstance(optimizer, configs.ShampooOptimizers.Config):
+            return ShampooConfig()
+        others = [name for name in names if not _is_shampoos(name, optimizer.param_groups)]
+        exclude = [*optimizer.shampoo.exclude, *map(exactly, others)]
+        return optimizer.shampoo.completed(exclude=exclude)
+
+    def keep_parameters_alone(self, config: Any) -> None:
+        if config.override.imports:
+            apply_overrides(config.override, config)
+            config.override.imports = []
+        config.compile.enable = False
+        config.activation_checkpoint = None
+
+    def mesh_options(self, config: Any) -> dict[str, Any]:
+        if not cpu.AT_LEAST_2_14:
+            config.parallelism.spmd_backend = "partial_dtensor"  # others need newer ones
+        return {"spmd_backend": config.parallelism.spmd_backend}
+
+    def model_parts(self, config: Any, dims: ParallelDims) -> list[nn.Module]:
+        spec = config.model_spec
+        spec.model.update_from_config(config=config)
+        dtype = TORCH_DTYPE_MAP[config.training.dtype]
+        with torch.device("meta"), utils.set_default_dtype(dtype):
+            model: Any = spec.model.build()
+        common = {
+            "parallel_dims": dims,
+            "training": config.training,
+            "parallelism": config.parallelism,
+            "compile_config": config.compile,
+            "ac_config": config.activation_checkpoint,
+            "dump_folder": config.dump_folder,
+        }
+        if not dims.pp_enabled:
+            return [spec.parallelize_fn(model, **common)]
+        if spec.pipelining_fn is None:
+            raise ValueError(
+                f"parallelism.pipeline_parallel_degree = {dims.pp}: TorchTitan has no pipeline for "
+                f"{spec.name}."
+            )
+        _, parts, _, _ = spec.pipelining_fn(
+            model,
+            **common,
+            device=torch.device("cpu"),
+            model_config=spec.model,
+            parallelize_fn=spec.parallelize_fn,
+            loss_fn=config.loss.build(compile_config=config.compile),
+        )
+        return parts  # type: ignore[no-any-return]
