@@ -22,7 +22,7 @@ from shampoo_fsdp.tools.reader import CheckpointReader
 from shampoo_fsdp.tools.spectra import Factor, elements_of, factor_in
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Block", "Checkpoint", "ParameterState", "inspect_checkpoint"]
+__all__ = ["Checkpoint", "ParameterState", "inspect_checkpoint"]
 
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 # What a checkpoint may claim, as each block is looked at.

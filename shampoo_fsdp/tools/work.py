@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from shampoo_fsdp.tools.launches import launches_of
 from shampoo_fsdp.tools.machine import Machine
 
-__all__ = ["TimedTransfer", "Work"]
+__all__ = ["Work"]
 
 
 @dataclass
