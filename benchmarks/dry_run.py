@@ -65,8 +65,8 @@ def dry_run(
         rows = sum(
             tensor.nbytes
             for bucket in optimizer._parameters.buckets
-            for way in (bucket._exchange._gather, bucket._exchange._scatter)
-            for tensor in (way.staying, way.leaving, way.arrived)
+            for route in (bucket._exchange._gather, bucket._exchange._scatter)
+            for tensor in (route.staying, route.leaving, route.arrived)
         )
     parameters = sum(math.prod(spec.shape) for spec in specs)
     training = machine.training_step(parameters, sharing)

@@ -21,7 +21,7 @@ from shampoo_fsdp.runtime.choice import (
     with_embeddings,
 )
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
-from shampoo_fsdp.runtime.groups import Given, given_in
+from shampoo_fsdp.runtime.groups import GroupContents, contents_of
 from shampoo_fsdp.runtime.parameters import check_parameters
 from shampoo_fsdp.runtime.ranks import RankSet, Replicas
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
@@ -49,7 +49,7 @@ class Runtime:
 class Built:
     """All that belongs to the parameters that groups had at a time."""
 
-    given: Given
+    given: GroupContents
     config: ShampooConfig
     """With the device's defaults."""
     chosen_by_device: str
@@ -105,7 +105,7 @@ class Builder:
 
     def check(self, groups: Groups) -> None:
         """Raise a ValueError that names what cannot be trained, or what needs a name."""
-        given = given_in(groups)
+        given = contents_of(groups)
         check_parameters(given.parameters)
         if self.config.exclude and not given.named:
             found = [
@@ -155,7 +155,7 @@ class Builder:
 
     def _new(self, groups: Groups, states: MutableMapping[Tensor, dict[str, Any]]) -> Built:
         self.check(groups)
-        given = given_in(groups)
+        given = contents_of(groups)
         for name, parameter in given.parameters:
             if parameter.is_meta:
                 raise ValueError(

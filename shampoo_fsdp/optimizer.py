@@ -19,8 +19,8 @@ from shampoo_fsdp.runtime.groups import (
     Resumed,
     check_entries,
     check_group,
+    contents_of,
     copied,
-    given_in,
     take_types,
 )
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
@@ -281,7 +281,7 @@ class Shampoo(torch.optim.Optimizer):
             return result
 
         if self._builder.waits(self.param_groups) and state_dict.get("state") == {}:
-            given = given_in(self.param_groups)
+            given = contents_of(self.param_groups)
             self._resumed = load_settings(given, self.param_groups, self.config, read())
         else:
             built = self._ready()

@@ -30,7 +30,7 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import (
-    Given,
+    GroupContents,
     Resumed,
     find_saved,
     settings_to_load,
@@ -186,7 +186,7 @@ class State:
 
     def load(
         self,
-        given: Given,
+        given: GroupContents,
         param_groups: list[dict[str, Any]],
         states: States,
         read: Callable[[], dict[str, Any]],
@@ -304,7 +304,7 @@ def _take(name: str, entries: Mapping[str, Tensor], found: Mapping[str, Any]) ->
 
 
 def load_settings(
-    given: Given,
+    given: GroupContents,
     param_groups: list[dict[str, Any]],
     config: ShampooConfig,
     state_dict: Mapping[str, Any],

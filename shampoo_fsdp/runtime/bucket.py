@@ -1,4 +1,4 @@
-"""Which gradients travel together, their way through a step, and the order of all of these ways."""
+"""Which gradients travel together, what a step does with them, and in which order."""
 
 import dataclasses
 import itertools

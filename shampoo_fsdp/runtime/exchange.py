@@ -1,18 +1,71 @@
-"""Carries out a plan's transfers: gradients to the blocks' owners, updates back to the shards."""
+"""Carries out a plan's transfers: gradients to the blocks' owners, updates back to the shards.
 
+Pieces of shards and blocks are rows of flat memory; a route says in which order rows travel.
+"""
+
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.plan.transfers import OwnedBlock, Part
+from shampoo_fsdp.plan.transfers import OwnedBlock, Part, Slices
+from shampoo_fsdp.rules.matrices import to_device
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
-from shampoo_fsdp.runtime.rows import Piece, Way, find_way
 
 __all__ = ["Exchange", "allocate", "release"]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where a piece lies in flat memory, and the rank that it goes to or comes from."""
+
+    start: int
+    """Of a dense tensor in that memory."""
+    sizes: Sequence[int]
+    """Of that tensor."""
+    slices: Slices
+    """Of that tensor."""
+    peer: int
+    """Position of the rank."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(part.stop - part.start for part in self.slices)
+
+    def rows(self, width: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """The number of its first row, and how many rows, how far apart, follow along each
+        dimension."""
+        first, stride = self.start // width, math.prod(self.sizes) // width
+        steps = []
+        for size, part in zip(self.sizes[:-1], self.slices[:-1], strict=True):
+            stride //= size
+            first += part.start * stride
+            steps.append((part.stop - part.start, stride))
+        last = self.slices[-1]
+        steps.append((last.stop // width - last.start // width, 1))
+        return first + last.start // width, tuple(steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Route:
+    """From the memory of one side to that of the other, for one rank."""
+
+    staying: Tensor
+    """Numbers of the rows whose other side is on this rank as well; int32."""
+    leaving: Tensor
+    """Numbers of the others, in the order of the ranks that they go to; int32."""
+    arrived: Tensor
+    """For each row of the memory where they arrive its number among those that do, of which the
+    ones that stayed on this rank are first; int32."""
+    sent: list[int]
+    """Rows that go to each rank, to this one none."""
+    received: list[int]
+    """Rows that come from each rank, from this one none."""
 
 
 class Exchange:
@@ -52,26 +105,28 @@ class Exchange:
         starts = itertools.accumulate(map(math.prod, self._shapes), initial=0)
         placed = list(zip(starts, parts.values(), strict=False))
 
-        def in_shards(kind: str) -> list[Piece]:
+        def in_shards(kind: str) -> list[_Piece]:
             return [
-                Piece(start, part.shard_shape, transfer.in_shard, transfer.peer)
+                _Piece(start, part.shard_shape, transfer.in_shard, transfer.peer)
                 for start, part in placed
                 for transfer in getattr(part, kind)
             ]
 
-        def in_blocks(kind: str) -> list[Piece]:
+        def in_blocks(kind: str) -> list[_Piece]:
             return [
-                Piece(blocks[block], block.sizes, transfer.in_block, transfer.peer)
+                _Piece(blocks[block], block.sizes, transfer.in_block, transfer.peer)
                 for part in parts.values()
                 for transfer in getattr(part, kind)
                 if (block := transfer.block) is not None
             ]
 
-        def way(sources: list[Piece], targets: list[Piece]) -> Way:
-            return find_way(sources, targets, self._width, len(ranks.ranks), ranks.position, device)
+        def route(sources: list[_Piece], targets: list[_Piece]) -> _Route:
+            return _find_route(
+                sources, targets, self._width, len(ranks.ranks), ranks.position, device
+            )
 
-        self._gather = way(in_shards("gather_out"), in_blocks("gather_in"))
-        self._scatter = way(in_blocks("scatter_out"), in_shards("scatter_in"))
+        self._gather = route(in_shards("gather_out"), in_blocks("gather_in"))
+        self._scatter = route(in_blocks("scatter_out"), in_shards("scatter_in"))
         self._wait: Callable[[], object] | None = None
         self._leaving = self._arriving = torch.empty(0, device="cpu")
         """What travels, and the rows that stay with memory for those that come after them."""
@@ -132,18 +187,18 @@ class Exchange:
     def _pick(self, memory: Tensor, rows: Tensor) -> Tensor:
         return memory.view(-1, self._width).index_select(0, rows).view(-1)
 
-    def _pack(self, memory: Tensor, way: Way) -> None:
+    def _pack(self, memory: Tensor, route: _Route) -> None:
         rows = memory.view(-1, self._width)
-        stay = len(way.staying)
-        self._leaving = rows.index_select(0, way.leaving)
-        self._arriving = rows.new_empty(len(way.arrived), self._width)
-        torch.index_select(rows, 0, way.staying, out=self._arriving[:stay])
+        stay = len(route.staying)
+        self._leaving = rows.index_select(0, route.leaving)
+        self._arriving = rows.new_empty(len(route.arrived), self._width)
+        torch.index_select(rows, 0, route.staying, out=self._arriving[:stay])
 
-    def _set_out(self, way: Way, what: str) -> None:
+    def _set_out(self, route: _Route, what: str) -> None:
         if self._travels:
-            arriving = self._arriving[len(way.staying) :]
+            arriving = self._arriving[len(route.staying) :]
             self._wait = self._ranks.all_to_all(
-                arriving, self._leaving, way.received, way.sent, what
+                arriving, self._leaving, route.received, route.sent, what
             )
 
     def _arrived(self) -> Tensor:
@@ -158,6 +213,71 @@ class Exchange:
         if self._wait is not None:
             self._wait()
             self._wait = None
+
+
+def _find_route(
+    sources: Sequence[_Piece],
+    targets: Sequence[_Piece],
+    width: int,
+    ranks: int,
+    me: int,
+    device: torch.device,
+) -> _Route:
+    """The route of this rank's pieces.
+
+    Args:
+        sources, targets: pieces that leave and arrive. Of those between two ranks both must list
+            the same in the same order. What arrives fills its memory.
+        width: of a row, in elements.
+        ranks: how many there are.
+        me: position of this one.
+        device: where the numbers are needed.
+    """
+    (stay, leave), (stayed, came) = (_apart(pieces, me) for pieces in (sources, targets))
+    order = _rows([*stayed, *came], width)
+    arrived = torch.empty_like(order)
+    arrived[order.long()] = torch.arange(len(order), dtype=order.dtype, device="cpu")
+    return _Route(
+        to_device(_rows(stay, width), device),
+        to_device(_rows(leave, width), device),
+        to_device(arrived, device),
+        _numbers(leave, width, ranks),
+        _numbers(came, width, ranks),
+    )
+
+
+def _apart(pieces: Sequence[_Piece], me: int) -> tuple[list[_Piece], list[_Piece]]:
+    """Those of this rank, and the others by rank."""
+    own = [piece for piece in pieces if piece.peer == me]
+    others = [piece for piece in pieces if piece.peer != me]
+    return own, sorted(others, key=lambda piece: piece.peer)  # stable
+
+
+def _rows(pieces: Sequence[_Piece], width: int) -> Tensor:
+    """Numbers of the pieces' rows, one piece after the other, int32, on the CPU."""
+    # Neighbours are mostly alike: few operators, however many pieces.
+    alike = itertools.groupby((piece.rows(width) for piece in pieces), key=lambda rows: rows[1])
+    numbers = [torch.empty(0, dtype=torch.int32, device="cpu")]
+    for steps, run in alike:
+        first = torch.tensor([start for start, _ in run], dtype=torch.int32, device="cpu")
+        numbers.append((first.unsqueeze(1) + _pattern(steps)).flatten())
+    return torch.cat(numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _pattern(steps: tuple[tuple[int, int], ...]) -> Tensor:
+    numbers = torch.zeros(1, dtype=torch.int32, device="cpu")
+    for count, stride in steps:
+        along = torch.arange(count, dtype=torch.int32, device="cpu") * stride
+        numbers = (numbers.unsqueeze(-1) + along).flatten()
+    return numbers
+
+
+def _numbers(pieces: Sequence[_Piece], width: int, ranks: int) -> list[int]:
+    numbers = [0] * ranks
+    for piece in pieces:
+        numbers[piece.peer] += piece.numel // width
+    return numbers
 
 
 def allocate(buffer: Tensor) -> None:

@@ -29,7 +29,7 @@ in the cache, elsewhere so that kernels are few."""
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Span:
     """A part of a parameter's shard, and what belongs to it."""
 
     gradient: Tensor
@@ -83,7 +83,7 @@ class ExcludedParameters:
             groups: of the optimizer.
         """
         # One bias correction for all.
-        alike: dict[tuple[int, int, bool, torch.dtype], list[_Piece]] = defaultdict(list)
+        alike: dict[tuple[int, int, bool, torch.dtype], list[_Span]] = defaultdict(list)
         for member in self.members:
             if member.gradient is not None:
                 kept = {name: local_shard(member.state[name]) for name in self._names}
@@ -97,7 +97,7 @@ class ExcludedParameters:
                 self._step_chunk(chunk, step, counts, settings)
 
     def _step_chunk(
-        self, chunk: Sequence[_Piece], step: int, counts: bool, group: GroupSettings
+        self, chunk: Sequence[_Span], step: int, counts: bool, group: GroupSettings
     ) -> None:
         # In one piece, so that the number of kernels does not grow with that of the parameters; one
         # that is alone needs no copy for that.
@@ -182,22 +182,22 @@ class ExcludedParameters:
         kept["value"].add_(update, alpha=-group.lr)
 
 
-def _pieces(gradient: Tensor, kept: Mapping[str, Tensor]) -> Iterator[_Piece]:
+def _pieces(gradient: Tensor, kept: Mapping[str, Tensor]) -> Iterator[_Span]:
     if not all(values.is_contiguous() for values in kept.values()):
-        yield _Piece(gradient, kept)
+        yield _Span(gradient, kept)
         return
     most = _most_elements(gradient)
     for start in range(0, len(gradient), most):
         part = slice(start, start + most)
-        yield _Piece(gradient[part], {name: v.view(-1)[part] for name, v in kept.items()})
+        yield _Span(gradient[part], {name: v.view(-1)[part] for name, v in kept.items()})
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _chunks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
-    chunk: list[_Piece] = []
+def _chunks(pieces: Sequence[_Span]) -> Iterator[list[_Span]]:
+    chunk: list[_Span] = []
     elements = 0
     for piece in pieces:
         if chunk and elements + piece.gradient.numel() > _most_elements(piece.gradient):

@@ -20,13 +20,13 @@ from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, name_som
 __all__ = [
     "FromEmbedding",
     "FromModel",
-    "Given",
+    "GroupContents",
     "Resumed",
     "check_entries",
     "check_group",
+    "contents_of",
     "copied",
     "find_saved",
-    "given_in",
     "plain_name",
     "settings_to_load",
     "take_types",
@@ -95,7 +95,7 @@ def check_group(config: ShampooConfig, group: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Given:
+class GroupContents:
     """The parameters that an optimizer was given."""
 
     names: list[list[str]]
@@ -109,8 +109,9 @@ class Given:
     """The others."""
 
 
-def given_in(groups: Sequence[Mapping[str, Any]]) -> Given:
-    """
+def contents_of(groups: Sequence[Mapping[str, Any]]) -> GroupContents:
+    """What these groups have.
+
     Raises:
         ValueError: a group brings names that do not fit it.
     """
@@ -120,7 +121,7 @@ def given_in(groups: Sequence[Mapping[str, Any]]) -> Given:
         for g, group in enumerate(groups)
         for name, parameter in zip(names[g], group["params"], strict=True)
     ]
-    return Given(
+    return GroupContents(
         names,
         "param_names" in groups[0],
         [(name, p) for name, p, _ in everything],
@@ -167,7 +168,7 @@ def _plain_lr(lr: Any) -> Any:
 
 
 def find_saved(
-    given: Given, saved_groups: Sequence[Mapping[str, Any]]
+    given: GroupContents, saved_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[Mapping[str, Any] | None]]:
     """The keys of the saved state that belong to the parameters here, by name, and the saved
     settings of each group here, None where there are none.
