@@ -217,12 +217,12 @@ class Bucket:
 
 
 def fill_buckets(
-    parts: Sequence[tuple[Member, Part]], ranks: RankSet, config: ShampooConfig
+    parts: Mapping[Member, Part], ranks: RankSet, config: ShampooConfig
 ) -> list[dict[Member, Part]]:
     """Which parameters travel together: neighbours, of about equal numbers of elements, and those
     apart whose rows are so narrow that they would narrow the others'."""
     alike: dict[int, list[tuple[Member, Part, int]]] = defaultdict(list)
-    for member, part in parts:
+    for member, part in parts.items():
         width = next(width for width in _ROW_WIDTHS if part.row_width % width == 0)
         alike[width].append((member, part, math.prod(member.spec.shape)))
     everything = sum(size for like in alike.values() for _, _, size in like)

@@ -120,11 +120,7 @@ class Exchange:
                 if (block := transfer.block) is not None
             ]
 
-        def route(sources: list[_Piece], targets: list[_Piece]) -> _Route:
-            return _find_route(
-                sources, targets, self._width, len(ranks.ranks), ranks.position, device
-            )
-
+        route = functools.partial(_find_route, width=self._width, ranks=ranks, device=device)
         self._gather = route(in_shards("gather_out"), in_blocks("gather_in"))
         self._scatter = route(in_blocks("scatter_out"), in_shards("scatter_in"))
         self._wait: Callable[[], object] | None = None
@@ -219,8 +215,7 @@ def _find_route(
     sources: Sequence[_Piece],
     targets: Sequence[_Piece],
     width: int,
-    ranks: int,
-    me: int,
+    ranks: RankSet,
     device: torch.device,
 ) -> _Route:
     """The route of this rank's pieces.
@@ -229,11 +224,12 @@ def _find_route(
         sources, targets: pieces that leave and arrive. Of those between two ranks both must list
             the same in the same order. What arrives fills its memory.
         width: of a row, in elements.
-        ranks: how many there are.
-        me: position of this one.
+        ranks: those that the pieces go to and come from.
         device: where the numbers are needed.
     """
-    (stay, leave), (stayed, came) = (_apart(pieces, me) for pieces in (sources, targets))
+    (stay, leave), (stayed, came) = (
+        _apart(pieces, ranks.position) for pieces in (sources, targets)
+    )
     order = _rows([*stayed, *came], width)
     arrived = torch.empty_like(order)
     arrived[order.long()] = torch.arange(len(order), dtype=order.dtype, device="cpu")
@@ -241,8 +237,8 @@ def _find_route(
         to_device(_rows(stay, width), device),
         to_device(_rows(leave, width), device),
         to_device(arrived, device),
-        _numbers(leave, width, ranks),
-        _numbers(came, width, ranks),
+        _numbers(leave, width, len(ranks.ranks)),
+        _numbers(came, width, len(ranks.ranks)),
     )
 
 

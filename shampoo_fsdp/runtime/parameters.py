@@ -35,14 +35,14 @@ class Member:
     group: int
     """Number of its parameter group."""
     spec: ParameterSpec
-    part: Part | None
-    """What this rank does for it; None if it is not preconditioned."""
     lr_scale: float
     """Of lr, if it is preconditioned."""
     counts: bool
     """Whether this rank counts what it does to its shard, not another replica."""
     state: dict[str, Any]
     """The optimizer's: what :meth:`show` put there, and what others did."""
+    part: Part | None = None
+    """What this rank does for it; None if it is not preconditioned."""
     counters: dict[str, Any] = field(init=False)
     """By what the host decides: on the CPU, wherever others may move the entries of `state`."""
     gradient: Tensor | None = None
@@ -54,9 +54,12 @@ class Member:
     _shown: dict[str, ReferenceType[Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Zero, as tensors: checkpoints are read into them.
-        names = ("step", *(("factor_step", "refreshed") if self.part else ()))
-        self.counters = {n: torch.zeros((), dtype=torch.float32, device="cpu") for n in names}
+        self.counters = {"step": _zero()}
+
+    def precondition(self, part: Part) -> None:
+        """Let it be preconditioned; before there is state."""
+        self.part = part
+        self.counters |= {"factor_step": _zero(), "refreshed": _zero()}
 
     def show(
         self,
@@ -135,6 +138,10 @@ class Member:
             # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
             gradient = gradient.redistribute(placements=self.parameter.placements)
         self.gradient = local_shard(gradient)
+
+
+def _zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device="cpu")  # checkpoints are read into it
 
 
 def find_gradients(

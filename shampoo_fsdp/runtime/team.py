@@ -2,6 +2,7 @@
 ranks, and the figures about them."""
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from shampoo_fsdp.rules.rule import rule_of
 from shampoo_fsdp.runtime.bucket import Bucket, elements, fill_buckets
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.runtime.exchange import release
-from shampoo_fsdp.runtime.parameters import Member, describe, local_shard
+from shampoo_fsdp.runtime.parameters import Member, describe
 from shampoo_fsdp.runtime.ranks import (
     RankSet,
     Replicas,
@@ -82,7 +83,7 @@ class Parameters:
         first = min((ranks.ranks[0] for ranks in self.rank_sets), default=0)
         return first == (dist.get_rank() if dist.is_initialized() else 0)
 
-    @property
+    @functools.cached_property
     def buckets(self) -> list[Bucket]:
         return [bucket for team in self.teams for bucket in team.buckets]
 
@@ -107,77 +108,54 @@ def make_parameters(
     Raises:
         ValueError: on every rank, if ranks disagree or a parameter cannot be planned.
     """
-    specs = {name: describe(name, parameter, replicas) for name, parameter, _ in named}
-    tensors = {name: parameter for name, parameter, _ in named}
-    rank_sets, plans = _agreed_plans(specs, tensors, replicas, config, rank_set)
-    part_of = {
-        name: part
-        for chosen, plan, _ in plans
-        for name, part in zip(chosen, plan.parts, strict=True)
-    }
     members = [
         Member(
             name,
-            p,
-            g,
-            specs[name],
-            part_of.get(name),
-            lr_scale(specs[name].shape, config),
-            is_first_replica(p, replicas),
-            states[p],
+            parameter,
+            group,
+            spec := describe(name, parameter, replicas),
+            lr_scale(spec.shape, config),
+            is_first_replica(parameter, replicas),
+            states[parameter],
         )
-        for name, p, g in named
+        for name, parameter, group in named
     ]
-    parts = {member.name: (member, member.part) for member in members if member.part}
-    filled = [
-        fill_buckets([parts[name] for name in chosen], ranks, config) for chosen, _, ranks in plans
-    ]
-    device = members[0].parameter.device if members else torch.device("cpu")
-    size = max((elements(bucket) for buckets in filled for bucket in buckets), default=0)
-    workspace = torch.empty(size, dtype=torch.float32, device=device)
-    teams = [
-        Team(
-            dict(parts[name] for name in chosen),
-            plan,
-            ranks,
-            None if ranks.group is None else DeviceMesh.from_group(ranks.group, device.type),
-            [Bucket(bucket, ranks, config, workspace, travels=plan.travels) for bucket in buckets],
-        )
-        for (chosen, plan, ranks), buckets in zip(plans, filled, strict=True)
-    ]
-    release(workspace)
-    return Parameters(members, teams, rank_sets, device, workspace)
-
-
-def _agreed_plans(
-    specs: Mapping[str, ParameterSpec],
-    tensors: Mapping[str, Tensor],
-    replicas: Replicas,
-    config: ShampooConfig,
-    rank_set: Callable[..., RankSet],
-) -> tuple[list[RankSet], list[tuple[list[str], Plan, RankSet]]]:
-    """The sets of ranks that parameters live on; the plan for each, with the names of its
-    parameters and the ranks that share blocks."""
-    living_on: dict[tuple[int, ...], list[ParameterSpec]] = defaultdict(list)
-    for spec in specs.values():
-        living_on[tuple(sorted(spec.ranks))].append(spec)
+    living_on: dict[tuple[int, ...], list[Member]] = defaultdict(list)
+    for member in members:
+        living_on[tuple(sorted(member.spec.ranks))].append(member)
     rank_sets, plans = [], []
     # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
     for all_ranks, living in sorted(living_on.items(), key=lambda entry: entry[0]):
-        parameters = [tensors[spec.name] for spec in living]
-        ranks = rank_set(all_ranks, find_group(all_ranks, parameters, replicas))
-        ranks.agree(None, _facts(living, config))
+        tensors = [member.parameter for member in living]
+        ranks = rank_set(all_ranks, find_group(all_ranks, tensors, replicas))
+        ranks.agree(None, _facts([member.spec for member in living], config))
         rank_sets.append(ranks)
-        chosen = [spec for spec in living if is_preconditioned(spec.name, spec.shape, config)]
+        chosen = [m for m in living if is_preconditioned(m.name, m.spec.shape, config)]
         if chosen:
-            shards = [local_shard(tensors[spec.name]).detach() for spec in chosen]
-            plan = _agreed_plan(chosen, shards, ranks, config)
+            plan = _agreed_plan(chosen, ranks, config)
             # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
             if plan.ranks != all_ranks:
-                ranks = rank_set(plan.ranks, find_group(plan.ranks, parameters, replicas))
+                ranks = rank_set(plan.ranks, find_group(plan.ranks, tensors, replicas))
             ranks.agree(None, {"the plan of blocks": [plan.fingerprint]})
-            plans.append(([spec.name for spec in chosen], plan, ranks))
-    return rank_sets, plans
+            parts = dict(zip(chosen, plan.parts, strict=True))
+            for member, part in parts.items():
+                member.precondition(part)
+            plans.append((parts, plan, ranks, fill_buckets(parts, ranks, config)))
+    device = members[0].parameter.device if members else torch.device("cpu")
+    size = max((elements(bucket) for *_, filled in plans for bucket in filled), default=0)
+    workspace = torch.empty(size, dtype=torch.float32, device=device)
+    teams = [
+        Team(
+            parts,
+            plan,
+            ranks,
+            None if ranks.group is None else DeviceMesh.from_group(ranks.group, device.type),
+            [Bucket(bucket, ranks, config, workspace, travels=plan.travels) for bucket in filled],
+        )
+        for parts, plan, ranks, filled in plans
+    ]
+    release(workspace)
+    return Parameters(members, teams, rank_sets, device, workspace)
 
 
 def _facts(specs: Sequence[ParameterSpec], config: ShampooConfig) -> dict[str, Sequence[object]]:
@@ -191,17 +169,16 @@ def _facts(specs: Sequence[ParameterSpec], config: ShampooConfig) -> dict[str, S
     }
 
 
-def _agreed_plan(
-    specs: Sequence[ParameterSpec], shards: Sequence[Tensor], ranks: RankSet, config: ShampooConfig
-) -> Plan:
+def _agreed_plan(members: Sequence[Member], ranks: RankSet, config: ShampooConfig) -> Plan:
     """Raise a ValueError on every rank if one of them cannot take part."""
     plan, problem = None, None
     try:
         rank = dist.get_rank() if len(ranks.ranks) > 1 else ranks.ranks[0]
+        specs = [member.spec for member in members]
         plan = make_plan(specs, config, BlockCosts(config), rank)
-        for spec, shard, part in zip(specs, shards, plan.parts, strict=True):
-            _check_shard(spec, shard, part.shard_shape)
-            _check_roots(spec, part, config)
+        for member, part in zip(members, plan.parts, strict=True):
+            _check_shard(member.spec, member.shard(), part.shard_shape)
+            _check_roots(member.spec, part, config)
     except Exception as error:
         problem = str(error) or repr(error)
     ranks.agree(problem, {})

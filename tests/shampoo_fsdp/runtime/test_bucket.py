@@ -15,7 +15,7 @@ from shampoo_fsdp.runtime.bucket import fill_buckets
 def test_a_rank_alone_has_larger_buckets(ranks, settings, expected):
     """As nothing travels beside its work, and each stack of each bucket has kernels of its own."""
     members = [Mock(**{"spec.shape": (2**13, 2**13)}) for _ in range(8)]  # 2^29 elements
-    parts = [(member, Mock(row_width=64)) for member in members]
+    parts = {member: Mock(row_width=64) for member in members}
     filled = fill_buckets(parts, Mock(ranks=ranks), ShampooConfig(**settings))
     assert len(filled) == expected
     assert [member for bucket in filled for member in bucket] == members
