@@ -109,7 +109,7 @@ def test_each_part_of_a_pipeline_has_its_own_ranks_and_layers():
 def test_embeddings_of_every_stage_are_known_by_their_type(monkeypatch):
     stages = [{"token": nn.Embedding(64, 8), "0": nn.Linear(8, 8)}, {"1": nn.Linear(8, 8)}]
     parts = [nn.ModuleDict(stage) for stage in stages]
-    monkeypatch.setattr(plan.generation, "model_parts", lambda config, dims: parts)
+    monkeypatch.setattr(plan.titan(), "model_parts", lambda config, dims: parts)
     config = read_job(["--model.name=llama3", "--optimizer.name=shampoo"])
     report = job_figures(config, job_specs(config, 1), 1)
     assert (report["parameters"], report["parameters_preconditioned"]) == (5, 2)
