@@ -29,8 +29,8 @@ from shampoo_fsdp.hyperparameters import settings_from_keywords
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.plan.totals import Totals
-from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.device import on_device
+from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.runtime.parameters import local_shard
 from shampoo_fsdp.tools.command import mesh_of, value_of

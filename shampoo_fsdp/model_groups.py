@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from shampoo_fsdp.rules.factors import is_matrix
+from shampoo_fsdp.rules.matrices import is_matrix
 from shampoo_fsdp.runtime.groups import FromEmbedding, FromModel
 
 if TYPE_CHECKING:

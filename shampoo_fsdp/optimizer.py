@@ -11,7 +11,7 @@ from torch import Tensor
 from shampoo_fsdp.build import Builder, Built, Runtime
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
-from shampoo_fsdp.rules.factors import sides_without_factor
+from shampoo_fsdp.rules.matrices import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.bucket import take_steps
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose

@@ -8,6 +8,7 @@ import torch
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.rules.stack import BlockStack
+from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
@@ -28,7 +29,7 @@ def work_of_block(shape: Sequence[int], config: ShampooConfig) -> tuple[Counter[
         stack = BlockStack(shape, [0], config, torch.empty(1, *shape, device=CUDA))
         # The refresh period's phase is 0: a step of its multiple refreshes.
         count = 1000 * config.precondition_frequency
-        step = stack.begin(group, [count], [count], [True], [True], [False])
+        step = stack.begin(Step(group, [count], [count], [True], [True], [False]))
         with Work() as work:
             work.part = "factors"
             stack.accumulate(step)

@@ -13,7 +13,7 @@ from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, state_tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid
 from shampoo_fsdp.plan.transfers import OwnedBlock
-from shampoo_fsdp.rules.kept import MARKER, saved_entries, settings_marker
+from shampoo_fsdp.rules.layout import MARKER, saved_entries, settings_marker
 
 __all__ = ["state_entries"]
 

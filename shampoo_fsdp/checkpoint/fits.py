@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.checkpoint.reasons import CheckpointMismatch, explanation, shape_of
 from shampoo_fsdp.checkpoint.sharded import local_parts
-from shampoo_fsdp.rules.kept import MARKER, factor_entries
+from shampoo_fsdp.rules.layout import MARKER, factor_entries
 from shampoo_fsdp.validation import name_some
 
 __all__ = [

@@ -14,7 +14,7 @@ from shampoo_fsdp.checkpoint.fits import LoadDecision, is_state_entry
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks
 from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
-from shampoo_fsdp.rules.kept import factor_entries
+from shampoo_fsdp.rules.layout import factor_entries
 
 __all__ = [
     "begin",

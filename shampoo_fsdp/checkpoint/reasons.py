@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shampoo_fsdp.rules.kept import MARKER, factor_entries, preconditioner_of
+from shampoo_fsdp.rules.layout import MARKER, factor_entries, preconditioner_of
 
 __all__ = ["CheckpointMismatch", "explanation", "shape_of"]
 

@@ -8,7 +8,8 @@ fused kernel).
 """
 
 from shampoo_fsdp.rules.kl_shampoo import KLShampooRule
-from shampoo_fsdp.rules.rule import Health, Positions, Rule, register, rule_of
+from shampoo_fsdp.rules.matrices import Positions
+from shampoo_fsdp.rules.rule import Health, Rule, register, rule_of
 from shampoo_fsdp.rules.shampoo import ShampooRule
 from shampoo_fsdp.rules.soap import SoapRule
 from shampoo_fsdp.rules.step import Step

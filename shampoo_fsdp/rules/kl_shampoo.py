@@ -25,9 +25,16 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.rules.matrices import along, per_block, scale_along, unfold
+from shampoo_fsdp.rules.matrices import (
+    Positions,
+    along,
+    mean_eigenvalue,
+    per_block,
+    scale_along,
+    unfold,
+)
 from shampoo_fsdp.rules.root_rule import RootRule
-from shampoo_fsdp.rules.rule import Positions, register
+from shampoo_fsdp.rules.rule import register
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
 
@@ -98,10 +105,10 @@ class KLShampooRule(RootRule):
     def restart(self, where: Positions) -> None:
         super().restart(where)
         for i in self.sides[1:]:
-            if i in self.diagonal:
-                self.state[f"diagonals_{i}"][where] = 1.0
-            else:
+            if i in self.full:
                 self.factors[i].write_identity(where)
+            else:
+                self.state[f"diagonals_{i}"][where] = 1.0
 
     def _over(self, gradient: Tensor, size: float) -> tuple[Tensor, float]:
         """The gradient in the type of the products, and what its gram is still to be multiplied by
@@ -113,18 +120,15 @@ class KLShampooRule(RootRule):
 
     def _bound(self, i: int, where: Positions) -> None:
         """Scale a side that has left the size of 1; usually by exactly 1."""
-        if i in self.diagonal:
-            factors = diagonal = self.state[f"diagonals_{i}"][where]
-        else:
-            factors = self.factors[i].read(where)
-            diagonal = factors.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1)
+        diagonal = self.state.get(f"diagonals_{i}")
+        factors = self.factors[i].read(where) if diagonal is None else diagonal[where]
+        mean = mean_eigenvalue(factors)
         scale = torch.where(mean > 0.0, mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN) / mean, 1.0)
         scaled = factors * per_block(scale, factors.ndim)
-        if i in self.diagonal:
-            self.state[f"diagonals_{i}"][where] = scaled
-        else:
+        if diagonal is None:
             self.factors[i].write(scaled, where)
+        else:
+            diagonal[where] = scaled
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         # The others did not start at zero.
@@ -133,8 +137,7 @@ class KLShampooRule(RootRule):
     def _ridge(self, factors: Tensor, correction: float | Tensor) -> Tensor:
         """Relative to the mean of the eigenvalues. The first side has the size of single squared
         gradients, which is 1e-12 in large models, the others have that of 1."""
-        diagonal = factors if factors.ndim == 2 else factors.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1) / correction
+        mean = mean_eigenvalue(factors) / correction
         ridge = torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
         return ridge.clamp_min(torch.finfo(torch.float32).tiny)
 

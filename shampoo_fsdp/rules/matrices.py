@@ -1,26 +1,85 @@
-"""Stacks of square matrices: how they are kept, and how they multiply stacks of blocks."""
+"""Which sides of a block have a matrix; how stacks of matrices are kept and multiply blocks."""
 
 import functools
 import math
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.config import ShampooConfig
+
 __all__ = [
+    "FactorKind",
     "MatrixStack",
+    "Positions",
     "StateEntry",
     "along",
+    "condition_number",
+    "factor_kinds",
+    "is_matrix",
     "matrix_entry",
+    "mean_eigenvalue",
     "per_block",
+    "proportionate_sides",
+    "resolution_of",
     "scale_along",
+    "sides_without_factor",
     "to_device",
     "unfold",
     "unpacked",
 ]
 
+Positions = slice | Tensor
+"""Some blocks of a stack."""
+
 StateEntry = tuple[tuple[int, ...], torch.dtype]
 """Shape for one block and type of an entry of the state."""
+
+FactorKind = Literal["full", "diagonal", "none"]
+
+
+def factor_kinds(shape: Sequence[int], config: ShampooConfig) -> tuple[FactorKind, ...]:
+    """For each dimension of a block what factor it has; see `large_dim` and `max_factor_ratio`."""
+    large: FactorKind = "diagonal" if config.large_dim == "diagonal" else "none"
+    # Vectors have a factor only where precondition_1d asks for it.
+    vector = config.precondition_1d and not is_matrix(shape)
+    kept = set(shape) if vector else proportionate_sides(shape, config.max_factor_ratio)
+    return tuple(
+        large if n > config.max_preconditioner_dim else "full" if n in kept else "none"
+        for n in shape
+    )
+
+
+def sides_without_factor(shape: Sequence[int], config: ShampooConfig) -> list[int]:
+    """Lengths of the dimensions of a block that have no factor at all."""
+    kinds = factor_kinds(shape, config)
+    return [n for n, kind in zip(shape, kinds, strict=True) if kind == "none"]
+
+
+def is_matrix(sizes: Sequence[int]) -> bool:
+    """Whether two or more dimensions are longer than one: otherwise there is one row or column."""
+    return sum(n > 1 for n in sizes) > 1
+
+
+def proportionate_sides(shape: Sequence[int], ratio: float) -> set[int]:
+    """Sides n of a block with n x n <= `ratio` times its elements, and the shortest one."""
+    return {n for n in shape if n == min(shape) or n * n <= ratio * math.prod(shape)}
+
+
+def resolution_of(dtype: torch.dtype) -> float:
+    """Eigenvalues of a factor that are kept in this type are rounding below this, relative to the
+    largest."""
+    # Rounding of bf16 entries, 2^-9 of each, adds up to less in the eigenvalues of a matrix:
+    # measured, spectra are right down to about 2^-12 of the largest.
+    return 2.0**-12 if dtype == torch.bfloat16 else torch.finfo(torch.float32).eps
+
+
+def condition_number(largest: Tensor, smallest: Tensor, resolution: float) -> Tensor:
+    """The largest eigenvalue of factors by the smallest, which counts as at least `resolution` of
+    the largest, as it does when roots are taken; NaN where all are zero."""
+    return largest / torch.maximum(smallest, largest * resolution)
 
 
 def matrix_entry(n: int, dtype: torch.dtype, *, packed: bool) -> StateEntry:
@@ -38,9 +97,7 @@ class MatrixStack:
             (math.isqrt(8 * storage.shape[1] + 1) - 1) // 2 if self._packed else storage.shape[1]
         )
 
-    def read(
-        self, where: slice | Tensor = slice(None), dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def read(self, where: Positions = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrices at these positions; of a slice their own memory, if they are kept as they
         are."""
         kept = self.storage[where].to(dtype)
@@ -51,7 +108,7 @@ class MatrixStack:
         if self._packed or self.storage.dtype != torch.float32:
             self.write(matrices)
 
-    def write(self, matrices: Tensor, where: slice | Tensor = slice(None)) -> None:
+    def write(self, matrices: Tensor, where: Positions = slice(None)) -> None:
         """Keep these matrices."""
         if self._packed:
             pack, _ = _triangle(self.size, matrices.device)
@@ -59,7 +116,7 @@ class MatrixStack:
         else:
             self.storage[where] = matrices.to(self.storage.dtype)
 
-    def write_identity(self, where: slice | Tensor = slice(None)) -> None:
+    def write_identity(self, where: Positions = slice(None)) -> None:
         """Keep the identity at these positions."""
         n = self.size
         identity = torch.eye(n, dtype=torch.float32, device=self.storage.device)
@@ -83,6 +140,12 @@ def _triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 T = TypeVar("T", Tensor, float | Tensor)
+
+
+def mean_eigenvalue(factors: Tensor) -> Tensor:
+    """Of factors [B, d, d], or [B, d] if they are diagonals; [B]."""
+    diagonal = factors if factors.ndim == 2 else factors.diagonal(dim1=1, dim2=2)
+    return diagonal.mean(1)
 
 
 def per_block(values: T, ndim: int) -> T:

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.rules.factors import condition_number, factor_kinds
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
+    Positions,
     StateEntry,
     along,
+    condition_number,
+    factor_kinds,
     per_block,
     scale_along,
 )
 from shampoo_fsdp.rules.roots import inverse_root, inverse_root_from_basis, ridged_powers
-from shampoo_fsdp.rules.rule import Health, Positions, Rule
+from shampoo_fsdp.rules.rule import Health, Rule
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
 

@@ -9,23 +9,28 @@ from torch import Tensor
 
 from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
-from shampoo_fsdp.rules.factors import factor_kinds, is_matrix, resolution_of
-from shampoo_fsdp.rules.matrices import MatrixStack, StateEntry, matrix_entry, per_block
+from shampoo_fsdp.rules.matrices import (
+    MatrixStack,
+    Positions,
+    StateEntry,
+    factor_kinds,
+    is_matrix,
+    matrix_entry,
+    per_block,
+    resolution_of,
+)
 from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
 from shampoo_fsdp.rules.step import Step
 
-__all__ = ["Health", "Positions", "Rule", "register", "rule_of"]
-
-Positions = slice | Tensor
-"""Some blocks of a stack."""
+__all__ = ["Health", "Rule", "register", "rule_of"]
 
 
 class Health(NamedTuple):
     """Figures about the factors that are matrices, for reports; both [dimensions, B]."""
 
     condition: Tensor
-    """See :func:`shampoo_fsdp.rules.factors.condition_number`, as far as cheap products tell."""
+    """See :func:`shampoo_fsdp.rules.matrices.condition_number`, as far as cheap products tell."""
     residual: Tensor
     """How much the factors have outgrown their roots or eigenbases: from 0, not at all, to 1, which
     is nothing in common."""
@@ -58,7 +63,7 @@ class Rule(ABC):
     """Whether its factors must be averages (beta2 below 1)."""
     resolution: float = 0.0
     """Eigenvalues of a factor count as at least this, relative to the largest; of a rule's blocks
-    also as at least what :func:`shampoo_fsdp.rules.factors.resolution_of` says."""
+    also as at least what :func:`shampoo_fsdp.rules.matrices.resolution_of` says."""
     products: ClassVar[int]
     """Matrix products with a d_i x d_i matrix per step and dimension, for the planner."""
     refresh_cost: ClassVar[float] = 1.0

@@ -15,9 +15,9 @@ is -1 / (2k).
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.rules.matrices import unfold
+from shampoo_fsdp.rules.matrices import Positions, unfold
 from shampoo_fsdp.rules.root_rule import RootRule
-from shampoo_fsdp.rules.rule import Positions, register
+from shampoo_fsdp.rules.rule import register
 from shampoo_fsdp.rules.step import Step
 
 __all__ = ["ShampooRule"]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
     accelerate,
@@ -15,12 +14,11 @@ from shampoo_fsdp.rules.grafting import (
     second_moment_name,
     update_second_moment,
 )
-from shampoo_fsdp.rules.kept import saved_entries, split_rows
+from shampoo_fsdp.rules.layout import saved_entries, split_rows
 from shampoo_fsdp.rules.matrices import per_block, to_device
 from shampoo_fsdp.rules.precision import has_fast_bfloat16, products_in
 from shampoo_fsdp.rules.rule import rule_of
-from shampoo_fsdp.rules.step import Step
-from shampoo_fsdp.rules.tally import Tally
+from shampoo_fsdp.rules.step import Step, Tally
 
 __all__ = ["BlockStack"]
 
@@ -87,18 +85,9 @@ class BlockStack:
         self.saved, self.state, self._second_moment = {}, {}, None
         del self.rule
 
-    def begin(
-        self,
-        group: GroupSettings,
-        steps: Sequence[int],
-        factor_steps: Sequence[int],
-        active: Sequence[bool],
-        refreshed: Sequence[bool],
-        cold: Sequence[bool],
-    ) -> Step:
-        """The record of a step; arguments as :class:`Step` says."""
-        step = Step(group, steps, factor_steps, active, refreshed, cold)
-        (beta1, beta2), beta3 = group.betas, group.beta3
+    def begin(self, step: Step) -> Step:
+        """Fill in the bias corrections."""
+        group, (beta1, beta2), beta3 = step.group, step.group.betas, step.group.beta3
         # A number, which is another one on each step, must not be compiled into the step.
         compiled = self._compiles(step)
         step.correction = self._correction(beta2, step.factor_steps, as_tensor=compiled)

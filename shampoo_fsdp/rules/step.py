@@ -1,13 +1,18 @@
-"""One step of a stack of blocks. (When roots are refreshed: `ShampooConfig.refresh_period`.)"""
+"""One step of a stack of blocks, and how often one went wrong.
+
+When roots are refreshed: `ShampooConfig.refresh_period`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from shampoo_fsdp.hyperparameters import GroupSettings
+from shampoo_fsdp.rules.matrices import Positions
 
-__all__ = ["Step"]
+__all__ = ["Step", "Tally"]
 
 
 @dataclass
@@ -27,11 +32,11 @@ class Step:
     """Whether the block has had its first refresh, this step's included."""
     cold: Sequence[bool]
     """Whether this step's is its first one."""
-    correction: float | Tensor = 1.0
+    correction: float | Tensor = field(default=1.0, init=False)
     """Bias correction of the factors, this step's gradient included; as the next two a number or
     [B]."""
-    momentum_correction: float | Tensor = 1.0
-    graft_correction: float | Tensor = 1.0
+    momentum_correction: float | Tensor = field(default=1.0, init=False)
+    graft_correction: float | Tensor = field(default=1.0, init=False)
     usable: Tensor = field(init=False)
     """1 where the gradient is finite and not excessive, else 0, [B]; as the next two known once the
     gradients are there."""
@@ -64,3 +69,23 @@ class Step:
     def usual(self) -> bool:
         """Whether each block has a gradient, and roots of before: so are nearly all steps."""
         return all(self.active) and all(self.refreshed) and not any(self.cold)
+
+
+class Tally:
+    """How often something went wrong for each block of a stack; on the device, nobody waits."""
+
+    def __init__(self, blocks: int, device: torch.device) -> None:
+        self.total = torch.zeros(blocks, dtype=torch.int32, device=device)
+        """In all."""
+        self.streak = torch.zeros(blocks, dtype=torch.int32, device=device)
+        """The last times in a row."""
+
+    def add(self, times: Tensor, stays: Tensor, where: Positions = slice(None)) -> None:
+        """
+        Args:
+            times: how often it went wrong now, [n].
+            stays: where the streak goes on, [n].
+            where: n positions.
+        """
+        self.total[where] += times
+        self.streak[where] = (self.streak[where] + (times > 0)) * stays

@@ -61,7 +61,7 @@ class OwnedStack:
             m: (m.step, m.factor_step, m.gradient is not None, m.refreshed, m.cold) for m in members
         }
         blocks = zip(*(of[member] for member in self.members), strict=True)
-        return self.stack.begin(groups[self.group], *blocks)
+        return self.stack.begin(Step(groups[self.group], *blocks))
 
 
 class Bucket:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from shampoo_fsdp.config import DEFAULT_EXCLUDE, ShampooConfig
 from shampoo_fsdp.plan.grid import view_dims
-from shampoo_fsdp.rules.factors import is_matrix
+from shampoo_fsdp.rules.matrices import is_matrix
 from shampoo_fsdp.validation import name_some, unmatched
 
 __all__ = [

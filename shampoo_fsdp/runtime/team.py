@@ -20,7 +20,7 @@ from shampoo_fsdp.plan.grid import lr_scale
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.plan.transfers import Part, Plan, make_plan
-from shampoo_fsdp.rules.costs import BlockCosts
+from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.rule import rule_of
 from shampoo_fsdp.runtime.bucket import Bucket, elements, fill_buckets

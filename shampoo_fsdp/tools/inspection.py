@@ -16,8 +16,8 @@ from typing import Any
 from shampoo_fsdp.checkpoint.fits import state_keys
 from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid, cut_view
-from shampoo_fsdp.rules.factors import FactorKind, factor_kinds
-from shampoo_fsdp.rules.kept import MARKER, factor_entries, preconditioner_of
+from shampoo_fsdp.rules.layout import MARKER, factor_entries, preconditioner_of
+from shampoo_fsdp.rules.matrices import FactorKind, factor_kinds
 from shampoo_fsdp.tools.reader import CheckpointReader
 from shampoo_fsdp.tools.spectra import Factor, elements_of, factor_in
 from shampoo_fsdp.validation import name_some

@@ -18,9 +18,9 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec, shard_rectangle, volume
 from shampoo_fsdp.plan.totals import Totals
-from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.device import on_device, reasons
-from shampoo_fsdp.rules.factors import sides_without_factor
+from shampoo_fsdp.rules.layout import BlockCosts
+from shampoo_fsdp.rules.matrices import sides_without_factor
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.tables import times

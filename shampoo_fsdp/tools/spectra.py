@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.rules.factors import condition_number, resolution_of
-from shampoo_fsdp.rules.matrices import unpacked
+from shampoo_fsdp.rules.matrices import condition_number, resolution_of, unpacked
 from shampoo_fsdp.tools.reader import CheckpointReader
 
 __all__ = ["Factor", "elements_of", "factor_in"]
@@ -24,7 +23,7 @@ class Factor:
     kind: str
     """"full", "packed" (kept as its upper triangle) or "diagonal"."""
     condition_number: float
-    """See :func:`shampoo_fsdp.rules.factors.condition_number`; NaN if all eigenvalues are zero or
+    """See :func:`shampoo_fsdp.rules.matrices.condition_number`; NaN if all eigenvalues are zero or
     one is not finite."""
     effective_rank: float
     """exp of the entropy of the eigenvalues divided by their sum (Roy and Vetterli 2007): n if all

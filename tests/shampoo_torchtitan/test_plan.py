@@ -10,8 +10,8 @@ from torch import nn
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
-from shampoo_fsdp.rules.costs import BlockCosts
 from shampoo_fsdp.rules.device import on_device
+from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.tools.models import model_specs
 from shampoo_torchtitan import plan
 from shampoo_torchtitan.demo import cpu

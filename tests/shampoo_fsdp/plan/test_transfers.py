@@ -17,7 +17,7 @@ from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part, Plan, Transfer, make_plan
-from shampoo_fsdp.rules.costs import BlockCosts
+from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.models import model_specs
 

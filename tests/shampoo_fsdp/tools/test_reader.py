@@ -19,7 +19,7 @@ from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid
-from shampoo_fsdp.rules.kept import settings_marker
+from shampoo_fsdp.rules.layout import settings_marker
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.tools.inspection import inspect_checkpoint
 

@@ -10,7 +10,7 @@ from torch import nn
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.plan.grid import make_grid
 from shampoo_fsdp.plan.shards import ParameterSpec
-from shampoo_fsdp.rules.factors import factor_kinds
+from shampoo_fsdp.rules.matrices import factor_kinds
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_tables import print_plan
