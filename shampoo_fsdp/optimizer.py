@@ -315,7 +315,8 @@ class Shampoo(torch.optim.Optimizer):
     def diagnostics(self) -> Diagnostics:
         """Figures of the last step, for this rank's blocks; the host waits for the device."""
         built = self._ready()
-        built.state.take_back(self._state)
+        if problem := built.state.take_back(self._state):
+            raise problem
         stacks = [owned for bucket in built.parameters.buckets for owned in bucket.stacks]
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
         return diagnose(stacks, built.watch.milliseconds(), groups)

@@ -79,7 +79,9 @@ class State:
             states: the optimizer's, which may be another one than before.
 
         Returns:
-            the first trouble with an entry, whose values are then those of before.
+            trouble with an entry. One process has changed nothing then, and finds it again on the
+            next step. One of several, which must take the step, goes on with the values of before,
+            or with zeros where memory was freed.
 
         Raises:
             RuntimeError: a checkpoint was read, and not loaded.
@@ -94,7 +96,8 @@ class State:
                 "load_state_dict() with what was read, as set_optimizer_state_dict() does; if "
                 "not, load another checkpoint, or start anew with an optimizer that is built again."
             )
-        trouble = self._return_entries(states)
+        several = any(ranks.group is not None for ranks in self.parameters.rank_sets)
+        trouble = self._return_entries(states, in_any_case=several)
         return ValueError(trouble) if trouble else None
 
     def give_out(self, states: States) -> None:
@@ -141,29 +144,45 @@ class State:
         shown = all(member.is_shown(states) for member in self.parameters.members)
         return shown and self.excluded.has_types_of_the_model()
 
-    def _return_entries(self, states: States) -> str | None:
-        problem = None
+    def _return_entries(self, states: States, *, in_any_case: bool = False) -> str | None:
+        """What is wrong with an entry; nothing is changed then, unless it is so in any case."""
         if self._is_shown(states):
+            return None
+        problem = None
+        for _, made in self._make_entries(forms=True):
+            for member, entries in made.items():
+                found = states.get(member.parameter, {})
+                problem = problem or _take(member.name, entries, found)
+        if problem and not in_any_case:
             return problem
         for stacks, made in self._make_entries():
             for member, entries in made.items():
-                found = states.setdefault(member.parameter, {})
-                problem = _take(member.name, entries, found) or problem
+                _take(member.name, entries, states.setdefault(member.parameter, {}))
             _show(stacks, made, states)
         self._start_factors()
         return problem
 
-    def _make_entries(self) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
-        """The entries of all members, of a few at a time, and the stacks that they are views of."""
+    def _make_entries(
+        self, *, forms: bool = False
+    ) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
+        """The entries of all members, of a few at a time, and the stacks that they are views of.
+
+        Args:
+            forms: make tensors without values, and leave what there is alone.
+        """
         for member in self.excluded.members:
-            yield [], {member: member.counters | self.excluded.create_entries(member)}
+            made = member.counters | self.excluded.create_entries(member)
+            yield [], {member: _forms(made) if forms else made}
         for team in self.parameters.teams:
             for bucket in team.buckets:
+                if not forms:  # before the stacks are looked at, which what was shown may free
+                    for member in bucket.members:
+                        member.hide()
                 owned = defaultdict(list)
-                for member, block, saved in bucket.saved():
+                for member, block, saved in bucket.forms() if forms else bucket.saved():
                     owned[member].append((block, saved))
-                made = {
-                    member: member.counters
+                of_members = {
+                    member: (_forms(member.counters) if forms else member.counters)
                     | state_entries(
                         team.parts[member].grid,
                         owned[member],
@@ -174,7 +193,7 @@ class State:
                     )
                     for member in bucket.members
                 }
-                yield [owned.stack for owned in bucket.stacks], made
+                yield [owned.stack for owned in bucket.stacks], of_members
 
     def _start_factors(self) -> None:
         """Anew where a parameter's factors have seen no gradient, whatever was loaded for them."""
@@ -207,11 +226,11 @@ class State:
         """
         members, rank_sets = self.parameters.members, self.parameters.rank_sets
         trouble = self._return_entries(states)
-        here = flat({member.name: member.state for member in members})
-        problem, saved, other = None, dict[str, Tensor](), list[str]()
+        problem, here, saved, other = None, dict[str, Tensor](), dict[str, Tensor](), list[str]()
         try:
             if trouble:
                 raise ValueError(trouble)
+            here = flat({member.name: member.state for member in members})
             state_dict = read()
             state = state_dict["state"]
             keys, saved_groups = find_saved(given, state_dict["param_groups"])
@@ -261,6 +280,10 @@ def _beside_ours(entries: Mapping[str, Any], device: torch.device) -> dict[str, 
 def _tensors(states: States) -> list[Tensor]:
     of_parameters = [entries for entries in states.values() if isinstance(entries, Mapping)]
     return [v for entries in of_parameters for v in entries.values() if isinstance(v, Tensor)]
+
+
+def _forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty_like(entry, device="meta") for name, entry in entries.items()}
 
 
 def _show(

@@ -12,6 +12,7 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part
+from shampoo_fsdp.rules.kept import saved_entries
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.rules.step import Step
@@ -121,6 +122,14 @@ class Bucket:
             ):
                 saved = owned.stack.saved.items()
                 yield member, block, {name: stacked[position] for name, stacked in saved}
+
+    def forms(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
+        """Tensors without values in the place of those of :meth:`saved`; nothing is made anew."""
+        for owned in self.stacks:
+            entries = saved_entries(owned.stack.shape, self._config)
+            forms = {n: torch.empty(s, dtype=t, device="meta") for n, (s, t) in entries.items()}
+            for member, block in zip(owned.members, owned.blocks, strict=True):
+                yield member, block, forms
 
     def step(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> Iterator[None]:
         """Take a step, up to the next yield at a time; see :func:`take_steps`.

@@ -73,7 +73,6 @@ class Member:
             when_gone: is called for each of them, but counters, to which nobody refers any more.
                 Nothing here does.
         """
-        # First, so that nothing is called for those of before.
         self._shown = {
             name: ref(entry, None if name in self.counters else when_gone)
             for name, entry in entries.items()
@@ -81,13 +80,18 @@ class Member:
         self.state = state
         state.update(entries)
 
+    def hide(self) -> None:
+        """Forget what was shown, so that nothing is called for it any more."""
+        self._shown = {}
+
     def is_shown(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether the optimizer's state has these very entries; nothing is read back."""
         entries = states.get(self.parameter)
-        if entries is not self.state:
+        if entries is not self.state or not self._shown:
             return False
-        for name, shown in self._shown.items():  # noqa: SIM110, all() takes twice as long
-            if entries.get(name, "missing") is not shown():
+        for name, shown in self._shown.items():
+            found = entries.get(name)
+            if found is None or found is not shown():  # (a reference to what is gone gives None)
                 return False
         return True
 
