@@ -22,7 +22,6 @@ __all__ = [
     "matrix_entry",
     "mean_eigenvalue",
     "per_block",
-    "proportionate_sides",
     "resolution_of",
     "scale_along",
     "sides_without_factor",

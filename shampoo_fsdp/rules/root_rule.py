@@ -78,16 +78,6 @@ class RootRule(Rule):
         kept = {i: root.storage for i, root in self.roots.items()}
         self._changes = {i: m.new_zeros(len(m), dtype=torch.float32) for i, m in kept.items()}
 
-    def restart(self, where: Positions) -> None:
-        for i in self.full:
-            self.state[f"factors_{i}"][where] = 0.0
-        for i in self.diagonal:
-            self.state[f"diagonals_{i}"][where] = 0.0
-        for i, root in self.roots.items():
-            root.write_identity(where)
-            if f"eigenvectors_{i}" in self.state:
-                MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
-
     def _read_roots(self) -> list[Tensor]:
         """The roots of the dimensions with a matrix, in the type of the products."""
         return [root.read(dtype=self.products_in) for root in self.roots.values()]

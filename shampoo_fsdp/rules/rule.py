@@ -121,6 +121,7 @@ class Rule(ABC):
             state: stacked tensors [B, ...] as :meth:`layout` says; :meth:`restart` fills them.
         """
         kinds = factor_kinds(shape, config)
+        self.shape = tuple(shape)
         self.config = config
         self.state = state
         # Vectors cost nothing, and few of them span little: rounding would fill the rest.
@@ -140,9 +141,14 @@ class Rule(ABC):
         count = len(self.full) + len(self.diagonal)
         self.exponent = -self.root_exponent(config, count) if count else 0.0
 
-    @abstractmethod
     def restart(self, where: Positions) -> None:
-        """Set the state of these blocks to what it is before the first step."""
+        """Set the state of these blocks to what it is before the first step: zero, and the identity
+        for eigenvectors and roots."""
+        for name in self.layout(self.shape, self.config):
+            if name.startswith(("eigenvectors_", "inverse_roots_")):
+                MatrixStack(self.state[name]).write_identity(where)
+            else:
+                self.state[name][where] = 0.0
 
     @abstractmethod
     def accumulate(self, gradient: Tensor, step: Step) -> None:
@@ -174,8 +180,9 @@ class Rule(ABC):
         """The preconditioned momentum, in fp32 or the type of the products; linear in it.
 
         Args:
-            momentum: [B, d_1, ..., d_k], in fp32 or the type of the products; stays as it is.
-            out: memory that the result may use.
+            momentum: [B, d_1, ..., d_k], in the type of the products; stays as it is, unless it
+                lies in `out`.
+            out: memory of its shape and type that the result may use.
         """
 
     @abstractmethod

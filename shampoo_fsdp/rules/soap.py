@@ -22,7 +22,6 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.matrices import (
-    MatrixStack,
     Positions,
     StateEntry,
     along,
@@ -190,12 +189,6 @@ class SoapRule(Rule):
             if kind == "full":
                 entries |= cls._matrix_entries(i, n, config, "factors", "eigenvectors")
         return entries
-
-    def restart(self, where: Positions) -> None:
-        self.state["second_moment"][where] = 0.0
-        for i in self.full:
-            self.state[f"factors_{i}"][where] = 0.0
-            MatrixStack(self.state[f"eigenvectors_{i}"]).write_identity(where)
 
     def health(self, correction: float | Tensor) -> Health:
         """From Q^T L Q, whose diagonal has the eigenvalues; the residual is what is beside it."""
