@@ -12,7 +12,7 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part
-from shampoo_fsdp.rules.kept import saved_entries
+from shampoo_fsdp.rules.layout import saved_entries
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.rules.step import Step
