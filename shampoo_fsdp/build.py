@@ -174,7 +174,8 @@ class Builder:
         state = State(parameters, excluded, chosen)
         if parameters.on_first_rank:
             shapes = {member.name: member.spec.shape for member in parameters.members}
-            for problem in what_names_miss(shapes, self.is_embedding, chosen):
+            frozen = [name for name, _ in given.frozen]
+            for problem in what_names_miss(shapes, frozen, self.is_embedding, chosen):
                 warnings.warn(problem, stacklevel=5)
         tensors = tuple(parameter for group in groups for parameter in group["params"])
         return Built(

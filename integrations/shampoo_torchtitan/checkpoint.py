@@ -29,7 +29,7 @@ from shampoo_fsdp.checkpoint.safe_values import without_code
 from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_torchtitan.checkpoint_folders import complete_checkpoints, find_steps, is_remote
 from shampoo_torchtitan.checkpoint_lock import FolderLock
-from shampoo_torchtitan.container import JobError, ShampooContainer
+from shampoo_torchtitan.container import JobError, ShampooContainer, alike_on_all_ranks
 from shampoo_torchtitan.generation import titan
 from shampoo_torchtitan.names import ReaderOfOldNames
 
@@ -160,7 +160,8 @@ class ShampooCheckpoints(CheckpointManager):
         if from_hf:
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
-        reader = self._reader(checkpoint_id)
+        with alike_on_all_ranks(f"{checkpoint_id}: ", Exception):
+            reader = self._reader(checkpoint_id)
         if _asked_of_rank_0(lambda: reader.size(".metadata"), f"{checkpoint_id}: ") is None:
             raise JobError(explain(CheckpointException("", {}), checkpoint_id))
         before = _hyperparameters(self)
@@ -188,9 +189,9 @@ class ShampooCheckpoints(CheckpointManager):
         # A checkpoint of this step may be there, if an older one was loaded. A crash while it is
         # overwritten must not leave one that looks complete. No rank writes before rank 0 saves.
         if dist.get_rank() == 0:
-            reader = SafeFileSystemReader(checkpoint_id)
             # Where it cannot be deleted saving fails as well, and that on every rank.
             with contextlib.suppress(Exception):
+                reader = SafeFileSystemReader(checkpoint_id)
                 reader.fs.rm_file(reader.fs.concat_path(checkpoint_id, ".metadata"))
         with self._saving():
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
@@ -278,15 +279,11 @@ def _asked_of_rank_0(question: Callable[[], _Answer], failed: str) -> _Answer:
     Raises:
         JobError: On every rank: `failed`, and what rank 0 could not do.
     """
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
+    answer = list[Any]([None])
+    with alike_on_all_ranks(failed, Exception):  # whatever a remote file system raises
+        if dist.get_rank() == 0:
             answer[0] = question()
-        except Exception as error:  # whatever a remote file system raises
-            answer[1] = str(error) or repr(error)
     dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise JobError(f"{failed}{answer[1]}.")
     return answer[0]  # type: ignore[no-any-return]
 
 

@@ -30,13 +30,21 @@ class JobError(ValueError):
 
 
 @contextlib.contextmanager
-def alike_on_all_ranks() -> Iterator[None]:
+def alike_on_all_ranks(
+    failed: str = "Cannot build the optimizer: ",
+    *told: type[Exception],
+) -> Iterator[None]:
     """What is refused on one rank, as by the parameters of a stage of a pipeline, is on all.
 
+    Args:
+        failed: How the error begins.
+        told: Types of errors that are told in a sentence; by default those about settings.
+
     Raises:
-        JobError: On every rank, if what is within raises on any; an error that is not about
-            settings stays itself where it happened.
+        JobError: On every rank, if what is within raises on any; an error of another type stays
+            itself where it happened.
     """
+    told = told or (NotImplementedError, TypeError, ValueError)
     problem, cause = None, None
     try:
         yield
@@ -46,10 +54,10 @@ def alike_on_all_ranks() -> Iterator[None]:
         everyone = [problem] * dist.get_world_size()
         dist.all_gather_object(everyone, problem)
         problem = next((theirs for theirs in everyone if theirs is not None), None)
-    if cause is not None and not isinstance(cause, NotImplementedError | TypeError | ValueError):
+    if cause is not None and not isinstance(cause, told):
         raise cause
     if problem is not None:
-        raise JobError(f"Cannot build the optimizer: {problem}") from cause
+        raise JobError(f"{failed}{problem}") from cause
 
 
 def with_heads(config: ShampooConfig, model_parts: Sequence[nn.Module]) -> ShampooConfig:

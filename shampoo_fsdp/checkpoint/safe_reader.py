@@ -194,7 +194,8 @@ class SafeFileSystemReader(FileSystemReader):
             if not real.is_relative_to(os.path.realpath(self.path)):
                 raise UnsafeCheckpoint(
                     f"{name} is a link to {str(real)!r}, outside of the folder, which was not "
-                    "read; if it is yours, put the file itself there"
+                    "read; if it is yours, put the file itself there: cp -rL does so, and "
+                    "Hugging Face's snapshot_download with a local_dir"
                 )
         return path
 

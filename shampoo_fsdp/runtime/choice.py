@@ -73,7 +73,10 @@ def refuse_nameless(parameters: int, shapes: Sequence[tuple[int, ...]]) -> None:
 
 
 def what_names_miss(
-    shapes: Mapping[str, tuple[int, ...]], embeddings: Mapping[str, bool], config: ShampooConfig
+    shapes: Mapping[str, tuple[int, ...]],
+    frozen: Sequence[str],
+    embeddings: Mapping[str, bool],
+    config: ShampooConfig,
 ) -> Iterator[str]:
     """Sentences about expressions for names that do nothing, or leave embeddings in.
 
@@ -81,6 +84,7 @@ def what_names_miss(
 
     Args:
         shapes: of the parameters that are trained, by name, in the order of the model.
+        frozen: names of the others, which may be trained in another run.
         embeddings: whether a parameter is that of an embedding, where a model has told it.
     """
     chosen = [name for name, shape in shapes.items() if is_preconditioned(name, shape, config)]
@@ -89,7 +93,7 @@ def what_names_miss(
             f"setting 'split_heads' has {name_some(found)}, which the name of no preconditioned "
             "parameter matches; nothing is cut there."
         )
-    if found := unmatched([p for p in config.exclude if p != DEFAULT_EXCLUDE], shapes):
+    if found := unmatched([p for p in config.exclude if p != DEFAULT_EXCLUDE], [*shapes, *frozen]):
         yield (
             f"setting 'exclude' has {name_some(found)}, which the name of no parameter matches (or "
             "of none in this part of the model); nothing is excluded there."

@@ -1,6 +1,8 @@
 """Independent weight decay follows the schedule alone, also where a job goes on from a checkpoint
 with another lr: what the weights lose is weight_decay times the factor of the schedule in use."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -115,6 +117,21 @@ def test_a_scheduler_that_is_built_after_loading_takes_the_lr_of_the_checkpoint(
     scheduler = LambdaLR(optimizer, warm_up)
     check(optimizer, scheduler, warm_up, 0)
     assert scheduler.base_lrs == [0.01]
+
+
+@each_lr
+def test_loading_again_and_saving_in_between_change_nothing(lr):
+    state = saved(0.01, steady)[0]
+    for job in range(3):  # each goes on from what the one before it has saved
+        optimizer = build(lr)
+        scheduler = LambdaLR(optimizer, steady)
+        for _ in range(1 + job):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        optimizer.step()  # with the lr of the checkpoint
+        scheduler.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        assert state["param_groups"][0]["initial_lr"] == lr
+        check(optimizer, scheduler, steady, 1)
 
 
 @each_lr

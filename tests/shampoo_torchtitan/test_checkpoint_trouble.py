@@ -30,7 +30,7 @@ from shampoo_torchtitan.container import JobError
 from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests import hostile
-from tests.ranks import preload, run_ranks
+from tests.ranks import preload, ranks, run_ranks
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import logged_lines, run
 
@@ -308,6 +308,27 @@ def test_the_state_of_a_data_loader_is_read_as_it_was_saved():
     state.seek(0)
     found = checkpoint._JobPlanner("refuse").value_of("dataloader.dp_rank_0", state)
     assert str(pickle.loads(found)) == str(inside)
+
+
+@ranks(2)
+def test_where_one_rank_cannot_reach_a_folder_no_rank_waits():
+    rank = dist.get_rank()
+    manager = object.__new__(checkpoint.ShampooCheckpoints)
+    manager.folder = "far://job"
+
+    def unreachable(*_: Any) -> None:
+        if rank == 0:
+            raise OSError("no credentials")
+
+    # Saving is left to PyTorch, which tells all ranks.
+    with (
+        mock.patch.object(checkpoint, "SafeFileSystemReader", unreachable),
+        mock.patch.object(checkpoint.CheckpointManager, "dcp_save", return_value="saved"),
+    ):
+        assert manager.dcp_save({}, "far://job/step-1") == "saved"
+    with mock.patch.object(manager, "_reader", unreachable):
+        said = error_of(manager.dcp_load, {}, "far://job/step-1", False, False)
+    assert said == "far://job/step-1: no credentials"
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

@@ -16,7 +16,7 @@ LAYERS = {f"layers.{i}.{name}.weight": size for i in range(2) for name, size in 
 
 
 def told(shapes, embeddings=None, **settings):
-    return list(what_names_miss(shapes, embeddings or {}, ShampooConfig(**settings)))
+    return list(what_names_miss(shapes, [], embeddings or {}, ShampooConfig(**settings)))
 
 
 def doubted(shapes, embeddings=None, **settings):
@@ -77,6 +77,14 @@ class Renamed(nn.Module):
         super().__init__()
         self.token = nn.Embedding(40, 8)
         self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+
+def test_what_matches_a_frozen_parameter_alone_does_match():
+    model = Renamed()
+    model.layers[1].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Shampoo(model.named_parameters(), exclude=["default", "token", r"^layers\.1"])
 
 
 def warned() -> list[str]:
