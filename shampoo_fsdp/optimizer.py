@@ -17,7 +17,6 @@ from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.bucket import take_steps
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.runtime.groups import (
-    Resumed,
     check_entries,
     check_group,
     contents_of,
@@ -26,6 +25,7 @@ from shampoo_fsdp.runtime.groups import (
 )
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
+from shampoo_fsdp.runtime.resumed import Resumed, before_loading
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
 from shampoo_fsdp.state import load_settings
 
@@ -198,7 +198,7 @@ class Shampoo(torch.optim.Optimizer):
         built.whole = None
         refuse_moved(parameters.members, parameters.device)
         put_by_others = built.state.take_back(self._state)
-        self._resumed = [resumed for resumed in self._resumed if not resumed.settled()]
+        self._settle(steps=1)
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
         problem = find_gradients(parameters.members, built.given.frozen) or put_by_others
         if not built.has_seen_gradients:
@@ -227,6 +227,9 @@ class Shampoo(torch.optim.Optimizer):
         if problem:
             raise problem
 
+    def _settle(self, steps: int) -> None:
+        self._resumed = [resumed for resumed in self._resumed if not resumed.settled(steps)]
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's: all tensors are those of the optimizer.
 
@@ -238,6 +241,7 @@ class Shampoo(torch.optim.Optimizer):
         As long as the model may still have to be sharded or materialised there is no state in it:
         Accelerate asks before it shards, when state would be that of the whole model on each rank.
         """
+        self._settle(steps=0)
         shown = self._state
         if not self._builder.waits(self.param_groups):
             built = self._ready()
@@ -288,13 +292,15 @@ class Shampoo(torch.optim.Optimizer):
                 result = hook(self, result) or result
             return result
 
+        resumed = before_loading(self.param_groups, self._resumed)
         if self._builder.waits(self.param_groups) and state_dict.get("state") == {}:
             given = contents_of(self.param_groups)
-            self._resumed = load_settings(given, self.param_groups, self.config, read())
+            load_settings(given, self.param_groups, self.config, read())
         else:
             built = self._ready()
             built.whole = None
-            self._resumed = built.state.load(built.given, self.param_groups, self._state, read)
+            built.state.load(built.given, self.param_groups, self._state, read)
+        self._resumed = [of_group for of_group in resumed if of_group.note_loaded()]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

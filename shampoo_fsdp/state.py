@@ -31,7 +31,6 @@ from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import (
     GroupContents,
-    Resumed,
     find_saved,
     settings_to_load,
     take_over,
@@ -209,16 +208,13 @@ class State:
         param_groups: list[dict[str, Any]],
         states: States,
         read: Callable[[], dict[str, Any]],
-    ) -> list[Resumed]:
+    ) -> None:
         """Take over a state dict; all ranks must call it.
 
         Args:
             param_groups: of the optimizer; they take over the saved settings.
             states: the optimizer's; it also gets what the state dict has beside parameters.
             read: gives the state dict; where it raises, all ranks do.
-
-        Returns:
-            groups whose initial lr is not settled.
 
         Raises:
             ValueError: on every rank, names the parameter and the entry or setting that does not
@@ -250,7 +246,7 @@ class State:
         if said := str(decision.report):
             _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
 
-        resumed = take_over(param_groups, groups)
+        take_over(param_groups, groups)
         carry_out(here, saved, decision, set(other))
         self._start_factors()
         forget_reading(here.values())
@@ -267,7 +263,6 @@ class State:
             for entry in [e for e in member.state if not is_state_entry(e)]:
                 del member.state[entry]
             member.state.update(theirs)
-        return resumed
 
 
 def _beside_ours(entries: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -331,10 +326,10 @@ def load_settings(
     param_groups: list[dict[str, Any]],
     config: ShampooConfig,
     state_dict: Mapping[str, Any],
-) -> list[Resumed]:
+) -> None:
     """Take over the settings of a state dict, as :meth:`State.load` does; nothing is exchanged."""
     _, saved_groups = find_saved(given, state_dict["param_groups"])
-    return take_over(param_groups, _settings(config, param_groups, saved_groups))
+    take_over(param_groups, _settings(config, param_groups, saved_groups))
 
 
 def _settings(

@@ -21,7 +21,6 @@ __all__ = [
     "FromEmbedding",
     "FromModel",
     "GroupContents",
-    "Resumed",
     "check_entries",
     "check_group",
     "contents_of",
@@ -29,6 +28,7 @@ __all__ = [
     "find_saved",
     "plain_name",
     "settings_to_load",
+    "take_over",
     "take_types",
 ]
 
@@ -48,10 +48,6 @@ class FromModel(NamedTuple):
 
 class FromEmbedding(FromModel):
     """One of an embedding."""
-
-
-# Of lr from one step to the next, as a factor: more than that is another schedule.
-_LARGEST_STEP = 2.5
 
 
 def copied(params: Any) -> Any:
@@ -230,55 +226,9 @@ def settings_to_load(
     return settings
 
 
-@dataclass
-class Resumed:
-    """A group whose initial lr is another one in the checkpoint than here.
-
-    Either may be the one that its schedule goes on from: torch's schedulers keep theirs, this
-    job's, unless they load their own state, and say nothing of it.
-    """
-
-    group: dict[str, Any]
-    loaded: float
-    """The lr of the checkpoint."""
-    saved: float
-    """The initial lr of the checkpoint, which the group has until it is settled."""
-    own: float
-    """That of this job."""
-    scheduled: bool
-    """Whether a scheduler had been built for the group before."""
-    steps: int = 0
-
-    def settled(self) -> bool:
-        """Call it on each step. If the lr of the first two is another than the loaded one, the
-        initial lr is that for which the schedule goes on where it was; if it does for neither, that
-        of the scheduler that was built."""
-        lr = float(self.group["lr"])
-        self.steps += 1
-        if lr == self.loaded or min(lr, self.loaded) <= 0.0:
-            return self.steps == 2
-        steps = {
-            initial: abs(math.log(lr / initial) - math.log(self.loaded / self.saved))
-            for initial in (self.saved, self.own)
-        }
-        nearest = min(steps, key=steps.__getitem__)
-        if steps[nearest] > math.log(_LARGEST_STEP):
-            nearest = self.own if self.scheduled or lr == self.own else self.saved
-        self.group["initial_lr"] = nearest
-        return True
-
-
-def take_over(
-    groups: Sequence[dict[str, Any]], settings: Sequence[Mapping[str, Any]]
-) -> list[Resumed]:
-    """Put what :func:`settings_to_load` gave into the groups; what is not settled by that."""
-    resumed = []
+def take_over(groups: Sequence[dict[str, Any]], settings: Sequence[Mapping[str, Any]]) -> None:
+    """Put what :func:`settings_to_load` gave into the groups."""
     for group, loaded in zip(groups, settings, strict=True):
-        scheduled = "initial_lr" in group
-        own = float(group.get("initial_lr", group["lr"]))
+        if loaded:
+            group.pop("initial_lr", None)
         group.update(loaded)
-        saved = float(loaded.get("initial_lr", group["lr"]))
-        if (scheduled or "initial_lr" in loaded) and own != saved and min(own, saved) > 0.0:
-            group["initial_lr"] = saved
-            resumed.append(Resumed(group, float(group["lr"]), saved, own, scheduled))
-    return resumed
