@@ -300,6 +300,7 @@ class Shampoo(torch.optim.Optimizer):
             built = self._ready()
             built.whole = None
             built.state.load(built.given, self.param_groups, self._state, read)
+            built.streaks = self.runtime.streaks(built.parameters)  # they begin anew
         self._resumed = [of_group for of_group in resumed if of_group.note_loaded()]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -94,9 +94,6 @@ def test_all_that_a_step_makes_on_the_host_goes_that_way(monkeypatch):
         made.append(make(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(
-        "shampoo_fsdp.rules.stack.to_device", lambda values, device: moved.append(values) or values
-    )
     model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=3)
     optimizer = Shampoo(
         model.named_parameters(),
@@ -105,8 +102,13 @@ def test_all_that_a_step_makes_on_the_host_goes_that_way(monkeypatch):
         momentum=0.9,
         symmetric_packing=True,
     )
+    for module in ("rules.stack", "runtime.streaks"):
+        monkeypatch.setattr(
+            f"shampoo_fsdp.{module}.to_device",
+            lambda values, device: moved.append(values) or values,
+        )
     monkeypatch.setattr(torch, "tensor", recorded)
-    for step in range(8):
+    for step in range(11):
         gradients = dict(deterministic_gradients(model, step))
         if step in (0, 5):  # then steps and roots differ within a stack
             gradients["layers.1.attention.wq.weight"] = None

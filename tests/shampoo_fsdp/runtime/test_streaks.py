@@ -1,6 +1,7 @@
 """Gradients that are bad on every step, and roots that always fail: someone hears of it by name,
 and weights without updates do not decay away."""
 
+import copy
 import logging
 import math
 
@@ -89,6 +90,40 @@ def test_blocks_that_are_always_skipped_keep_their_weights_and_are_named(caplog)
     assert len(lines(caplog)) == 2
 
 
+def test_excluded_parameters_are_named_also_beside_an_unused_one_and_for_huge_entries(caplog):
+    model = Model()
+    model.unused = nn.Parameter(torch.ones(3))
+    optimizer = optimizer_of(model)
+    for bad in (1e20, math.nan, -math.inf):
+        for _ in range(30):
+            model.well.bias.grad = torch.zeros(8)
+            model.well.bias.grad[2] = bad
+            optimizer.step()
+        (line,) = lines(caplog)
+        assert "'well.bias'" in line
+        for _ in range(20):  # without a gradient a streak neither grows nor ends
+            model.well.bias.grad = None
+            model.ill.weight.grad = torch.zeros(8, 8)
+            optimizer.step()
+        model.well.bias.grad = torch.zeros(8)
+        for _ in range(20):
+            optimizer.step()
+        assert not lines(caplog)
+
+
+def test_what_is_loaded_decays_at_once():
+    model = Model()
+    optimizer = optimizer_of(model)
+    state = copy.deepcopy(optimizer.state_dict())
+    for _ in range(25):
+        step(model, optimizer, {"ill.weight": (slice(None),)})
+    optimizer.load_state_dict(state)
+    for _ in range(20):
+        before = full_parameters(model)["ill.weight"]
+        step(model, optimizer, {})
+        torch.testing.assert_close(full_parameters(model)["ill.weight"], before * (1.0 - LOST))
+
+
 def test_a_bad_gradient_now_and_then_is_no_streak(caplog):
     model = Model()
     optimizer = optimizer_of(model)
@@ -107,10 +142,8 @@ def test_roots_that_always_fail_are_named(caplog, monkeypatch):
     monkeypatch.setattr(root_rule, "inverse_root", inverse_root)
     for _ in range(30):
         step(model, optimizer, {})
-    found = lines(caplog)
-    assert len(found) == 2
-    assert "'ill.weight'" in found[0] and "refreshes in a row in 4 of 4 blocks" in found[0]
-    assert "'well.weight'" in found[1]
+    (line,) = lines(caplog)
+    assert "'ill.weight', 'well.weight'" in line and "in a row in 8 of 8 blocks" in line
 
 
 class Lines(logging.Handler):
@@ -132,8 +165,13 @@ def test_all_ranks_know_of_a_block_that_one_owns():
     logging.getLogger("shampoo_fsdp").addHandler(heard)
     bad = {"ill.weight": (slice(1, 2), slice(1, 2)), "well.weight": (slice(5, 6),)}
     for _ in range(40):
-        step(model, optimizer, bad)
-    assert len(heard.found) == (2 if dist.get_rank() == 0 else 0)
+        # The bias has its bad entry on the second rank, and all of it is excluded.
+        step(model, optimizer, {**bad, "well.bias": (slice(6, 7),)})
+    if dist.get_rank() == 0:
+        blocks, bias = heard.found
+        assert "'ill.weight', 'well.weight'" in blocks and "'well.bias'" in bias
+    else:
+        assert not heard.found
     kept = {name: value / before[name] for name, value in full_parameters(model).items()}
     for stalled, rest in (
         (kept["ill.weight"][:4, :4], kept["ill.weight"][4:]),
