@@ -245,7 +245,6 @@ class Shampoo(torch.optim.Optimizer):
         shown = self._state
         if not self._builder.waits(self.param_groups):
             built = self._ready()
-            built.state.give_out(shown)
             shown, built.whole = built.whole or shown, None
         self._shown = shown
         try:

@@ -17,15 +17,13 @@ from shampoo_fsdp.checkpoint.entries import state_entries
 from shampoo_fsdp.checkpoint.fits import decide, is_state_entry
 from shampoo_fsdp.checkpoint.loading import (
     carry_out,
+    check_not_being_read,
     copy_own_part,
     flat,
-    forget_reading,
-    is_being_read,
     other_pieces,
     start_anew,
 )
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
-from shampoo_fsdp.checkpoint.sharded import local_parts
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
@@ -61,10 +59,11 @@ class State:
     excluded: ExcludedParameters
     config: ShampooConfig
     _reading: Reading = field(default_factory=Reading)
-    _versions: list[int] = field(default_factory=list)
-    """Of the tensors of all entries when they were last given out, to be saved or read into."""
 
     def __post_init__(self) -> None:
+        self._reading.counts = [
+            r.make_count() for r in self.parameters.rank_sets if r.group is not None
+        ]
         # All state exists from the start: loading a checkpoint into an optimizer without state
         # would make torch.distributed.checkpoint run a step with gradients of zero first.
         for stacks, made in self._make_entries():
@@ -87,30 +86,10 @@ class State:
         """
         if self._is_shown(states) and not self._reading.begun:
             return None
-        self.give_out(states)
-        if self._reading.begun or any(map(is_being_read, _tensors(states))):
-            raise RuntimeError(
-                "a checkpoint was read into the state of this optimizer, or a part of it, and "
-                "load_state_dict() has not taken it over. If reading it went well, call "
-                "load_state_dict() with what was read, as set_optimizer_state_dict() does; if "
-                "not, load another checkpoint, or start anew with an optimizer that is built again."
-            )
+        check_not_being_read(states, self._reading)
         several = any(ranks.group is not None for ranks in self.parameters.rank_sets)
         trouble = self._return_entries(states, in_any_case=several)
         return ValueError(trouble) if trouble else None
-
-    def give_out(self, states: States) -> None:
-        """Note what entries are before a checkpoint may be read into them. One that was, and of
-        which nothing has come, was refused or not readable: all is as it was."""
-        entries = _tensors(states)
-        parts = [part for entry in entries for part in local_parts(entry)]
-        versions = [0 if part.is_inference() else part._version for part in parts]
-        if self._reading.begun and versions == self._versions:
-            forget_reading(entries)
-            # Of several ranks another one may have read, of which this one does not know.
-            self._reading.begun = any(r.group is not None for r in self.parameters.rank_sets)
-        if not self._reading.begun:
-            self._versions[:] = versions
 
     def whole(self, states: States, *, keep: bool) -> dict[Any, Any] | None:
         """`optimizer.state` with whole tensors, on the CPU; all ranks must call it.
@@ -120,7 +99,9 @@ class State:
 
         Raises:
             ValueError: on every rank, if others have put there what cannot be used.
+            RuntimeError: a checkpoint was read, and not loaded.
         """
+        check_not_being_read(states, self._reading)
         if problem := tell_all(self.parameters.rank_sets, self._return_entries(states)):
             raise ValueError(problem)
 
@@ -249,8 +230,7 @@ class State:
         take_over(param_groups, groups)
         carry_out(here, saved, decision, set(other))
         self._start_factors()
-        forget_reading(here.values())
-        self._reading.begun = False
+        self._reading.end()
 
         # Others may have put more there, also into a state dict that is the optimizer's own.
         known = {key for group in state_dict["param_groups"] for key in group["params"]}
@@ -270,11 +250,6 @@ def _beside_ours(entries: Mapping[str, Any], device: torch.device) -> dict[str, 
     theirs = {e: copy.deepcopy(v) for e, v in entries.items() if not is_state_entry(e)}
     moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), theirs)
     return moved
-
-
-def _tensors(states: States) -> list[Tensor]:
-    of_parameters = [entries for entries in states.values() if isinstance(entries, Mapping)]
-    return [v for entries in of_parameters for v in entries.values() if isinstance(v, Tensor)]
 
 
 def _forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

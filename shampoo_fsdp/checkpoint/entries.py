@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Piece, Reading
-from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, state_tensor
+from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_tensor, state_tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid
 from shampoo_fsdp.plan.transfers import OwnedBlock
@@ -44,7 +44,6 @@ def state_entries(
     holds_first = any(block.index == 0 for block, _ in owned)
     nothing: list[Piece] = [((0,) * len(marker), empty)] if holds_first else []
     marked = OwnedBlocks(marker, nothing, torch.float32, device)
-    marked.reading = reading
     entries: dict[str, Tensor] = {MARKER: marked if mesh is None else ShardedBlocks(marked, mesh)}
 
     shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
@@ -62,6 +61,9 @@ def state_entries(
             pieces = [((starts[block.index],), values) for block, values in having]
             whole = (starts[-1],)
         entries[name] = state_tensor(whole, pieces, dtype, device, mesh)
+    for entry in entries.values():
+        if isinstance(local := local_tensor(entry), OwnedBlocks):
+            local.reading = reading
     return entries
 
 

@@ -11,19 +11,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.checkpoint.fits import LoadDecision, is_state_entry
-from shampoo_fsdp.checkpoint.owned import OwnedBlocks
-from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts
+from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
+from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts, local_tensor
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 from shampoo_fsdp.rules.layout import factor_entries
 
 __all__ = [
     "begin",
     "carry_out",
+    "check_not_being_read",
     "convert",
     "copy_own_part",
     "flat",
-    "forget_reading",
-    "is_being_read",
     "other_pieces",
     "start_anew",
 ]
@@ -42,17 +41,13 @@ def flat(state: State) -> dict[str, Any]:
     }
 
 
-def forget_reading(entries: Iterable[Tensor]) -> None:
-    """These have been loaded, or nothing has been read into them."""
-    for entry in map(_local, entries):
-        if isinstance(entry, OwnedBlocks):
-            entry.unread, entry.reading.begun = {}, False
-
-
-def is_being_read(entry: Tensor) -> bool:
-    """Whether an entry is one that knows that a checkpoint is read into it, and one is."""
-    local = _local(entry)
-    return isinstance(local, OwnedBlocks) and local.reading.begun
+def check_not_being_read(states: Mapping[Any, Any], reading: Reading) -> None:
+    """Raise a RuntimeError, on all ranks alike, if a checkpoint is being read into the state of an
+    optimizer, or into what others have put there."""
+    entries = [v for of in states.values() if isinstance(of, Mapping) for v in of.values()]
+    local = [local_tensor(entry) for entry in entries if isinstance(entry, Tensor)]
+    for each in (reading, *(blocks.reading for blocks in local if isinstance(blocks, OwnedBlocks))):
+        each.check()
 
 
 def other_pieces(
@@ -69,7 +64,7 @@ def other_pieces(
             continue
         source = saved[decision.renamed.get(key, key)]
         if isinstance(source, ShardedBlocks | OwnedBlocks):
-            mine, theirs = _local(value), _local(source)
+            mine, theirs = local_tensor(value), local_tensor(source)
             assert isinstance(theirs, OwnedBlocks)
             theirs.check_read(f"'{key}'")
             if isinstance(mine, OwnedBlocks) and theirs.has_pieces_of(mine):
@@ -135,7 +130,7 @@ def copy_own_part(value: Tensor, source: Any) -> None:
     Raises:
         ValueError, TypeError, RuntimeError: it is no tensor of this shape, nor a number.
     """
-    mine, theirs = _local(value), _local(_as_tensor(source))
+    mine, theirs = local_tensor(value), local_tensor(_as_tensor(source))
     if mine.shape != theirs.shape:
         raise ValueError(f"of shape {tuple(theirs.shape)}")
     mine.copy_(theirs)
@@ -144,9 +139,9 @@ def copy_own_part(value: Tensor, source: Any) -> None:
 def _copy(value: Tensor, source: Tensor) -> None:
     if source is value:  # it was read in place
         return
-    mine = _local(value)
+    mine = local_tensor(value)
     if isinstance(mine, OwnedBlocks):
-        theirs = _local(source)
+        theirs = local_tensor(source)
         whole = isinstance(source, DTensor) and not isinstance(theirs, OwnedBlocks)
         mine.load(source.full_tensor() if whole else theirs)  # type: ignore[attr-defined]
     elif isinstance(value, DTensor) and not isinstance(source, DTensor):
@@ -164,7 +159,3 @@ def _copy(value: Tensor, source: Tensor) -> None:
 
 def _as_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-
-
-def _local(entry: Tensor) -> Tensor:
-    return entry.to_local() if isinstance(entry, DTensor) else entry

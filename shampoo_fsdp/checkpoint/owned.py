@@ -35,11 +35,44 @@ OF_EACH_PIECE = (
 
 @dataclass
 class Reading:
-    """What an optimizer must know of a checkpoint that is read into its state."""
+    """Whether a checkpoint is read into the state of an optimizer, and has not been loaded."""
 
+    counts: Sequence[Callable[[int], bool]] = ()
+    """Each adds to the number of ranks, of some, where it has begun, and says whether it has on all
+    of these."""
     begun: bool = False
-    """On this rank and, since all ranks plan before any of them reads, on all where any has read.
-    It is no longer when the checkpoint has been loaded."""
+    """On this rank, which has planned to read."""
+
+    def begin(self) -> None:
+        """This rank plans to read."""
+        if not self.begun:
+            self.begun = True
+            self._count(1)
+
+    def end(self) -> None:
+        """The checkpoint has been loaded, or nobody has read anything."""
+        if self.begun:
+            self.begun = False
+            self._count(-1)
+
+    def is_open(self) -> bool:
+        """Whether values may have come, here or on another rank; all ranks find the same."""
+        if self.begun and not self._count(0):
+            self.end()  # no rank reads before all have planned to
+        return self.begun
+
+    def check(self) -> None:
+        """Raise a RuntimeError, on all ranks alike, if the state may be of two checkpoints."""
+        if self.is_open():
+            raise RuntimeError(
+                "a checkpoint was read into the state of this optimizer, or a part of it, and "
+                "load_state_dict() has not taken it over. If reading it went well, call "
+                "load_state_dict() with what was read, as set_optimizer_state_dict() does; if "
+                "not, load another checkpoint, or start anew with an optimizer that is built again."
+            )
+
+    def _count(self, change: int) -> bool:
+        return all([count(change) for count in self.counts])
 
 
 class _Counted(torch.Tensor):
@@ -77,7 +110,8 @@ class OwnedBlocks(torch.Tensor):
     """While a checkpoint is read into it: how many numbers of the piece at each offset have not
     come. (PyTorch's planner does not ask whether the checkpoint has all of them.)"""
     reading: Reading
-    """Is told when that begins."""
+    """Is told when that begins; of the optimizer's own tensors, which have no values then for
+    anybody to save, one for all."""
 
     @staticmethod
     def __new__(
@@ -119,7 +153,8 @@ class OwnedBlocks(torch.Tensor):
 
     def check_read(self, name: str) -> None:
         """Raise a ValueError if a checkpoint was read into the pieces and did not fill them."""
-        if missing := [at for at, left in self.unread.items() if left > 0]:
+        missing = [at for at, left in self.unread.items() if left > 0]
+        if missing and self.reading.is_open():
             raise ValueError(
                 f"{name} was not read completely: the checkpoint lacks all or a part of the block "
                 f"at {min(missing)}"
@@ -205,6 +240,7 @@ class OwnedBlocks(torch.Tensor):
         return self.whole().numpy(force=force)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self.reading.check()
         if self.complete:
             return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         raise TypeError(
@@ -216,7 +252,7 @@ class OwnedBlocks(torch.Tensor):
         )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        self.check_read(f"'{fqn}'")
+        self.reading.check()
         properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(
@@ -230,7 +266,7 @@ class OwnedBlocks(torch.Tensor):
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         # Only for reading.
         self.unread = {offsets: values.numel() for offsets, values in self.pieces}
-        self.reading.begun = True
+        self.reading.begin()
         return self._chunks()
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
@@ -245,7 +281,7 @@ class OwnedBlocks(torch.Tensor):
         offsets = tuple(index.offset or ())
         if offsets not in self._at:
             raise ValueError(f"no block of '{index.fqn}' at {index.offset} on this rank")
-        if offsets not in self.unread:
+        if not self.reading.begun:
             return self._at[offsets]
         part = self._at[offsets].as_subclass(_Counted)
         part.count = functools.partial(self._has_come, offsets)

@@ -27,7 +27,7 @@ from shampoo_fsdp.checkpoint.owned import OF_EACH_PIECE, OwnedBlocks, Piece, red
 
 aten = torch.ops.aten
 
-__all__ = ["ShardedBlocks", "local_parts", "state_tensor"]
+__all__ = ["ShardedBlocks", "local_parts", "local_tensor", "state_tensor"]
 
 
 def state_tensor(
@@ -54,9 +54,13 @@ def state_tensor(
 
 def local_parts(entry: Tensor) -> list[Tensor]:
     """The memory that this rank has of an entry of the state."""
-    if isinstance(entry, DTensor):
-        entry = entry.to_local()
+    entry = local_tensor(entry)
     return [part for _, part in entry.pieces] if isinstance(entry, OwnedBlocks) else [entry]
+
+
+def local_tensor(entry: Tensor) -> Tensor:
+    """What this rank has of an entry of the state, as one tensor."""
+    return entry.to_local() if isinstance(entry, DTensor) else entry
 
 
 class ShardedBlocks(DTensor):

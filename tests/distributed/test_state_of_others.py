@@ -91,6 +91,57 @@ def test_half_a_checkpoint_stops_all_ranks(tmp_path):
     assert all(p.isfinite().all() for p in full_parameters(built.model).values())
 
 
+class Gone(dcp.FileSystemReader):
+    """Of a folder of which the second rank cannot read the metadata, or nothing else."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(path)
+        self.what = what if dist.get_rank() == 1 else ""
+
+    def read_metadata(self, *args, **kwargs):
+        if self.what == "metadata":
+            raise OSError("the mount of this node is gone")
+        return super().read_metadata(*args, **kwargs)
+
+    def read_data(self, *args, **kwargs):
+        if self.what == "data":
+            raise OSError("the mount of this node is gone")
+        return super().read_data(*args, **kwargs)
+
+
+@ranks(2)
+def test_one_rank_that_can_read_nothing_stops_all_ranks_or_none(tmp_path):
+    built, optimizer = make("fsdp")
+    train(built, optimizer, range(3))
+    dcp.save(states(built, optimizer, True), checkpoint_id=tmp_path)
+    expected = full_parameters(built.model)
+
+    built, optimizer = make("fsdp")
+    train(built, optimizer, range(1))
+    for _ in range(2):
+        with pytest.raises(dcp.api.CheckpointException, match="mount"):
+            dcp.load(states(built, optimizer, True), storage_reader=Gone(tmp_path, "metadata"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(dcp.api.CheckpointException, match="mount"):
+        dcp.load(states(built, optimizer, True), storage_reader=Gone(tmp_path, "metadata"))
+    train(built, optimizer, range(1, 3))
+    after = full_parameters(built.model)
+    assert all(torch.equal(value, after[name]) for name, value in expected.items())
+
+    with pytest.raises(dcp.api.CheckpointException, match="mount"):
+        dcp.load(states(built, optimizer, True), storage_reader=Gone(tmp_path, "data"))
+    with pytest.raises(RuntimeError, match="load another checkpoint"):
+        optimizer.consolidate_state_dict()
+    with pytest.raises(ValueError, match="not read completely"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="load another checkpoint"):
+        train(built, optimizer, range(3, 4))
+    saved = states(built, optimizer, True)
+    dcp.load(saved, checkpoint_id=tmp_path)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(built, optimizer, range(3, 4))
+
+
 @ranks(2)
 def test_what_cannot_be_used_raises_after_the_step_and_hangs_nobody():
     built, optimizer = make("fsdp")
