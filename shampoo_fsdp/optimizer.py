@@ -1,7 +1,6 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
 
@@ -35,14 +34,6 @@ if TYPE_CHECKING:
     from shampoo_fsdp.keywords import Keywords
 
 __all__ = ["Shampoo"]
-
-
-class _ShownState(defaultdict[Any, Any]):
-    """What `optimizer.state` is: as torch's, but never false. Where it is, and nothing is made yet,
-    torch.distributed.checkpoint takes a step to make it."""
-
-    def __bool__(self) -> bool:
-        return True
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -102,7 +93,6 @@ class Shampoo(torch.optim.Optimizer):
         self._shown: dict[Any, Any] | None = None
         self._resumed: list[Resumed] = []
         super().__init__(copied(params), defaults)
-        self.state = _ShownState(dict)
         if self._builder.waits(self.param_groups):
             self._builder.check(self.param_groups)
         else:
@@ -140,9 +130,11 @@ class Shampoo(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """Of each parameter, by name; empty until it is made, at the latest by the first step,
-        state_dict() or load_state_dict(). Looking at it makes nothing."""
-        return self._state if self._shown is None else self._shown
+        """Of each parameter, by name; it is there from the first look at it."""
+        if self._shown is not None:
+            return self._shown
+        self._ready()
+        return self._state
 
     @state.setter
     def state(self, state: Any) -> None:

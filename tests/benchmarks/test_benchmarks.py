@@ -38,7 +38,8 @@ def test_step_time_counts_what_rows_do():
     assert adamw["alive_buckets"] == adamw["mb_sent_per_step"] == 0.0
     for row in (spread, every):
         assert row["timed_steps"] == 10
-        assert row["read_backs_per_step"] == 0.0
+        # Streaks of bad gradients, every ten steps: what set out for the host ten steps before.
+        assert row["read_backs_per_step"] <= 0.1
         assert row["mb_sent_per_step"] >= row["mb_sent_per_step_least"] > 0.0
         assert row["gflop_per_step"] >= row["gflop_per_step_without_roots"] > 0.0
         assert row["peak_buckets"] >= row["alive_buckets"] >= 0.0

@@ -123,16 +123,3 @@ def test_a_rank_may_be_without_gradients(tmp_path):
     if dist.get_rank() == 1:
         sharded.zero_grad()
     optimizer.step()
-
-
-@ranks(2)
-def test_looking_at_the_state_makes_nothing_and_waits_for_no_rank(tmp_path):
-    whole = model()
-    optimizer = Shampoo(param_groups(whole))
-    shard(whole)
-    put_in(optimizer, whole)
-    if dist.get_rank() == 0:
-        assert not len(optimizer.state)
-    assert optimizer._builder.built is None
-    train(whole, optimizer, range(1))
-    assert set(optimizer.state) == set(whole.parameters())
