@@ -227,8 +227,6 @@ class ShampooConfig:
             refuse("preconditioner", self.preconditioner, " or ".join(map(repr, RULES)))
         if self.root_method not in (None, *self.rule.root_methods):
             methods = " or ".join(map(repr, self.rule.root_methods))
-            if self.root_method == "newton_db":
-                methods = "no longer that: 'polynomial' takes fewer products, otherwise " + methods
             refuse("root_method", self.root_method, f"{methods} for {self.preconditioner}")
         self.rule.check(self)
         check_patterns("exclude", self.exclude)

@@ -96,8 +96,8 @@ def validate_hyperparameters(
 def settings_from_keywords(keywords: Mapping[str, Any]) -> ShampooConfig:
     """The configuration for keyword arguments; a TypeError names an unknown one.
 
-    Options of torch.optim's optimizers are checked and left out. What has been checked already, as
-    settings of a job are, comes as `config`.
+    Options of torch.optim's optimizers are checked and left out. A `ShampooConfig` may come in
+    place of its fields, as `config`.
     """
     if isinstance(config := keywords.get("config"), ShampooConfig):
         return config

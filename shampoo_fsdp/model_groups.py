@@ -1,16 +1,12 @@
 """What an optimizer is usually given of a model."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from shampoo_fsdp.rules.matrices import is_matrix
 from shampoo_fsdp.runtime.groups import FromEmbedding, FromModel
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from shampoo_fsdp.keywords import GroupKeywords
+from shampoo_fsdp.validation import refuse_unknown
 
 __all__ = ["head_settings", "param_groups", "typed_parameters"]
 
@@ -19,7 +15,7 @@ _TO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.1, **settings: "Unpack[GroupKeywords]"
+    model: nn.Module, weight_decay: float = 0.1, **settings: Any
 ) -> list[dict[str, Any]]:
     """The parameters of a model that require a gradient, with their names, in the usual groups:
     matrices and convolutions lose weight, vectors (biases, norms) and embeddings do not. Shampoo
@@ -36,8 +32,11 @@ def param_groups(
         one or two groups, without those that would be empty.
 
     Raises:
+        TypeError: a setting that groups do not have.
         ValueError: no parameter requires a gradient.
     """
+    for name in settings:
+        refuse_unknown(name, ("lr", "betas", "eps"))
     decayed: list[FromModel] = []
     others: list[FromModel] = []
     for pair in typed_parameters(model):

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,6 @@ from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.resumed import Resumed, before_loading
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
 from shampoo_fsdp.state import load_settings
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from shampoo_fsdp.keywords import Keywords
 
 __all__ = ["Shampoo"]
 
@@ -63,7 +58,7 @@ class Shampoo(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         *,
         replicas: Replicas = None,
-        **settings: "Unpack[Keywords]",
+        **settings: Any,
     ) -> None:
         """
         Args:
@@ -78,9 +73,9 @@ class Shampoo(torch.optim.Optimizer):
             replicas: the mesh (of one dimension) or process group on which plain tensors are
                 replicated, as with DDP; its ranks share the work. Without it plain tensors are
                 trained by this process alone.
-            **settings: the fields of :class:`shampoo_fsdp.ShampooConfig`. Options of other
-                optimizers of torch.optim, such as `fused`, are accepted, here and in groups, where
-                they would change nothing.
+            **settings: the fields of :class:`shampoo_fsdp.ShampooConfig`, or one of these as
+                `config`. Options of other optimizers of torch.optim, such as `fused`, are accepted,
+                here and in groups, where they would change nothing.
 
         Raises:
             ValueError, TypeError: names the setting or the parameter, what was found and what is

@@ -12,7 +12,6 @@ from numbers import Real
 from typing import Annotated, Any, Literal, NoReturn
 
 __all__ = [
-    "REMOVED",
     "TORCH_OPTIONS",
     "NonNegativeFloat",
     "NonNegativeInt",
@@ -51,25 +50,13 @@ _TORCH_OPTIONS: dict[str, tuple[tuple[bool | int | None, ...], str]] = {
 TORCH_OPTIONS = frozenset(_TORCH_OPTIONS)
 """Names of the options of torch.optim's optimizers that :func:`check_torch_options` knows."""
 
-_PLAN = "`python -m shampoo_fsdp plan` shows what each rank sends, computes and keeps"
-REMOVED: Mapping[str, str] = {
-    "memory_cap": _PLAN,
-    "intra_node_bandwidth": _PLAN,
-    "inter_node_bandwidth": _PLAN,
-    "device_tflops": _PLAN,
-    "batched_3d": "a parameter of three dimensions is always a batch of matrices",
-    "owner_scope = 'auto'": "set 'all' or 'shard'",
-    "merge_dims = 'none'": "set 'matrix', or 'small' for factors of more than two dimensions",
-}
-"""Settings, and choices of settings, that there were once, and what to do instead."""
-
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:
     raise ValueError(f"setting '{name}' is {value!r}; allowed: {allowed}.")
 
 
 def refuse_unknown(key: str, known: Collection[str], name: str = "") -> None:
-    """Raise a TypeError for a setting that does not exist (any more).
+    """Raise a TypeError for a setting that does not exist.
 
     Args:
         known: those that do.
@@ -78,8 +65,6 @@ def refuse_unknown(key: str, known: Collection[str], name: str = "") -> None:
     if key in known:
         return
     name = name or key
-    if key in REMOVED:
-        raise TypeError(f"setting '{name}' has been removed: {REMOVED[key]}.")
     close = difflib.get_close_matches(key, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise TypeError(f"unknown setting '{name}'.{hint} Allowed: {', '.join(known)}.")
@@ -172,9 +157,7 @@ def check_fields(cls: type, values: Mapping[str, Any], table: str = "") -> None:
         refuse_unknown(key, known, name)
         if not dataclasses.is_dataclass(known[key]):
             if not _fits(value, known[key]):
-                removed = f"{key} = {value!r}" in REMOVED
-                gone = f" ({value!r} has been removed)" if removed else ""
-                refuse(name, value, _describe(known[key], key) + gone)
+                refuse(name, value, _describe(known[key], key))
         elif isinstance(value, Mapping):
             check_fields(typing.cast(type, known[key]), value, name)
         else:

@@ -14,10 +14,10 @@ def use(model: nn.Module, loss: Tensor) -> float:
     groups = param_groups(model, weight_decay=0.1, lr=1e-3)
     optimizer = Shampoo(groups, betas=(0.9, 0.95), **head_settings(model))
     also = Shampoo(model.named_parameters(), lr=torch.tensor(1e-3), exclude=[], fused=True)
-    # A misspelt keyword is an error (mypy --strict complains where none is to be ignored).
-    Shampoo(groups, precondition_frequncy=10)  # type: ignore[call-arg]
-    Shampoo(groups, grafting="adamw")  # type: ignore[arg-type]
-    param_groups(model, weight_decy=0.1)  # type: ignore[call-arg]
+    Shampoo(groups, config=ShampooConfig(precondition_frequency=10))
+    # A misspelt setting is an error (mypy --strict complains where none is to be ignored).
+    ShampooConfig(precondition_frequncy=10)  # type: ignore[call-arg]
+    ShampooConfig(grafting="adamw")  # type: ignore[arg-type]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     optimizer.step()
     value: float = optimizer.step(lambda: float(loss))
@@ -30,5 +30,4 @@ def use(model: nn.Module, loss: Tensor) -> float:
 
 def use_in_torchtitan() -> list[ShampooOptimizers.Config]:
     """The same for a job of TorchTitan 0.3."""
-    misspelt = shampoo(precondition_frequncy=20)  # type: ignore[call-arg]
-    return [shampoo(lr=3e-4, precondition_frequency=20), misspelt]
+    return [shampoo(lr=3e-4, precondition_frequency=20)]

@@ -15,7 +15,7 @@ or on the command line of any job, which keeps its groups and what is not given 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,6 @@ from shampoo_torchtitan.param_groups import (
     change_groups,
     groups_with_defaults,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from shampoo_fsdp.keywords import Keywords
 
 __all__ = ["ShampooOptimizers", "in_groups", "shampoo", "use_shampoo"]
 
@@ -131,7 +126,7 @@ def shampoo(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     param_groups: list[ParamGroupConfig] | None = None,
-    **settings: "Unpack[Keywords]",
+    **settings: Any,
 ) -> ShampooOptimizers.Config:
     """For `config.optimizer`, in the place of TorchTitan's `default_adamw(lr=...)`.
 
@@ -163,7 +158,7 @@ def use_shampoo(
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float | None = None,
-    **settings: "Unpack[Keywords]",
+    **settings: Any,
 ) -> ShampooOptimizers.Config:
     """For `--override.imports`: Shampoo in all groups of Adam and AdamW.
 

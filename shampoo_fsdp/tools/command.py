@@ -27,7 +27,6 @@ from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
 from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
-from shampoo_fsdp.validation import REMOVED, refuse_unknown
 
 __all__ = ["main", "mesh_of", "value_of"]
 
@@ -39,9 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(namespace)
     command, run = options.pop("command"), options.pop("run")
     try:
-        names = [text.lstrip("-").partition("=")[0] for text in unknown if text.startswith("--")]
-        for name in names:
-            refuse_unknown(name, () if name in REMOVED else names)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         run(**options)

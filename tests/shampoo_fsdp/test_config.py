@@ -43,8 +43,6 @@ def build(**settings):
         ),
         ({"communication_dtype": "fp8"}, "communication_dtype.*'float32' or 'bfloat16'"),
         ({"owner_scope": "node"}, r"owner_scope.*'all' or 'shard'\."),
-        ({"owner_scope": "auto"}, r"owner_scope.*'all' or 'shard' \('auto' has been removed\)"),
-        ({"merge_dims": "none"}, r"merge_dims.*'matrix' or 'small' \('none' has been removed\)"),
         ({"ranks_per_node": 0}, "ranks_per_node.* 0; allowed: an integer >= 1"),
         ({"base_width": 0}, r"base_width.* 0; allowed: "),
         ({"excluded_lr_factor": 0.0}, r"excluded_lr_factor.* 0\.0; allowed: a positive number"),
@@ -82,12 +80,6 @@ def test_impossible_values_are_named(settings, message):
 def test_an_unknown_setting_is_named_with_the_closest_one():
     with pytest.raises(TypeError, match=r"'preconditioner_frequency'.*'precondition_frequency'"):
         build(preconditioner_frequency=5)
-
-
-@pytest.mark.parametrize("name", ["batched_3d", "memory_cap", "device_tflops"])
-def test_a_setting_that_is_no_more_says_so(name):
-    with pytest.raises(TypeError, match=rf"'{name}' has been removed: \S+"):
-        build(**{name: 1})
 
 
 def test_a_group_is_checked_as_well():

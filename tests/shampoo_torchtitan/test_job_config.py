@@ -71,14 +71,6 @@ BAD = {
     ),
     "true for an integer": ("[training]\nsteps = true", ["training.steps", "an integer"]),
     "value for a table": ("[optimizer]\nshampoo = 3", ["optimizer.shampoo", "table"]),
-    "removed": (
-        "[optimizer.shampoo]\nmemory_cap = 3.0",
-        ["'optimizer.shampoo.memory_cap' has been removed"],
-    ),
-    "removed choice": (
-        '[optimizer.shampoo]\nowner_scope = "auto"',
-        ["'optimizer.shampoo.owner_scope'", "'all' or 'shard' ('auto' has been removed)"],
-    ),
     "not a choice": ('[optimizer.shampoo]\ngrafting = "x"', ["optimizer.shampoo.grafting", "'x'"]),
     "impossible": (
         "[optimizer.shampoo]\nprecondition_frequency = 0",

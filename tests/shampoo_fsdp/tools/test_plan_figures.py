@@ -152,7 +152,6 @@ def test_tables_for_people(capsys):
             "--model llama3-8b --mesh tp=2 --split_heads wq --head_dim 96",
             "'layers.0.attention.wq.weight' of (4096, 4096), which setting 'split_heads' matches",
         ),
-        ("--model llama3-8b --mesh dp_shard=2 --memory_cap 1", "'memory_cap' has been removed"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, message):
