@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: style, types, tests. Sets everything up on the first call.
+# All checks: style, types, the site, tests. Sets everything up on the first call.
 # Arguments go to pytest: ./run_tests.sh tests/shampoo_torchtitan -k tokenizer
 # TITAN=0.2.2 ./run_tests.sh: with that TorchTitan. Without either what depends on TorchTitan is run
 # with both.
@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 source ./make_venv.sh
-# The frameworks of the examples once.
-if [ -z "${TITAN:-}" ]; then make_venv test,doorways; else make_venv test; fi
+# The frameworks of the examples and the site once.
+if [ -z "${TITAN:-}" ]; then make_venv test,doorways,docs; else make_venv test; fi
 
 everything=()
 if [ $# -eq 0 ]; then everything=(-n 2 --dist loadfile); fi  # two files at a time
@@ -19,6 +19,7 @@ if [ $# -eq 0 ]; then everything=(-n 2 --dist loadfile); fi  # two files at a ti
   ruff format -q --check .
   mypy --strict shampoo_fsdp tests/typed_use.py
   imports="$(lint-imports --no-cache)" || { echo "$imports"; exit 1; }
+  if [ -z "${TITAN:-}" ]; then NO_MKDOCS_2_WARNING=1 mkdocs build -q --strict; fi
   pytest -q "${everything[@]}" "$@"
 )
 if [ -z "${TITAN:-}" ] && [ $# -eq 0 ] && [ "$titan" != 0.2.2 ]; then
