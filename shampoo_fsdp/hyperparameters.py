@@ -77,20 +77,13 @@ def validate_hyperparameters(
         refuse("beta3", config.beta3, "nothing but 0 if beta1 is 0, where there is no momentum")
     if not 0.0 <= beta2 <= 1.0:
         refuse("beta2", beta2, "0 <= beta2 <= 1 (1 sums the factors instead of averaging them)")
-    if beta2 < 1.0:
-        return
-    if config.rule.averages:
+    if beta2 == 1.0 and config.rule.averages:
         rule = config.preconditioner
         refuse("beta2", beta2, f"a number below 1 for {rule}, whose factors are averages")
     method = config.elementwise_method
-    if config.grafting_beta2 is None and method in ("adam", "rmsprop"):
-        of = "" if config.grafting == method else " of parameters that are not preconditioned"
-        refuse(
-            "beta2",
-            beta2,
-            f"a number below 1 here, since '{method}' averages the second moment{of} with it; to "
-            "sum the factors all the same, set 'grafting_beta2', which it then takes",
-        )
+    if beta2 == 1.0 and config.grafting_beta2 is None and method in ("adam", "rmsprop"):
+        allowed = f"a number below 1, or a 'grafting_beta2' with which '{method}' averages instead"
+        refuse("beta2", beta2, allowed)
 
 
 def settings_from_keywords(keywords: Mapping[str, Any]) -> ShampooConfig:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_fsdp.build import Builder, Built, Runtime
+from shampoo_fsdp.build import Built, Runtime, build, check, waits
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.rules.matrices import sides_without_factor
@@ -25,6 +25,7 @@ from shampoo_fsdp.runtime.groups import (
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
 from shampoo_fsdp.runtime.resumed import Resumed, before_loading
+from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
 from shampoo_fsdp.state import load_settings
 
@@ -81,22 +82,24 @@ class Shampoo(torch.optim.Optimizer):
             ValueError, TypeError: names the setting or the parameter, what was found and what is
                 allowed. Raised on every rank if the ranks' plans differ.
         """
-        self._builder = Builder(settings_from_keywords(settings), replicas, self.runtime)
+        self._given, self._replicas = settings_from_keywords(settings), replicas
+        self._is_embedding: dict[str, bool] = {}
+        self._built: Built | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(self.config, defaults)
         check_replicas(replicas)
         self._shown: dict[Any, Any] | None = None
         self._resumed: list[Resumed] = []
         super().__init__(copied(params), defaults)
-        if self._builder.waits(self.param_groups):
-            self._builder.check(self.param_groups)
+        if self._waits:
+            check(self.param_groups, self._given)
         else:
             self._ready()
 
     @property
     def config(self) -> ShampooConfig:
         """The settings; once parameters are planned, with the device's defaults."""
-        return (self._builder.built or self._builder).config
+        return self._built.config if self._built else self._given
 
     @property
     def runtime(self) -> Runtime:
@@ -109,19 +112,35 @@ class Shampoo(torch.optim.Optimizer):
         Raises:
             RuntimeError: one has.
         """
-        if (built := self._builder.built) and built.has_values:
+        if self._built and self._built.has_values:
             raise RuntimeError(
                 "add_param_group() after a step: Shampoo plans its blocks when training begins. "
                 'Build another one with all groups and on_mismatch = "rebuild", and '
                 "load_state_dict() the state_dict() of this one into it."
             )
         check_entries(param_group)
-        self._builder.is_embedding.update(take_types(param_group))
+        self._is_embedding.update(take_types(param_group))
         super().add_param_group(param_group)
-        check_group(self._builder.config, self.param_groups[-1])
+        check_group(self._given, self.param_groups[-1])
 
     def _ready(self) -> Built:
-        return self._builder.build(self.param_groups, self._state)
+        """What belongs to the parameters that the groups have now."""
+        if self._built is None or not self._built.fits(self.param_groups):
+            self._built = None
+            self._state.clear()  # before the new one is made: there may be no memory for both
+            self._built = build(
+                self.param_groups,
+                self._state,
+                self._given,
+                self._replicas,
+                self.runtime,
+                self._is_embedding,
+            )
+        return self._built
+
+    @property
+    def _waits(self) -> bool:
+        return self._built is None and waits(self.param_groups, self._replicas)
 
     @property
     def state(self) -> Any:
@@ -155,11 +174,10 @@ class Shampoo(torch.optim.Optimizer):
         """Update the parameters that have a gradient.
 
         Every rank of a mesh must call it. A block whose gradient has a non-finite entry keeps its
-        state and gets no update on this step but weight decay, and not that either once it has been
-        so for 10 steps in a row. In parameters that are not preconditioned it is such an entry
-        alone that keeps its state, and its weight as well. Both are counted (see
-        :meth:`counters`); a parameter where that, or a root that fails, has gone on for 10, 100 and
-        1,000 times is named in a warning of `logging`, 10 steps later.
+        state and gets no update on this step but weight decay; a preconditioned parameter where
+        that, or a root that fails, has gone on for 10, 100 and 1,000 times is named in a warning of
+        `logging`, 10 steps later. In the other parameters it is such an entry alone that keeps its
+        state, and its weight as well. Both are counted (see :meth:`counters`).
 
         Raises:
             ValueError: names a parameter that has moved to another device since the optimizer was
@@ -194,12 +212,7 @@ class Shampoo(torch.optim.Optimizer):
         if problem and all(ranks.group is None for ranks in parameters.rank_sets):
             raise problem
         if self.config.on_nonfinite == "raise":
-            try:
-                refuse_nonfinite(parameters)
-            except ValueError:
-                if problem:
-                    raise problem from None
-                raise
+            refuse_nonfinite(parameters, problem)
         count(parameters.members, self.config.start_preconditioning_step)
         take_steps(
             parameters.buckets,
@@ -208,7 +221,8 @@ class Shampoo(torch.optim.Optimizer):
             watch,
             meanwhile=lambda: built.excluded.step(self.param_groups),
         )
-        built.streaks.look()
+        if self.runtime.reads_back:
+            built.streaks.look()
         for member in parameters.members:
             member.gradient = None  # the caller may free them
         if problem:
@@ -230,7 +244,7 @@ class Shampoo(torch.optim.Optimizer):
         """
         self._settle(steps=0)
         shown = self._state
-        if not self._builder.waits(self.param_groups):
+        if not self._waits:
             built = self._ready()
             shown, built.whole = built.whole or shown, None
         self._shown = shown
@@ -279,14 +293,14 @@ class Shampoo(torch.optim.Optimizer):
             return result
 
         resumed = before_loading(self.param_groups, self._resumed)
-        if self._builder.waits(self.param_groups) and state_dict.get("state") == {}:
+        if self._waits and state_dict.get("state") == {}:
             given = contents_of(self.param_groups)
             load_settings(given, self.param_groups, self.config, read())
         else:
             built = self._ready()
             built.whole = None
             built.state.load(built.given, self.param_groups, self._state, read)
-            built.streaks = self.runtime.streaks(built.parameters)  # they begin anew
+            built.streaks = Streaks(built.parameters)  # they begin anew
         self._resumed = [of_group for of_group in resumed if of_group.note_loaded()]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -29,9 +29,7 @@ __all__ = [
     "unmatched",
 ]
 
-# Options of torch.optim's optimizers: the values that change nothing here, and what to do instead
-# of the others.
-_TORCH_OPTIONS: dict[str, tuple[tuple[bool | int | None, ...], str]] = {
+TORCH_OPTIONS: dict[str, tuple[tuple[bool | int | None, ...], str]] = {
     # These two choose between implementations of one update.
     "foreach": ((None, False, True), ""),
     "fused": ((None, False, True), ""),
@@ -46,9 +44,8 @@ _TORCH_OPTIONS: dict[str, tuple[tuple[bool | int | None, ...], str]] = {
     "beta1": ((), "give both to 'betas'"),
     "beta2": ((), "give both to 'betas'"),
 }
-
-TORCH_OPTIONS = frozenset(_TORCH_OPTIONS)
-"""Names of the options of torch.optim's optimizers that :func:`check_torch_options` knows."""
+"""Options of torch.optim's optimizers: the values that change nothing here, and what to do instead
+of the others."""
 
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:
@@ -79,7 +76,7 @@ def check_torch_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the first option with another value, and what to do.
     """
-    for name, (harmless, instead) in _TORCH_OPTIONS.items():
+    for name, (harmless, instead) in TORCH_OPTIONS.items():
         if name in options:
             value = options[name]
             if not (isinstance(value, Real | None) and value in harmless):
@@ -100,8 +97,8 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
 
 def unmatched(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     """The regular expressions that match none of the names."""
-    names = list(names)
-    return [p for p in patterns if not any(re.search(p, name) for name in names)]
+    everything = list(names)
+    return [p for p in patterns if not any(re.search(p, name) for name in everything)]
 
 
 def name_some(names: Sequence[str]) -> str:

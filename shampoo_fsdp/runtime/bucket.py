@@ -186,20 +186,10 @@ class Bucket:
         return gradients
 
     def _apply(self, updates: Sequence[Tensor], groups: Sequence[GroupSettings]) -> None:
-        """W <- (1 - decay) W - lr D on this rank's shards; where these are stalled they keep W."""
+        """W <- (1 - decay) W - lr D on this rank's shards."""
         for settings, active, shards in self._active(groups):
             if settings.lost:
-                stalled = [
-                    (k, shard, shard.clone())
-                    for k, shard in zip(active, shards, strict=True)
-                    if self.members[k].stalled
-                ]
                 torch._foreach_mul_(shards, 1.0 - settings.lost)
-                for k, shard, before in stalled:
-                    keeps = torch.zeros(self._shapes[k], dtype=torch.bool, device=shard.device)
-                    for piece in self.members[k].stalled:
-                        keeps[piece] = True
-                    torch.where(keeps.view(shard.shape), before, shard, out=shard)
             # (Not the other way round: others may have given a shard other strides.)
             alike = [updates[k].view(w.shape) for k, w in zip(active, shards, strict=True)]
             torch._foreach_add_(shards, alike, alpha=-settings.lr)

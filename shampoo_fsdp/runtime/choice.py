@@ -50,26 +50,19 @@ def with_embeddings(config: ShampooConfig, names: Iterable[str]) -> ShampooConfi
     return config.completed(exclude=[*config.exclude, *map(exactly, others)])
 
 
-def refuse_nameless(parameters: int, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise a ValueError where embeddings cannot be told, because no parameter has a name.
-
-    Args:
-        parameters: how many there are.
-        shapes: of the matrices that would be preconditioned.
-    """
-    if not shapes:
-        return
-    # The largest first: embeddings are among them.
-    kinds = sorted(Counter(shapes).items(), key=lambda kind: -math.prod(kind[0]))
-    said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
-    more = len(kinds) - 4
-    rest = f" and {more} more shape{'s' if more > 1 else ''}" if more > 0 else ""
-    raise ValueError(
-        f"{parameters} parameters have no names, so that Shampoo cannot tell which of "
-        f"{len(shapes)} matrices are embeddings and the output layer: {said}{rest}. Give it "
-        "shampoo_fsdp.param_groups(model) or model.named_parameters(), or groups with "
-        "'param_names'; or set exclude = [] to precondition all matrices."
-    )
+def refuse_nameless(shapes: Mapping[str, tuple[int, ...]], config: ShampooConfig) -> None:
+    """Raise a ValueError where embeddings cannot be told, because no parameter has a name."""
+    matrices = [s for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, config)]
+    if matrices:
+        # The largest are said: embeddings are among them.
+        kinds = sorted(Counter(matrices).items(), key=lambda kind: -math.prod(kind[0]))
+        said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
+        raise ValueError(
+            f"{len(shapes)} parameters have no names, so that Shampoo cannot tell which of "
+            f"{len(matrices)} matrices are embeddings and the output layer ({said}, ...). Give it "
+            "shampoo_fsdp.param_groups(model) or model.named_parameters(), or groups with "
+            "'param_names'; or set exclude = [] to precondition all matrices."
+        )
 
 
 def what_names_miss(
@@ -88,30 +81,26 @@ def what_names_miss(
         embeddings: whether a parameter is that of an embedding, where a model has told it.
     """
     chosen = [name for name, shape in shapes.items() if is_preconditioned(name, shape, config)]
-    if found := unmatched(config.split_heads, chosen):
-        yield (
-            f"setting 'split_heads' has {name_some(found)}, which the name of no preconditioned "
-            "parameter matches; nothing is cut there."
-        )
-    if found := unmatched([p for p in config.exclude if p != DEFAULT_EXCLUDE], [*shapes, *frozen]):
-        yield (
-            f"setting 'exclude' has {name_some(found)}, which the name of no parameter matches (or "
-            "of none in this part of the model); nothing is excluded there."
-        )
+    own = [pattern for pattern in config.exclude if pattern != DEFAULT_EXCLUDE]
+    for setting, patterns, kind, names in (
+        ("split_heads", config.split_heads, "preconditioned parameter", chosen),
+        ("exclude", own, "parameter", [*shapes, *frozen]),
+    ):
+        if found := unmatched(patterns, names):
+            yield (
+                f"setting '{setting}' has {name_some(found)}, which the name of no {kind} matches "
+                "(or of none in this part of the model)."
+            )
     everything = config.completed(exclude=[])
     matrices = [n for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, everything)]
     if matrices and not chosen:
-        yield (
-            f"setting 'exclude' matches every matrix ({len(matrices)}): none is preconditioned, "
-            f"the method '{config.elementwise_method}' updates everything."
-        )
+        yield f"setting 'exclude' matches every matrix ({len(matrices)}): none is preconditioned."
     if config.exclude and (found := _doubtful(shapes, embeddings, chosen)):
-        example = f'["{DEFAULT_EXCLUDE}", "^{found[0].removesuffix("weight")}"]'
         yield (
             f"{name_some(found)}: preconditioned, but by type, shape or place embeddings or the "
-            f"output layer. To leave them to the method '{config.elementwise_method}' name them, "
-            f"as in exclude = {example}; with the parameters of shampoo_fsdp.param_groups(model) "
-            "embeddings are known by their type. (exclude = [] preconditions all matrices.)"
+            f"output layer. To leave them to the method '{config.elementwise_method}' name them in "
+            "'exclude', or give Shampoo the parameters of shampoo_fsdp.param_groups(model), which "
+            "knows embeddings by their type. (exclude = [] preconditions all matrices.)"
         )
 
 
@@ -120,21 +109,20 @@ def _doubtful(
 ) -> list[str]:
     """Preconditioned matrices that may be embeddings or the output layer, by name.
 
-    Those of layers with numbers are neither, unless the type says so or the very first is tall.
-    Where types are known it is the last matrix alone that may be one, an output layer, if it has
-    the rows of an embedding.
+    Where types are known these are embeddings, and a last matrix that has the rows of one. Else
+    they are matrices outside of layers with numbers, if they are tall, or the first or the last.
     """
     matrices = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
+    outside = [name for name in matrices if not _numbered(name)]
     if embeddings:
         suspects = [name for name in shapes if embeddings.get(name)]
         rows = {shapes[name][0] for name in suspects}
-        last = [name for name in matrices if not embeddings.get(name)][-1:]
-        suspects += [name for name in last if not _numbered(name) and shapes[name][0] in rows]
+        suspects += [name for name in outside[-1:] if shapes[name][0] in rows]
     else:
-        tall = [name for name in matrices if shapes[name][0] > _TALL * shapes[name][1]]
-        suspects = [name for name in tall if not _numbered(name) or name == matrices[0]]
-        if any(map(_numbered, shapes)):  # there are layers, and what is before and behind them
-            suspects += [name for name in (matrices[:1] + matrices[-1:]) if not _numbered(name)]
+        layers = any(map(_numbered, shapes))
+        ends = matrices[:1] + matrices[-1:] if layers else []
+        tall = [name for name in outside if shapes[name][0] > _TALL * shapes[name][1]]
+        suspects = [name for name in outside if name in ends or name in tall]
     return [name for name in chosen if name in suspects]
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import math
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -85,9 +84,8 @@ def take_types(group: dict[str, Any]) -> dict[str, bool]:
 
 def check_group(config: ShampooConfig, group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
-    names = ("betas", "eps", "weight_decay")
-    lr = _plain_lr(group["lr"])
-    validate_hyperparameters(config, lr=lr, **{name: group[name] for name in names})
+    values = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+    validate_hyperparameters(config, lr=_plain_lr(group["lr"]), **values)
 
 
 @dataclass(frozen=True)
@@ -151,15 +149,8 @@ def _plain_lr(lr: Any) -> Any:
     """A tensor of one number as a number; the rest as it is."""
     if not isinstance(lr, Tensor):
         return lr
-    if lr.device.type != "cpu":
-        # The step would wait for it.
-        raise ValueError(
-            f"setting 'lr' is a tensor on {lr.device}; give a number or a tensor on the CPU."
-        )
-    if lr.numel() != 1:
-        refuse("lr", lr, "a finite number >= 0 (Tensor lr must be 1-element)")
-    if not (lr.is_floating_point() and 0.0 <= float(lr) < math.inf):
-        refuse("lr", lr, "a finite number >= 0, as a tensor of floating point")
+    if lr.device.type != "cpu" or lr.numel() != 1 or not lr.is_floating_point():
+        refuse("lr", lr, "a finite number >= 0, or a tensor of one, of floating point, on the CPU")
     return float(lr)
 
 
@@ -217,7 +208,7 @@ def settings_to_load(
     """
     saved = saved or {}
     check_torch_options(saved)
-    left_out = {"params", *(TORCH_OPTIONS - group.keys())}  # AdamW's groups have these
+    left_out = {"params", *(TORCH_OPTIONS.keys() - group.keys())}  # AdamW's groups have these
     settings = {k: copy.deepcopy(v) for k, v in saved.items() if k not in left_out}
     if "param_names" in group or len(settings.get("param_names", ())) != len(group["params"]):
         settings.pop("param_names", None)

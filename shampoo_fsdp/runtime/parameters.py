@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
-from shampoo_fsdp.plan.transfers import Part, Slices
+from shampoo_fsdp.plan.transfers import Part
 from shampoo_fsdp.runtime.ranks import Replicas
 
 __all__ = [
@@ -49,8 +49,6 @@ class Member:
     """This rank's shard of the gradient, while a step is taken."""
     cold: bool = False
     """Whether the step that is taken has the first refresh of its blocks."""
-    stalled: Sequence[Slices] = ()
-    """Pieces of its shard, in the view of the part, that weight decay leaves alone."""
     _shown: dict[str, ReferenceType[Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,15 +122,10 @@ class Member:
         self.gradient = None
         if gradient is None:
             return
-        if gradient.layout != torch.strided:
+        if gradient.layout != torch.strided or not gradient.is_floating_point():
             raise ValueError(
-                f"the gradient of parameter '{self.name}' is sparse ({gradient.layout}); Shampoo "
-                "needs dense gradients: build the embedding with sparse=False."
-            )
-        if not gradient.is_floating_point():
-            raise ValueError(
-                f"the gradient of parameter '{self.name}' is of type {gradient.dtype}; allowed: "
-                "real floating-point gradients."
+                f"the gradient of parameter '{self.name}' is {gradient.layout} of {gradient.dtype};"
+                " allowed: dense and real ones (of embeddings by sparse=False)."
             )
         if (
             isinstance(self.parameter, DTensor)
@@ -157,10 +150,13 @@ def find_gradients(
     so it is skipped everywhere, and replicas and counts of steps stay the same.
     """
     problem: Exception | None = None
-    try:
-        refuse_frozen(frozen)
-    except ValueError as error:
-        problem = error
+    for name, parameter in frozen:
+        if parameter.grad is not None:
+            problem = ValueError(
+                f"parameter '{name}' has a gradient but did not require one when Shampoo was "
+                "built, so that it has no state; build another optimizer after unfreezing, with "
+                'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
+            )
     for member in members:
         try:
             member.find_gradient()
@@ -192,56 +188,37 @@ def count(members: Sequence[Member], first_refresh: int) -> None:
 
 def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
     """Raise a ValueError that names the first parameter that Shampoo cannot train."""
-    seen: set[str] = set()
     name_of: dict[Tensor, str] = {}
+    names = set[str]()
     for name, parameter in named:
-        if name in seen:
-            raise ValueError(f"two parameters are named '{name}'; names must be unique.")
-        seen.add(name)
-        if parameter in name_of:
-            raise ValueError(
-                f"'{name_of[parameter]}' and '{name}' are the same (tied) parameter; give it once, "
-                "as model.named_parameters() does."
+        problem = None
+        if name in names:
+            problem = "is there twice; names must be unique"
+        elif parameter in name_of:
+            problem = f"is '{name_of[parameter]}' as well (tied); give it once, under one name"
+        elif not parameter.is_floating_point():
+            problem = f"is of type {parameter.dtype}; only real floating-point ones can be trained"
+        elif parameter.device != named[0][1].device:
+            problem = (
+                f"is on {parameter.device} but '{named[0][0]}' is on {named[0][1].device}; all "
+                "must be on one device"
             )
+        if problem:
+            raise ValueError(f"parameter '{name}' {problem}.")
+        names.add(name)
         name_of[parameter] = name
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"parameter '{name}' is of type {parameter.dtype}; only real floating-point "
-                "parameters can be trained."
-            )
-        if parameter.device != named[0][1].device:
-            raise ValueError(
-                f"parameter '{name}' is on {parameter.device} but '{named[0][0]}' is on "
-                f"{named[0][1].device}; all parameters must be on one device."
-            )
 
 
 def refuse_moved(members: Iterable[Member], device: torch.device) -> None:
     """Raise a ValueError that names the first parameter that has left the device of its state, or
     is not real any more."""
     for member in members:
-        if member.parameter.device != device:
+        parameter = member.parameter
+        if parameter.device != device or not parameter.is_floating_point():
             raise ValueError(
-                f"parameter '{member.name}' is on {member.parameter.device}, but was on {device} "
-                "when Shampoo was built, and its state still is; build it again and "
-                "load_state_dict() the old one's state_dict()."
-            )
-        if not member.parameter.is_floating_point():
-            raise ValueError(
-                f"parameter '{member.name}' is of type {member.parameter.dtype} now; only real "
-                "floating-point parameters can be trained: build Shampoo again with such ones, and "
-                "load_state_dict()."
-            )
-
-
-def refuse_frozen(frozen: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise a ValueError if a parameter that had no gradient when the optimizer was built has."""
-    for name, parameter in frozen:
-        if parameter.grad is not None:
-            raise ValueError(
-                f"parameter '{name}' has a gradient but did not require one when Shampoo was "
-                "built, so that it has no state; build another optimizer after unfreezing, with "
-                'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
+                f"parameter '{member.name}' is of {parameter.dtype} on {parameter.device} now, but "
+                f"the state that Shampoo was built with is for real ones on {device}: build it "
+                "again, and load_state_dict() the old one's state_dict()."
             )
 
 

@@ -177,8 +177,7 @@ def _agreed_plan(members: Sequence[Member], ranks: RankSet, config: ShampooConfi
         specs = [member.spec for member in members]
         plan = make_plan(specs, config, BlockCosts(config), rank)
         for member, part in zip(members, plan.parts, strict=True):
-            _check_shard(member.spec, member.shard(), part.shard_shape)
-            _check_roots(member.spec, part, config)
+            _check(member, part, config)
     except Exception as error:
         problem = str(error) or repr(error)
     ranks.agree(problem, {})
@@ -186,24 +185,28 @@ def _agreed_plan(members: Sequence[Member], ranks: RankSet, config: ShampooConfi
     return plan
 
 
-def _check_roots(spec: ParameterSpec, part: Part, config: ShampooConfig) -> None:
-    for shape in part.grid.block_shapes:
-        try:
-            rule_of(config).check_block(shape, config)
-        except ValueError as error:
-            raise ValueError(f"parameter '{spec.name}': {error}.") from None
-
-
-def _check_shard(spec: ParameterSpec, shard: Tensor, shape: tuple[int, ...]) -> None:
-    if shard.numel() != math.prod(shape):
+def _check(member: Member, part: Part, config: ShampooConfig) -> None:
+    """Raise a ValueError if its shard is not what its placements say, or its roots are none that
+    the settings can take."""
+    spec, shard = member.spec, member.shard()
+    if shard.numel() != math.prod(part.shard_shape):
         raise ValueError(
-            f"parameter '{spec.name}' has a shard of {tuple(shard.shape)} here, but its "
-            f"placements {spec.placements} on a mesh of {spec.mesh_shape} say {shape}."
+            f"parameter '{spec.name}' has a shard of {tuple(shard.shape)} here, but its placements "
+            f"{spec.placements} on a mesh of {spec.mesh_shape} say {part.shard_shape}."
         )
+    try:
+        for shape in part.grid.block_shapes:
+            rule_of(config).check_block(shape, config)
+    except ValueError as error:
+        raise ValueError(f"parameter '{spec.name}': {error}.") from None
 
 
-def refuse_nonfinite(parameters: Parameters) -> None:
-    """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity."""
+def refuse_nonfinite(parameters: Parameters, cause: Exception | None) -> None:
+    """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity.
+
+    Args:
+        cause: why this rank has put NaN in the place of one, if it has.
+    """
     mine = [(member.name, g) for member in parameters.members if (g := member.gradient) is not None]
     bad = torch.zeros(len(mine), dtype=torch.bool, device=parameters.device)
     for k, (_, gradient) in enumerate(mine):
@@ -214,14 +217,12 @@ def refuse_nonfinite(parameters: Parameters) -> None:
         ranks.maximum(anywhere)
     if not anywhere:  # the host waits
         return
-    found = {name for (name, _), is_bad in zip(mine, bad.tolist(), strict=True) if is_bad}
-    for ranks in parameters.rank_sets:
-        found.update(*ranks.gather(sorted(found)))
-    where = name_some(sorted(found)) if found else "another rank's parameters"
+    names = [name for (name, _), is_bad in zip(mine, bad.tolist(), strict=True) if is_bad]
+    where = tell_all(parameters.rank_sets, name_some(names))
     raise ValueError(
         f"the gradient of {where} is not finite, and setting 'on_nonfinite' is 'raise'; nothing "
         "has been changed."
-    )
+    ) from cause
 
 
 def refuse_without_gradients(parameters: Parameters) -> None:
@@ -232,29 +233,28 @@ def refuse_without_gradients(parameters: Parameters) -> None:
     if not tell_all(parameters.rank_sets, some) and members:
         raise RuntimeError(
             f"none of the {len(members)} parameters of this optimizer has a gradient on its first "
-            "step. Call backward() before step(); if the optimizer was built before fully_shard() "
-            "or another wrapper, which replaces the parameters of a model, build it after that."
+            "step: call backward() first, and if the optimizer was built before fully_shard() or "
+            "another wrapper that replaces parameters, build it after that."
         )
 
 
 def summary(parameters: Parameters, config: ShampooConfig) -> dict[str, float]:
     """Figures about the plan, and load, state and traffic of the ranks that share blocks with this
     one; the same on all of these."""
-    load: dict[int, float] = defaultdict(float)
-    state: dict[int, int] = defaultdict(int)
-    sent: dict[int, int] = defaultdict(int)
-    width = torch_dtype(config.communication_dtype).itemsize
+    sums: dict[str, dict[int, float]] = {
+        name: defaultdict(float) for name in ("load", "state", "sent")
+    }
     costs, blocks = BlockCosts(config), 0
     for team in parameters.teams:
         specs = [member.spec for member in team.parts]
         totals = Totals(Assignment(specs, config, costs, team.ranks.ranks[0]))
         blocks += sum(totals.owned)
-        for i, rank in enumerate(totals.ranks):
-            load[rank] += totals.load[i]
-            state[rank] += totals.state[i]
-            sent[rank] += totals.sent[i] * width
-    ranks = max(len(load), 1)
-    mean_load = sum(load.values()) / ranks
+        for name, of_ranks in sums.items():
+            for rank, value in zip(totals.ranks, getattr(totals, name), strict=True):
+                of_ranks[rank] += value
+    load, state, sent = (list(of_ranks.values()) or [0.0] for of_ranks in sums.values())
+    mean_load = sum(load) / len(load)
+    mib = torch_dtype(config.communication_dtype).itemsize / 2**20
     chosen = [member.parameter.numel() for team in parameters.teams for member in team.parts]
     return {
         "parameters_preconditioned": len(chosen),
@@ -262,9 +262,9 @@ def summary(parameters: Parameters, config: ShampooConfig) -> dict[str, float]:
         "elements_preconditioned": sum(chosen),
         "elements_total": sum(member.parameter.numel() for member in parameters.members),
         "blocks": blocks,
-        "load_max_over_mean": max(load.values()) / mean_load if mean_load else 1.0,
-        "state_mib_max": max(state.values(), default=0) / 2**20,
-        "state_mib_mean": sum(state.values()) / ranks / 2**20,
-        "mib_sent_per_step_max": max(sent.values(), default=0) / 2**20,
-        "mib_sent_per_step_mean": sum(sent.values()) / ranks / 2**20,
+        "load_max_over_mean": max(load) / mean_load if mean_load else 1.0,
+        "state_mib_max": max(state) / 2**20,
+        "state_mib_mean": sum(state) / len(state) / 2**20,
+        "mib_sent_per_step_max": max(sent) * mib,
+        "mib_sent_per_step_mean": sum(sent) / len(sent) * mib,
     }

@@ -27,7 +27,6 @@ from shampoo_fsdp.optimizer import Shampoo
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded, shape_of, shard_rectangle
 from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
-from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
@@ -88,7 +87,7 @@ class _DryShampoo(Shampoo):
 
     @property
     def runtime(self) -> Runtime:
-        return Runtime(partial(_DryRanks, of=self), partial(_DryWatch, of=self), _NoStreaks)
+        return Runtime(partial(_DryRanks, of=self), partial(_DryWatch, of=self), reads_back=False)
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,6 @@ class _DryWatch(Stopwatch):
 
     def lap(self, part: str) -> None:
         self._of.work.belongs(part)
-
-
-class _NoStreaks(Streaks):
-    def look(self) -> None:
-        """Nothing: what is counted has no values."""
 
 
 def _sharded(spec: ParameterSpec, rank: int, meshes: dict[Any, DeviceMesh]) -> Tensor:

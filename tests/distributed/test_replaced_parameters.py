@@ -62,7 +62,7 @@ def test_the_next_step_trains_the_new_ones(tmp_path):
 def test_state_is_not_made_for_a_whole_model_that_is_still_to_be_sharded(tmp_path):
     whole = model()
     optimizer = Shampoo(param_groups(whole))
-    assert optimizer._builder.built is None
+    assert optimizer._built is None
     shard(whole)
     put_in(optimizer, whole)
     # Without state torch would take a step to make some.
@@ -81,7 +81,7 @@ def test_a_state_dict_of_before_makes_no_state(tmp_path):
     for group in state_dict["param_groups"]:
         group["lr"] = 2e-2
     optimizer.load_state_dict(state_dict)
-    assert optimizer._builder.built is None
+    assert optimizer._built is None
     assert {group["lr"] for group in optimizer.param_groups} == {2e-2}
     shard(whole)
     put_in(optimizer, whole)

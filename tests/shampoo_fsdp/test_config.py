@@ -14,59 +14,38 @@ def build(**settings):
     ("settings", "message"),
     [
         ({"max_preconditioner_dim": 0}, r"max_preconditioner_dim.* 0; allowed: an integer >= 1"),
-        ({"max_preconditioner_dim": "256"}, r"max_preconditioner_dim.*'256'.*an integer"),
         ({"precondition_frequency": 0}, "precondition_frequency.* 0"),
         ({"precondition_frequency": 2.5}, r"precondition_frequency.* 2\.5.*integer"),
-        ({"precondition_frequency": True}, "precondition_frequency.* True"),
-        ({"start_preconditioning_step": 0}, "start_preconditioning_step.* 0"),
         ({"refresh_warmup_steps": -1}, "refresh_warmup_steps.* -1"),
         ({"beta3": 1.0}, r"beta3.* 1\.0"),
         ({"beta3": 0.8, "betas": (0.0, 0.9)}, r"beta3.* 0\.8"),
         ({"root_method": "eigh_pseudo_inverse"}, "root_method.*for kl_shampoo"),
         ({"root_exponents": [0.5]}, r"root_exponents.*\[0\.5\]"),
         ({"root_method": "adam"}, "root_method.*'adam'"),
-        ({"grafting": "adamw"}, r"grafting.*'adamw'; allowed: 'adam'"),
         ({"refresh_schedule": "random"}, "'staggered' or 'together'"),
         ({"grafting_beta2": 1.0}, r"grafting_beta2.* 1\.0; allowed: 0 <= grafting_beta2 < 1"),
         ({"preconditioner_eps": 0.0}, r"preconditioner_eps.* 0\.0"),
-        ({"preconditioner_eps": float("nan")}, "preconditioner_eps.* nan"),
         ({"exclude": "embed"}, "exclude.*'embed'.*a list, each a string"),
         ({"exclude": [""]}, "exclude.*no empty pattern"),
         ({"exclude": ["("]}, r"exclude.*'\('.*regular expressions"),
-        ({"split_heads": "wq"}, "split_heads.*'wq'.*a list, each a string"),
-        ({"split_heads": ["("], "head_dim": 4}, r"split_heads.*'\('.*regular expressions"),
-        ({"split_heads": [""], "head_dim": 4}, "split_heads.*no empty pattern"),
-        ({"head_dim": 0}, "head_dim.* 0; allowed: an integer >= 1"),
         (
             {"split_heads": ["0"], "head_dim": 3, "exclude": []},
             "parameter '0' .* 4 rows; .* 'head_dim' = 3",
         ),
-        ({"communication_dtype": "fp8"}, "communication_dtype.*'float32' or 'bfloat16'"),
         ({"owner_scope": "node"}, r"owner_scope.*'all' or 'shard'\."),
-        ({"ranks_per_node": 0}, "ranks_per_node.* 0; allowed: an integer >= 1"),
-        ({"base_width": 0}, r"base_width.* 0; allowed: "),
         ({"excluded_lr_factor": 0.0}, r"excluded_lr_factor.* 0\.0; allowed: a positive number"),
         ({"precondition_1d": "no"}, "precondition_1d.*'no'.*true or false"),
         ({"lr": -1.0}, r"lr.* -1\.0"),
-        ({"lr": torch.tensor(-0.1)}, "lr.*tensor.*a finite number >= 0"),
-        ({"lr": torch.ones(2)}, r"lr.*tensor.*a finite number >= 0 \(Tensor lr must be 1-element"),
-        ({"lr": torch.tensor(1)}, "lr.*tensor.*a finite number >= 0"),
-        (
-            {"lr": torch.empty((), device="meta")},
-            "lr.*tensor on meta.*give a number or a tensor on the CPU",
-        ),
-        ({"eps": torch.tensor(1e-8)}, "eps.*tensor"),
+        ({"lr": torch.tensor(-0.1)}, "lr.* -0.1.*a finite number >= 0"),
+        ({"lr": torch.ones(2)}, "lr.*tensor.*a tensor of one, of floating point, on the CPU"),
+        ({"lr": torch.empty((), device="meta")}, "lr.*tensor.*on the CPU"),
         ({"betas": (1.0, 0.9)}, r"beta1.* 1\.0; allowed: 0 <= beta1 < 1"),
         ({"betas": (0.9, 1.1)}, r"beta2.* 1\.1"),
         ({"betas": 0.9}, "betas.*two numbers"),
         ({"betas": (0.9, 1.0)}, r"'beta2' is 1\.0; allowed: a number below 1 for kl_shampoo"),
         (
             {"betas": (0.9, 1.0), "preconditioner": "shampoo"},
-            r"'beta2' is 1\.0; allowed: a number below 1 .*'adam' averages.*'grafting_beta2'",
-        ),
-        (
-            {"betas": (0.9, 1.0), "preconditioner": "shampoo", "grafting": "none"},
-            r"'beta2' is 1\.0; .*not preconditioned.*'grafting_beta2'",
+            r"'beta2' is 1\.0; allowed: a number below 1, .*'grafting_beta2' with which 'adam'",
         ),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": float("inf")}, "weight_decay.* inf"),
@@ -101,8 +80,8 @@ def test_the_time_between_refreshes_grows_to_the_frequency():
     assert at_once.refresh_period(1) == 5
 
 
-@pytest.mark.parametrize("frequency", [2, 5, 10, 20, 50, 100])
-@pytest.mark.parametrize("warmup", [None, 0, 1, 20, 50])
+@pytest.mark.parametrize("frequency", [2, 10, 20])
+@pytest.mark.parametrize("warmup", [None, 0, 1, 50])
 def test_no_block_waits_for_more_than_two_periods(frequency, warmup):
     """Whatever its phase: were a length of the period in use for fewer steps than it has, late
     phases would miss their turn at each."""
@@ -120,11 +99,8 @@ def test_no_block_waits_for_more_than_two_periods(frequency, warmup):
     ("name", "excluded"),
     [
         ("tok_embeddings.weight", True),
-        ("model.embed_tokens.weight", True),
         ("transformer.wte.weight", True),
-        ("tok_emb.weight", True),
         ("output.weight", True),
-        ("lm_head.weight", True),
         ("language_model.lm_head.weight", True),
         ("_orig_mod.module.output.weight", True),
         ("layers.0.attention.wo.weight", False),
