@@ -1,4 +1,4 @@
-"""What a step asks of one GPU of many, without any of them.
+"""What a step asks of one GPU of many, without any of them, beside AdamW's and Muon's.
 
     python -m benchmarks.dry_run --model llama3-8b --mesh dp_shard=64
     python -m benchmarks.dry_run --model llama3-405b --mesh dp_shard=128,tp=8 --json
@@ -14,16 +14,14 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from benchmarks.command import parser_of
-from benchmarks.dry_run_tables import print_tables
+from benchmarks.command import console, parser_of, table
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
 from shampoo_fsdp.plan.assignment import Assignment
@@ -61,44 +59,24 @@ def dry_run(
         work = dry_step(optimizer, machine)
         parameters_here = [local_shard(p) for p in optimizer.param_groups[0]["params"]]
         baseline = _adamw_step(parameters_here, machine)
-        buckets = [bucket.stacks for bucket in optimizer._parameters.buckets]
-        rows = sum(
-            tensor.nbytes
-            for bucket in optimizer._parameters.buckets
-            for route in (bucket._exchange._gather, bucket._exchange._scatter)
-            for tensor in (route.staying, route.leaving, route.arrived)
-        )
-    parameters = sum(math.prod(spec.shape) for spec in specs)
-    training = machine.training_step(parameters, sharing)
+    training = machine.training_step(sum(math.prod(spec.shape) for spec in specs), sharing)
     muon = _muon_step(specs, machine)
     return {
-        "ranks": math.prod(specs[0].mesh_shape),
         "rank": rank,
-        "buckets": len(buckets),
-        "stacks": sum(map(len, buckets)),
-        "blocks": sum(len(owned.blocks) for stacks in buckets for owned in stacks),
         "parts": {part: dict(counts) for part, counts in work.counts.items()},
         "total": dict(work.total),
         "ms of parts": dict(work.busy),
         "timeline": [dataclasses.asdict(transfer) for transfer in work.transfers],
-        "bytes sent": sum(t.near + t.far for t in work.transfers),
         "ms waited": sum(t.waited for t in work.transfers),
         "ms": work.now,
         "peak bytes": work.peak,
         "peak bytes of parts": dict(work.peaks),
-        "bytes of row numbers": rows,
-        "AdamW": {
-            **baseline.total,
-            "ms": baseline.now,
-            "peak bytes": max(baseline.peaks.values(), default=0),
-        },
+        "AdamW": {**baseline.total, "ms": baseline.now, "peak bytes": baseline.peak},
         "Muon": muon,
         "training step, ms": training,
         "share": work.now / training,
         "AdamW's share": baseline.now / training,
         "Muon's share": muon["ms"] / training,
-        "machine": dataclasses.asdict(machine),
-        "chosen by device": optimizer.chosen_by_device,
     }
 
 
@@ -154,15 +132,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = settings_from_keywords({name: value_of(text) for name, text in settings.items()})
     mesh = mesh_of(options["mesh"])
     specs = model_specs(options["model"], mesh)
-    rank = options["rank"]
-    if rank is None:
-        rank = _busiest(specs, config)
-    title = f"{options['model']} on {options['mesh']}"
-    figures = {"title": title, **dry_run(specs, config, machine, rank, mesh.get("tp", 1))}
+    rank = _busiest(specs, config) if options["rank"] is None else options["rank"]
+    figures = dry_run(specs, config, machine, rank, mesh.get("tp", 1))
     if options["json"]:
         print(json.dumps(figures, indent=2))
-    else:
-        print_tables(figures, Console(width=None if Console().is_terminal else 130))
+        return
+    say = console().print
+    say(table(f"{options['model']} on {options['mesh']}, rank {rank}", list(_rows(figures))))
+    say(table("What is on its way: bytes in the node and to others, ms", figures["timeline"]))
+    shares = {"Shampoo": "share", "AdamW": "AdamW's share", "Muon": "Muon's share"}
+    shown = ", ".join(f"{name} {figures[key]:.2%}" for name, key in shares.items())
+    say(
+        f"Of a training step of {figures['training step, ms']:,.0f} ms: {shown} (without its "
+        f"communication). The GPU waits for {figures['ms waited']:.2f} ms. Assumed: {machine}."
+    )
+
+
+def _rows(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of the parts of a step, and of whole steps."""
+    for part, counts in figures["parts"].items():
+        yield _row(part, counts, figures["ms of parts"][part], figures["peak bytes of parts"][part])
+    yield _row("Shampoo", figures["total"], figures["ms"], figures["peak bytes"])
+    for name in ("AdamW", "Muon"):
+        yield _row(name, figures[name], figures[name]["ms"], figures[name]["peak bytes"])
+
+
+def _row(name: str, counts: Mapping[str, float], took: float, peak: float) -> dict[str, Any]:
+    return {
+        "": name,
+        "kernels": f"{counts.get('launches', 0):,.0f}",
+        **{f"{kind}, TFLOP": counts.get(kind, 0) / 1e12 for kind in ("bf16", "tf32", "fp32")},
+        "memory moved, GB": counts.get("bytes", 0) / 1e9,
+        "peak, MiB": f"{peak / 2**20:,.1f}",
+        "ms": f"{took:.2f}",
+    }
 
 
 def _busiest(specs: Sequence[ParameterSpec], config: ShampooConfig) -> int:

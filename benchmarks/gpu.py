@@ -12,14 +12,16 @@ sizes, where it is installed. Without a GPU it says so and does nothing.
 """
 
 import argparse
-import importlib.util
 import json
+import multiprocessing
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,13 @@ import torch
 
 from benchmarks import llama, roots
 from benchmarks.command import console, parser_of, table
-from benchmarks.gpu_references import dry_runs
+from benchmarks.dry_run import dry_run
 from benchmarks.gpu_steps import measure_row
 from benchmarks.gpu_training import measure_training
-from benchmarks.peers import peer_rows
-from benchmarks.rows import Row, shampoo_row, torch_rows
-from benchmarks.step_time import add_size_arguments, sizes_of
+from benchmarks.rows import Row, meta_rows, shampoo_row, torch_rows
 from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.tools.machine import Machine
 
 __all__ = ["main"]
 
@@ -41,52 +43,42 @@ _SIZES = llama.Sizes(dim=1536, layers=20, ffn=4096, vocab=32000)  # 665 M parame
 _ROWS = "^AdamW, fused|Muon|^ours"  # decompositions of the others would take all of the time
 _ROOT_ELEMENTS = 2**24  # of a stack, as the optimizer takes them at once
 _SPECTRA = ("condition 1e4", "condition 1e12")
-_COLUMNS_OF_TRAINING = {
-    "optimizer": ("row", "{}"),
-    "tokens": ("tokens", "{:,}"),
-    "step, ms": ("step_ms", "{:.1f}"),
-    "slowest": ("slowest_ms", "{:.1f}"),
-    "of it optimizer": ("optimizer_ms", "{:.1f}"),
-    "tokens per second": ("tokens_per_second", "{:,.0f}"),
-    "peak, MB": ("peak_mb", "{:,.0f}"),
+_DEFAULT = ShampooConfig()
+# The rules with default settings, in the long run.
+_OURS: dict[str, dict[str, Any]] = {
+    f"ours: {rule}": {
+        "preconditioner": rule,
+        "exclude": _DEFAULT.exclude,
+        "max_preconditioner_dim": _DEFAULT.max_preconditioner_dim,
+        "beta3": _DEFAULT.beta3,
+        "refresh_warmup_steps": 0,
+    }
+    for rule in ("kl_shampoo", "shampoo", "soap")
 }
 _COLUMNS = {
-    "optimizer": ("row", "{}"),
-    "median, ms": ("median_ms", "{:.1f}"),
-    "mean": ("mean_ms", "{:.1f}"),
-    "slowest": ("slowest_ms", "{:.1f}"),
-    "by the model": ("model_ms", "{:.1f}"),
-    "kernels": ("kernels", "{:,.0f}"),
-    "by the dry run": ("dry_kernels", "{:,.0f}"),
-    "peak, MB": ("peak_mb", "{:,.0f}"),
-    "of the dry run": ("dry_peak_mb", "{:,.0f}"),
-    "bytes of state per parameter": ("state_bytes_per_parameter", "{:.1f}"),
+    "steps": {
+        "the optimizer's part of a step": ("row", "{}"),
+        "median, ms": ("median_ms", "{:.1f}"),
+        "mean": ("mean_ms", "{:.1f}"),
+        "slowest": ("slowest_ms", "{:.1f}"),
+        "by the model": ("model_ms", "{:.1f}"),
+        "kernels": ("kernels", "{:,.0f}"),
+        "by the dry run": ("dry_kernels", "{:,.0f}"),
+        "peak, MB": ("peak_mb", "{:,.0f}"),
+        "of the dry run": ("dry_peak_mb", "{:,.0f}"),
+        "bytes of state per parameter": ("state_bytes_per_parameter", "{:.1f}"),
+    },
+    "training": {
+        "a training step with": ("row", "{}"),
+        "tokens": ("tokens", "{:,}"),
+        "step, ms": ("step_ms", "{:.1f}"),
+        "slowest": ("slowest_ms", "{:.1f}"),
+        "of it optimizer": ("optimizer_ms", "{:.1f}"),
+        "tokens per second": ("tokens_per_second", "{:,.0f}"),
+        "peak, MB": ("peak_mb", "{:,.0f}"),
+    },
+    "roots": None,
 }
-
-
-@dataclass
-class _Session:
-    """What has been measured, and how much time is left; trouble in one part costs no other."""
-
-    deadline: float
-    figures: dict[str, Any] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
-
-    def measure(self, name: str, measurement: Callable[..., Any], *arguments: Any) -> Any:
-        """The measurement, or None where it fails or time is over."""
-        if time.monotonic() > self.deadline:
-            self.left_out.append(f"{name}: no time left")
-            return None
-        print(name, end="", file=sys.stderr, flush=True)
-        start = time.monotonic()
-        try:
-            return measurement(*arguments)
-        except Exception as error:
-            traceback.print_exc()
-            self.left_out.append(f"{name}: {type(error).__name__}: {error}")
-            return None
-        finally:
-            print(f": {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,26 +87,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA GPU; there is none here.", file=sys.stderr)
         return 0
-    session = _Session(time.monotonic() + 60.0 * options.minutes)
-    session.figures = {
+    figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "sizes": vars(sizes_of(options)),
+        "sizes": vars(llama.sizes_of(options)),
+        "left_out": [],
+        **{part: [] for part in _COLUMNS},
     }
-    session.figures["left_out"] = session.left_out
-    of_device = f"on one {session.figures['device']}"
-    parts = {
-        "steps": (_measure_steps, "The optimizer's part of a step", _COLUMNS),
-        "training": (_measure_training, "Training steps", _COLUMNS_OF_TRAINING),
-        "roots": (_measure_roots, "Inverse roots", None),
-    }
-    for name, (measure, title, columns) in parts.items():
-        found = session.figures[name] = measure(session, options)
+    deadline = time.monotonic() + 60.0 * options.minutes
+    for part, name, measure in _measurements(options):
+        if time.monotonic() > deadline:
+            figures["left_out"].append(f"{name}: no time left")
+            continue
+        start = time.monotonic()
+        try:
+            figures[part] += measure()
+        except Exception as error:  # trouble in one costs no other
+            traceback.print_exc()
+            figures["left_out"].append(f"{name}: {type(error).__name__}: {error}")
+        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         if options.json:  # at once, so that a benchmark that is cut off keeps its figures
-            Path(options.json).write_text(json.dumps(session.figures, indent=2), encoding="utf-8")
-        if found:
-            console().print(table(title, found, columns), f"({of_device})\n")
-    for line in session.left_out:
+            Path(options.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    for part, columns in _COLUMNS.items():
+        if figures[part]:
+            console().print(table(f"{part}, on one {figures['device']}", figures[part], columns))
+    for line in figures["left_out"]:
         console().print(f"Left out: {line}", markup=False)
     return 0
 
@@ -122,8 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("benchmarks.gpu", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    add_size_arguments(parser)
-    parser.set_defaults(**vars(_SIZES))
+    llama.add_size_arguments(parser, _SIZES)
     parser.add_argument("--rows", default=_ROWS, help="regular expression: which optimizers")
     parser.add_argument("--seconds", type=float, default=15.0, help="timing of a row, about")
     parser.add_argument(
@@ -135,72 +131,62 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _our_rows() -> dict[str, tuple[Row, ShampooConfig]]:
-    """The rules with default settings, in the long run, by name."""
-    rows = {}
-    default = ShampooConfig()
-    common = {
-        "exclude": default.exclude,
-        "max_preconditioner_dim": default.max_preconditioner_dim,
-        "beta3": default.beta3,
-        "refresh_warmup_steps": 0,
-    }
-    for rule in ("kl_shampoo", "shampoo", "soap"):
-        settings = common | {"preconditioner": rule}
-        name = f"ours: {rule}"
-        rows[name] = shampoo_row(name, **settings), ShampooConfig(**settings)
-    return rows
+_Measurement = tuple[str, str, Callable[[], list[dict[str, Any]]]]
 
 
-def _measure_steps(session: _Session, options: argparse.Namespace) -> list[dict[str, Any]]:
-    ours = _our_rows()
-    others, missing = peer_rows()
-    session.left_out += missing
-    rows = [*_torch_rows(), *(row for row, _ in ours.values()), *others]
-    sizes = sizes_of(options)
-    configs = {name: config for name, (_, config) in ours.items()}
-    expected = session.measure("dry runs", dry_runs, llama.specs(sizes), configs) or {}
-    found = []
-    for row in rows:
-        if not re.search(options.rows, row.name):
-            continue
-        figures = session.measure(
-            row.name, measure_row, row, sizes, options.device, options.seconds
-        )
-        if figures is not None:
-            of_model = expected.get(row.name, {})
-            figures["model_ms"] = of_model.get("model_ms")
-            figures["dry_kernels"] = of_model.get("kernels")
-            figures["dry_peak_mb"] = of_model.get("peak_mb")
-            found.append(figures)
-    return found
+def _measurements(options: argparse.Namespace) -> Iterator[_Measurement]:
+    """Each with the part that it belongs to, and its name."""
+    sizes, device = llama.sizes_of(options), options.device
+    ours = [shampoo_row(name, **settings) for name, settings in _OURS.items()]
+    rows = [*torch_rows(_DEFAULT.excluded_names), *ours, *meta_rows()]
+    rows = [row for row in rows if re.search(options.rows, row.name)]
+    expected: dict[str, dict[str, float]] = {}
 
-
-def _torch_rows() -> list[Row]:
-    return torch_rows(ShampooConfig().excluded_names)
-
-
-def _measure_training(session: _Session, options: argparse.Namespace) -> list[dict[str, Any]]:
-    if importlib.util.find_spec("transformers") is None:
-        session.left_out.append("training: there is no `transformers`, whose Llama is trained")
+    def measure_dry() -> list[dict[str, Any]]:
+        expected.update(_dry_runs(sizes))
         return []
-    rows = [*(row for row, _ in _our_rows().values()), *_torch_rows()]
-    found = []
-    for tokens in options.tokens:
-        for row in rows:
-            if re.search(options.rows, row.name):
-                name = f"training with {row.name}, {tokens:,} tokens"
-                arguments = row, sizes_of(options), options.device, tokens
-                if figures := session.measure(name, measure_training, *arguments):
-                    found.append(figures)
-    return found
 
+    def measure_step(row: Row) -> list[dict[str, Any]]:
+        figures = measure_row(row, sizes, device, options.seconds)
+        return [_UNKNOWN | expected.get(row.name, {}) | figures]
 
-def _measure_roots(session: _Session, options: argparse.Namespace) -> roots.Rows:
-    found: roots.Rows = []
+    yield "steps", "dry runs", measure_dry
+    for row in rows:
+        yield "steps", row.name, partial(measure_step, row)
+    for tokens, row in product(options.tokens, rows):
+        name = f"training with {row.name}, {tokens:,} tokens"
+        yield "training", name, partial(measure_training, row, sizes, device, tokens)
     for n in options.root_sizes:
-        found += session.measure(f"roots of {n} x {n}", _roots, n, options.device) or []
-    return found
+        yield "roots", f"roots of {n} x {n}", partial(_roots, n, device)
+
+
+_UNKNOWN = {"dry_kernels": None, "model_ms": None, "dry_peak_mb": None}
+
+
+def _dry_runs(sizes: llama.Sizes) -> dict[str, dict[str, float]]:
+    """By row what is expected of a step: kernels, milliseconds and the peak of memory."""
+    # Of this one's memory on a GPU none shall be taken.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        runs = pool.submit(_run_dry, llama.specs(sizes)).result()
+    (adamw, *_) = (run["AdamW"] for run in runs.values())
+    return {"AdamW, fused": _expected(adamw["launches"], adamw)} | {
+        name: _expected(run["total"]["launches"], run) for name, run in runs.items()
+    }
+
+
+def _run_dry(specs: Sequence[ParameterSpec]) -> dict[str, dict[str, Any]]:
+    return {
+        name: dry_run(specs, ShampooConfig(**settings), Machine())
+        for name, settings in _OURS.items()
+    }
+
+
+def _expected(launches: float, figures: Mapping[str, float]) -> dict[str, float]:
+    return {
+        "dry_kernels": launches,
+        "model_ms": figures["ms"],
+        "dry_peak_mb": figures["peak bytes"] / 1e6,
+    }
 
 
 def _roots(n: int, device: str) -> roots.Rows:

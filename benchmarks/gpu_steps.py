@@ -57,7 +57,7 @@ def alone(device: str) -> Iterator[None]:
 
 
 def _measure(row: Row, sizes: llama.Sizes, device: str, seconds: float) -> dict[str, Any]:
-    model = llama.build(sizes, sharded=row.sharded, device=device)
+    model = llama.build(sizes, device)
     optimizers = row.build(model)
 
     def step() -> None:

@@ -23,7 +23,9 @@ _STEPS = 20  # timed, at least, in whole periods
 _HEAD = 128
 
 
-def measure_training(row: Row, sizes: llama.Sizes, device: str, tokens: int) -> dict[str, Any]:
+def measure_training(
+    row: Row, sizes: llama.Sizes, device: str, tokens: int
+) -> list[dict[str, Any]]:
     """Means over whole periods of refreshes: of a step and of the optimizer in it, the slowest step
     (milliseconds), tokens per second, and MB at the peak.
 
@@ -34,7 +36,7 @@ def measure_training(row: Row, sizes: llama.Sizes, device: str, tokens: int) -> 
         ImportError: There is no `transformers`, whose Llama it is.
     """
     with alone(device):
-        return _measure(row, sizes, device, tokens)
+        return [_measure(row, sizes, device, tokens)]
 
 
 def _measure(row: Row, sizes: llama.Sizes, device: str, tokens: int) -> dict[str, Any]:

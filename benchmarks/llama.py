@@ -1,5 +1,6 @@
 """A Llama's parameters without its forward pass, sharded by FSDP2, and gradients for them."""
 
+import argparse
 import math
 import re
 from collections.abc import Sequence
@@ -11,17 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from shampoo_fsdp.config import RULES
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from tests.models import deterministic_gradients, set_gradients
 
 __all__ = [
     "Sizes",
-    "block_flops",
+    "add_size_arguments",
     "build",
     "gradient_sets",
     "least_bytes",
-    "matrix_shapes",
+    "sizes_of",
     "specs",
 ]
 
@@ -34,6 +34,17 @@ class Sizes:
     layers: int = 4
     ffn: int = 704
     vocab: int = 2048
+
+
+def add_size_arguments(parser: argparse.ArgumentParser, default: Sizes) -> None:
+    """Options for the model."""
+    for name, value in vars(default).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+
+
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """The model that the options describe."""
+    return Sizes(**{name: getattr(options, name) for name in vars(Sizes())})
 
 
 class _Layer(nn.Module):
@@ -57,39 +68,26 @@ class _Llama(nn.Module):
         self.output = nn.Linear(sizes.dim, sizes.vocab, bias=False)
 
 
-def build(sizes: Sizes, *, sharded: bool = True, device: str = "cpu") -> nn.Module:
-    """The model, the same on every call; FSDP2 over all ranks, or a whole copy on each."""
+def build(sizes: Sizes, device: str = "cpu") -> nn.Module:
+    """The model under FSDP2 over all ranks, the same on every call."""
     torch.manual_seed(0)
     with torch.device(device):
         model = _Llama(sizes)
-    if sharded:
-        mesh = init_device_mesh(device, (dist.get_world_size(),))
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
 def gradient_sets(model: nn.Module, sets: int = 4) -> list[dict[str, Tensor]]:
-    """Gradients of the form of the model's parameters (their shards, if they are sharded), for
-    optimizers to take in turns."""
+    """Gradients of the form of the model's parameters, for optimizers to take in turns."""
     found = []
     for step in range(sets):
         set_gradients(model, deterministic_gradients(model, step))
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     model.zero_grad()
     return found
-
-
-def matrix_shapes(sizes: Sizes, exclude: Sequence[str] = ()) -> list[tuple[int, int]]:
-    """Shapes of the model's matrices whose names match none of the regular expressions."""
-    with torch.device("meta"):
-        model = _Llama(sizes)
-    return [
-        (p.shape[0], p.shape[1])
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and not any(re.search(pattern, name) for pattern in exclude)
-    ]
 
 
 def specs(sizes: Sizes) -> list[ParameterSpec]:
@@ -102,22 +100,19 @@ def specs(sizes: Sizes) -> list[ParameterSpec]:
     ]
 
 
-def block_flops(shapes: Sequence[tuple[int, int]], cap: int, preconditioner: str) -> float:
-    """What a step multiplies, without roots: for a block of m x n a product of 2 m n m and one of
-    2 m n n FLOPs for the factors, for the direction, and for what else the preconditioner does."""
-    products = RULES[preconditioner].products
-    total = 0.0
-    for rows, columns in shapes:
-        tall, wide = math.ceil(rows / cap), math.ceil(columns / cap)
-        total += 2.0 * products * rows * columns * (rows / tall + columns / wide)
-    return total
-
-
-def least_bytes(shapes: Sequence[tuple[int, int]], cap: int, ranks: int) -> float:
+def least_bytes(sizes: Sizes, exclude: Sequence[str], cap: int, ranks: int) -> float:
     """What a rank has to send per step, on average, if each block is owned by the rank whose shard
-    has most of it: the rest travels there as a gradient and back as an update, in fp32."""
+    has most of it: the rest travels there as a gradient and back as an update, in fp32.
+
+    Args:
+        exclude: regular expressions; matrices whose names match have no blocks.
+        cap: the largest side of a block.
+    """
     elements = 0
-    for rows, columns in shapes:
+    for spec in specs(sizes):
+        if len(spec.shape) != 2 or any(re.search(pattern, spec.name) for pattern in exclude):
+            continue
+        rows, columns = spec.shape
         shard = math.ceil(rows / ranks)  # as FSDP2 cuts
         tiles = math.ceil(rows / cap)
         for tile in range(tiles):

@@ -106,32 +106,33 @@ class _Conversions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+# Of collectives but all_to_all: which argument is sent, and how often, by the number of ranks.
+_SENT: dict[str, tuple[int, Callable[[int], float]]] = {
+    "allgather_base": (1, lambda n: n - 1),
+    "all_gather_into_tensor": (0, lambda n: n - 1),
+    "allreduce": (0, lambda n: 2 * (n - 1) / n),
+    "all_reduce": (0, lambda n: 2 * (n - 1) / n),
+    "reduce_scatter_base": (1, lambda n: (n - 1) / n),
+    "reduce_scatter_tensor": (0, lambda n: (n - 1) / n),
+    "wait_tensor": (0, lambda n: 0),
+    "barrier": (0, lambda n: 0),
+}
+
+
 def _bytes_sent(func: Any, args: tuple[Any, ...]) -> int:
-    """All groups are assumed to be all ranks."""
+    """All groups are assumed to be all ranks.
+
+    Raises:
+        KeyError: a collective that is not known here.
+    """
     n, rank = dist.get_world_size(), dist.get_rank()
     name = func._schema.name.split("::")[1].strip("_")
-    if name in ("wait_tensor", "wrap_tensor_autograd", "barrier", "monitored_barrier"):
-        return 0
-    if name == "alltoall_base":
-        source, send_splits = args[1], args[4]
-        rows = send_splits or [source.shape[0] // n] * n
+    if name in ("alltoall_base", "all_to_all_single"):
+        source, rows = (args[1], args[4]) if name == "alltoall_base" else (args[0], args[2])
+        rows = rows or [source.shape[0] // n] * n
         return _bytes(source) * (sum(rows) - rows[rank]) // max(sum(rows), 1)
-    if name == "alltoall":
-        return sum(_bytes(t) for i, t in enumerate(args[1]) if i != rank)
-    if name == "all_to_all_single":
-        rows = args[2]
-        return _bytes(args[0]) * (sum(rows) - rows[rank]) // max(sum(rows), 1)
-    if name in ("allgather_base", "allgather", "all_gather_into_tensor"):
-        source = args[0] if name == "all_gather_into_tensor" else args[1]
-        return sum(map(_bytes, _tensors(source))) * (n - 1)
-    if name in ("allreduce", "all_reduce"):
-        return 2 * sum(map(_bytes, _tensors(args[0]))) * (n - 1) // n
-    if name in ("reduce_scatter_base", "reduce_scatter_tensor"):
-        source = args[0] if name == "reduce_scatter_tensor" else args[1]
-        return _bytes(source) * (n - 1) // n
-    if name == "broadcast":
-        return sum(map(_bytes, _tensors(args[0]))) * (n - 1) // n
-    raise NotImplementedError(f"the bytes of {func} are not known")
+    argument, times = _SENT[name]
+    return int(sum(map(_bytes, _tensors(args[argument]))) * times(n))
 
 
 class Products(_Dispatched):

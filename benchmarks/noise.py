@@ -11,16 +11,14 @@ that of the worst weight, as a share of the way that it went.
 lies in that range. With exact arithmetic all of Shampoo's does.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.command import console, parser_of, table
 from shampoo_fsdp import Shampoo
 
 __all__ = ["main", "maker", "moved_apart", "range_kept"]
@@ -40,31 +38,27 @@ STEPS = 20
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.noise",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.noise", __doc__)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 512])
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    columns = [f"{rows} rows: median, largest" for rows in options.rows]
-    table = Table("rule", "matmul_precision", *columns, "range kept: median, smallest")
+    found = []
     for rule in options.rules:
         for precision in options.precisions if RULES[rule] is not None else ("-",):
-            make = maker(rule, precision)
-            cells = []
+            make, row = maker(rule, precision), {"rule": rule, "matmul_precision": precision}
             for rows in options.rows:
                 apart = [moved_apart(make, rows, seed) for seed in range(options.seeds)]
-                cells.append(f"{statistics.median(apart):.1e}, {max(apart):.1e}")
+                shown = f"{statistics.median(apart):.1e}, {max(apart):.1e}"
+                row[f"{rows} rows: median, largest"] = shown
             kept = [range_kept(make, seed) for seed in range(options.seeds)]
-            kept_by_rule = RULES[rule] is not None  # AdamW's entries know nothing of a range
-            cells.append(f"{statistics.median(kept):.1%}, {min(kept):.1%}" if kept_by_rule else "-")
-            table.add_row(rule, precision, *cells)
-    Console(width=160).print(table)
+            shown = f"{statistics.median(kept):.1%}, {min(kept):.1%}"
+            # AdamW's entries know nothing of a range.
+            row["range kept: median, smallest"] = shown if RULES[rule] is not None else "-"
+            found.append(row)
+    console().print(table("Rounding", found))
 
 
 Maker = Callable[[nn.Module], torch.optim.Optimizer]

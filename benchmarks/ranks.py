@@ -2,18 +2,17 @@
 
 import ctypes
 import os
-import signal
+import pickle
 import socket
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable
-from multiprocessing import connection, get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # the first use of an optimizer imports it: here, not in every rank
 import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 __all__ = ["run_on_ranks"]
 
@@ -31,82 +30,41 @@ def run_on_ranks(
             (RANK and so on are set either way).
 
     Raises:
-        RuntimeError: what a rank raised, with its traceback.
+        torch.multiprocessing.ProcessException: what a rank raised, with its traceback.
     """
-    context = get_context("fork")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        pipes, processes = [], []
-        for rank in range(n):
-            ours, theirs = context.Pipe()
-            call = (rank, n, port, folder, init, theirs, function, arguments)
-            process = context.Process(target=_rank_main, args=call, daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        try:
-            return _collect(pipes)
-        finally:
-            for process in processes:
-                process.terminate()
-                process.join()
-
-
-def _collect(pipes: list[Any]) -> Any:
-    """Rank 0's value, once all ranks are done, or the first failure."""
-    waiting, first = {pipe: rank for rank, pipe in enumerate(pipes)}, None
-    while waiting:
-        for pipe in connection.wait(list(waiting)):
-            rank = waiting.pop(pipe)
-            try:
-                error, value = pipe.recv()
-            except EOFError:
-                error, value = "the process died", None
-            if error:
-                raise RuntimeError(f"rank {rank} failed:\n{error}")
-            first = value if rank == 0 else first
-    for pipe in pipes:
-        pipe.send("all ranks are done")
-    return first
+        call = (n, port, Path(folder), init, function, arguments)
+        start_processes(_rank_main, call, n, start_method="fork")
+        return pickle.loads(Path(folder, "value").read_bytes())
 
 
 def _rank_main(
     rank: int,
     n: int,
     port: int,
-    folder: str,
+    folder: Path,
     init: bool,
-    pipe: Any,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(n),
-        "LOCAL_WORLD_SIZE": str(n),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    for name, value in (("RANK", rank), ("WORLD_SIZE", n), ("MASTER_PORT", port)):
+        os.environ[name] = str(value)
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    if sys.platform == "linux":
-        # The end of the parent, even by a signal, is this process's: prctl(PR_SET_PDEATHSIG).
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        _keep_freed_memory()
-    try:
-        if init:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=n
-            )
-        value = function(*arguments)
-        pipe.send((None, value if rank == 0 else None))
-    except BaseException:
-        pipe.send((traceback.format_exc(), None))
-    pipe.recv()  # a rank that left earlier would fail the others
+    _keep_freed_memory()
+    if init:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=n
+        )
+    value = function(*arguments)
+    if rank == 0:
+        (folder / "value").write_bytes(pickle.dumps(value))
+    if dist.is_initialized():
+        dist.barrier()  # a rank that left earlier would fail the others
 
 
 def _keep_freed_memory() -> None:

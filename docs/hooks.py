@@ -12,7 +12,6 @@ _BESIDE = (
     "LICENSE",
     "docs/*.css",
     "configs/*.toml",
-    "benchmarks/*.png",
     "studies/*/results/**/*.png",
 )
 

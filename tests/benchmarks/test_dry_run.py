@@ -47,7 +47,6 @@ def test_adamw_reads_four_numbers_of_a_parameter_and_writes_three():
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_number_of_kernels_hardly_grows_with_the_layers(ranks):
     few, many = (figures(layers, ranks) for layers in (4, 16))
-    assert many["blocks"] > 3 * few["blocks"]
     assert many["total"]["launches"] <= 1.3 * few["total"]["launches"]
     assert many["total"]["launches"] <= 300
     assert many["total"]["bf16"] > 3 * few["total"]["bf16"]
@@ -71,11 +70,9 @@ def test_no_setting_makes_kernels_of_pieces(settings):
 def test_llama3_8b_on_64_gpus(capsys, monkeypatch):
     main(["--model", "llama3-8b", "--mesh", "dp_shard=64", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["blocks"] == 104
     assert found["total"]["launches"] <= 430
     assert sum(found["parts"][part]["launches"] for part in ("exchange", "apply")) <= 30
     assert found["share"] < found["Muon's share"] < 0.021
-    assert found["bytes of row numbers"] < 2e6
     names = [transfer["name"] for transfer in found["timeline"]]
     assert names == ["gradients 0", "gradients 1", "updates 0", "updates 1"]
     begins = [transfer["begins"] for transfer in found["timeline"]]

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from benchmarks import llama
 from benchmarks.measure import Counts, Products, memory, state_bytes
@@ -20,8 +18,7 @@ _PERIOD = 2
 def measured(**settings) -> tuple[dict[str, float], list[ParameterSpec]]:
     """Of rank 0, of a Llama of two layers."""
     torch.manual_seed(0)
-    model = llama.build(llama.Sizes(dim=160, ffn=416, layers=2, vocab=256), sharded=False)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model = llama.build(llama.Sizes(dim=160, ffn=416, layers=2, vocab=256))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizers = []
