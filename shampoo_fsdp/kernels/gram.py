@@ -1,0 +1,151 @@
+"""Factors F <- decay F + weight U U^T, of half the products, in one pass over F."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from shampoo_fsdp.kernels.language import (
+    can_run,
+    describable,
+    described,
+    interpreted,
+    jit,
+    large_tiles,
+    number,
+    of_block,
+    triangle,
+)
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+__all__ = ["tiles", "update_factors", "update_factors_reference"]
+
+
+def update_factors(
+    factors: Tensor,
+    blocks: Tensor,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    precision: Literal["tf32", "tf32x3"] = "tf32x3",
+) -> None:
+    """F <- decay F + weight U U^T in place, summed in fp32.
+
+    Tiles of the upper triangle are computed, and written twice. A block of decay 1 and weight 0
+    keeps F bit for bit; one of weight 0 does not look at its U.
+
+    It reads 4 and writes 4 bytes per element of a factor in fp32 (half of it where F is packed),
+    for rest FLOPs. In plain PyTorch these are 20 bytes, for 2 rest FLOPs.
+
+    Args:
+        factors: F, symmetric [B, n, n], or their upper triangles [B, n (n + 1) / 2]; in any type.
+        blocks: U [B, n, rest], bf16, fp16 or fp32; it or U^T lies row by row in memory.
+        decay, weight: numbers, or [1] or [B] on the device.
+        precision: of the products of fp32 blocks: 10 bits of them, or nearly all.
+    """
+    count, n, rest = blocks.shape
+    packed = factors.ndim == 2
+    transposed = blocks.stride(2) != 1
+    source = blocks.mT if transposed else blocks
+    fits = describable(source) and (packed or describable(factors))
+    if not count or not fits or factors.stride(-1) != 1 or not can_run(factors, blocks):
+        update_factors_reference(factors, blocks, decay, weight)
+        return
+    cut = tiles(n, blocks.dtype, packed, large_tiles(blocks.device))
+    tile, depth = cut["TILE"], cut["DEPTH"]
+    side = -(-n // tile)
+    jit(_update_factors)[(side * (side + 1) // 2, count)](
+        described(source, depth, tile) if transposed else described(source, tile, depth),
+        factors if packed else described(factors, tile, tile),
+        number(decay, count),
+        number(weight, count),
+        n,
+        rest,
+        factors.stride(0),
+        TRANSPOSED=transposed,
+        PACKED=packed,
+        PRECISION=precision,
+        UPCAST=interpreted(),
+        **cut,
+    )
+
+
+def update_factors_reference(
+    factors: Tensor, blocks: Tensor, decay: float | Tensor, weight: float | Tensor
+) -> None:
+    """The same in plain PyTorch, in fp32."""
+    scale, share = (
+        torch.as_tensor(value, device=blocks.device).reshape(-1, 1, 1) for value in (decay, weight)
+    )
+    blocks = torch.where(share == 0.0, 0.0, blocks.float())
+    grams = torch.bmm(blocks, blocks.mT).mul_(share)
+    if factors.ndim == 2:
+        rows, columns = torch.triu_indices(blocks.shape[1], blocks.shape[1], device=blocks.device)
+        grams, scale = grams[:, rows, columns], scale.flatten(1)
+    factors.copy_(factors.float().mul(scale).add_(grams))
+
+
+def tiles(n: int, dtype: torch.dtype, packed: bool, large: bool) -> dict[str, int]:
+    """How the work is cut, such that registers do."""
+    large = large and n > 64 and dtype != torch.float32 and not packed
+    return {
+        "TILE": 128 if large else 64,
+        "DEPTH": (128 if large else 64) // dtype.itemsize,
+        "num_warps": 8 if large else 4,
+        "num_stages": 3,
+    }
+
+
+def _update_factors(
+    blocks,
+    factors,
+    decay,
+    weight,
+    n,
+    rest,
+    stride,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid: tiles of a triangle, blocks. `blocks` is a descriptor of U or U^T, `factors` one of F,
+    or the address of packed ones."""
+    row, column = triangle(tl.program_id(0))
+    block = tl.program_id(1)
+    decay = of_block(decay, block)
+    weight = of_block(weight, block)
+    if (decay == 1.0) & (weight == 0.0):
+        return
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, tl.where(weight == 0.0, 0, rest), DEPTH):
+        if TRANSPOSED:
+            left = blocks.load([block, start, row * TILE]).reshape(DEPTH, TILE).T
+            right = blocks.load([block, start, column * TILE]).reshape(DEPTH, TILE)
+        else:
+            left = blocks.load([block, row * TILE, start]).reshape(TILE, DEPTH)
+            right = blocks.load([block, column * TILE, start]).reshape(TILE, DEPTH).T
+        if UPCAST:  # the interpreter multiplies the bits of bf16 as if they were integers
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    total *= weight
+    if PACKED:
+        i = row * TILE + tl.arange(0, TILE)[:, None]
+        j = column * TILE + tl.arange(0, TILE)[None, :]
+        at = factors + block.to(tl.int64) * stride + (i * n - i * (i - 1) // 2 + j - i)
+        kept = (i <= j) & (j < n)
+        total += decay * tl.load(at, mask=kept, other=0.0).to(tl.float32)
+        tl.store(at, total.to(factors.dtype.element_ty), mask=kept)
+    else:
+        here = [block, row * TILE, column * TILE]
+        total += decay * factors.load(here).reshape(TILE, TILE).to(tl.float32)
+        total = total.to(factors.dtype)
+        factors.store(here, total.reshape(1, TILE, TILE))
+        if row != column:
+            factors.store([block, column * TILE, row * TILE], total.T.reshape(1, TILE, TILE))

@@ -1,0 +1,140 @@
+"""What kernels share: Triton itself, where it can be used, and functions in its language."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # `_names` imports it for all others
+    import triton.language as tl
+
+__all__ = [
+    "can_run",
+    "describable",
+    "described",
+    "interpreted",
+    "jit",
+    "large_tiles",
+    "lerp",
+    "number",
+    "of_block",
+    "per_block",
+    "triangle",
+]
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPUs, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_run(*tensors: Tensor | None) -> bool:
+    """Whether kernels may be launched with these tensors: on an NVIDIA GPU from 2020 on, of types
+    of at most 32 bits, and with memory behind them."""
+    return all(
+        t is None
+        or (
+            type(t) in (Tensor, torch.nn.Parameter) and t.dtype in _TYPES and _has_kernels(t.device)
+        )
+        for t in tensors
+    )
+
+
+def large_tiles(device: torch.device) -> bool:
+    """Whether tensor cores read their operands from where tiles are copied to: else large tiles
+    have no room in the registers."""
+    return interpreted() or 90 <= _generation(device) < 110
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and (
+        interpreted() or _generation(device) >= 80
+    )
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """Of an NVIDIA GPU, 80 for that of 2020; else 0."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def jit(kernel: Callable[..., Any]) -> Any:
+    """A function in Triton's language, compiled when it is launched."""
+    import triton
+
+    kernel.__globals__.update(_names())  # in place of what is imported for readers alone
+    return triton.jit(kernel)
+
+
+@functools.cache
+def _names() -> dict[str, Any]:
+    import triton
+
+    globals()["tl"] = triton.language
+    helpers = {helper.__name__: triton.jit(helper) for helper in (lerp, of_block, triangle)}
+    return {"tl": triton.language} | helpers
+
+
+def describable(matrices: Tensor) -> bool:
+    """Whether the units that copy tiles can find those of these matrices [B, n, m]."""
+    size = matrices.element_size()
+    rows = all(stride * size % 16 == 0 for stride in matrices.stride()[:-1])
+    return (
+        matrices.stride(-1) == 1 and rows and matrices.data_ptr() % 16 == 0 and matrices.numel() > 0
+    )
+
+
+def described(matrices: Tensor, rows: int, columns: int) -> Any:
+    """What these units know them by, in tiles of this many rows and columns."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape, stride = list(matrices.shape), list(matrices.stride())
+    return TensorDescriptor(matrices, shape, stride, [1, rows, columns])
+
+
+def number(value: float | Tensor, blocks: int) -> float | Tensor:
+    """A hyperparameter as a kernel takes it, see `of_block`: a number, or fp32 [blocks]."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.float().reshape(-1).expand(blocks).contiguous()
+
+
+def per_block(value: float | Tensor, ndim: int) -> float | Tensor:
+    """The same for operators of PyTorch: a number, or [blocks, 1, ...] of this many dimensions."""
+    return value.reshape(-1, *[1] * (ndim - 1)) if isinstance(value, Tensor) else value
+
+
+def of_block(value, block):
+    """A number for all blocks as it is; of numbers for each the one of this block."""
+    value = tl.to_tensor(value)
+    if value.dtype.is_ptr():
+        value = tl.load(value + block)
+    return value
+
+
+def lerp(start, end, weight):
+    """As torch.lerp rounds it."""
+    return tl.where(
+        weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight)
+    )
+
+
+def triangle(number):
+    """Row and column, row <= column, of a tile of an upper triangle, column after column."""
+    column = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)
+    column = tl.where(column * (column + 1) // 2 > number, column - 1, column)
+    column = tl.where((column + 1) * (column + 2) // 2 <= number, column + 1, column)
+    return number - column * (column + 1) // 2, column

@@ -1,0 +1,133 @@
+"""Tests of the kernels in Triton's interpreter: test_kernels.py runs them, as Triton must know when
+it is imported that it shall interpret.
+
+(There casts to bf16 truncate: hence 2^-7 for what is kept in it.)
+"""
+
+import pytest
+import torch
+
+from shampoo_fsdp.kernels import language
+from shampoo_fsdp.kernels.gram import update_factors, update_factors_reference
+from shampoo_fsdp.kernels.momenta import momenta, momenta_reference
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+TOLERANCES = {FP32: 2e-6, FP16: 2e-3, BF16: 2.0**-7}
+
+
+@pytest.fixture(autouse=True)
+def _a_kernel_is_launched(monkeypatch):
+    """Nothing here is the reference in disguise."""
+    launched = []
+    jit = language.jit
+    for module in (momenta, update_factors):
+        names = module.__globals__
+        monkeypatch.setitem(names, "jit", lambda *a: launched.append(a) or jit(*a))
+    torch.manual_seed(0)
+    yield
+    assert launched
+
+
+def copies(*tensors):
+    return [None if t is None else t.clone() for t in tensors]
+
+
+def assert_close(found, expected, *others):
+    """As far as the coarsest of their type and others allows."""
+    tolerance = max(TOLERANCES[dtype] for dtype in (expected.dtype, *others))
+    found, expected = found.float(), expected.float()
+    torch.testing.assert_close(found, expected, rtol=2 * tolerance, atol=tolerance)
+
+
+def in_tensors(blocks, numbers):
+    """Each number as [1], the last as [blocks]."""
+    tensors = {name: torch.tensor([value]) for name, value in numbers.items()}
+    last = list(tensors)[-1]
+    return tensors | {last: tensors[last] * torch.linspace(1.0, 2.0, blocks)}
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "state", "copy", "second", "sums"),
+    [
+        ((4, 60, 83), FP32, BF16, True, False),
+        ((3, 7, 5), BF16, FP16, True, False),
+        ((2, 64, 64), FP32, FP32, True, True),
+        ((2, 33, 40), BF16, BF16, False, False),
+    ],
+)
+def test_momenta(shape, state, copy, second, sums, on_device):
+    gradient = torch.randn(shape)
+    gradient[1] = torch.nan
+    gradient[1, 0] = torch.inf
+    usable = torch.ones(len(gradient))
+    usable[1] = 0.0
+    exp_avg = torch.randn(shape).to(state)
+    moment = torch.rand(shape) if second else None
+    low = torch.empty(shape, dtype=copy)
+    mixed = torch.empty(shape, dtype=copy)
+    numbers = {"rate1": 0.1, "rate2": 0.05, "share": 0.9, "eps": 1e-3}
+    if on_device:
+        numbers = in_tensors(len(gradient), numbers)
+    fast = copies(gradient, usable, exp_avg, moment, low, mixed)
+    slow = copies(gradient, usable, exp_avg, moment, low, mixed)
+    norms = momenta(*fast, **numbers, sums=sums)
+    assert_close(norms, momenta_reference(*slow, **numbers, sums=sums), state, copy)
+    for found, expected in zip(fast[2:], slow[2:], strict=True):
+        if expected is not None:
+            assert_close(found, expected, state)
+    assert torch.equal(fast[2][1], exp_avg[1])
+    assert moment is None or torch.equal(fast[3][1], moment[1])
+    assert (fast[4][1] == 0.0).all()
+
+
+def test_copies_may_lie_in_the_gradients_memory():
+    gradient, usable = torch.randn(2, 50, 30), torch.tensor([1.0, 0.0])
+    exp_avg, moment, mixed = torch.zeros(2, 50, 30), torch.zeros(2, 50, 30), torch.empty(2, 50, 30)
+    numbers = {"rate1": 0.1, "rate2": 0.05, "share": 1.0, "eps": 1e-8}
+    before = gradient.clone()
+    momenta(gradient, usable, exp_avg, moment, gradient, mixed, **numbers)
+    assert torch.equal(gradient, before * usable.view(-1, 1, 1))
+    assert torch.equal(mixed, exp_avg)
+    momenta(gradient, usable, exp_avg, moment, None, gradient, **numbers)
+    assert torch.equal(gradient, exp_avg)
+
+
+def pack(matrices):
+    rows, columns = torch.triu_indices(*matrices.shape[1:])
+    return matrices[:, rows, columns].contiguous()
+
+
+@pytest.mark.parametrize("kept", [FP32, BF16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "transposed"),
+    [
+        ((3, 72, 40), BF16, False),
+        ((3, 40, 72), FP16, True),
+        ((3, 160, 24), FP16, False),
+        ((3, 136, 8), FP32, True),
+    ],
+)
+def test_update_factors(shape, dtype, transposed, packed, kept):
+    n = shape[1]
+    blocks = torch.randn(shape if not transposed else (shape[0], shape[2], n)).to(dtype)
+    blocks = blocks.mT if transposed else blocks
+    blocks[1] = torch.nan  # weight 0
+    factors = torch.randn(3, n, n)
+    factors = (factors @ factors.mT / n).to(kept)
+    factors = pack(factors) if packed else factors
+    # As in the state: with others between those of two blocks.
+    between = torch.zeros(3, factors[0].numel() + 16, dtype=kept)
+    fast = between[:, : factors[0].numel()].view(factors.shape).copy_(factors)
+    slow = factors.clone()
+    decay, weight = torch.tensor([0.95, 1.0, 0.5]), torch.tensor([0.05, 0.0, 0.5])
+    update_factors(fast, blocks, decay, weight)
+    update_factors_reference(slow, blocks, decay, weight)
+    assert_close(fast, slow)
+    assert torch.equal(fast[1], factors[1])
+    assert packed or torch.equal(fast, fast.mT)
+    assert (between[:, factors[0].numel() :] == 0.0).all()
+    expected = fast * 0.9
+    update_factors(fast, blocks, 0.9, 0.0)
+    assert_close(fast, expected)

@@ -1,0 +1,90 @@
+"""The kernels without a GPU: interpreted, and compiled for three generations of them."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from shampoo_fsdp.kernels.gram import _update_factors, tiles
+from shampoo_fsdp.kernels.language import jit
+from shampoo_fsdp.kernels.momenta import _momenta
+
+triton = pytest.importorskip("triton", reason="kernels are in Triton, which is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def test_they_do_in_the_interpreter_what_their_references_do():
+    file = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+"""Of tensor cores, by the GPU's generation."""
+
+
+def momenta_case(generation):
+    pointers = dict.fromkeys(["gradient", "usable", "exp_avg", "moment"], "*fp32")
+    pointers |= {"low": "*bf16", "mixed": "*bf16", "squares": "*fp32", "eps": "*fp32"}
+    numbers = dict.fromkeys(["rate1", "rate2", "share"], "fp32")
+    return _momenta, pointers | numbers, {"CHUNK": 1024, "TURNS": 4, "SUMS": False}
+
+
+def factors_case(generation, dtype, transposed, packed, precision="tf32"):
+    cut = tiles(1024, dtype, packed, generation >= 90)
+    tile, depth = cut["TILE"], cut["DEPTH"]
+    name = "bf16" if dtype == torch.bfloat16 else "fp32"
+    types = {
+        "blocks": f"tensordesc<{name}[1,{depth},{tile}]>"
+        if transposed
+        else f"tensordesc<{name}[1,{tile},{depth}]>",
+        "factors": "*fp32" if packed else f"tensordesc<fp32[1,{tile},{tile}]>",
+        "decay": "*fp32",
+        "weight": "fp32",
+    }
+    known = {"TRANSPOSED": transposed, "PACKED": packed, "PRECISION": precision, "UPCAST": False}
+    return _update_factors, types, cut | known
+
+
+CASES = {
+    "momenta": momenta_case,
+    "factors": partial(factors_case, dtype=torch.bfloat16, transposed=False, packed=False),
+    "factors_packed": partial(factors_case, dtype=torch.bfloat16, transposed=True, packed=True),
+    "factors_fp32": partial(
+        factors_case, dtype=torch.float32, transposed=True, packed=False, precision="tf32x3"
+    ),
+}
+
+
+@pytest.mark.parametrize("generation", INSTRUCTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_they_compile_without_spills_to_tensor_cores(case, generation, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, types, known = CASES[case](generation)
+    options = {name: known.pop(name) for name in list(known) if name.startswith("num_")}
+    kernel = jit(kernel)
+    signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, type_ in enumerate(signature.values())
+        if type_[0] in "*i"
+    }
+    source = ASTSource(kernel, signature, known, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    assert case == "momenta" or INSTRUCTIONS[generation] in compiled.asm["ptx"]
+    cubin = tmp_path / "cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [BIN / "cuobjdump", "-res-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    print(case, generation, compiled.metadata.shared, usage)
+    assert " STACK:0 " in usage
