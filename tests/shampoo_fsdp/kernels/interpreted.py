@@ -6,8 +6,10 @@ it is imported that it shall interpret.
 
 import pytest
 import torch
+from torch.optim.adamw import adamw
 
 from shampoo_fsdp.kernels import language
+from shampoo_fsdp.kernels.adamw import adamw_masked, adamw_masked_reference
 from shampoo_fsdp.kernels.gram import update_factors, update_factors_reference
 from shampoo_fsdp.kernels.momenta import momenta, momenta_reference
 
@@ -20,7 +22,7 @@ def _a_kernel_is_launched(monkeypatch):
     """Nothing here is the reference in disguise."""
     launched = []
     jit = language.jit
-    for module in (momenta, update_factors):
+    for module in (adamw_masked, momenta, update_factors):
         names = module.__globals__
         monkeypatch.setitem(names, "jit", lambda *a: launched.append(a) or jit(*a))
     torch.manual_seed(0)
@@ -131,3 +133,56 @@ def test_update_factors(shape, dtype, transposed, packed, kept):
     expected = fast * 0.9
     update_factors(fast, blocks, 0.9, 0.0)
     assert_close(fast, expected)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(("kept", "arrives"), [(FP32, FP32), (BF16, FP32), (FP32, BF16)])
+def test_adamw_masked(kept, arrives, on_device):
+    weights, exp_avg, gradient = torch.randn(3, 3, 1367).unbind()
+    exp_avg_sq = torch.rand(3, 1367)
+    gradient[1, :3] = torch.tensor([torch.nan, -torch.inf, 1e16])
+    numbers = {"lr": 0.1, "lost": 0.01, "rate1": 0.1, "rate2": 0.05, "eps": 1e-3}
+    numbers |= {"correction1": 0.5, "correction2": 0.25}
+    if on_device:
+        numbers = {name: torch.tensor([value]) for name, value in numbers.items()}
+    skipped = torch.tensor(5)
+    tensors = [weights.to(kept), gradient.to(arrives), exp_avg.to(kept), exp_avg_sq.to(kept)]
+    fast, slow = copies(*tensors, skipped), copies(*tensors, skipped)
+    adamw_masked(*fast, **numbers, largest=1e15)
+    adamw_masked_reference(*slow, **numbers, largest=1e15)
+    assert fast[4] == slow[4] == 8
+    for k in (0, 2, 3):
+        assert_close(fast[k], slow[k])
+        assert torch.equal(fast[k][1, :3], tensors[k][1, :3])
+
+
+def test_adamw_masked_takes_the_step_of_torch():
+    weights, gradient, exp_avg = torch.randn(3, 500).unbind()
+    ours = copies(weights, gradient, exp_avg, exp_avg.square())
+    theirs = [[tensor] for tensor in copies(*ours)]
+    adamw(
+        *theirs,
+        [],
+        [torch.tensor(4.0)],
+        amsgrad=False,
+        maximize=False,
+        beta1=0.9,
+        beta2=0.99,
+        lr=0.01,
+        weight_decay=0.1,
+        eps=1e-8,
+    )
+    adamw_masked(
+        *ours,
+        torch.tensor(0),
+        lr=0.01,
+        lost=0.001,
+        rate1=1.0 - 0.9,
+        rate2=1.0 - 0.99,
+        eps=1e-8,
+        correction1=1.0 - 0.9**5,
+        correction2=1.0 - 0.99**5,
+        largest=1e15,
+    )
+    for found, (expected,) in zip(ours, theirs, strict=True):
+        assert_close(found, expected)

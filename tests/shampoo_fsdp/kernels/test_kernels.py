@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shampoo_fsdp.kernels.adamw import _adamw_masked
 from shampoo_fsdp.kernels.gram import _update_factors, tiles
 from shampoo_fsdp.kernels.language import jit
 from shampoo_fsdp.kernels.momenta import _momenta
@@ -40,6 +41,13 @@ def momenta_case(generation):
     return _momenta, pointers | numbers, {"CHUNK": 1024, "TURNS": 4, "SUMS": False}
 
 
+def adamw_case(generation):
+    numbers = dict.fromkeys(["step_size", "lost", "rate1", "rate2", "eps", "root"], "*fp32")
+    pointers = {"weights": "*fp32", "gradient": "*bf16", "exp_avg": "*fp32", "exp_avg_sq": "*fp32"}
+    types = pointers | {"skipped": "*i64"} | numbers | {"largest": "fp32"}
+    return _adamw_masked, types, {"CHUNK": 1024, "TURNS": 4}
+
+
 def factors_case(generation, dtype, transposed, packed, precision="tf32"):
     cut = tiles(1024, dtype, packed, generation >= 90)
     tile, depth = cut["TILE"], cut["DEPTH"]
@@ -57,6 +65,7 @@ def factors_case(generation, dtype, transposed, packed, precision="tf32"):
 
 
 CASES = {
+    "adamw": adamw_case,
     "momenta": momenta_case,
     "factors": partial(factors_case, dtype=torch.bfloat16, transposed=False, packed=False),
     "factors_packed": partial(factors_case, dtype=torch.bfloat16, transposed=True, packed=True),
@@ -81,7 +90,7 @@ def test_they_compile_without_spills_to_tensor_cores(case, generation, tmp_path,
     }
     source = ASTSource(kernel, signature, known, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
-    assert case == "momenta" or INSTRUCTIONS[generation] in compiled.asm["ptx"]
+    assert case in ("adamw", "momenta") or INSTRUCTIONS[generation] in compiled.asm["ptx"]
     cubin = tmp_path / "cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [BIN / "cuobjdump", "-res-usage", cubin]
