@@ -19,6 +19,7 @@ from rich.progress import track
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
+from shampoo_fsdp.tools.compare.command import add_options, compare
 from shampoo_fsdp.tools.inspection import inspect_checkpoint
 from shampoo_fsdp.tools.inspection_plot import plot as draw
 from shampoo_fsdp.tools.inspection_report import as_json, print_report
@@ -107,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
             settings.add_argument(f"--{name}", nargs="+")
         else:
             settings.add_argument(f"--{name}", type=value_of)
+    comparison = commands.add_parser("compare", help="train with AdamW, Muon and Shampoo")
+    comparison.set_defaults(run=compare)
+    add_options(comparison)
     inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("checkpoint", help="its folder, such as outputs/checkpoint/step-500")

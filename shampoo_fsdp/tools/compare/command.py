@@ -1,0 +1,191 @@
+"""The command `compare`: which optimizer needs the fewest steps, the least time, on your model?"""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shampoo_fsdp.tools import page
+from shampoo_fsdp.tools.compare import small_llama
+from shampoo_fsdp.tools.compare.contest import CONTESTANTS, Run, train
+from shampoo_fsdp.tools.tables import by_size, number_columns, titled_table
+
+__all__ = ["add_options", "compare"]
+
+_BASELINE = "AdamW"
+_HEADS = (
+    "optimizer",
+    "lr",
+    "loss at the end",
+    f"steps to {_BASELINE}'s end",
+    f"seconds to {_BASELINE}'s end",
+    "seconds in all",
+    "optimizer, ms per step",
+    "state",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
+    parser.add_argument(
+        "--model",
+        metavar="FILE.py:FUNCTION",
+        help="returns a module, whose forward takes a batch and returns the loss; default: a Llama "
+        "of 1.1 M parameters",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE.py:FUNCTION",
+        help="returns an iterable of batches (a tensor, a tuple or a dict), the same on each call, "
+        "other ones on each rank; default: bytes of Python's standard library",
+    )
+    parser.add_argument("--steps", type=_count, default=240, help="of each training (240)")
+    parser.add_argument(
+        "--lr",
+        nargs="+",
+        default=[],
+        metavar="NAME=LR",
+        help="such as AdamW=3e-4 Muon=1e-3; default: " + _said_lr(),
+    )
+    parser.add_argument("--html", default="compare.html", metavar="FILE", help="compare.html")
+
+
+def compare(
+    *, model: str | None, data: str | None, steps: int, lr: Sequence[str], html: str
+) -> None:
+    """Train with each optimizer, print a table, write the page; under torchrun on all ranks.
+
+    Raises:
+        ValueError: names the option, what was found and what is allowed.
+    """
+    if (model is None) != (data is None):
+        raise ValueError("--model and --data: give both, or neither for the small Llama.")
+    rates = {name: contestant.lr for name, contestant in CONTESTANTS.items()} | _rates(lr)
+    build = _function("--model", model) if model else small_llama.build
+    batches = _function("--data", data) if data else small_llama.batches
+    device = _device()
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not first,
+        ) as progress:
+            task = progress.add_task("", total=len(rates) * steps)
+            runs: list[Run] = []
+            for name, rate in rates.items():
+                progress.update(task, description=name)
+
+                def passed(run: Run, name: str = name, done: int = len(runs) * steps) -> None:
+                    words = f"{name}: step {run.steps[-1]}, loss {run.losses[-1]:.3f}"
+                    progress.update(task, completed=done + run.steps[-1], description=words)
+
+                runs.append(train(name, rate, build, batches, steps, device, passed))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if first:
+        _report(runs, model or "a Llama of 1.1 M parameters on Python source", Path(html))
+
+
+def _report(runs: Sequence[Run], what: str, path: Path) -> None:
+    rows = [_row(run, runs[0]) for run in runs]
+    title = f"{what}, {runs[0].steps[-1]:,} steps, the same batches and initial weights for all"
+    shown = titled_table(title, _HEADS[0], *number_columns(*_HEADS[1:]))
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    end = runs[0].losses[-1]
+    by_step = {run.name: (run.steps, run.losses) for run in runs}
+    by_time = {run.name: (run.seconds, run.losses) for run in runs}
+    page.write_page(
+        path,
+        "AdamW, Muon and Shampoo",
+        [
+            page.paragraph(f"{title}. One seed; the dotted line is where {_BASELINE} ends."),
+            page.table("In numbers", _HEADS, rows),
+            "<h2>Loss against steps</h2>" + page.curves(by_step, "steps", "loss", end),
+            "<h2>Loss against time</h2>" + page.curves(by_time, "seconds", "loss", end),
+        ],
+    )
+    print(f"Curves: {path}")
+
+
+def _row(run: Run, baseline: Run) -> list[str]:
+    end = baseline.losses[-1]
+    steps, seconds = run.reached(end, run.steps), run.reached(end, run.seconds)
+    whole = run.steps[-1], run.seconds[-1]
+    return [
+        run.name,
+        f"{run.lr:g}",
+        f"{run.losses[-1]:.3f}",
+        "-" if steps is None else f"{steps:,.0f} ({steps / baseline.steps[-1] - 1:+.0%})",
+        "-" if seconds is None else f"{seconds:,.0f} ({seconds / baseline.seconds[-1] - 1:+.0%})",
+        f"{whole[1]:,.0f}",
+        f"{1e3 * run.optimizer_seconds / max(1, whole[0] - 1):,.1f}",
+        by_size(run.state_bytes),
+    ]
+
+
+def _said_lr() -> str:
+    return ", ".join(f"{name}={contestant.lr:g}" for name, contestant in CONTESTANTS.items())
+
+
+def _rates(given: Sequence[str]) -> dict[str, float]:
+    rates = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            rate = float(value)
+        except ValueError:
+            rate = 0.0
+        if name not in CONTESTANTS or not rate > 0.0:
+            names = ", ".join(CONTESTANTS)
+            raise ValueError(
+                f"--lr '{text}': write NAME=LR, a name of {names} and a number above 0."
+            )
+        rates[name] = rate
+    return rates
+
+
+def _function(option: str, text: str) -> Callable[[], Any]:
+    file, _, name = text.rpartition(":")
+    path = Path(file)
+    if not (name and path.is_file()):
+        raise ValueError(f"{option} '{text}': write FILE.py:FUNCTION, a file that exists.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{option} '{text}': {path.name} has no function '{name}'.")
+    return function  # type: ignore[no-any-return]
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = accelerator.type if accelerator else "cpu"
+    if not dist.is_torchelastic_launched():
+        return torch.device(kind)
+    device = torch.device("cpu")
+    if accelerator:
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device)
+    dist.init_process_group()
+    return device
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return int(text)
