@@ -1,13 +1,23 @@
 """Reports as one HTML file each, which needs no network: light and dark, to print as well."""
 
 import html
+import importlib.util
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLORS", "as_svg", "curves", "figure", "paragraph", "table", "write_page"]
+__all__ = [
+    "COLORS",
+    "as_svg",
+    "curves",
+    "figure",
+    "need_matplotlib",
+    "paragraph",
+    "table",
+    "write_page",
+]
 
 COLORS = {"AdamW": "#1f77b4", "Muon": "#ff7f0e", "Shampoo": "#9467bd"}
 """Of the optimizers, as in all figures of the project."""
@@ -27,6 +37,16 @@ th:first-child, td:first-child { text-align: left; }
 svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 @media print { body { max-width: none; margin: 0; } h2, figure, table { break-inside: avoid; } }
 """
+
+
+def need_matplotlib(option: str) -> None:
+    """Refuse an option whose page needs drawings.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{option} needs matplotlib: pip install matplotlib")
 
 
 def write_page(path: Path, title: str, parts: Iterable[str]) -> None:

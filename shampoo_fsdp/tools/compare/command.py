@@ -67,6 +67,7 @@ def compare(
     """
     if (model is None) != (data is None):
         raise ValueError("--model and --data: give both, or neither for the small Llama.")
+    page.need_matplotlib("--html")
     rates = {name: contestant.lr for name, contestant in CONTESTANTS.items()} | _rates(lr)
     build = _function("--model", model) if model else small_llama.build
     batches = _function("--data", data) if data else small_llama.batches
