@@ -20,48 +20,25 @@ from shampoo_fsdp.runtime.ranks import RankSet
 __all__ = ["Exchange", "allocate", "release"]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Where a piece lies in flat memory, and the rank that it goes to or comes from."""
+_Rows = tuple[int, tuple[tuple[int, int], ...]]
+"""The number of the first row, and how many rows, how far apart, follow along each dimension."""
 
-    start: int
-    """Of a dense tensor in that memory."""
-    sizes: Sequence[int]
-    """Of that tensor."""
-    slices: Slices
-    """Of that tensor."""
-    peer: int
-    """Position of the rank."""
-
-    @property
-    def numel(self) -> int:
-        return math.prod(part.stop - part.start for part in self.slices)
-
-    def rows(self, width: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """The number of its first row, and how many rows, how far apart, follow along each
-        dimension."""
-        first, stride = self.start // width, math.prod(self.sizes) // width
-        steps = []
-        for size, part in zip(self.sizes[:-1], self.slices[:-1], strict=True):
-            stride //= size
-            first += part.start * stride
-            steps.append((part.stop - part.start, stride))
-        last = self.slices[-1]
-        steps.append((last.stop // width - last.start // width, 1))
-        return first + last.start // width, tuple(steps)
+_Piece = tuple[int, _Rows]
+"""The position of the rank that a piece goes to or comes from, and where it lies in flat memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Route:
     """From the memory of one side to that of the other, for one rank."""
 
-    staying: Tensor
-    """Numbers of the rows whose other side is on this rank as well; int32."""
     leaving: Tensor
-    """Numbers of the others, in the order of the ranks that they go to; int32."""
+    """Numbers of the rows: first those whose other side is on this rank as well, then the others,
+    in the order of the ranks that they go to; int32."""
+    staying: int
+    """How many of them stay on this rank."""
     arrived: Tensor
-    """For each row of the memory where they arrive its number among those that do, of which the
-    ones that stayed on this rank are first; int32."""
+    """For each row of the memory where they arrive its number among those that do, in an order as
+    that of `leaving`; int32."""
     sent: list[int]
     """Rows that go to each rank, to this one none."""
     received: list[int]
@@ -107,22 +84,23 @@ class Exchange:
 
         def in_shards(kind: str) -> list[_Piece]:
             return [
-                _Piece(start, part.shard_shape, transfer.in_shard, transfer.peer)
+                (t.peer, _rows_of(start, part.shard_shape, t.in_shard, self._width))
                 for start, part in placed
-                for transfer in getattr(part, kind)
+                for t in getattr(part, kind)
             ]
 
         def in_blocks(kind: str) -> list[_Piece]:
             return [
-                _Piece(blocks[block], block.sizes, transfer.in_block, transfer.peer)
+                (t.peer, _rows_of(blocks[block], block.sizes, t.in_block, self._width))
                 for part in parts.values()
-                for transfer in getattr(part, kind)
-                if (block := transfer.block) is not None
+                for t in getattr(part, kind)
+                if (block := t.block) is not None
             ]
 
-        route = functools.partial(_find_route, width=self._width, ranks=ranks, device=device)
-        self._gather = route(in_shards("gather_out"), in_blocks("gather_in"))
-        self._scatter = route(in_blocks("scatter_out"), in_shards("scatter_in"))
+        self._gather = _find_route(in_shards("gather_out"), in_blocks("gather_in"), ranks, device)
+        self._scatter = _find_route(
+            in_blocks("scatter_out"), in_shards("scatter_in"), ranks, device
+        )
         self._wait: Callable[[], object] | None = None
         self._leaving = self._arriving = torch.empty(0, device="cpu")
         """What travels, and the rows that stay with memory for those that come after them."""
@@ -185,14 +163,14 @@ class Exchange:
 
     def _pack(self, memory: Tensor, route: _Route) -> None:
         rows = memory.view(-1, self._width)
-        stay = len(route.staying)
-        self._leaving = rows.index_select(0, route.leaving)
+        stay = route.staying
+        self._leaving = rows.index_select(0, route.leaving[stay:])
         self._arriving = rows.new_empty(len(route.arrived), self._width)
-        torch.index_select(rows, 0, route.staying, out=self._arriving[:stay])
+        torch.index_select(rows, 0, route.leaving[:stay], out=self._arriving[:stay])
 
     def _set_out(self, route: _Route, what: str) -> None:
         if self._travels:
-            arriving = self._arriving[len(route.staying) :]
+            arriving = self._arriving[route.staying :]
             self._wait = self._ranks.all_to_all(
                 arriving, self._leaving, route.received, route.sent, what
             )
@@ -211,53 +189,64 @@ class Exchange:
             self._wait = None
 
 
+def _rows_of(start: int, sizes: Sequence[int], slices: Slices, width: int) -> _Rows:
+    """The rows of a piece of a dense tensor.
+
+    Args:
+        start: of the tensor in the memory.
+        sizes, slices: of the tensor, and of the piece in it.
+        width: of a row, in elements.
+    """
+    first, stride = start // width, math.prod(sizes) // width
+    steps = []
+    for size, part in zip(sizes[:-1], slices[:-1], strict=True):
+        stride //= size
+        first += part.start * stride
+        steps.append((part.stop - part.start, stride))
+    last = slices[-1]
+    steps.append((last.stop // width - last.start // width, 1))
+    return first + last.start // width, tuple(steps)
+
+
 def _find_route(
-    sources: Sequence[_Piece],
-    targets: Sequence[_Piece],
-    width: int,
-    ranks: RankSet,
-    device: torch.device,
+    sources: Sequence[_Piece], targets: Sequence[_Piece], ranks: RankSet, device: torch.device
 ) -> _Route:
     """The route of this rank's pieces.
 
     Args:
         sources, targets: pieces that leave and arrive. Of those between two ranks both must list
             the same in the same order. What arrives fills its memory.
-        width: of a row, in elements.
         ranks: those that the pieces go to and come from.
         device: where the numbers are needed.
     """
-    (stay, leave), (stayed, came) = (
-        _apart(pieces, ranks.position) for pieces in (sources, targets)
-    )
-    order = _rows([*stayed, *came], width)
+    leaving, sent = _in_order(sources, ranks)
+    order, received = _in_order(targets, ranks)
     arrived = torch.empty_like(order)
     arrived[order.long()] = torch.arange(len(order), dtype=order.dtype, device="cpu")
     return _Route(
-        to_device(_rows(stay, width), device),
-        to_device(_rows(leave, width), device),
+        to_device(leaving, device),
+        len(leaving) - sum(sent),
         to_device(arrived, device),
-        _numbers(leave, width, len(ranks.ranks)),
-        _numbers(came, width, len(ranks.ranks)),
+        sent,
+        received,
     )
 
 
-def _apart(pieces: Sequence[_Piece], me: int) -> tuple[list[_Piece], list[_Piece]]:
-    """Those of this rank, and the others by rank."""
-    own = [piece for piece in pieces if piece.peer == me]
-    others = [piece for piece in pieces if piece.peer != me]
-    return own, sorted(others, key=lambda piece: piece.peer)  # stable
-
-
-def _rows(pieces: Sequence[_Piece], width: int) -> Tensor:
-    """Numbers of the pieces' rows, one piece after the other, int32, on the CPU."""
+def _in_order(pieces: Sequence[_Piece], ranks: RankSet) -> tuple[Tensor, list[int]]:
+    """Numbers of the rows of pieces, int32, on the CPU, those of this rank first, then by rank; and
+    how many are of each other rank."""
+    me, of_others = ranks.position, [0] * len(ranks.ranks)
+    ordered = sorted(pieces, key=lambda piece: (piece[0] != me, piece[0]))  # stable
+    for peer, (_, steps) in ordered:
+        if peer != me:
+            of_others[peer] += math.prod(count for count, _ in steps)
     # Neighbours are mostly alike: few operators, however many pieces.
-    alike = itertools.groupby((piece.rows(width) for piece in pieces), key=lambda rows: rows[1])
+    alike = itertools.groupby((rows for _, rows in ordered), key=lambda rows: rows[1])
     numbers = [torch.empty(0, dtype=torch.int32, device="cpu")]
     for steps, run in alike:
         first = torch.tensor([start for start, _ in run], dtype=torch.int32, device="cpu")
         numbers.append((first.unsqueeze(1) + _pattern(steps)).flatten())
-    return torch.cat(numbers)
+    return torch.cat(numbers), of_others
 
 
 @functools.lru_cache(maxsize=256)
@@ -266,13 +255,6 @@ def _pattern(steps: tuple[tuple[int, int], ...]) -> Tensor:
     for count, stride in steps:
         along = torch.arange(count, dtype=torch.int32, device="cpu") * stride
         numbers = (numbers.unsqueeze(-1) + along).flatten()
-    return numbers
-
-
-def _numbers(pieces: Sequence[_Piece], width: int, ranks: int) -> list[int]:
-    numbers = [0] * ranks
-    for piece in pieces:
-        numbers[piece.peer] += piece.numel // width
     return numbers
 
 

@@ -3,7 +3,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,14 +27,9 @@ _CHUNK_ELEMENTS_ON_CPU = 2**18
 in the cache, elsewhere so that kernels are few."""
 
 
-@dataclass(frozen=True)
-class _Span:
-    """A part of a parameter's shard, and what belongs to it."""
-
-    gradient: Tensor
-    """Flat; the others may have other shapes and strides, and are changed in place."""
-    kept: Mapping[str, Tensor]
-    """The state, and the weights as `value`."""
+_Span = dict[str, Tensor]
+"""A part of a parameter's shard: its `gradient`, flat, which stays as it is; its state and, as
+`value`, the weights, which may have other shapes and strides, and are changed in place."""
 
 
 class ExcludedParameters:
@@ -62,10 +56,8 @@ class ExcludedParameters:
             and not config.momentum
             and config.weight_decay_type == "decoupled"
         )
-        names = ["exp_avg", second_moment_name(self._method)]
-        if config.momentum:
-            names.append("momentum_buffer")
-        self._names = [name for name in names if name]
+        names = "exp_avg", second_moment_name(self._method), "momentum_buffer"
+        self._names = [name for name in names[: 3 if config.momentum else 2] if name]
         self.skipped_entries = torch.zeros((), dtype=torch.int64, device=device)
 
     def create_entries(self, member: Member) -> dict[str, Tensor]:
@@ -86,14 +78,14 @@ class ExcludedParameters:
         alike: dict[tuple[int, int, bool, torch.dtype], list[_Span]] = defaultdict(list)
         for member in self.members:
             if member.gradient is not None:
-                kept = {name: local_shard(member.state[name]) for name in self._names}
-                kept["value"] = member.shard()
+                span = {name: local_shard(member.state[name]) for name in self._names}
+                span |= {"value": member.shard(), "gradient": member.gradient.reshape(-1)}
                 key = member.group, member.step, member.counts, member.parameter.dtype
-                alike[key].extend(_pieces(member.gradient.reshape(-1), kept))
-        for (number, step, counts, _), pieces in alike.items():
+                alike[key].append(span)
+        for (number, step, counts, _), spans in alike.items():
             factor = self._config.excluded_lr_factor
             settings = GroupSettings.of(groups[number], self._config, factor)
-            for chunk in _chunks(pieces):
+            for chunk in _chunks(spans):
                 self._step_chunk(chunk, step, counts, settings)
 
     def _step_chunk(
@@ -101,20 +93,16 @@ class ExcludedParameters:
     ) -> None:
         # In one piece, so that the number of kernels does not grow with that of the parameters; one
         # that is alone needs no copy for that.
-        old = {
-            name: _joined([piece.kept[name].reshape(-1) for piece in chunk])
-            for name in chunk[0].kept
-        }
+        old = {name: _joined([span[name].reshape(-1) for span in chunk]) for name in chunk[0]}
+        gradient = old.pop("gradient").to(old["value"].dtype)
         new = {name: values.clone() for name, values in old.items()}
-        gradient = _joined([piece.gradient for piece in chunk]).to(new["value"].dtype)
         if self._config.weight_decay_type == "l2" and group.weight_decay:
             gradient = torch.add(gradient, new["value"], alpha=group.weight_decay)
         usable = gradient.abs() < LARGEST_GRADIENT  # false for NaN
         if counts:
-            self.skipped_entries += usable.numel()
-            self.skipped_entries -= usable.sum()
+            self.skipped_entries += usable.numel() - usable.sum()
         gradient = torch.where(usable, gradient, 0.0)
-        sizes = [piece.gradient.numel() for piece in chunk]
+        sizes = [span["gradient"].numel() for span in chunk]
         # The fused kernel alone takes the step without reading it back.
         if self._plain_adamw and gradient.device.type in ("cpu", "cuda", "xpu"):
             lists = {name: list(torch.split(values, sizes)) for name, values in new.items()}
@@ -123,15 +111,10 @@ class ExcludedParameters:
             self._other(gradient, new, step, group)
         for name, values in old.items():
             torch.where(usable, new.pop(name), values, out=values)
-            targets = [piece.kept[name] for piece in chunk]
+            targets = [span[name] for span in chunk]
             if len(chunk) > 1 or not targets[0].is_contiguous():
-                torch._foreach_copy_(
-                    targets,
-                    [
-                        v.view_as(t)
-                        for v, t in zip(torch.split(values, sizes), targets, strict=True)
-                    ],
-                )
+                parts = zip(torch.split(values, sizes), targets, strict=True)
+                torch._foreach_copy_(targets, [part.view_as(target) for part, target in parts])
 
     def _adamw(
         self,
@@ -141,9 +124,7 @@ class ExcludedParameters:
         group: GroupSettings,
     ) -> None:
         # The kernel counts them up itself.
-        steps = torch.full(
-            (len(gradients),), step - 1.0, dtype=torch.float32, device=gradients[0].device
-        )
+        steps = gradients[0].new_full((len(gradients),), step - 1.0, dtype=torch.float32)
         adamw(
             kept["value"],
             gradients,
@@ -182,32 +163,30 @@ class ExcludedParameters:
         kept["value"].add_(update, alpha=-group.lr)
 
 
-def _pieces(gradient: Tensor, kept: Mapping[str, Tensor]) -> Iterator[_Span]:
-    if not all(values.is_contiguous() for values in kept.values()):
-        yield _Span(gradient, kept)
-        return
-    most = _most_elements(gradient)
-    for start in range(0, len(gradient), most):
-        part = slice(start, start + most)
-        yield _Span(gradient[part], {name: v.view(-1)[part] for name, v in kept.items()})
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _chunks(pieces: Sequence[_Span]) -> Iterator[list[_Span]]:
+def _chunks(spans: Sequence[_Span]) -> Iterator[list[_Span]]:
+    """The spans in lists of about as many elements as are updated at a time; large ones are cut,
+    unless they are strided."""
     chunk: list[_Span] = []
     elements = 0
-    for piece in pieces:
-        if chunk and elements + piece.gradient.numel() > _most_elements(piece.gradient):
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(piece)
-        elements += piece.gradient.numel()
+    for span in spans:
+        size, on_cpu = span["gradient"].numel(), span["gradient"].device.type == "cpu"
+        most = _CHUNK_ELEMENTS_ON_CPU if on_cpu else _CHUNK_ELEMENTS
+        parts = [span]
+        if all(values.is_contiguous() for values in span.values()):
+            flat = {name: values.view(-1) for name, values in span.items()}
+            parts = [
+                {name: values[start : start + most] for name, values in flat.items()}
+                for start in range(0, size, most)
+            ]
+        for part in parts:
+            if chunk and elements + part["gradient"].numel() > most:
+                yield chunk
+                chunk, elements = [], 0
+            chunk.append(part)
+            elements += part["gradient"].numel()
     if chunk:
         yield chunk
 
 
-def _most_elements(tensor: Tensor) -> int:
-    return _CHUNK_ELEMENTS_ON_CPU if tensor.device.type == "cpu" else _CHUNK_ELEMENTS
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
