@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks: style, types, the site, tests. Sets everything up on the first call.
-# Arguments go to pytest: ./run_tests.sh tests/shampoo_torchtitan -k tokenizer
+# Arguments go to pytest: ./run_tests.sh tests/shampoo_torchtitan -k metrics
 # TITAN=0.2.2 ./run_tests.sh: with that TorchTitan. Without either what depends on TorchTitan is run
 # with both.
 set -euo pipefail

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.config.override import derive, override
+from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.model_groups import typed_parameters
 from shampoo_fsdp.runtime.groups import FromModel
-from shampoo_fsdp.validation import refuse
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import (
     JobError,
@@ -35,16 +35,14 @@ from shampoo_torchtitan.container import (
     hyperparameters,
     with_heads,
 )
-from shampoo_torchtitan.param_groups import (
-    HYPERPARAMETERS,
-    NAME,
-    change_groups,
-    groups_with_defaults,
-)
 
-__all__ = ["ShampooOptimizers", "in_groups", "shampoo", "use_shampoo"]
+__all__ = ["ADAM", "NAME", "ShampooOptimizers", "complete_groups", "shampoo", "use_shampoo"]
 
-_OF_ADAM = ("fused", "foreach")
+NAME = "Shampoo"
+"""Of the optimizer, in the groups of a container."""
+
+ADAM = ("Adam", "AdamW")
+"""Of the optimizers whose place it takes."""
 
 
 class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[type-arg]
@@ -83,7 +81,7 @@ class ShampooOptimizers(ShampooContainer, OptimizersContainer):  # type: ignore[
                 )
             complete = dataclasses.replace(
                 config,
-                param_groups=groups_with_defaults(config),
+                param_groups=complete_groups(config),
                 optimizer_factory_kwargs_by_name=factories
                 | {NAME: {"config": own, "kinds": kinds}},
             )
@@ -112,7 +110,7 @@ def _build_shampoo(
             kinds[parameter](name, parameter)
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        kept = {k: v for k, v in group.items() if k not in (*_OF_ADAM, "param_names")}
+        kept = {k: v for k, v in group.items() if k not in ("fused", "foreach", "param_names")}
         named.append(kept | {"params": pairs})
     optimizer = Shampoo(named, **settings)
     for group, given in zip(optimizer.param_groups, groups, strict=True):
@@ -139,12 +137,11 @@ def shampoo(
     Raises:
         ValueError, TypeError: Names the setting, what was found and what is allowed.
     """
-    beta1, beta2 = _two(betas)
     return ShampooOptimizers.Config(
         param_groups=param_groups or [],
         lr=lr,
-        beta1=beta1,
-        beta2=beta2,
+        beta1=betas[0],
+        beta2=betas[1],
         eps=eps,
         weight_decay=weight_decay,
         shampoo=settings_from_keywords(settings),
@@ -172,47 +169,59 @@ def use_shampoo(
         JobError: The job's container is of another kind, or a setting is not allowed.
     """
     try:
-        if type(config) not in (OptimizersContainer.Config, ShampooOptimizers.Config):
+        if type(config) is not OptimizersContainer.Config:
             raise ValueError(
                 f"the job's optimizers are a {type(config).__qualname__}, which Shampoo would "
                 "replace; allowed: TorchTitan's own OptimizersContainer.Config"
             )
         own = settings_from_keywords(settings)
-        if isinstance(config, ShampooOptimizers.Config):
-            changes = {name: getattr(own, name) for name in settings if hasattr(own, name)}
-            own = dataclasses.replace(config.shampoo, **changes)
-        beta1, beta2 = (None, None) if betas is None else _two(betas)
-        values = (lr, beta1, beta2, eps, weight_decay)
-        given = {k: v for k, v in zip(HYPERPARAMETERS, values, strict=True) if v is not None}
-        return in_groups(config, NAME, given, own, "it")
+        values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        given = {name: value for name, value in values.items() if value is not None}
+        groups = [_with_shampoo(group, given, own) for group in config.param_groups]
+        if groups == config.param_groups:
+            raise ValueError("it would change nothing: the job has no groups of Adam or AdamW")
+        return derive(config, ShampooOptimizers.Config, param_groups=groups, shampoo=own)
     except (TypeError, ValueError) as error:
         raise JobError(f"Bad job settings: use_shampoo: {error}") from None
 
 
-def in_groups(
-    old: OptimizersContainer.Config,
-    name: str | None,
-    given: dict[str, Any],
-    shampoo: ShampooConfig,
-    said: str,
-) -> OptimizersContainer.Config:
-    """A container with what :func:`change_groups` makes of its groups."""
-    groups = old.param_groups or [ParamGroupConfig(pattern=".*", optimizer_name=NAME)]
-    common = {}
-    if isinstance(old, ShampooOptimizers.Config):
-        common = {key: getattr(old, key) for key in HYPERPARAMETERS}
-    groups = change_groups(groups, name, common, given, shampoo, said)
-    if any(group.optimizer_name == NAME for group in groups):
-        # What the job said of all groups is in each of them now, and asks for nothing itself.
-        fields = dataclasses.fields(ShampooOptimizers.Config)
-        defaults = {field.name: field.default for field in fields if field.name in HYPERPARAMETERS}
-        return derive(
-            old, ShampooOptimizers.Config, param_groups=groups, shampoo=shampoo, **defaults
+def _with_shampoo(
+    group: ParamGroupConfig, given: dict[str, Any], config: ShampooConfig
+) -> ParamGroupConfig:
+    """A group of Adam or AdamW as one of Shampoo; those of others, such as Muon, stay."""
+    if group.optimizer_name not in ADAM:
+        return group
+    values = group.optimizer_kwargs | given
+    defaults = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    validate_hyperparameters(config, **{key: values.get(key, defaults[key]) for key in defaults})
+    if "betas" in values:
+        values["betas"] = tuple(values["betas"])
+    if "lr" in values and "lr" not in given:
+        logger.warning(
+            f"lr = {values['lr']:g} is the one of {group.optimizer_name}; Shampoo is best with "
+            "about 3 times that: set lr"
         )
-    return derive(old, OptimizersContainer.Config, param_groups=groups)
+    return dataclasses.replace(group, optimizer_name=NAME, optimizer_kwargs=values)
 
 
-def _two(betas: Any) -> tuple[Any, Any]:
-    if not (isinstance(betas, tuple | list) and len(betas) == 2):
-        refuse("betas", betas, "two numbers (beta1, beta2)")
-    return betas[0], betas[1]
+def complete_groups(config: ShampooOptimizers.Config) -> list[ParamGroupConfig]:
+    """The groups, with what those of Shampoo do not say themselves.
+
+    Raises:
+        ValueError: The job sets what all of them say themselves.
+    """
+    groups = config.param_groups or [ParamGroupConfig(pattern=".*", optimizer_name=NAME)]
+    ours = [group for group in groups if group.optimizer_name == NAME]
+    common, defaults = hyperparameters(config), hyperparameters(ShampooOptimizers.Config())
+    for key, value in common.items():
+        if value != defaults[key] and ours and all(key in g.optimizer_kwargs for g in ours):
+            raise ValueError(
+                f"optimizer.{key} = {value} would change nothing: all param_groups of {NAME} have "
+                "their own"
+            )
+    return [
+        dataclasses.replace(group, optimizer_kwargs=common | group.optimizer_kwargs)
+        if group.optimizer_name == NAME
+        else group
+        for group in groups
+    ]

@@ -4,13 +4,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
-from shampoo_fsdp.runtime.diagnostics import Diagnostics
 
 __all__ = ["JobError", "ShampooContainer", "alike_on_all_ranks", "hyperparameters", "with_heads"]
 
@@ -98,31 +96,11 @@ class ShampooContainer:
         return [optimizer for optimizer in self.optimizers if isinstance(optimizer, Shampoo)]
 
     def complete_groups(self, implementation: str) -> None:
-        """Adds what AdamW would have in its groups.
-
-        Args:
-            implementation: Of AdamW, as the job says.
-        """
+        """Adds what AdamW, of this implementation, would have in its groups."""
         chosen = {name: implementation == name for name in ("fused", "foreach")}
         for optimizer in self.shampoos:
             for group in optimizer.param_groups:
                 group.update(_OF_ADAMW | chosen)
-
-    def counters(self) -> torch.Tensor:
-        """Root refreshes, failed roots, skipped blocks and skipped entries of other parameters so
-        far, of this rank: int64 [4].
-
-        The caller sums them over ranks.
-        """
-        return torch.stack([optimizer.counters() for optimizer in self.shampoos]).sum(0)
-
-    def diagnostics(self) -> list[Diagnostics]:
-        """Figures of the last step, of this rank's blocks, for each part of the model."""
-        return [optimizer.diagnostics() for optimizer in self.shampoos]
-
-    def mib_sent_per_step(self) -> float:
-        """What the rank that sends most sends on a step, in MiB."""
-        return sum(o.summary()["mib_sent_per_step_max"] for o in self.shampoos)
 
     def log_summary(self) -> None:
         """Says what is preconditioned, and what each rank pays for it."""
@@ -130,31 +108,19 @@ class ShampooContainer:
             part = f" (model part {number})" if len(self.shampoos) > 1 else ""
             s = optimizer.summary()
             share = s["elements_preconditioned"] / max(s["elements_total"], 1)
-            logger.info(
-                f"Shampoo{part} preconditions {s['parameters_preconditioned']:,} of "
-                f"{s['parameters_total']:,} parameters ({share:.1%} of the elements) "
-                f"in {s['blocks']:,} blocks"
-            )
+            told = [
+                f"preconditions {s['parameters_preconditioned']:,} of {s['parameters_total']:,} "
+                f"parameters ({share:.1%} of the elements) in {s['blocks']:,} blocks"
+            ]
             if optimizer.chosen_by_device:
-                logger.info(f"Shampoo{part} chose {optimizer.chosen_by_device}")
+                told.append(f"chose {optimizer.chosen_by_device}")
             if matrices := optimizer.matrices_left_to_grafting():
                 method = optimizer.config.elementwise_method
-                logger.info(
-                    f"Shampoo{part} leaves to the method '{method}': {', '.join(matrices)}, and "
-                    "vectors"
-                )
-            if sides := optimizer.sides_without_factor():
-                named = "; ".join(
-                    f"{' x '.join(map(str, shape))}: {', '.join(map(str, left_out))}"
-                    for shape, left_out in sides.items()
-                )
-                logger.info(
-                    f"Shampoo{part} has no factor for these sides of blocks ({named}); see the "
-                    "settings max_factor_ratio and large_dim"
-                )
-            logger.info(
-                f"Shampoo{part} per rank: largest load {s['load_max_over_mean']:.2f} x the mean; "
-                f"state {s['state_mib_max']:,.1f} MiB at most, {s['state_mib_mean']:,.1f} on "
-                f"average; sends {s['mib_sent_per_step_max']:,.1f} MiB per step at most, "
-                f"{s['mib_sent_per_step_mean']:,.1f} on average"
+                told.append(f"leaves to the method '{method}': {', '.join(matrices)}, and vectors")
+            told.append(
+                f"per rank: largest load {s['load_max_over_mean']:.2f} x the mean; at most "
+                f"{s['state_mib_max']:,.1f} MiB of state, and {s['mib_sent_per_step_max']:,.1f} "
+                "MiB sent per step"
             )
+            for line in told:
+                logger.info(f"Shampoo{part} {line}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from shampoo_fsdp import ShampooConfig
 
-__all__ = ["JOBS_ARE_FUNCTIONS", "Titan", "need_02", "titan"]
+__all__ = ["JOBS_ARE_FUNCTIONS", "Titan", "need_02", "parallel_dims", "titan"]
 
 
 class Titan(Protocol):
@@ -25,8 +25,8 @@ class Titan(Protocol):
     def register(self) -> None:
         """Make Shampoo, and what the demo trains, known to TorchTitan."""
 
-    def check(self, config: Any) -> None:
-        """Raise a ValueError for a job that is refused, if reading it has not done so."""
+    def parallel_dims(self, config: Any, world_size: int) -> Any:
+        """A job's ParallelDims; an AssertionError if its degrees do not fit."""
 
     def fit_to_cpu(self, config: Any) -> list[str]:
         """Change what cannot work without a GPU; one `table.key = value` for each change."""
@@ -38,9 +38,6 @@ class Titan(Protocol):
     def main(self, trainer: type[Any]) -> None:
         """Run TorchTitan's launcher."""
 
-    def dump_folder(self, config: Any) -> str:
-        """Where a job writes."""
-
     def model_of(self, config: Any) -> str:
         """The name and flavor of the model."""
 
@@ -50,23 +47,18 @@ class Titan(Protocol):
     def keep_parameters_alone(self, config: Any) -> None:
         """Do what the trainer does first, and switch off what changes no parameter."""
 
-    def mesh_options(self, config: Any) -> dict[str, Any]:
-        """What ParallelDims is told beside degrees."""
-        return {}
-
     def model_parts(self, config: Any, dims: Any) -> list[nn.Module]:
         """The parts of the model on this rank, parallelized, without memory."""
 
 
-def _has(file: str) -> bool:
-    """Whether TorchTitan has it; builds and forks of many versions call themselves 0.0.0."""
+def _jobs_are_functions() -> bool:
+    """By what is in it: builds and forks of many versions call themselves 0.0.0."""
     found = importlib.util.find_spec("torchtitan")
-    return any(
-        Path(root, file).exists() for root in (found and found.submodule_search_locations) or ()
-    )
+    folders = (found and found.submodule_search_locations) or ()
+    return any(Path(folder, "trainer.py").exists() for folder in folders)
 
 
-JOBS_ARE_FUNCTIONS = _has("trainer.py")
+JOBS_ARE_FUNCTIONS = _jobs_are_functions()
 """From 0.3 on a job is a Python function that returns its configuration, and TOML files are one
 kind of them here; before, a job is a TOML file."""
 
@@ -81,6 +73,16 @@ def titan() -> Titan:
     from shampoo_torchtitan.titan_02 import Titan02
 
     return Titan02()
+
+
+def parallel_dims(config: Any, world_size: int) -> Any:
+    """A job's ParallelDims; a ValueError if its degrees do not make so many ranks."""
+    try:
+        return titan().parallel_dims(config, world_size)
+    except AssertionError as error:
+        raise ValueError(
+            f"[parallelism]: the degrees do not make {world_size} ranks. {error}"
+        ) from None
 
 
 def need_02(what: str) -> None:

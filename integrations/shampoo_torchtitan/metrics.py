@@ -1,20 +1,21 @@
 """Adds Shampoo's counters and diagnostics to TorchTitan's metrics: log, TensorBoard and W&B."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 
+from shampoo_fsdp import Shampoo
 from shampoo_fsdp.runtime.diagnostics import merged
 from shampoo_torchtitan.container import ShampooContainer
 
 __all__ = ["extend_metrics"]
 
 _NAMES = ("root_refreshes", "failed_roots", "skipped_blocks", "skipped_entries")
-
-
 _titan_log = MetricsProcessor.log
 
 
@@ -32,39 +33,28 @@ def _log(
     if not (isinstance(container, ShampooContainer) and container.shampoos):
         _titan_log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         return
-    counts, figures = _counters(container), _figures(container)
-    ours = {f"shampoo/{name}": n for name, n in zip(_NAMES, counts, strict=True)}
-    ours |= {f"shampoo/{name}": value for name, value in figures.items()}
+    counts, figures = _of_all_ranks(container.shampoos)
+    ours = {f"shampoo/{name}": value for name, value in (counts | figures).items()}
     extra_metrics = (extra_metrics or {}) | ours
     _titan_log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
-    refreshes, failed, blocks, entries = counts
-    logger.info(
-        f"shampoo so far: {refreshes:,} root refreshes, {failed:,} failed, "
-        f"{blocks:,} blocks and {entries:,} entries of other parameters skipped for a "
-        "non-finite gradient"
-    )
+    said = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    logger.info(f"shampoo so far: {said}")
     parts = [f"{n[3:]} {ms:.1f}" for n, ms in figures.items() if n.startswith("ms/")]
     logger.info(f"shampoo's last step, ms on the slowest rank: {', '.join(parts)}")
 
 
-def _counters(container: ShampooContainer) -> list[int]:
-    counters = container.counters()
-    if dist.is_initialized():
-        dist.all_reduce(counters)
-    return [int(n) for n in counters.tolist()]
-
-
-def _figures(container: ShampooContainer) -> dict[str, float]:
-    """Of all ranks; none may be left out."""
-    mine = container.diagnostics()
+def _of_all_ranks(shampoos: Sequence[Shampoo]) -> tuple[dict[str, int], dict[str, float]]:
+    """Counters, summed, and figures of the last step; no rank may be left out."""
+    counters = torch.stack([optimizer.counters() for optimizer in shampoos]).sum(0)
+    mine = [optimizer.diagnostics() for optimizer in shampoos]
     everyone = [mine]
     if dist.is_initialized():
+        dist.all_reduce(counters)
         everyone = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-    return {
-        **merged(figures for rank in everyone for figures in rank),
-        "mib_sent_per_step": container.mib_sent_per_step(),
-    }
+    figures = dict(merged(figures for rank in everyone for figures in rank))
+    figures["mib_sent_per_step"] = sum(o.summary()["mib_sent_per_step_max"] for o in shampoos)
+    return dict(zip(_NAMES, map(int, counters.tolist()), strict=True)), figures
 
 
 def extend_metrics() -> None:

@@ -18,7 +18,6 @@ _RENAMED = (
     (r"\.moe\.experts\.(w[13])$", r".moe.routed_experts.inner_experts.\1_EFD"),
     (r"\.moe\.experts\.w2$", ".moe.routed_experts.inner_experts.w2_EDF"),
 )
-_OF_OPTIMIZER = ("optimizer.state.", "optimizer.param_groups.")
 
 
 def name_in_03(name: str) -> str:
@@ -54,11 +53,7 @@ class ReaderOfOldNames(SafeFileSystemReader):
         return found
 
     def _now(self, key: str) -> str:
-        prefix = next((prefix for prefix in _OF_OPTIMIZER if key.startswith(prefix)), "")
-        name, dot, entry = key.removeprefix(prefix), "", ""
-        if prefix:
-            name, dot, entry = name.rpartition(".")
+        of_optimizer = re.fullmatch(r"(optimizer\.(?:state|param_groups)\.)(.+)(\.[^.]*)", key)
+        prefix, name, entry = of_optimizer.groups() if of_optimizer else ("", key, "")
         now = name_in_03(name)
-        if name in self._names or now not in self._names:
-            return key
-        return prefix + now + dot + entry
+        return prefix + now + entry if name not in self._names and now in self._names else key

@@ -100,16 +100,13 @@ def settings_of(optimizer_config: Any) -> ShampooConfig:
 
 def refuse_unsupported(optimizer_config: Any, with_torchft: bool) -> None:
     """Raise a ValueError for what TorchTitan offers and Shampoo cannot do."""
-    if optimizer_config.early_step_in_backward:
-        raise ValueError(
-            "optimizer.early_step_in_backward = true: must be false with "
-            'optimizer.name = "shampoo", which needs all gradients at once'
-        )
-    if with_torchft:
-        raise ValueError(
-            'fault_tolerance.enable = true: must be false with optimizer.name = "shampoo", '
-            "which does not support TorchFT"
-        )
+    both = {
+        "optimizer.early_step_in_backward": optimizer_config.early_step_in_backward,
+        "fault_tolerance.enable": with_torchft,
+    }
+    for name, given in both.items():
+        if given:
+            raise ValueError(f'{name} = true: must be false with optimizer.name = "shampoo"')
 
 
 def register() -> None:

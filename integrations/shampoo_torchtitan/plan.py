@@ -8,24 +8,19 @@ machine will do and nothing is read but the job file.
 """
 
 import argparse
-import gc
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shampoo_torchtitan.train import JobReader  # isort: skip  first: TorchTitan runs without a GPU
-from torchtitan.config import ConfigManager
-from torchtitan.distributed import ParallelDims
+from shampoo_torchtitan.train import BAD_SETTINGS  # isort: skip  first: TorchTitan runs without a GPU
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.model_groups import typed_parameters
@@ -38,21 +33,11 @@ from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan.container import with_heads
-from shampoo_torchtitan.demo import cpu
-from shampoo_torchtitan.generation import titan
+from shampoo_torchtitan.generation import parallel_dims, titan
 
 __all__ = ["job_figures", "job_specs", "main", "read_job"]
 
-
-_DEGREES = {
-    "pp": "pipeline_parallel_degree",
-    "dp_replicate": "data_parallel_replicate_degree",
-    "dp_shard": "data_parallel_shard_degree",
-    "cp": "context_parallel_degree",
-    "tp": "tensor_parallel_degree",
-    "ep": "expert_parallel_degree",
-    "etp": "expert_tensor_parallel_degree",
-}
+_DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,44 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = job_figures(job, models, options.world_size, options.device)
         step = None
         if options.device == "cuda":
-            ranks = _data_parallel_ranks(job, options.world_size)
+            dims = parallel_dims(job, options.world_size)
+            ranks = dims.dp_replicate * dims.dp_shard  # others share the work on the tokens of one
             if options.tokens is None:
                 options.tokens = _tokens(job, ranks)
             sharing = options.world_size // ranks
             step = model_step(figures, models, machine_of(vars(options)), sharing)
-    except (
-        AssertionError,
-        ImportError,
-        NotImplementedError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except BAD_SETTINGS as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         logger.disabled = False
-    try:
-        if options.json:
-            figures |= {"step": step.as_json()} if step else {}
-            print(json.dumps(figures, indent=2), flush=True)
-        else:
-            print_plan(figures, step, Console())
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if options.json:
+        figures |= {"step": step.as_json()} if step else {}
+        print(json.dumps(figures, indent=2))
+    else:
+        print_plan(figures, step, Console())
     return 0
-
-
-class _PlanReader(JobReader):
-    """Reads a job that is not going to run: as for the GPUs it is meant for, and with no need of
-    its tokenizer."""
-
-    def parse_args(self, args: list[str] | None = None) -> Any:
-        with mock.patch.object(cpu, "needed", lambda: False):
-            return ConfigManager.parse_args(self, args or [])
-
-    def _validate_config(self) -> None:
-        titan().check(self.config)
 
 
 def read_job(arguments: Sequence[str]) -> Any:
@@ -124,7 +88,7 @@ def read_job(arguments: Sequence[str]) -> Any:
     Raises:
         ValueError, TypeError, OSError: names the setting or the file.
     """
-    return _PlanReader().parse_args(list(arguments))
+    return titan().Reader().parse_args(list(arguments))
 
 
 def job_figures(
@@ -138,18 +102,12 @@ def job_figures(
     Raises:
         ValueError: about a parameter that cannot be planned.
     """
-    dims = _parallel_dims(config, world_size)
-    degrees = {name: getattr(dims, name) for name in _DEGREES if hasattr(dims, name)}
+    dims = parallel_dims(config, world_size)
+    degrees = {name: getattr(dims, name, 1) for name in _DEGREES}
     mesh = ", ".join(f"{name}={n}" for name, n in degrees.items() if n > 1)
     title = f"{titan().model_of(config)} on {world_size:,} ranks" + (f" ({mesh})" if mesh else "")
     names = [spec.name for specs in models for spec in specs]
     return plan_figures(title, models, titan().shampoo_of(config, names), device)
-
-
-def _data_parallel_ranks(config: Any, world_size: int) -> int:
-    """Tensor, context and pipeline parallelism share the work on the tokens of one."""
-    dims = _parallel_dims(config, world_size)
-    return int(dims.dp_replicate * dims.dp_shard)
 
 
 def _tokens(config: Any, ranks: int) -> float:
@@ -171,8 +129,8 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
         ValueError, AssertionError, NotImplementedError: ours and TorchTitan's, about degrees of
             parallelism that cannot be, or a memory cap.
     """
-    _parallel_dims(config, world_size)  # before anything else sees what cannot be
     titan().keep_parameters_alone(config)
+    parallel_dims(config, world_size)  # before anything else sees what cannot be
     stages = config.parallelism.pipeline_parallel_degree
     specs: list[list[ParameterSpec]] = []
     for stage in range(stages):
@@ -183,7 +141,7 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
         ):
             # A stage lacks modules that TorchTitan's plan of tensor parallelism names.
             warnings.filterwarnings("ignore", message="Parallelize plan key")
-            dims = _parallel_dims(config, world_size)
+            dims = parallel_dims(config, world_size)
             dims.build_mesh()
             parts = titan().model_parts(config, dims)
             if settings := getattr(config.optimizer, "shampoo", None):
@@ -203,18 +161,7 @@ def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _parallel_dims(config: Any, world_size: int) -> ParallelDims:
-    if world_size < 1:
-        raise ValueError(f"--world-size is {world_size}; it must be at least 1.")
-    degrees = {
-        name: getattr(config.parallelism, key)
-        for name, key in _DEGREES.items()
-        if hasattr(config.parallelism, key)
-    }
-    return ParallelDims(**degrees, world_size=world_size, **titan().mesh_options(config))
-
-
-def _specs(part: nn.Module, dims: ParallelDims) -> list[ParameterSpec]:
+def _specs(part: nn.Module, dims: Any) -> list[ParameterSpec]:
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = dims.dp_replicate_enabled and not dims.fsdp_enabled
     replicas = dims.get_mesh("dp_replicate") if ddp else None
@@ -222,5 +169,4 @@ def _specs(part: nn.Module, dims: ParallelDims) -> list[ParameterSpec]:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # modules live to the end: no collection, the last one least, need look at them
     sys.exit(main())

@@ -9,35 +9,22 @@ from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools import utils
-from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
 from shampoo_fsdp.validation import check_fields, field_types
 from shampoo_torchtitan import demo, job_config
 from shampoo_torchtitan.container import hyperparameters
-from shampoo_torchtitan.demo import byte_tokenizer, cpu, models_02
+from shampoo_torchtitan.demo import cpu, models_02
 from shampoo_torchtitan.generation import Titan
 from shampoo_torchtitan.optimizer import refuse_unsupported, settings_of
 from shampoo_torchtitan.optimizer import register as register_optimizer
 
 __all__ = ["Titan02"]
 
-_TITAN_OPTIMIZERS = ("Adam", "AdamW")
-_OWN_IMPORTS = ("", "shampoo_torchtitan")
-
 
 class _Reader(ConfigManager):
     """Reads a job as TorchTitan does, with our settings in it even if it does not ask for them."""
-
-    def _maybe_load_toml(self, args: list[str]) -> Any:
-        logger.disabled = True  # it logs the traceback of what `parse_args` says in one line
-        try:
-            return super()._maybe_load_toml(args)
-        except ValueError as error:
-            raise ValueError(f"job.config_file is not TOML: {error}") from None
-        finally:
-            logger.disabled = False
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: Any) -> Any:
         cls = super()._maybe_add_custom_config(args, toml_values)
@@ -47,23 +34,11 @@ class _Reader(ConfigManager):
         return cls
 
     def _validate_config(self) -> None:
-        byte_tokenizer.write_default(self.config.model.hf_assets_path)
         super()._validate_config()
-        _check(self.config)
-
-
-def _check(config: Any) -> None:
-    """Check what settings mean together, for jobs that use Shampoo, and the optimizer's name."""
-    optimizer = config.optimizer
-    if optimizer.name.lower() != "shampoo":
-        # Other extensions may bring optimizers that only they know.
-        known = config.experimental.custom_import not in _OWN_IMPORTS
-        if not known and optimizer.name not in _TITAN_OPTIMIZERS:
-            allowed = ", ".join(("shampoo", *_TITAN_OPTIMIZERS))
-            raise ValueError(f"optimizer.name = {optimizer.name!r}: must be one of {allowed}")
-        return
-    refuse_unsupported(optimizer, config.fault_tolerance.enable)
-    validate_hyperparameters(settings_of(optimizer), **hyperparameters(optimizer))
+        optimizer = self.config.optimizer
+        if optimizer.name.lower() == "shampoo":
+            refuse_unsupported(optimizer, self.config.fault_tolerance.enable)
+            validate_hyperparameters(settings_of(optimizer), **hyperparameters(optimizer))
 
 
 class Titan02(Titan):
@@ -76,8 +51,18 @@ class Titan02(Titan):
         register_optimizer()
         demo.register(models_02)
 
-    def check(self, config: Any) -> None:
-        _check(config)
+    def parallel_dims(self, config: Any, world_size: int) -> ParallelDims:
+        degrees = config.parallelism
+        return ParallelDims(
+            dp_replicate=degrees.data_parallel_replicate_degree,
+            dp_shard=degrees.data_parallel_shard_degree,
+            cp=degrees.context_parallel_degree,
+            tp=degrees.tensor_parallel_degree,
+            pp=degrees.pipeline_parallel_degree,
+            ep=degrees.expert_parallel_degree,
+            etp=degrees.expert_tensor_parallel_degree,
+            world_size=world_size,
+        )
 
     def fit_to_cpu(self, config: Any) -> list[str]:
         wanted = {
@@ -91,9 +76,6 @@ class Titan02(Titan):
 
         main(trainer)
 
-    def dump_folder(self, config: Any) -> str:
-        return str(config.job.dump_folder)
-
     def model_of(self, config: Any) -> str:
         return f"{config.model.name} {config.model.flavor}"
 
@@ -106,24 +88,19 @@ class Titan02(Titan):
         config.model.converters = []
 
     def model_parts(self, config: Any, dims: ParallelDims) -> list[nn.Module]:
-        train_spec = get_train_spec(config.model.name)
+        train_spec: Any = get_train_spec(config.model.name)
         if config.model.flavor not in train_spec.model_args:
             raise ValueError(
                 f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
                 f"{', '.join(train_spec.model_args)}."
             )
-        model_args: Any = train_spec.model_args[config.model.flavor]
+        model_args = train_spec.model_args[config.model.flavor]
         model_args.update_from_config(config)
         dtype = TORCH_DTYPE_MAP[config.training.dtype]
         with torch.device("meta"), utils.set_default_dtype(dtype):
             model: Any = train_spec.model_cls(model_args)
         if not dims.pp_enabled:
             return [train_spec.parallelize_fn(model, dims, config)]
-        if train_spec.pipelining_fn is None:
-            raise ValueError(
-                f"parallelism.pipeline_parallel_degree = {dims.pp}: TorchTitan has no pipeline for "
-                f"{config.model.name}."
-            )
         _, parts, _, _ = train_spec.pipelining_fn(
             model,
             dims,
@@ -133,4 +110,4 @@ class Titan02(Titan):
             train_spec.parallelize_fn,
             train_spec.build_loss_fn(config, parallel_dims=dims),
         )
-        return parts
+        return parts  # type: ignore[no-any-return]

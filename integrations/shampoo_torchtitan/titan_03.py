@@ -21,71 +21,37 @@ from torchtitan.trainer import Trainer
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.runtime.choice import exactly
 from shampoo_torchtitan import configs, demo, toml
-from shampoo_torchtitan.demo import byte_tokenizer, cpu, models_03
+from shampoo_torchtitan.demo import cpu, models_03
 from shampoo_torchtitan.generation import Titan
-from shampoo_torchtitan.param_groups import NAME
 
 __all__ = ["Titan03"]
-
-_FILE = "--job.config_file"
 
 
 class _Reader(ConfigManager):
     """Reads a job as TorchTitan does, and TOML files under the name that they have in 0.2."""
 
     def _load_config(self, args: list[str]) -> tuple[Any, list[str]]:
-        pairs = _pairs(args)
-        keys = [key for key, _ in pairs]
-        if _FILE not in keys and ("--module" in keys or not any(map(_is_of_files, keys))):
+        overrides, others, left = dict[str, Any](), list[str](), list(args)
+        while left:
+            option, equals, value = left.pop(0).partition("=")
+            name = option.removeprefix("--").replace("-", "_")
+            if not (option.startswith("--") and toml.is_of_files(name)):
+                others.append(option + equals + value)
+                continue
+            if not equals and left and not left[0].startswith("--"):
+                equals, value = "=", left.pop(0)
+            overrides[name] = toml.value_of(value) if equals else True
+        if "job.config_file" not in overrides and any(a.startswith("--module") for a in args):
             return super()._load_config(args)  # type: ignore[no-any-return]
-        file, overrides, others = "", {}, list[str]()
-        for key, value in pairs:
-            if key == _FILE:
-                if not value:
-                    raise ValueError("job.config_file: the name of a file is missing")
-                file = value
-            elif _is_of_files(key) and value is not None:
-                overrides[_name(key)] = toml.value_of(value)
-            else:
-                others += [key] if value is None else [key, value]
         if cpu.needed():  # known already when settings of the command line are checked
             overrides["training.disable_cuda_graphs"] = True
-        return toml.read(file, overrides), others
-
-    def _validate_config(self) -> None:
-        byte_tokenizer.write_default(self.config.hf_assets_path)
-        super()._validate_config()
-
-
-def _name(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
-
-
-def _is_of_files(option: str) -> bool:
-    return toml.is_of_files(_name(option))
-
-
-def _pairs(args: list[str]) -> list[tuple[str, str | None]]:
-    """Options with their values, which follow them or an equals sign; a further value of one has
-    none itself."""
-    pairs: list[tuple[str, str | None]] = []
-    for arg in args:
-        key, equals, value = arg.partition("=")
-        if key == "--job.config-file":
-            key = _FILE
-        if arg.startswith("--"):
-            pairs.append((key, value if equals else None))
-        elif pairs and pairs[-1][0].startswith("--") and pairs[-1][1] is None:
-            pairs[-1] = pairs[-1][0], arg
-        else:
-            pairs.append((arg, None))
-    return pairs
+        return toml.read(f"{overrides.pop('job.config_file', '')}", overrides), others
 
 
 def _is_shampoos(name: str, groups: Sequence[Any]) -> bool:
     """The first group that matches has it."""
     found = (g.optimizer_name for g in groups if re.search(g.pattern, name))
-    return next(found, NAME) == NAME
+    return next(found, configs.NAME) == configs.NAME
 
 
 class Titan03(Titan):
@@ -95,6 +61,9 @@ class Titan03(Titan):
 
     def register(self) -> None:
         demo.register(models_03)
+
+    def parallel_dims(self, config: Any, world_size: int) -> ParallelDims:
+        return ParallelDims.from_config(config.parallelism, world_size)
 
     def fit_to_cpu(self, config: Any) -> list[str]:
         wanted = {
@@ -129,9 +98,6 @@ class Titan03(Titan):
 
         main()
 
-    def dump_folder(self, config: Any) -> str:
-        return str(config.dump_folder)
-
     def model_of(self, config: Any) -> str:
         return f"{config.model_spec.name} {config.model_spec.flavor}"
 
@@ -149,11 +115,8 @@ class Titan03(Titan):
             config.override.imports = []
         config.compile.enable = False
         config.activation_checkpoint = None
-
-    def mesh_options(self, config: Any) -> dict[str, Any]:
         if not cpu.AT_LEAST_2_14:
             config.parallelism.spmd_backend = "partial_dtensor"  # others need newer ones
-        return {"spmd_backend": config.parallelism.spmd_backend}
 
     def model_parts(self, config: Any, dims: ParallelDims) -> list[nn.Module]:
         spec = config.model_spec
@@ -171,11 +134,6 @@ class Titan03(Titan):
         }
         if not dims.pp_enabled:
             return [spec.parallelize_fn(model, **common)]
-        if spec.pipelining_fn is None:
-            raise ValueError(
-                f"parallelism.pipeline_parallel_degree = {dims.pp}: TorchTitan has no pipeline for "
-                f"{spec.name}."
-            )
         _, parts, _, _ = spec.pipelining_fn(
             model,
             **common,

@@ -2,45 +2,40 @@
 
 torchrun --nproc_per_node 2 -m shampoo_torchtitan.train --job.config_file my.toml
 
-Of `demo` it uses the tokenizer where the job names that one, and `cpu` where there is no GPU.
+Of `demo` it uses `cpu` where there is no GPU.
 """
 
 import contextlib
-import gc
-import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from shampoo_torchtitan.demo import cpu
 
-_collects = gc.isenabled()
-gc.disable()  # there is nothing to collect while modules are read; looking takes a second
-try:
-    if cpu.needed():
-        cpu.enable()  # first: TorchTitan reads the device when it is imported
+if cpu.needed():
+    cpu.enable()  # first: TorchTitan reads the device when it is imported
 
-    import torchtitan.train
-    from torchtitan.tools.logging import logger
+import torchtitan.train
+from torchtitan.tools.logging import logger
 
-    from shampoo_torchtitan.container import JobError
-    from shampoo_torchtitan.generation import titan
+from shampoo_torchtitan.container import JobError
+from shampoo_torchtitan.generation import parallel_dims, titan
 
-    _titan = titan()
-finally:
-    if _collects:
-        gc.enable()
-
+_titan = titan()
 _titan.register()
 
-__all__ = ["JobReader", "Trainer", "check_degrees", "main"]
+__all__ = ["BAD_SETTINGS", "JobReader", "Trainer", "main"]
 
+BAD_SETTINGS = (
+    *(AssertionError, ImportError, NotImplementedError),
+    *(OSError, TypeError, ValueError),
+)
+"""What reading a job raises, here and in TorchTitan."""
 _BAD_SETTING = 2  # exit code, that of argparse; launch.py knows it
 
 
@@ -52,11 +47,8 @@ class JobReader(_titan.Reader):  # type: ignore[name-defined,misc]
         try:
             config = super().parse_args(sys.argv[1:] if args is None else args)
             changes = _titan.fit_to_cpu(config) if cpu.needed() else []
-            check_degrees(config, int(os.environ.get("WORLD_SIZE", "1")))
-        except BrokenPipeError:  # --help | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except (ImportError, TypeError, ValueError, OSError) as error:
+            parallel_dims(config, int(os.environ.get("WORLD_SIZE", "1")))
+        except BAD_SETTINGS as error:
             print(f"Bad job settings: {error}", file=sys.stderr, flush=True)
             _leave_after_the_rank_that_is_shown()
         except SystemExit as bad_argument:
@@ -68,36 +60,11 @@ class JobReader(_titan.Reader):  # type: ignore[name-defined,misc]
         return _titan.with_trainer(config, Trainer)
 
 
-def check_degrees(config: Any, ranks: int) -> None:
-    """Checks that the parallelism's degrees make as many ranks as there are.
-
-    Raises:
-        ValueError: It names the degrees and the number of ranks.
-    """
-    parallelism = config.parallelism
-    names = (
-        "data_parallel_replicate_degree",
-        "data_parallel_shard_degree",
-        "context_parallel_degree",
-        "tensor_parallel_degree",
-        "pipeline_parallel_degree",
-    )
-    degrees = {name: int(getattr(parallelism, name)) for name in names}
-    rest = degrees["data_parallel_shard_degree"] == -1  # whatever the others leave
-    product = math.prod(degree for degree in degrees.values() if degree != -1)
-    if product < 1 or (ranks % product if rest else ranks != product):
-        shown = ", ".join(f"{name} = {n}" for name, n in degrees.items() if n not in (-1, 1))
-        raise ValueError(
-            f"[parallelism] {shown or 'data_parallel_shard_degree = 1'}: the degrees multiply to "
-            f"{product}, which must {'divide' if rest else 'be'} the number of ranks, {ranks}"
-        )
-
-
 class Trainer(torchtitan.train.Trainer):  # type: ignore[misc]
-    """TorchTitan's Trainer; says at the end where the results are."""
+    """TorchTitan's Trainer; tells errors in a sentence."""
 
     def __init__(self, config: Any) -> None:
-        init = cpu.mesh_independent_init() if cpu.needed() else contextlib.nullcontext()
+        init = cpu.MeshIndependentInit() if cpu.needed() else contextlib.nullcontext()
         with init, _readable_errors():
             super().__init__(config)
         self._job = config
@@ -110,23 +77,12 @@ class Trainer(torchtitan.train.Trainer):  # type: ignore[misc]
     def train(self) -> None:
         with _readable_errors():
             super().train()
-        if dist.get_rank() == 0:
-            self._say_where()
-
-    def _say_where(self) -> None:
-        config, outputs = self._job, _titan.dump_folder(self._job)
-        checkpoint, metrics = config.checkpoint, config.metrics
-        folder = getattr(self.checkpointer, "folder", outputs)
-        if not self._trained:
+        if not self._trained and dist.get_rank() == 0:
             logger.warning(
-                f"Nothing to train: {folder} already has step {self.step} of "
-                f"training.steps = {config.training.steps}. Ask for more steps, or "
-                "start anew with another --job.dump_folder"
+                f"Nothing to train: a checkpoint already has step {self.step} of training.steps = "
+                f"{self._job.training.steps}. Ask for more steps, or start anew with another "
+                "--job.dump_folder"
             )
-        if checkpoint.enable and not checkpoint.load_only:
-            logger.info(f"Checkpoint: {os.path.join(folder, f'step-{self.step}')}")
-        if metrics.enable_tensorboard and self._trained:
-            logger.info(f"TensorBoard: {Path(outputs, metrics.save_tb_folder)}")
 
 
 @contextlib.contextmanager
@@ -164,5 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # modules live to the end: no collection, the last one least, need look at them
     main()

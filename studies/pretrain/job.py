@@ -17,6 +17,7 @@ import torch
 import torch._dynamo  # or the first step of a process would import it, and be slow
 import torch.distributed as dist
 
+from shampoo_torchtitan.demo import BYTE_TOKENIZER
 from shampoo_torchtitan.train import JobReader, Trainer
 from studies.pretrain import data
 from studies.pretrain.results import versions
@@ -24,6 +25,7 @@ from studies.pretrain.toml_files import toml_text
 
 __all__ = ["StudyTrainer", "run", "trainer_of"]
 
+_TOKENIZER = "./outputs/byte_tokenizer"  # what it is called in the records
 _TRAINING_TOKENS = 40_000_000  # at most: large data sets are not read to their end
 _HELD_OUT_TOKENS = 500_000
 _CHECKPOINTS = {  # after each validation: the last step gets none, as the run is over
@@ -161,6 +163,8 @@ def trainer_of(settings: dict[str, Any]) -> Iterator[StudyTrainer]:
         # The launcher's own choice on CPUs is fp32, for all CPUs.
         precision = settings.get("training.mixed_precision_param", "float32")
         config.training.mixed_precision_param = precision
+        if config.model.hf_assets_path == _TOKENIZER:
+            config.model.hf_assets_path = str(BYTE_TOKENIZER)
         trainer = StudyTrainer(config)
         try:
             yield trainer

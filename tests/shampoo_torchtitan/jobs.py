@@ -10,8 +10,7 @@ from unittest import mock
 
 import torch
 
-from shampoo_torchtitan.demo import cpu
-from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
+from shampoo_torchtitan.demo import BYTE_TOKENIZER, cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.train import JobReader, Trainer
 from tests.models import full_parameters
@@ -29,7 +28,7 @@ TINY_JOB = """
 [model]
 name = "llama3"
 flavor = "tiny"
-hf_assets_path = "{folder}/tokenizer"
+hf_assets_path = "{tokenizer}"
 
 [job]
 dump_folder = "{folder}"
@@ -74,14 +73,13 @@ start_preconditioning_step = 2
 
 
 def write_job(folder: Path, text: str = TINY_JOB) -> Path:
-    """Writes a job file, the tokenizer and a few source files that it uses."""
-    write_byte_tokenizer(folder / "tokenizer")
+    """Writes a job file, and a few source files that it uses."""
     source = folder / "source"
     source.mkdir(exist_ok=True)
     for i in range(40):
         (source / f"module_{i}.py").write_text(f"def f_{i}(x):\n    return x + {i}\n" * 20)
     job = folder / "job.toml"
-    job.write_text(text.format(folder=folder))
+    job.write_text(text.format(folder=folder, tokenizer=BYTE_TOKENIZER))
     return job
 
 

@@ -32,7 +32,6 @@ def test_a_job_goes_on_and_is_looked_after(tmp_path):
     assert f"file://{far}/step-5 is passed over: saving it has not finished" in after.logged
     # What is older than the newest two was deleted when step 4 had been saved.
     assert complete_checkpoints(f"file://{far}") == ["step-3", "step-4", "step-5"]
-    assert f"Checkpoint: file://{far}/step-5" in after.logged
 
     whole = shutil.copytree(far / "step-5", tmp_path / "whole")
     hostile_metadata(whole, far / "step-5", f"touch {tmp_path}/ran")

@@ -1,13 +1,12 @@
 """Reading a job: what is accepted, and what is said about the rest."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from torchtitan.config import ConfigManager
 
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-from shampoo_torchtitan.train import JobReader, check_degrees
+from shampoo_torchtitan.train import JobReader
 
 of_02 = pytest.mark.skipif(JOBS_ARE_FUNCTIONS, reason="a doorway of TorchTitan 0.2")
 of_03 = pytest.mark.skipif(not JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.2 has what this asks for")
@@ -58,49 +57,41 @@ def test_a_users_own_config_module_keeps_working(tmp_path, monkeypatch):
 
 
 BAD = {
-    "unknown key": (
-        "[optimizer.shampoo]\nprecondition_freq = 5",
-        ["precondition_freq", "grafting"],
-    ),
-    "unknown key, close": ("[training]\nsteppes = 5", ["training.steppes", "'steps'"]),
-    "unknown table": ("[optimiser]\nlr = 1.0", ["optimiser", "'optimizer'"]),
-    "string for a number": ('[optimizer]\nlr = "fast"', ["optimizer.lr", "'fast'", "a number"]),
-    "string for an integer": (
-        '[optimizer.shampoo]\nprecondition_frequency = "5"',
-        ["optimizer.shampoo.precondition_frequency", "'5'", "an integer"],
-    ),
-    "true for an integer": ("[training]\nsteps = true", ["training.steps", "an integer"]),
-    "value for a table": ("[optimizer]\nshampoo = 3", ["optimizer.shampoo", "table"]),
-    "not a choice": ('[optimizer.shampoo]\ngrafting = "x"', ["optimizer.shampoo.grafting", "'x'"]),
+    "unknown key": ("optimizer.shampoo.precondition_freq = 5", ["precondition_freq", "grafting"]),
+    "unknown key, close": ("training.steppes = 5", ["training.steppes", "'steps'"]),
+    "unknown table": ("optimiser.lr = 1.0", ["optimiser", "'optimizer'"]),
+    "string for a number": ('optimizer.lr = "fast"', ["optimizer.lr", "'fast'", "a number"]),
+    "true for an integer": ("training.steps = true", ["training.steps", "an integer"]),
+    "value for a table": ("optimizer.shampoo = 3", ["optimizer.shampoo", "table"]),
+    "not a choice": ('optimizer.shampoo.grafting = "x"', ["optimizer.shampoo.grafting", "'x'"]),
     "impossible": (
-        "[optimizer.shampoo]\nprecondition_frequency = 0",
+        "optimizer.shampoo.precondition_frequency = 0",
         ["optimizer.shampoo", "precondition_frequency", "0"],
     ),
-    "impossible lr": ('[optimizer]\nname = "shampoo"\nlr = -1.0', ["lr", "-1.0"]),
-    "impossible beta2": ('[optimizer]\nname = "shampoo"\nbeta2 = 1.5', ["beta2", "1.5"]),
-    "unknown optimizer": (
-        '[optimizer]\nname = "AdamWW"',
-        ["optimizer.name", "AdamWW", "shampoo, Adam, AdamW"],
-    ),
+    "impossible lr": ('optimizer.name = "shampoo"\noptimizer.lr = -1.0', ["lr", "-1.0"]),
+    "impossible beta2": ('optimizer.name = "shampoo"\noptimizer.beta2 = 1.5', ["beta2", "1.5"]),
     "step in backward": (
-        '[optimizer]\nname = "Shampoo"\nearly_step_in_backward = true',
-        ["optimizer.early_step_in_backward", "shampoo"],
+        'optimizer.name = "Shampoo"\noptimizer.early_step_in_backward = true',
+        ["optimizer.early_step_in_backward"],
     ),
     "TorchFT": (
-        '[optimizer]\nname = "shampoo"\n[fault_tolerance]\nenable = true',
+        'optimizer.name = "shampoo"\nfault_tolerance.enable = true',
         ["fault_tolerance.enable"],
     ),
-    "not TOML": ("[optimizer", ["job.config_file", "not TOML"]),
+    "degrees": (
+        "parallelism.tensor_parallel_degree = 3",
+        ["[parallelism]: the degrees do not make 1 ranks"],
+    ),
+    "not TOML": ("[optimizer", ["Expected ']'"]),
 }
 
 
 @pytest.mark.parametrize("text, said", BAD.values(), ids=BAD.keys())
-def test_a_bad_file_is_one_readable_message(tmp_path, capsys, caplog, text, said):
+def test_a_bad_file_is_one_readable_message(tmp_path, capsys, text, said):
     with pytest.raises(SystemExit) as end:
         read(tmp_path, text)
     message = capsys.readouterr().err
     assert end.value.code == 2
-    assert not any(record.exc_info for record in caplog.records)
     assert len(message.splitlines()) == 1
     for part in said:
         assert part in message
@@ -130,74 +121,10 @@ def test_adamw_accepts_what_only_shampoo_refuses(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.name)
-def test_the_configurations_can_be_read(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)  # it may write the tokenizer
+def test_the_configurations_can_be_read(path):
     optimizer = JobReader().parse_args(["--job.config_file", str(path)]).optimizer
     assert JOBS_ARE_FUNCTIONS or optimizer.name == "shampoo"
     assert optimizer.shampoo.precondition_frequency == 10
-
-
-@pytest.mark.parametrize(
-    ("degrees", "ranks", "said"),
-    [
-        (
-            {"tensor_parallel_degree": 3},
-            2,
-            "tensor_parallel_degree = 3: the degrees multiply to 3, ",
-        ),
-        (
-            {"data_parallel_shard_degree": 4},
-            2,
-            "the degrees multiply to 4, which must be",
-        ),
-        ({"data_parallel_shard_degree": 1}, 2, "the degrees multiply to 1, which must be"),
-    ],
-)
-def test_degrees_that_do_not_make_the_ranks_are_refused(degrees, ranks, said):
-    parallelism = dict.fromkeys(_DEGREES, 1) | {"data_parallel_shard_degree": -1}
-    check_degrees(SimpleNamespace(parallelism=SimpleNamespace(**parallelism)), ranks)
-    config = SimpleNamespace(parallelism=SimpleNamespace(**(parallelism | degrees)))
-    with pytest.raises(ValueError, match=f"{said}.* ranks, {ranks}$"):
-        check_degrees(config, ranks)
-
-
-_DEGREES = [
-    f"{name}_degree"
-    for name in (
-        "data_parallel_replicate",
-        "data_parallel_shard",
-        "context_parallel",
-        "tensor_parallel",
-        "pipeline_parallel",
-    )
-]
-
-
-@of_03
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[fault_tolerance]\nenable = true", "TorchFT is an experiment of its own there"),
-        ("[activation_checkpoint]\nearly_stop = true", "set activation_checkpoint.mode alone"),
-        ('[activation_checkpoint]\nmode = "some"', "must be one of selective, full, "),
-        ('[model]\nconverters = ["float8", "own"]', "[job] module and config"),
-        (
-            '[model]\nname = "flux"\nflavor = "flux-debug"',
-            "'flux': no language model; start from a",
-        ),
-        ('[model]\nflavor = "9B"', "model.flavor = '9B': llama3 has no such flavor"),
-        ('[model]\nname = "llama9"', "there is no module 'torchtitan.models.llama9'"),
-        ('[job]\nmodule = "llama3"', "give both"),
-        (
-            '[job]\nmodule = "llama3"\nconfig = "x"',
-            "[job] config = 'x': torchtitan.models.llama3.config_registry has no",
-        ),
-    ],
-)
-def test_what_03_does_not_have_is_said_with_what_it_has(tmp_path, capsys, text, said):
-    with pytest.raises(SystemExit):
-        read(tmp_path, text)
-    assert said in capsys.readouterr().err
 
 
 @of_03
@@ -228,10 +155,3 @@ def test_keys_of_02_go_where_they_are_now(tmp_path):
     (group,) = config.optimizer.param_groups
     found = {key: group.optimizer_kwargs[key] for key in ("lr", "betas", "eps", "weight_decay")}
     assert found == {"lr": 0.5, "betas": (0.9, 0.5), "eps": 1e-8, "weight_decay": 0.25}
-
-
-@of_03
-def test_a_file_can_start_from_a_function_of_a_registry(tmp_path):
-    text = '[job]\nmodule = "llama3"\nconfig = "llama3_debugmodel"\n[training]\nsteps = 7'
-    config = read(tmp_path, text)
-    assert config.training.steps == 7 and config.model_spec.flavor == "debugmodel"

@@ -69,7 +69,7 @@ def test_registering_again_changes_nothing():
     "changes, ft_manager, said",
     [
         ({"early_step_in_backward": True}, None, "early_step_in_backward"),
-        ({}, SimpleNamespace(enabled=True), "TorchFT"),
+        ({}, SimpleNamespace(enabled=True), "fault_tolerance"),
     ],
 )
 def test_what_shampoo_cannot_do_is_refused(changes, ft_manager, said):

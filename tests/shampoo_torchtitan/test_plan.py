@@ -168,7 +168,7 @@ def test_gpus_that_share_a_sequence_share_its_tokens(capsys):
             "--world-size 7 --model.name llama3 --parallelism.tensor_parallel_degree 2",
             "WORLD_SIZE(7)",
         ),
-        ("--world-size 0 --model.name llama3", "--world-size is 0"),
+        ("--world-size 0 --model.name llama3", "the degrees do not make 0 ranks"),
         ("--world-size 4 --model.flavor 9B", "model.flavor = '9B'"),
         ("--world-size 4 --job.config_file missing.toml", "missing.toml"),
     ],

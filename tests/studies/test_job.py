@@ -17,7 +17,7 @@ if JOBS_ARE_FUNCTIONS:
 
 import torchtitan.models.llama3 as llama3
 
-from shampoo_torchtitan.demo.byte_tokenizer import write_byte_tokenizer
+from shampoo_torchtitan.demo import BYTE_TOKENIZER
 from studies.pretrain import data, job
 from studies.pretrain.flops import flops_of_a_step
 from studies.pretrain.plan import Study
@@ -40,13 +40,12 @@ def optimizers_of_the_study():
 def small(tmp_path_factory):
     """Settings that make a job of the study take a second."""
     folder = tmp_path_factory.mktemp("study")
-    write_byte_tokenizer(folder / "tokenizer")
     (folder / "source").mkdir()
     for i in range(60):
         (folder / "source" / f"module_{i}.py").write_text(f"def f_{i}(x):\n    return {i}\n" * 20)
     return {
         "job.dump_folder": str(folder),
-        "model.hf_assets_path": str(folder / "tokenizer"),
+        "model.hf_assets_path": str(BYTE_TOKENIZER),
         "training.dataset_path": str(folder / "source"),
         "training.local_batch_size": 2,
         "training.seq_len": 16,

@@ -6,9 +6,16 @@ on text that is on every machine (`data`), with a tokenizer that needs no downlo
 their own, so that a job which names none of them is TorchTitan's and Shampoo's alone.
 """
 
+from pathlib import Path
 from types import ModuleType
 
-__all__ = ["register"]
+__all__ = ["BYTE_TOKENIZER", "VOCABULARY", "register"]
+
+BYTE_TOKENIZER = Path(__file__).parent / "byte_tokenizer"
+"""A tokenizer of the 256 bytes, and of begin and end of text."""
+
+VOCABULARY = 260
+"""Of a model for it: divisible by 4, for tensor parallelism."""
 
 
 def register(models: ModuleType) -> None:

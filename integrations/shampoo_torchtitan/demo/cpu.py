@@ -2,18 +2,17 @@
 
 Nothing here runs where PyTorch finds an accelerator. `enable` must come before the first use of
 TorchTitan's device (best: before TorchTitan is imported at all, which needs `triton` otherwise);
-`fit` once the job is read; `mesh_independent_init` around the making of the model.
+`fit` once the job is read; `MeshIndependentInit` around the making of the model.
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import resource
 import sys
 import types
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 
-__all__ = ["enable", "fit", "mesh_independent_init", "needed"]
+__all__ = ["AT_LEAST_2_14", "MeshIndependentInit", "enable", "fit", "needed"]
 
 # The modules that want triton, in 0.2 and in 0.3.
 _KERNELS = (
@@ -61,7 +60,7 @@ def enable() -> None:
     _count_integers_in_histc()
     # There is none to measure against, and looking for a GPU's only prints warnings.
     torchtitan.tools.utils.get_peak_flops = lambda device_name: math.inf
-    # The random numbers are those of `mesh_independent_init`; meshes of one rank have no timeout.
+    # The random numbers are those of `MeshIndependentInit`; meshes of one rank have no timeout.
     warnings.filterwarnings("ignore", message="DTensor (random operators|manual_seed)")
     warnings.filterwarnings("ignore", message="Set timeout is now only supported")
 
@@ -100,18 +99,13 @@ def fit(config: Any, wanted: dict[tuple[str, str], Any]) -> list[str]:
     return changes
 
 
-@contextmanager
-def mesh_independent_init() -> Iterator[None]:
+class MeshIndependentInit(TorchDispatchMode):
     """Within it, random initial values of DTensors do not depend on the mesh.
 
     On the CPU, DTensor draws each shard from the same seed, so that the ranks' shards repeat each
     other. Here every rank draws the whole tensor, as one process would, and keeps its rectangle.
     """
-    with _DrawWholeTensors():
-        yield
 
-
-class _DrawWholeTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,
@@ -172,31 +166,21 @@ def _load_moe_kernels() -> None:
     The stand-in is gone again before anybody can ask whether triton is there: torch would believe
     it, and remember.
     """
-    torchtitan = importlib.util.find_spec("torchtitan")
-    if torchtitan is None or not torchtitan.submodule_search_locations:
-        raise ImportError("shampoo_torchtitan needs torchtitan: pip install torchtitan")
-    for name in _KERNELS:
-        path = Path(torchtitan.submodule_search_locations[0], *name.split(".")[1:])
-        path = path.with_suffix(".py")
+    found = importlib.util.find_spec("torchtitan")
+    folders = (found and found.submodule_search_locations) or ()
+    stand_ins = {} if importlib.util.find_spec("triton") else _stand_ins_for_triton()
+    sys.modules.update(stand_ins)
+    for name, folder in itertools.product(_KERNELS, folders):
+        path = Path(folder, *name.split(".")[1:]).with_suffix(".py")
         if name not in sys.modules and path.exists():
-            sys.modules[name] = _load_without_triton(name, path)
+            spec: Any = importlib.util.spec_from_file_location(name, path)
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    for stand_in in stand_ins:
+        del sys.modules[stand_in]
     # The token permutation of 0.2 has a slow form for the CPU, which nothing there asks for.
     if kernels := sys.modules.get(_KERNELS[0]):
         kernels.fill_indices_wrapper = kernels.fill_indices_cpu  # type: ignore[attr-defined]
-
-
-def _load_without_triton(name: str, path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    stand_ins = {} if importlib.util.find_spec("triton") else _stand_ins_for_triton()
-    sys.modules.update(stand_ins)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        for stand_in in stand_ins:
-            del sys.modules[stand_in]
-    return module
 
 
 def _stand_ins_for_triton() -> dict[str, types.ModuleType]:

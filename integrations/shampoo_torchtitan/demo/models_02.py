@@ -2,7 +2,7 @@
 
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
-from shampoo_torchtitan.demo.byte_tokenizer import VOCABULARY
+from shampoo_torchtitan.demo import VOCABULARY
 
 __all__ = ["register"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from torchtitan.models import llama3
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm, compute_ffn_hidden_dim
 
-from shampoo_torchtitan.demo.byte_tokenizer import VOCABULARY
+from shampoo_torchtitan.demo import VOCABULARY
 
 __all__ = ["llama", "register"]
 

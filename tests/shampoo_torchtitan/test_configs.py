@@ -1,0 +1,113 @@
+"""Jobs of TorchTitan 0.3: files in TOML, groups of parameters, and the override `use_shampoo`."""
+
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+
+if not JOBS_ARE_FUNCTIONS:
+    pytest.skip("TorchTitan 0.2 has TOML files alone", allow_module_level=True)
+
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig, default_adamw
+
+from shampoo_torchtitan import toml
+from shampoo_torchtitan.configs import complete_groups, shampoo, use_shampoo
+from shampoo_torchtitan.container import JobError
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimizer.name = 5", "optimizer.name = 5: must be one of"),
+        ('optimizer.name = "shampoo"\noptimizer.lr = -1.0', "'lr' is -1.0"),
+        ('optimizer = "x"', r"a table, \[optimizer\]"),
+        ('model = "llama3"', "'model'"),
+        ("model.name = 5", "'torchtitan.models.5'"),
+        ('model.name = "llama9"', "'torchtitan.models.llama9'"),
+        ('model.name = "common"', "model.name = 'common', .* no such language model"),
+        ('model.name = "flux"\nmodel.flavor = "flux-debug"', "no such language model"),
+        ("model.flavor = []", r"model.flavor = \[\]: TorchTitan 0.3 has no such"),
+        ('model.flavor = "9B"', "model.flavor = '9B': TorchTitan 0.3 has no such"),
+        ("job = 3", "unknown setting 'job'"),
+        ('experimental.custom_import = "nosuch"', "'nosuch'"),
+        ('job.custom_config_module = "my.config"', "no such setting"),
+        ("fault_tolerance.enable = true", "no such setting"),
+        ("activation_checkpoint.early_stop = true", "no such setting"),
+        ('activation_checkpoint.mode = "some"', "must be one of selective, full, "),
+        ('optimizer.param_groups = [{pattern = ".*"}]', "start from a Python function"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path, text, said):
+    file = tmp_path / "job.toml"
+    file.write_text(text)
+    with pytest.raises((ImportError, TypeError, ValueError), match=said):
+        toml.read(str(file))
+
+
+def test_what_changes_nothing_is_no_trouble_and_a_users_module_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "my_own_data.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"optimizer.early_step_in_backward": False, "model.converters": []}
+    settings |= {"fault_tolerance.enable": False, "experimental.custom_import": "my_own_data"}
+    settings |= {"parallelism.disable_loss_parallel": False}
+    toml.read("", settings | {"parallelism.context_parallel_rotate_method": "allgather"})
+    assert sys.modules.pop("my_own_data")
+
+
+def test_groups_take_what_they_do_not_say_from_the_job():
+    group = ParamGroupConfig(pattern=".*", optimizer_name="Shampoo")
+    own = ParamGroupConfig(pattern="x", optimizer_name="Shampoo", optimizer_kwargs={"lr": 1.0})
+    found = complete_groups(shampoo(lr=7e-3, param_groups=[own, group]))
+    assert [g.optimizer_kwargs["lr"] for g in found] == [1.0, 7e-3]
+    with pytest.raises(ValueError, match=r"optimizer\.lr = 0\.007 would change nothing"):
+        complete_groups(shampoo(lr=7e-3, param_groups=[own]))
+
+
+def test_an_override_sets_every_hyperparameter_of_adamws_groups():
+    old = default_adamw(lr=1e-3)
+    muon = ParamGroupConfig(pattern="layers", optimizer_name="DistMuon", optimizer_kwargs={})
+    old.param_groups.insert(0, muon)
+    config = use_shampoo(old, lr=4e-3, betas=[0.8, 0.9], weight_decay=0.2, beta3=0.5, fused=True)
+    other, group = config.param_groups
+    expected = {"lr": 4e-3, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.2}
+    assert (group.optimizer_name, group.optimizer_kwargs) == ("Shampoo", expected)
+    assert other is muon and config.shampoo.beta3 == 0.5
+
+
+def test_the_lr_that_adamw_had_is_said_with_what_is_better(caplog):
+    use_shampoo(default_adamw(lr=3e-4), lr=9e-4)
+    assert "is the one of AdamW" not in caplog.text
+    (group,) = use_shampoo(default_adamw(lr=3e-4)).param_groups
+    assert group.optimizer_kwargs["lr"] == 3e-4
+    advice = "lr = 0.0003 is the one of AdamW; Shampoo is best with about 3 times that"
+    assert advice in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": -1.0}, "'lr' is -1.0; allowed: a finite number >= 0"),
+        ({"lr": "x"}, "'lr' is 'x'"),
+        ({"betas": 0.9}, r"'betas' is 0.9; allowed: two numbers"),
+        ({"beta1": 0.9}, "'beta1'"),
+        ({"precondition_frequncy": 2}, "Did you mean 'precondition_frequency'"),
+    ],
+)
+def test_a_bad_setting_of_an_override_is_one_line(settings, said):
+    with pytest.raises(JobError, match=f"Bad job settings: use_shampoo: .*{said}") as error:
+        use_shampoo(default_adamw(), **settings)
+    assert "\n" not in str(error.value) and error.value.__suppress_context__
+
+
+def test_optimizers_of_others_are_not_replaced_in_silence():
+    class Mine(OptimizersContainer):
+        @dataclass(kw_only=True, slots=True)
+        class Config(OptimizersContainer.Config):
+            pass
+
+    with pytest.raises(ValueError, match=r"the job's optimizers are a .*Mine\.Config"):
+        use_shampoo(Mine.Config())
+    with pytest.raises(ValueError, match="the job has no groups of Adam or AdamW"):
+        use_shampoo(OptimizersContainer.Config())
