@@ -13,17 +13,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from shampoo_fsdp.checkpoint.entries import state_entries
 from shampoo_fsdp.checkpoint.fits import decide, is_state_entry
 from shampoo_fsdp.checkpoint.loading import (
     carry_out,
-    check_not_being_read,
     copy_own_part,
     flat,
     other_pieces,
     start_anew,
 )
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
+from shampoo_fsdp.checkpoint.sharded import state_entries
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
@@ -84,9 +83,9 @@ class State:
         Raises:
             RuntimeError: a checkpoint was read, and not loaded.
         """
-        if self._is_shown(states) and not self._reading.begun:
+        self._reading.check()
+        if self._is_shown(states):
             return None
-        check_not_being_read(states, self._reading)
         several = any(ranks.group is not None for ranks in self.parameters.rank_sets)
         trouble = self._return_entries(states, in_any_case=several)
         return ValueError(trouble) if trouble else None
@@ -101,7 +100,7 @@ class State:
             ValueError: on every rank, if others have put there what cannot be used.
             RuntimeError: a checkpoint was read, and not loaded.
         """
-        check_not_being_read(states, self._reading)
+        self._reading.check()
         if problem := tell_all(self.parameters.rank_sets, self._return_entries(states)):
             raise ValueError(problem)
 
@@ -230,7 +229,7 @@ class State:
         take_over(param_groups, groups)
         carry_out(here, saved, decision, set(other))
         self._start_factors()
-        self._reading.end()
+        self._reading.set(False)
 
         # Others may have put more there, also into a state dict that is the optimizer's own.
         known = {key for group in state_dict["param_groups"] for key in group["params"]}

@@ -3,19 +3,18 @@
 import contextlib
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.utils._pytree import tree_map_only
 from torchtitan.components.checkpoint import (
     DATALOADER,
-    LR_SCHEDULER,
     MODEL,
     OPTIMIZER,
     CheckpointManager,
@@ -23,12 +22,14 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
-from shampoo_fsdp.checkpoint.safe_pickle import UnsafeCheckpoint
-from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
-from shampoo_fsdp.checkpoint.safe_values import without_code
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, without_code
 from shampoo_fsdp.runtime.groups import plain_name
-from shampoo_torchtitan.checkpoint_folders import complete_checkpoints, find_steps, is_remote
-from shampoo_torchtitan.checkpoint_lock import FolderLock
+from shampoo_torchtitan.checkpoint_folders import (
+    complete_checkpoints,
+    find_steps,
+    is_remote,
+    lock_folder,
+)
 from shampoo_torchtitan.container import JobError, ShampooContainer, alike_on_all_ranks
 from shampoo_torchtitan.generation import titan
 from shampoo_torchtitan.names import ReaderOfOldNames
@@ -42,7 +43,6 @@ __all__ = [
 
 
 _Answer = TypeVar("_Answer")
-_LITTLE_SPACE = 2**20  # bytes; what could not be written is still there
 
 
 def explain(error: CheckpointException, folder: str) -> str:
@@ -58,8 +58,6 @@ def explain(error: CheckpointException, folder: str) -> str:
                 f"{folder} does not fit this job: {failure} (Settings without a table are those of "
                 "[optimizer.shampoo]. Another --job.dump_folder starts anew.)"
             )
-        if isinstance(failure, UnsafeCheckpoint):
-            return f"{folder} is refused: {failure}."
     damage = find_damage(folder) or _first_failure(error)
     parent, name = os.path.split(folder.rstrip("/"))
     return (
@@ -81,26 +79,10 @@ def _first_failure(error: CheckpointException) -> str:
     return f"rank {rank} found {type(failure).__name__}: {said[0]}"
 
 
-def _cannot_save(error: CheckpointException, folder: str) -> JobError:
-    return JobError(
-        f"Cannot save a checkpoint in {folder}: {_disk_is_full(folder)}{_first_failure(error)}. "
-        f"Complete ones there: {_complete_ones(folder)}."
-    )
-
-
-def _disk_is_full(folder: str) -> str:
-    """Says so, as what PyTorch says of it may not."""
-    with contextlib.suppress(OSError):  # a remote folder, or one that is gone
-        free = shutil.disk_usage(folder).free
-        if free < _LITTLE_SPACE:
-            return f"the disk is full there ({free / 2**20:.1f} MiB are free); "
-    return ""
-
-
 class ShampooCheckpoints(CheckpointManager):
     """TorchTitan's CheckpointManager for jobs of Shampoo."""
 
-    folder_lock: FolderLock | None = None
+    folder_lock: IO[bytes] | None = None
 
     def lock_folder(self) -> None:
         """Refuses a folder that cannot be used, or that another job saves its checkpoints in."""
@@ -116,31 +98,19 @@ class ShampooCheckpoints(CheckpointManager):
                 )
             find_steps(self.folder)
         elif not self.load_only:
-            self.folder_lock = FolderLock(self.folder)
-
-    def close(self) -> None:
-        super().close()
-        if self.folder_lock:
-            self.folder_lock.release()
+            self.folder_lock = lock_folder(self.folder)
 
     def load(self, step: int = -1) -> bool:
         if not self.enable:
             return bool(super().load(step))
         folder = self.folder
         steps = _asked_of_rank_0(lambda: find_steps(folder), f"Cannot look into {folder}: ")
-        complete = [number for number in steps if steps[number]]
+        if step == -1:
+            step = max((number for number in steps if steps[number]), default=-1)
+        if step == -1:
+            # TorchTitan 0.2 would start from nothing, only because a folder is there.
+            self.folder = f"{folder}/none"
         try:
-            if step == -1:
-                step = max(complete, default=-1)
-                for number in sorted(steps):
-                    if number > step:
-                        logger.warning(
-                            f"{self._create_checkpoint_id(number)} is passed over: saving it has "
-                            "not finished"
-                        )
-                if step == -1:
-                    # TorchTitan 0.2 would start from nothing, only because a folder is there.
-                    self.folder = f"{folder}/none"
             return bool(super().load(step))
         except FileNotFoundError:
             raise JobError(
@@ -164,7 +134,6 @@ class ShampooCheckpoints(CheckpointManager):
             reader = self._reader(checkpoint_id)
         if _asked_of_rank_0(lambda: reader.size(".metadata"), f"{checkpoint_id}: ") is None:
             raise JobError(explain(CheckpointException("", {}), checkpoint_id))
-        before = _hyperparameters(self)
         try:
             load(
                 state_dict,
@@ -176,9 +145,6 @@ class ShampooCheckpoints(CheckpointManager):
             raise JobError(explain(error, checkpoint_id)) from None
         if MODEL in self.states:
             self.states[MODEL].load_state_dict(state_dict)
-        for name, now in _hyperparameters(self).items():
-            if now != before[name]:
-                logger.info(f"The checkpoint's {name} = {now} wins over the job's {before[name]}")
 
     def _reader(self, folder: str) -> SafeFileSystemReader:
         model = self.states[MODEL]
@@ -209,7 +175,10 @@ class ShampooCheckpoints(CheckpointManager):
         try:
             yield
         except CheckpointException as error:
-            raise _cannot_save(error, self.folder) from None
+            raise JobError(
+                f"Cannot save a checkpoint in {self.folder}: {_first_failure(error)}. "
+                f"Complete ones there: {_complete_ones(self.folder)}."
+            ) from None
 
     def _purge_stale_checkpoints(self) -> None:
         """Deletes what is older than the newest keep_latest_k complete checkpoints.
@@ -248,29 +217,15 @@ class _JobPlanner(ShampooLoadPlanner):
             )
         return super().create_local_plan()
 
-    def value_of(self, key: str, stream: BytesIO) -> Any:
-        value = super().value_of(key, stream)
-        return _inert(value, key) if key.partition(".")[0] == DATALOADER else value
-
-
-def _inert(value: Any, key: str) -> Any:
-    """Such a value, if it is one that TorchTitan saves or holds some; pickles in it call nothing.
-
-    Raises:
-        UnsafeCheckpoint: It is of another type: one that could be unpickled as well.
-    """
-    if type(value) is bytes:
-        return without_code(value, key)
-    if type(value) is dict:
-        return {name: _inert(part, key) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_inert(part, key) for part in value)
-    if value is None or type(value) in (bool, int, float, str, torch.Tensor):
-        return value
-    raise UnsafeCheckpoint(
-        f"{key!r} holds a {type(value).__name__}, where a data loader's state has bytes and plain "
-        "values; nothing was run. --checkpoint.exclude_from_loading dataloader leaves it out"
-    )
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        key = read_item.dest_index.fqn
+        if key.partition(".")[0] == DATALOADER:
+            held = torch.load(value, weights_only=True)
+            inert = tree_map_only((bytes, bytearray), lambda data: without_code(data, key), held)
+            value = BytesIO()
+            torch.save(inert, value)
+            value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def _asked_of_rank_0(question: Callable[[], _Answer], failed: str) -> _Answer:
@@ -285,16 +240,6 @@ def _asked_of_rank_0(question: Callable[[], _Answer], failed: str) -> _Answer:
             answer[0] = question()
     dist.broadcast_object_list(answer, src=0)
     return answer[0]  # type: ignore[no-any-return]
-
-
-def _hyperparameters(manager: CheckpointManager) -> dict[str, str]:
-    """What each of them is, in all parameter groups."""
-    groups = [g for optimizer in manager.states[OPTIMIZER].shampoos for g in optimizer.param_groups]
-    schedulers = manager.states[LR_SCHEDULER].schedulers
-    values = {name: [g[name] for g in groups] for name in ("betas", "eps", "weight_decay")}
-    # Warm-up and decay change the groups' lr; the schedule is a multiple of this one.
-    values["lr"] = [lr for scheduler in schedulers for lr in scheduler.base_lrs]
-    return {name: " or ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}
 
 
 _titan_init = CheckpointManager.__init__

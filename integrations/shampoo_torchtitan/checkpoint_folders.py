@@ -1,12 +1,16 @@
 """What is in a job's folder of checkpoints, on this machine or where fsspec reaches it."""
 
+import errno
+import fcntl
+import logging
 import os
 import re
 from pathlib import Path
+from typing import IO
 
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 
-__all__ = ["complete_checkpoints", "find_steps", "is_remote"]
+__all__ = ["complete_checkpoints", "find_steps", "is_remote", "lock_folder"]
 
 _WRITTEN_LAST = (".metadata", "model.safetensors.index.json")
 
@@ -39,3 +43,32 @@ def complete_checkpoints(folder: str | Path) -> list[str]:
 def _is_complete(folder: str) -> bool:
     reader = SafeFileSystemReader(folder)
     return any(reader.size(name) is not None for name in _WRITTEN_LAST)
+
+
+def lock_folder(folder: str) -> IO[bytes]:
+    """A lock on a file beside a folder, which need not exist, until the file is closed or this
+    process ends, however it does.
+
+    Not in the folder: TorchTitan takes its existence for a run that goes on. Locks of this kind
+    hold between the nodes of a shared file system too, where it knows them. Nothing is written.
+
+    Raises:
+        ValueError: Another process holds it, or the place cannot be written to.
+    """
+    path = Path(f"{folder}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ValueError(
+                f"another job writes to {folder}; give this one another --job.dump_folder, or stop "
+                "the other first"
+            ) from None
+        logging.getLogger().warning(f"{path} cannot be locked ({error}): let no other job write")
+    return file

@@ -12,27 +12,24 @@ Factors of other settings cannot be used; moments of another optimizer can: Adam
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from torch.distributed.tensor import DTensor
 
-from shampoo_fsdp.checkpoint.reasons import CheckpointMismatch, explanation, shape_of
-from shampoo_fsdp.checkpoint.sharded import local_parts
-from shampoo_fsdp.rules.layout import MARKER, factor_entries
+from shampoo_fsdp.rules.layout import MARKER, factor_entries, preconditioner_of
 from shampoo_fsdp.validation import name_some
 
 __all__ = [
+    "CheckpointMismatch",
     "LoadDecision",
     "LoadReport",
     "OnMismatch",
-    "check_coverage",
     "check_others",
     "decide",
+    "explanation",
     "is_state_entry",
     "state_keys",
 ]
@@ -45,6 +42,13 @@ _MOMENTS = ("step", "exp_avg", *_SECOND_MOMENTS)
 _MOMENTUM = "momentum_buffer"
 _STATE = re.compile(r"(?P<parameter>(?:.*?\.)?state\..+)\.(?P<entry>\w+)")
 _SETTING_OF_GROUP = re.compile(r"(?:.*?\.)?param_groups\..+")
+
+
+_HINT = 'Set it as it was, or on_mismatch = "rebuild" to keep what fits and start the rest anew.'
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint that does not fit what shall be loaded; says why and what to do."""
 
 
 def is_state_entry(name: str) -> bool:
@@ -172,7 +176,8 @@ def fits(here: Any, saved: Any) -> bool:
 
 
 def check_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise a CheckpointMismatch if a key of a state dict is missing or has another shape.
+    """Raise a CheckpointMismatch if a key of a state dict is missing, has another shape, or was
+    saved in part.
 
     Args:
         here: what shall be loaded, by key.
@@ -189,27 +194,78 @@ def check_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
                 f"'{key}' has shape {shape_of(saved[key])} in the checkpoint, but "
                 f"{shape_of(value)} here; it is of another model."
             )
+        chunks = getattr(saved[key], "chunks", None)
+        if chunks is not None and sum(math.prod(c.sizes) for c in chunks) < value.numel():
+            raise CheckpointMismatch(
+                f"the checkpoint has only a part of '{key}'; was it saved by one of several ranks "
+                "alone (no_dist)? Save on all ranks, or with "
+                "StateDictOptions(full_state_dict=True)."
+            )
 
 
-def check_coverage(here: Mapping[str, Any], items: Sequence[ReadItem]) -> None:
-    """Raise a CheckpointMismatch if what will be read does not fill a tensor on this rank.
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor or of its metadata; () for what is no tensor."""
+    return tuple(getattr(value, "shape", getattr(value, "size", ())))
+
+
+def explanation(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """What has changed since the state of a parameter was saved, and what to do.
 
     Args:
-        here: what shall be loaded, by key.
-        items: what will be read. (Pieces that were saved do not overlap.)
+        name: of the parameter.
+        here: its state, by the names of the entries.
+        saved: metadata of its state in the checkpoint; it does not fit.
     """
-    found: dict[str, int] = defaultdict(int)
-    for item in items:
-        if item.type == LoadItemType.TENSOR:
-            found[item.dest_index.fqn] += math.prod(item.lengths)
-    for key, value in here.items():
-        if not isinstance(value, Tensor):
-            continue
-        if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
-            continue
-        if (wanted := sum(part.numel() for part in local_parts(value))) > found[key]:
-            raise CheckpointMismatch(
-                f"the checkpoint has only {found[key]:,} of the {wanted:,} numbers of '{key}' that "
-                "belong on this rank; was it saved by one of several ranks alone (no_dist)? Save "
-                "on all ranks, or with StateDictOptions(full_state_dict=True)."
+    return f"{next(_reasons(name, here, saved))} {_HINT}"
+
+
+def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    """The most telling one first."""
+    if not saved:
+        yield f"the checkpoint has no optimizer state for parameter '{name}'."
+    if (MARKER in here) != (MARKER in saved):
+        then, now = ("is", "is not") if MARKER in saved else ("is not", "is")
+        yield (
+            f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
+            "settings 'exclude' (whose 'default' knows embeddings by their type too, and did not "
+            "always) and 'precondition_1d' (which counts a matrix of one row or column as one "
+            "dimension)."
+        )
+    if MARKER in here and len(shape_of(saved[MARKER])) != len(shape_of(here[MARKER])):
+        yield (
+            f"the factors of parameter '{name}' were saved by an earlier version, in a form that "
+            "is not read any more."
+        )
+    if MARKER in here and shape_of(saved[MARKER])[0] != shape_of(here[MARKER])[0]:
+        yield (
+            f"setting '{MARKER}' is {shape_of(saved[MARKER])[0]} in the checkpoint, but "
+            f"{shape_of(here[MARKER])[0]} here."
+        )
+    if MARKER in here:
+        then, now = (
+            preconditioner_of(shape_of(saved[MARKER])),
+            preconditioner_of(shape_of(here[MARKER])),
+        )
+        if then != now:
+            yield f"setting 'preconditioner' is '{then}' in the checkpoint, but '{now}' here."
+    if MARKER in here and shape_of(saved[MARKER]) != shape_of(here[MARKER]):
+        yield (
+            f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
+            "'split_heads' with 'head_dim', 'large_dim', 'merge_dims' and 'block_alignment' "
+            "(batched_3d = false and merge_dims = 'none' have been removed)."
+        )
+    for entry, value in here.items():
+        if entry not in saved:
+            setting = "root_method" if entry in factor_entries() else "grafting"
+            yield (
+                f"the checkpoint has no '{entry}' for parameter '{name}', only "
+                f"{', '.join(sorted(saved))}; see the setting '{setting}'."
+            )
+        elif shape_of(value) != shape_of(saved[entry]):
+            setting = "merge_dims"
+            if entry in factor_entries():
+                setting = "max_factor_ratio' or 'symmetric_packing"
+            yield (
+                f"'{entry}' of parameter '{name}' has shape {shape_of(saved[entry])} in the "
+                f"checkpoint, but {shape_of(value)} here; see the setting '{setting}'."
             )

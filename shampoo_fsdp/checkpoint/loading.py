@@ -1,31 +1,47 @@
 """Carrying out what was decided about state: of a folder, and of a state dict in memory.
 
-What is read from a folder is in its place already; only `begin` and `convert` are left to do.
+    dcp.load(state, checkpoint_id=folder, planner=ShampooLoadPlanner(on_mismatch="rebuild"))
+
+reads from a folder, into the places where values belong.
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from logging import getLogger
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    create_default_local_load_plan,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.tensor import DTensor
 
-from shampoo_fsdp.checkpoint.fits import LoadDecision, is_state_entry
-from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
+from shampoo_fsdp.checkpoint.fits import (
+    LoadDecision,
+    LoadReport,
+    OnMismatch,
+    check_others,
+    decide,
+    is_state_entry,
+)
+from shampoo_fsdp.checkpoint.owned import OwnedBlocks
 from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts, local_tensor
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 from shampoo_fsdp.rules.layout import factor_entries
 
 __all__ = [
-    "begin",
+    "ShampooLoadPlanner",
     "carry_out",
-    "check_not_being_read",
-    "convert",
     "copy_own_part",
     "flat",
     "other_pieces",
     "start_anew",
 ]
+
+_logger = getLogger(__name__)
 
 State = Mapping[str, Mapping[str, Any]]
 """The entries of each parameter, by the names of both."""
@@ -39,15 +55,6 @@ def flat(state: State) -> dict[str, Any]:
         for entry, value in entries.items()
         if is_state_entry(entry)
     }
-
-
-def check_not_being_read(states: Mapping[Any, Any], reading: Reading) -> None:
-    """Raise a RuntimeError, on all ranks alike, if a checkpoint is being read into the state of an
-    optimizer, or into what others have put there."""
-    entries = [v for of in states.values() if isinstance(of, Mapping) for v in of.values()]
-    local = [local_tensor(entry) for entry in entries if isinstance(entry, Tensor)]
-    for each in (reading, *(blocks.reading for blocks in local if isinstance(blocks, OwnedBlocks))):
-        each.check()
 
 
 def other_pieces(
@@ -159,3 +166,74 @@ def _copy(value: Tensor, source: Tensor) -> None:
 
 def _as_tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+class ShampooLoadPlanner(DefaultLoadPlanner):
+    """Loads what fits of an optimizer's state; all the rest must fit, as with the default planner.
+
+    It serves Shampoo and AdamW, each from checkpoints of both. Settings of parameter groups that
+    the checkpoint lacks keep their values. See :mod:`shampoo_fsdp.checkpoint.fits`; what was not
+    loaded is logged once, by the coordinator.
+
+    Args:
+        on_mismatch: what to do about state of other settings: "refuse" it, or "rebuild" what does
+            not fit.
+    """
+
+    report: LoadReport
+    """What this rank (and, on the coordinator, any rank) has not loaded."""
+
+    def __init__(self, on_mismatch: OnMismatch = "refuse") -> None:
+        super().__init__()
+        if on_mismatch not in ("refuse", "rebuild"):
+            raise ValueError(
+                f"setting 'on_mismatch' is {on_mismatch!r}; allowed: 'refuse' or 'rebuild'."
+            )
+        self.on_mismatch: OnMismatch = on_mismatch
+        self.report = LoadReport()
+        self._decision = LoadDecision()
+        self._unread = 0
+
+    def create_local_plan(self) -> LoadPlan:
+        """Decide what this rank reads.
+
+        Raises:
+            CheckpointMismatch: names the setting or the key that does not fit.
+        """
+        assert self.metadata is not None
+        saved = dict(self.metadata.state_dict_metadata)
+        self._decision = decision = decide(self.state_dict, saved, self.on_mismatch)
+        self.report = decision.report
+        saved |= {key: saved[other] for key, other in decision.renamed.items()}
+        wanted = {k: v for k, v in self.state_dict.items() if k not in decision.left_out}
+        check_others(wanted, saved)
+        plan: LoadPlan = create_default_local_load_plan(
+            wanted, replace(self.metadata, state_dict_metadata=saved)
+        )
+        items = [self._from_its_key(item) for item in plan.items]
+        return LoadPlan(items, planner_data=self.report)
+
+    def _from_its_key(self, item: ReadItem) -> ReadItem:
+        other = self._decision.renamed.get(item.storage_index.fqn)
+        if other is None:
+            return item
+        return replace(item, storage_index=replace(item.storage_index, fqn=other))
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        for plan in global_plan:
+            self.report.merge(plan.planner_data)
+        if said := str(self.report):
+            _logger.warning(f"Not all optimizer state comes from the checkpoint: {said}.")
+        return super().create_global_plan(global_plan)
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        # Not before: now every rank has accepted the checkpoint.
+        begin(self.state_dict, self._decision)
+        self._unread = sum(item.type == LoadItemType.TENSOR for item in new_plan.items)
+        return super().finish_plan(new_plan)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        self._unread -= 1
+        if not self._unread:
+            convert(self.state_dict, self._decision)

@@ -1,8 +1,6 @@
 """A tensor of which a rank holds some rectangles."""
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -17,10 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.utils._pytree import tree_map
 
-__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Piece", "Reading", "reduce_blocks"]
-
-Piece = tuple[tuple[int, ...], Tensor]
-"""Offsets in the whole tensor, and the values there."""
+__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Reading", "reduce_blocks"]
 
 OF_EACH_PIECE = (
     torch.ops.aten.detach.default,
@@ -40,26 +35,19 @@ class Reading:
     counts: Sequence[Callable[[int], bool]] = ()
     """Each adds to the number of ranks, of some, where it has begun, and says whether it has on all
     of these."""
-    begun: bool = False
-    """On this rank, which has planned to read."""
+    _begun: bool = False
 
-    def begin(self) -> None:
-        """This rank plans to read."""
-        if not self.begun:
-            self.begun = True
-            self._count(1)
-
-    def end(self) -> None:
-        """The checkpoint has been loaded, or nobody has read anything."""
-        if self.begun:
-            self.begun = False
-            self._count(-1)
+    def set(self, begun: bool) -> None:
+        """This rank plans to read, or what was read has been loaded."""
+        if begun != self._begun:
+            self._begun = begun
+            self._count(1 if begun else -1)
 
     def is_open(self) -> bool:
         """Whether values may have come, here or on another rank; all ranks find the same."""
-        if self.begun and not self._count(0):
-            self.end()  # no rank reads before all have planned to
-        return self.begun
+        if self._begun and not self._count(0):
+            self.set(False)  # no rank reads before all have planned to
+        return self._begun
 
     def check(self) -> None:
         """Raise a RuntimeError, on all ranks alike, if the state may be of two checkpoints."""
@@ -75,23 +63,6 @@ class Reading:
         return all([count(change) for count in self.counts])
 
 
-class _Counted(torch.Tensor):
-    """A part of a piece; counts what is copied into it."""
-
-    count: Callable[[int], None]
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if isinstance(result, cls) and isinstance(args[0], cls):
-            result.count = args[0].count
-            if func is torch.Tensor.copy_:
-                result.count(result.numel())
-        return result
-
-
 class OwnedBlocks(torch.Tensor):
     """A tensor of which this rank holds some rectangles, as views of its stacks.
 
@@ -103,31 +74,27 @@ class OwnedBlocks(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    pieces: list[Piece]
-    _at: dict[tuple[int, ...], Tensor]
-    """The values by their offsets, made when first needed."""
-    unread: dict[tuple[int, ...], int]
-    """While a checkpoint is read into it: how many numbers of the piece at each offset have not
-    come. (PyTorch's planner does not ask whether the checkpoint has all of them.)"""
+    pieces: dict[tuple[int, ...], Tensor]
+    """The values by their offsets in the whole."""
+    unread: set[tuple[int, ...]]
+    """While a checkpoint is read into it: the pieces of which nothing has come. (PyTorch's planner
+    does not ask whether the checkpoint has them.)"""
     reading: Reading
-    """Is told when that begins; of the optimizer's own tensors, which have no values then for
-    anybody to save, one for all."""
+    """Is told when that begins; copies have that of the optimizer as well."""
 
     @staticmethod
     def __new__(
         cls,
         shape: Sequence[int],
-        pieces: Sequence[Piece],
+        pieces: Mapping[tuple[int, ...], Tensor],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        reading: Reading | None = None,
     ) -> "OwnedBlocks":
         self: OwnedBlocks = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device(device)
         )
-        self.pieces = list(pieces)
-        self._at = {}
-        self.unread = {}
-        self.reading = Reading()
+        self.pieces, self.unread, self.reading = dict(pieces), set(), reading or Reading()
         return self
 
     def __init__(self, *_: Any) -> None:
@@ -136,31 +103,29 @@ class OwnedBlocks(torch.Tensor):
     @property
     def complete(self) -> bool:
         """Whether all of it is here."""
-        return sum(values.numel() for _, values in self.pieces) == self.numel()
+        return sum(values.numel() for values in self.pieces.values()) == self.numel()
 
     def whole(self) -> Tensor:
         """A plain tensor of all pieces, zero where there is none."""
         make = torch.empty if self.complete else torch.zeros
         result = make(self.shape, dtype=self.dtype, device=self.device)
-        for offsets, values in self.pieces:
+        for offsets, values in self.pieces.items():
             result[_slices(offsets, values)].copy_(values)
         return result
 
     def has_pieces_of(self, other: "OwnedBlocks") -> bool:
         """Whether each piece of the other, which has the same shape, is here."""
-        shapes = {offsets: values.shape for offsets, values in self.pieces}
-        return all(shapes.get(offsets) == values.shape for offsets, values in other.pieces)
+        shapes = {offsets: values.shape for offsets, values in self.pieces.items()}
+        return all(shapes.get(offsets) == v.shape for offsets, v in other.pieces.items())
 
     def check_read(self, name: str) -> None:
         """Raise a ValueError if a checkpoint was read into the pieces and did not fill them."""
-        missing = [at for at, left in self.unread.items() if left > 0]
-        if missing and self.reading.is_open():
+        if self.unread and self.reading.is_open():
             raise ValueError(
-                f"{name} was not read completely: the checkpoint lacks all or a part of the block "
-                f"at {min(missing)}"
-                + (f" and of {len(missing) - 1} more" if len(missing) > 1 else "")
-                + ". Was it saved by one of several ranks alone (no_dist)? Save on all ranks, or "
-                "with StateDictOptions(full_state_dict=True). The state here is unusable now: load "
+                f"{name} was not read completely: the checkpoint lacks the block at "
+                f"{min(self.unread)}, one of {len(self.unread)}. Was it saved by one of several "
+                "ranks alone (no_dist)? Save on all ranks, or with "
+                "StateDictOptions(full_state_dict=True). The state here is unusable now: load "
                 "another checkpoint."
             )
 
@@ -177,22 +142,18 @@ class OwnedBlocks(torch.Tensor):
                 "another model. The state here may be overwritten in part: build the optimizer "
                 "again with the settings of then."
             )
-        if isinstance(saved, OwnedBlocks) and not saved.has_pieces_of(self):
+        same = isinstance(saved, OwnedBlocks) and saved.has_pieces_of(self)
+        if isinstance(saved, OwnedBlocks) and not same:
             if not saved.complete:
                 raise ValueError("what is copied lacks blocks that belong here; use full_tensor().")
             saved = saved.whole()
-        if isinstance(saved, OwnedBlocks):
-            theirs = dict(saved.pieces)
-            for offsets, mine in self.pieces:
-                mine.copy_(theirs[offsets])
-        else:
-            for offsets, mine in self.pieces:
-                mine.copy_(saved[_slices(offsets, mine)])
+        for offsets, mine in self.pieces.items():
+            mine.copy_(saved.pieces[offsets] if same else saved[_slices(offsets, mine)])  # type: ignore[attr-defined]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "OwnedBlocks":
-        pieces = [(offsets, function(values)) for offsets, values in self.pieces]
+        pieces = {offsets: function(values) for offsets, values in self.pieces.items()}
         like = function(torch.empty(0, dtype=self.dtype, device=self.device))
-        return OwnedBlocks(self.shape, pieces, like.dtype, like.device)
+        return OwnedBlocks(self.shape, pieces, like.dtype, like.device, self.reading)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -204,7 +165,7 @@ class OwnedBlocks(torch.Tensor):
             return args[0] if func._schema.is_mutable else mapped
         if func is torch.ops.aten.new_empty.default:
             # Asynchronous saving makes an empty twin, then copies the attributes.
-            return cls(args[1], [], args[0].dtype, kwargs.get("device") or args[0].device)
+            return cls(args[1], {}, args[0].dtype, kwargs.get("device") or args[0].device)
         if func is torch.ops.aten.copy_.default and isinstance(args[0], OwnedBlocks):
             args[0].load(args[1])
             return args[0]
@@ -226,18 +187,10 @@ class OwnedBlocks(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnedBlocks":
         return self.clone()  # type: ignore[return-value]
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: Any, value: Any) -> None:  # views are copies
         whole = self.whole()
         whole[index] = value
         self.load(whole)
-
-    def tolist(self) -> list[Any]:
-        """Return the whole, zeros where there is none, as Tensor.tolist() does."""
-        return self.whole().tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """Return a copy of the whole as an array, as Tensor.numpy() does."""
-        return self.whole().numpy(force=force)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.reading.check()
@@ -265,35 +218,25 @@ class OwnedBlocks(torch.Tensor):
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         # Only for reading.
-        self.unread = {offsets: values.numel() for offsets, values in self.pieces}
-        self.reading.begin()
+        self.unread = {at for at, values in self.pieces.items() if values.numel()}
+        self.reading.set(True)
         return self._chunks()
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
         return [
             ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=values.shape)
-            for offsets, values in self.pieces
+            for offsets, values in self.pieces.items()
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        if len(self._at) != len(self.pieces):  # searching a list would take the square of it
-            self._at = dict(self.pieces)
         offsets = tuple(index.offset or ())
-        if offsets not in self._at:
-            raise ValueError(f"no block of '{index.fqn}' at {index.offset} on this rank")
-        if not self.reading.begun:
-            return self._at[offsets]
-        part = self._at[offsets].as_subclass(_Counted)
-        part.count = functools.partial(self._has_come, offsets)
-        return part
-
-    def _has_come(self, offsets: tuple[int, ...], numbers: int) -> None:
-        self.unread[offsets] -= numbers
+        self.unread.discard(offsets)
+        return self.pieces[offsets]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.complete:
             return repr(self.whole())
-        held = sum(math.prod(values.shape) for _, values in self.pieces)
+        held = sum(values.numel() for values in self.pieces.values())
         return f"OwnedBlocks(shape={tuple(self.shape)}, pieces={len(self.pieces)}, held={held})"
 
 

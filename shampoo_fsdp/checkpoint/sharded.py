@@ -10,8 +10,9 @@ each rank holds the pieces of the blocks that it owns:
 on any mesh and loads on any other, and `exp_avg` and `exp_avg_sq` are those of AdamW.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -23,39 +24,85 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._pytree import tree_map
 
-from shampoo_fsdp.checkpoint.owned import OF_EACH_PIECE, OwnedBlocks, Piece, reduce_blocks
+from shampoo_fsdp.checkpoint.owned import (
+    OF_EACH_PIECE,
+    OwnedBlocks,
+    Reading,
+    reduce_blocks,
+)
+from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.grid import BlockGrid
+from shampoo_fsdp.plan.transfers import OwnedBlock
+from shampoo_fsdp.rules.layout import MARKER, saved_entries, settings_marker
 
 aten = torch.ops.aten
 
-__all__ = ["ShardedBlocks", "local_parts", "local_tensor", "state_tensor"]
+__all__ = ["ShardedBlocks", "local_parts", "local_tensor", "state_entries"]
+
+Pieces = Mapping[tuple[int, ...], Tensor]
+"""Values by their offsets in the whole."""
 
 
-def state_tensor(
-    shape: Sequence[int],
-    pieces: Sequence[Piece],
-    dtype: torch.dtype,
+def state_entries(
+    grid: BlockGrid,
+    owned: Sequence[tuple[OwnedBlock, Mapping[str, Tensor]]],
+    config: ShampooConfig,
     device: torch.device,
     mesh: DeviceMesh | None,
-) -> Tensor:
-    """An entry of the state: the values themselves where this rank has them in one piece, else a
-    tensor that stands for its pieces.
+    reading: Reading,
+) -> dict[str, Tensor]:
+    """The entries of a parameter: views of what its blocks have.
+
+    An entry that this rank has in one piece is these values themselves, unless ranks share blocks.
 
     Args:
-        shape: of the whole.
-        pieces: the ones of this rank.
-        mesh: of the ranks that share the pieces; None for one rank.
+        owned: the blocks of the parameter that this rank owns, with the state of each by name.
+        mesh: of the ranks that share the blocks; None for one rank.
+        reading: is told when a checkpoint is read into them.
     """
-    if mesh is not None:
-        return ShardedBlocks(OwnedBlocks(shape, pieces, dtype, device), mesh)
-    if len(pieces) == 1 and pieces[0][1].shape == torch.Size(shape):
-        return pieces[0][1]
-    return OwnedBlocks(shape, pieces, dtype, device)
+
+    def blocks(shape: Sequence[int], pieces: Pieces, dtype: torch.dtype) -> Tensor:
+        local = OwnedBlocks(shape, pieces, dtype, device, reading)
+        return local if mesh is None else ShardedBlocks(local, mesh)
+
+    marker = settings_marker(config, grid.fingerprint)
+    empty = torch.empty(marker, dtype=torch.float32, device=device)
+    holds_first = any(block.index == 0 for block, _ in owned)
+    nothing = {(0,) * len(marker): empty} if holds_first else {}
+    entries = {MARKER: blocks(marker, nothing, torch.float32)}
+
+    owned = sorted(owned, key=lambda pair: pair[0].index)
+    shapes = [grid.block_shape(coordinate) for coordinate in grid.coordinates()]
+    kept = {shape: saved_entries(shape, config) for shape in dict.fromkeys(shapes)}
+    types = {name: dtype for of_shape in kept.values() for name, (_, dtype) in of_shape.items()}
+    for name, dtype in types.items():
+        having = [(block, saved[name]) for block, saved in owned if name in saved]
+        whole: Sequence[int]
+        if kept[shapes[0]].get(name, ((), dtype))[0] == shapes[0]:
+            pieces = dict(_rectangle(block, values) for block, values in having)
+            whole = grid.view_shape
+        else:
+            size = {shape: math.prod(kept[shape].get(name, ((0,),))[0]) for shape in kept}
+            starts = [0, *itertools.accumulate(size[shape] for shape in shapes)]
+            pieces = {(starts[block.index],): values for block, values in having}
+            whole = (starts[-1],)
+        all_of_it = [values for values in pieces.values() if values.shape == torch.Size(whole)]
+        if mesh is None and all_of_it:
+            entries[name] = all_of_it[0]
+        else:
+            entries[name] = blocks(whole, pieces, dtype)
+    return entries
+
+
+def _rectangle(block: OwnedBlock, values: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    offsets = tuple(start for start, _ in block.rectangle)
+    return offsets, values.view(tuple(stop - start for start, stop in block.rectangle))
 
 
 def local_parts(entry: Tensor) -> list[Tensor]:
     """The memory that this rank has of an entry of the state."""
     entry = local_tensor(entry)
-    return [part for _, part in entry.pieces] if isinstance(entry, OwnedBlocks) else [entry]
+    return [*entry.pieces.values()] if isinstance(entry, OwnedBlocks) else [entry]
 
 
 def local_tensor(entry: Tensor) -> Tensor:
@@ -123,10 +170,6 @@ class ShardedBlocks(DTensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._local_tensor.__reduce_ex__(protocol)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        held = sum(math.prod(values.shape) for _, values in self._local_tensor.pieces)
-        return f"ShardedBlocks(shape={tuple(self.shape)}, held={held}, mesh={self.device_mesh})"
 
 
 ForkingPickler.register(ShardedBlocks, lambda blocks: reduce_blocks(blocks.to_local()))

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from shampoo_fsdp.checkpoint.planner import find_damage
-from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
+from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, find_damage
 
 __all__ = ["CheckpointReader"]
 

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
-from shampoo_fsdp.checkpoint.reasons import explanation
+from shampoo_fsdp.checkpoint.fits import explanation
 from shampoo_fsdp.rules.layout import MARKER
 from tests.models import deterministic_gradients, full_parameters, set_gradients
 from tests.ranks import run_ranks

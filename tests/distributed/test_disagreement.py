@@ -140,7 +140,7 @@ def test_a_rank_can_hand_its_part_to_a_process_that_saves_it():
         if not isinstance(value, ShardedBlocks):
             assert torch.equal(value, received[name])
             continue
-        pieces = zip(value.to_local().pieces, received[name].pieces, strict=True)
+        pieces = zip(value.to_local().pieces.items(), received[name].pieces.items(), strict=True)
         for (offset, tensor), (other_offset, other) in pieces:
             assert offset == other_offset and torch.equal(tensor, other)
 

@@ -132,7 +132,7 @@ def test_what_was_shown_may_go_while_what_others_put_there_is_taken(monkeypatch)
     move(optimizer)
 
     def copy(mine, theirs):
-        if isinstance(mine, OwnedBlocks) and any(piece.is_cpu for _, piece in mine.pieces):
+        if isinstance(mine, OwnedBlocks) and any(piece.is_cpu for piece in mine.pieces.values()):
             held.clear()
         copy_own_part(mine, theirs)
 

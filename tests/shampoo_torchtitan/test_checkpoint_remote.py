@@ -29,7 +29,6 @@ def test_a_job_goes_on_and_is_looked_after(tmp_path):
     later = [f"--checkpoint.initial_load_path=file://{far}/step-2", "--checkpoint.keep_latest_k=2"]
     after = run(2, job, *common, *later, "--training.steps=5")[0]
     assert after.step == 5 and len(after.losses) == 2
-    assert f"file://{far}/step-5 is passed over: saving it has not finished" in after.logged
     # What is older than the newest two was deleted when step 4 had been saved.
     assert complete_checkpoints(f"file://{far}") == ["step-3", "step-4", "step-5"]
 
@@ -37,9 +36,7 @@ def test_a_job_goes_on_and_is_looked_after(tmp_path):
     hostile_metadata(whole, far / "step-5", f"touch {tmp_path}/ran")
     for outcome in run(2, job, *common, "--training.steps=6"):
         assert outcome.exit_code == 2
-        assert f"file://{far}/step-5 is damaged or incomplete: .metadata asks for 'posix" in (
-            outcome.logged
-        )
+        assert f"file://{far}/step-5 is damaged or incomplete: .metadata is" in outcome.logged
         assert "there are: step-3, step-4." in outcome.logged
     assert not (tmp_path / "ran").exists()
 

@@ -3,7 +3,6 @@
 import pytest
 
 from shampoo_torchtitan.demo import cpu
-from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.ranks import preload
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import run
@@ -53,16 +52,6 @@ def test_another_block_size_is_refused_or_starts_new_factors(tmp_path):
         assert f"{tmp_path}/checkpoint/step-3 does not fit this job" in outcome.logged
         assert "'max_preconditioner_dim' is 1024 in the checkpoint, but 32 here" in outcome.logged
         assert 'on_mismatch = "rebuild"' in outcome.logged
-    changes = ["--optimizer.shampoo.on_mismatch=rebuild", "--optimizer.weight_decay=0.2"]
-    changes += ["--optimizer.beta2=0.99"]
-    said = ["weight_decay = 0.1 wins over the job's 0.2"]
-    if not JOBS_ARE_FUNCTIONS:  # from 0.3 on the job's lr wins in TorchTitan
-        changes.append("--optimizer.lr=1.0")
-        said.append("lr = 0.01 wins over the job's 1.0")
-    outcome = run(2, job, *smaller, *changes)[0]
+    outcome = run(2, job, *smaller, "--optimizer.shampoo.on_mismatch=rebuild")[0]
     assert outcome.step == 6 and outcome.losses[-1] < outcome.losses[0]
     assert "factors start anew for 'layers.0." in outcome.logged
-    for each in said:
-        assert f"The checkpoint's {each}" in outcome.logged
-    assert "betas = (0.9, 0.95) wins over the job's (0.9, 0.99)" in outcome.logged
-    assert "eps" not in outcome.logged.partition("wins over")[2]
