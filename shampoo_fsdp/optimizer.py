@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
+from logging import getLogger
 from typing import Any, overload
 
 import torch
@@ -24,12 +25,13 @@ from shampoo_fsdp.runtime.groups import (
 )
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
-from shampoo_fsdp.runtime.resumed import Resumed, before_loading
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
 from shampoo_fsdp.state import load_settings
 
 __all__ = ["Shampoo"]
+
+_logger = getLogger(__name__)
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -89,7 +91,8 @@ class Shampoo(torch.optim.Optimizer):
         check_group(self.config, defaults)
         check_replicas(replicas)
         self._shown: dict[Any, Any] | None = None
-        self._resumed: list[Resumed] = []
+        self._own_lrs: list[tuple[float | None, float]] = []
+        self._loaded_lrs: list[float] = []
         super().__init__(copied(params), defaults)
         if self._waits:
             check(self.param_groups, self._given)
@@ -203,7 +206,7 @@ class Shampoo(torch.optim.Optimizer):
         built.whole = None
         refuse_moved(parameters.members, parameters.device)
         put_by_others = built.state.take_back(self._state)
-        self._settle(steps=1)
+        self._settle_initial_lr()
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
         problem = find_gradients(parameters.members, built.given.frozen) or put_by_others
         if not built.has_seen_gradients:
@@ -228,8 +231,16 @@ class Shampoo(torch.optim.Optimizer):
         if problem:
             raise problem
 
-    def _settle(self, steps: int) -> None:
-        self._resumed = [resumed for resumed in self._resumed if not resumed.settled(steps)]
+    def _settle_initial_lr(self) -> None:
+        """After loading: if a schedule of this job has set another lr than the checkpoint's, go by
+        this job's initial lr, which "independent" weight decay is relative to."""
+        own_lrs, self._own_lrs = self._own_lrs, []
+        for group, (initial, lr), loaded in zip(
+            self.param_groups, own_lrs, self._loaded_lrs, strict=False
+        ):
+            now, own = float(group["lr"]), lr if initial is None else initial
+            if "initial_lr" in group and now != loaded and (initial is not None or now == own):
+                group["initial_lr"] = own
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's: all tensors are those of the optimizer.
@@ -242,7 +253,6 @@ class Shampoo(torch.optim.Optimizer):
         As long as the model may still have to be sharded or materialised there is no state in it:
         Accelerate asks before it shards, when state would be that of the whole model on each rank.
         """
-        self._settle(steps=0)
         shown = self._state
         if not self._waits:
             built = self._ready()
@@ -292,7 +302,10 @@ class Shampoo(torch.optim.Optimizer):
                 result = hook(self, result) or result
             return result
 
-        resumed = before_loading(self.param_groups, self._resumed)
+        # (It may be loaded several times before a step.)
+        self._own_lrs = self._own_lrs or [
+            (g.get("initial_lr"), float(g["lr"])) for g in self.param_groups
+        ]
         if self._waits and state_dict.get("state") == {}:
             given = contents_of(self.param_groups)
             load_settings(given, self.param_groups, self.config, read())
@@ -301,7 +314,15 @@ class Shampoo(torch.optim.Optimizer):
             built.whole = None
             built.state.load(built.given, self.param_groups, self._state, read)
             built.streaks = Streaks(built.parameters)  # they begin anew
-        self._resumed = [of_group for of_group in resumed if of_group.note_loaded()]
+        self._loaded_lrs = [float(group["lr"]) for group in self.param_groups]
+        for group, (initial, lr) in zip(self.param_groups, self._own_lrs, strict=True):
+            own, saved = lr if initial is None else initial, group.get("initial_lr", group["lr"])
+            if saved != own and self.config.weight_decay_type == "independent":
+                _logger.warning(
+                    f"The initial lr is {saved} in the checkpoint and {own} here. Independent "
+                    "weight decay is relative to this job's if the first step has another lr than "
+                    "the checkpoint, else to the checkpoint's."
+                )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -220,6 +220,4 @@ def settings_to_load(
 def take_over(groups: Sequence[dict[str, Any]], settings: Sequence[Mapping[str, Any]]) -> None:
     """Put what :func:`settings_to_load` gave into the groups."""
     for group, loaded in zip(groups, settings, strict=True):
-        if loaded:
-            group.pop("initial_lr", None)
         group.update(loaded)
