@@ -221,7 +221,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, small_disk: Path) -> dict[str
     [
         ("torn", "F/checkpoint/step-2 is damaged or incomplete: __1_0.distcp has 1,000 bytes, of"),
         ("lost", "F/checkpoint/step-2 is damaged or incomplete: __1_0.distcp is missing"),
-        ("torn metadata", ".metadata is damaged, or holds"),
+        ("torn metadata", "F/checkpoint/step-2 is damaged or incomplete: .metadata "),
         ("unfinished", "it has no .metadata, which is written last: saving it has not finished"),
         (
             "not there",
@@ -262,7 +262,7 @@ def test_no_code_of_a_data_loader_is_run(tmp_path, what):
 
 def test_the_state_of_a_data_loader_is_read_as_it_was_saved(tmp_path):
     inside = {"a": [1, 2.0, None, {3}], "b": torch.ones(2), "c": bytearray(b"x"), "d": (True, "y")}
-    for value in (4, "x", [1, None], {"a": 1.0}):
+    for value in (4, "x", [1, None]):
         assert resumed(tmp_path, value) == value
     assert str(pickle.loads(resumed(tmp_path, pickle.dumps(inside)))) == str(inside)
 
