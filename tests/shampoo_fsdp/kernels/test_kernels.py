@@ -13,6 +13,7 @@ from shampoo_fsdp.kernels.adamw import _adamw_masked
 from shampoo_fsdp.kernels.gram import _update_factors, tiles
 from shampoo_fsdp.kernels.language import jit
 from shampoo_fsdp.kernels.momenta import _momenta
+from shampoo_fsdp.kernels.product import _product, _two_sums, product_tiles
 
 triton = pytest.importorskip("triton", reason="kernels are in Triton, which is not installed")
 
@@ -32,6 +33,8 @@ def test_they_do_in_the_interpreter_what_their_references_do():
 
 INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """Of tensor cores, by the GPU's generation."""
+FACTORS = ["alpha", "beta", "gamma", "alpha2", "beta2", "gamma2"]
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def momenta_case(generation):
@@ -51,7 +54,7 @@ def adamw_case(generation):
 def factors_case(generation, dtype, transposed, packed, precision="tf32"):
     cut = tiles(1024, dtype, packed, generation >= 90)
     tile, depth = cut["TILE"], cut["DEPTH"]
-    name = "bf16" if dtype == torch.bfloat16 else "fp32"
+    name = NAMES[dtype]
     types = {
         "blocks": f"tensordesc<{name}[1,{depth},{tile}]>"
         if transposed
@@ -64,6 +67,29 @@ def factors_case(generation, dtype, transposed, packed, precision="tf32"):
     return _update_factors, types, cut | known
 
 
+def two_sums_case(generation):
+    matrices = dict.fromkeys(["p", "c", "first", "second"], "*fp32")
+    return _two_sums, matrices | dict.fromkeys(FACTORS, "*fp32"), {"CHUNK": 2048}
+
+
+def product_case(generation, dtype, symmetric, second):
+    cut = product_tiles(1024, dtype, generation >= 90)
+    tile, depth = cut["TILE"], cut["DEPTH"]
+    name = NAMES[dtype]
+    rows = f"tensordesc<{name}[1,{tile},{depth}]>"
+    types = dict.fromkeys(FACTORS, "*fp32") | {
+        "a": rows,
+        "b": rows if symmetric else f"tensordesc<{name}[1,{depth},{tile}]>",
+        "c": f"tensordesc<{name}[1,{tile},{tile}]>",
+        "out": f"tensordesc<{name}[1,{tile},{tile}]>",
+        "second": f"tensordesc<fp16[1,{tile},{tile}]>",
+        "squares": "*fp32",
+    }
+    known = {} if second else {"c": None, "second": None}
+    known |= {"squares": None} if second else {}
+    return _product, types, cut | known | {"SYMMETRIC": symmetric, "INTERPRETED": False}
+
+
 CASES = {
     "adamw": adamw_case,
     "momenta": momenta_case,
@@ -72,6 +98,10 @@ CASES = {
     "factors_fp32": partial(
         factors_case, dtype=torch.float32, transposed=True, packed=False, precision="tf32x3"
     ),
+    "two_sums": two_sums_case,
+    "product_split": partial(product_case, dtype=torch.float32, symmetric=True, second=False),
+    "product_split_two": partial(product_case, dtype=torch.float32, symmetric=True, second=True),
+    "product": partial(product_case, dtype=torch.float16, symmetric=False, second=True),
 }
 
 
@@ -90,7 +120,9 @@ def test_they_compile_without_spills_to_tensor_cores(case, generation, tmp_path,
     }
     source = ASTSource(kernel, signature, known, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
-    assert case in ("adamw", "momenta") or INSTRUCTIONS[generation] in compiled.asm["ptx"]
+    assert (
+        case in ("adamw", "momenta", "two_sums") or INSTRUCTIONS[generation] in compiled.asm["ptx"]
+    )
     cubin = tmp_path / "cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [BIN / "cuobjdump", "-res-usage", cubin]
