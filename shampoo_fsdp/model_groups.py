@@ -89,14 +89,10 @@ def head_settings(model: nn.Module) -> dict[str, Any]:
     heads, width = (getattr(config, n, None) for n in ("num_attention_heads", "hidden_size"))
     if head_dim is None and heads and width:
         head_dim = width // heads
-    if not found:
+    if not found or head_dim is None:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer named {', '.join(_TO_HEADS)}: set "
-            "'split_heads' and 'head_dim'."
-        )
-    if head_dim is None:
-        raise ValueError(
-            f"the config of {type(model).__name__} has neither head_dim nor num_attention_heads "
-            "and hidden_size: set 'split_heads' and 'head_dim'."
+            f"{type(model).__name__} has no linear layer named {', '.join(_TO_HEADS)}, or its "
+            "config neither head_dim nor num_attention_heads and hidden_size: set 'split_heads' "
+            "and 'head_dim'."
         )
     return {"split_heads": [rf"(^|\.){part}\." for part in found], "head_dim": head_dim}

@@ -1,14 +1,15 @@
 """Figures that a person watches during a run, of this rank's blocks and last step."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.runtime.bucket import OwnedStack
 
-__all__ = ["Diagnostics", "diagnose", "kind_of", "merged"]
+__all__ = ["Diagnostics", "diagnose", "merged"]
+
+_RATIO = "direction_over_graft"
 
 
 @dataclass
@@ -19,28 +20,31 @@ class Diagnostics:
     """The largest of any rank counts: milliseconds of the parts of the step ("ms/roots"), the
     worst residual of the roots in use ("root_residual"), the worst condition number of a factor
     ("condition_number"), both as `Health` says, and memory ("state_mib")."""
-    squares: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Sums of squares and numbers of elements of the updates before lr, by kind of parameter."""
-    ratios: tuple[float, float] = (0.0, 0.0)
-    """Sum and number, over grafted blocks, of log(norm of the direction / of the grafted step)."""
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    """Sum and number of what has a mean: squares of the updates before lr, by kind of parameter
+    ("update_rms/KIND"), and over grafted blocks log(norm of the direction / of the grafted step)
+    ("direction_over_graft")."""
+
+    def add_largest(self, name: str, value: float) -> None:
+        self.largest[name] = max(value, self.largest.get(name, value))
+
+    def add_sum(self, name: str, total: float, number: float) -> None:
+        before = self.sums.get(name, [0.0, 0.0])
+        self.sums[name] = [before[0] + total, before[1] + number]
 
 
 def merged(ranks: Iterable[Diagnostics]) -> dict[str, float]:
     """The figures of all ranks together, by name."""
-    largest: dict[str, float] = {}
-    squares: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-    total, number = 0.0, 0.0
+    everything = Diagnostics()
     for rank in ranks:
         for name, value in rank.largest.items():
-            largest[name] = max(value, largest.get(name, value))
-        for name, (square, elements) in rank.squares.items():
-            squares[name] = squares[name][0] + square, squares[name][1] + elements
-        total, number = total + rank.ratios[0], number + rank.ratios[1]
-    figures = dict(sorted(largest.items()))
-    if number:
-        figures["direction_over_graft"] = math.exp(total / number)
-    for name, (square, elements) in sorted(squares.items()):
-        figures[f"update_rms/{name}"] = math.sqrt(square / elements)
+            everything.add_largest(name, value)
+        for name, (total, number) in rank.sums.items():
+            everything.add_sum(name, total, number)
+    figures = dict(sorted(everything.largest.items()))
+    for name, (total, number) in sorted(everything.sums.items()):
+        root = math.exp if name == _RATIO else math.sqrt
+        figures[name] = root(total / number)
     return figures
 
 
@@ -58,26 +62,19 @@ def diagnose(
     """
     result = Diagnostics({f"ms/{part}": value for part, value in milliseconds.items()})
     state = sum(tensor.nbytes for owned in stacks for tensor in owned.stack.saved.values())
-    result.largest["state_mib"] = state / 2**20
-    squares: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-    ratios, blocks = 0.0, 0
+    result.add_largest("state_mib", state / 2**20)
     for owned in stacks:
         stack = owned.stack
         condition, residual = stack.health(owned.begin(groups))
-        for name, value in (("root_residual", residual), ("condition_number", condition)):
-            result.largest[name] = max(value, result.largest.get(name, 0.0))
+        result.add_largest("condition_number", condition)
+        result.add_largest("root_residual", residual)
         if stack.norms is None:
             continue
-        elements = math.prod(stack.shape)
         before, after = (norms.flatten().tolist() for norms in stack.norms)
         for member, direction, update in zip(owned.members, before, after, strict=True):
-            kind = kind_of(member.name)
-            square, number = squares[kind]
-            squares[kind] = square + update**2, number + elements
+            result.add_sum(f"update_rms/{kind_of(member.name)}", update**2, math.prod(stack.shape))
             if stack.config.grafting != "none" and min(direction, update) > 0.0:
-                ratios, blocks = ratios + math.log(direction / update), blocks + 1
-    result.squares = dict(squares)
-    result.ratios = ratios, blocks
+                result.add_sum(_RATIO, math.log(direction / update), 1.0)
     return result
 
 
