@@ -22,25 +22,6 @@ def test_different_settings_are_an_error_on_every_rank():
         Shampoo(built.model.named_parameters(), max_preconditioner_dim=8 * (1 + dist.get_rank()))
 
 
-@ranks(4)
-def test_replicas_of_different_scopes_are_an_error_on_every_rank():
-    built = build("hsdp")
-    scope = "all" if dist.get_rank() < 2 else "shard"
-    with pytest.raises(ValueError, match=r"ranks disagree about the settings: .*= all, .*= shard"):
-        Shampoo(built.model.named_parameters(), owner_scope=scope)
-
-
-@ranks(2)
-def test_different_names_are_an_error_on_every_rank():
-    built = build("fsdp")
-    named = [(f"{n}{dist.get_rank()}", p) for n, p in built.model.named_parameters()]
-    with pytest.raises(
-        ValueError,
-        match=r"the parameters that are trained: rank 0 has tok_embeddings\.weight0, rank 1",
-    ):
-        Shampoo(named)
-
-
 @ranks(2)
 def test_an_unsupported_placement_is_named():
     mesh = init_device_mesh("cpu", (2,))
@@ -83,14 +64,6 @@ def test_a_bad_gradient_on_one_rank_skips_the_same_blocks_everywhere():
     skipped = optimizer.counters()
     dist.all_reduce(skipped)
     assert skipped.tolist()[2] == 1
-
-
-@ranks(2)
-def test_a_parameter_that_one_rank_excludes_is_an_error_on_every_rank():
-    built = build("fsdp")
-    exclude = ["."] if dist.get_rank() else ["wq"]
-    with pytest.raises(ValueError, match=r"settings: .*exclude = \['wq'\], .*exclude = \['\.'\]"):
-        Shampoo(built.model.named_parameters(), exclude=exclude)
 
 
 @ranks(2)

@@ -86,59 +86,6 @@ def test_heads_are_split_alike_on_every_mesh():
             assert their_grids == grids and their_state == pytest.approx(state)
 
 
-def test_heads_are_split_where_blocks_are_cut_at_shards_as_well():
-    settings = {**HEADS, "block_alignment": "shard"}
-    replicas = run_ranks(4, train, layout="hsdp", **settings)
-    for parameters in replicas[1:]:
-        assert relative_difference(parameters, replicas[0]) == 0.0
-    assert 0.0 < relative_difference(replicas[0], train("single", **HEADS)) < 0.5
-
-
-def train_after_casting(layout: str) -> dict[str, Tensor]:
-    built = build(layout)
-    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-    for step in range(10):
-        if step == 3:
-            built.model.to(torch.float64)
-        set_gradients(built.model, deterministic_gradients(built.model, step))
-        optimizer.step()
-    return full_parameters(built.model)
-
-
-def test_a_model_may_be_cast_to_another_type_on_a_mesh():
-    alone = train_after_casting("single")
-    assert all(parameter.dtype == torch.float64 for parameter in alone.values())
-    for parameters in run_ranks(2, train_after_casting, layout="fsdp"):
-        assert relative_difference(parameters, alone) <= 1e-5
-
-
-def train_on_bf16_gradients(layout: str, kept_as: torch.dtype) -> dict[str, Tensor]:
-    built = build(layout)
-    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-    for step in range(6):
-        gradients = deterministic_gradients(built.model, step, dtype=torch.bfloat16)
-        set_gradients(built.model, gradients)
-        for number, p in enumerate(built.model.parameters()):
-            if number % 3:
-                gradient = p.grad.to(kept_as)
-                p.grad, p.grad_dtype = None, kept_as
-                p.grad = gradient
-        optimizer.step()
-        for p in built.model.parameters():
-            p.grad, p.grad_dtype = None, p.dtype
-    return full_parameters(built.model)
-
-
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch allows no other type")
-def test_gradients_of_another_type_than_their_parameters_travel_as_well():
-    for layout, world in (("fsdp", 2), ("tp_fsdp", 4)):
-        expected, found = (
-            run_ranks(world, train_on_bf16_gradients, layout=layout, kept_as=dtype)[0]
-            for dtype in (torch.float32, torch.bfloat16)
-        )
-        assert relative_difference(found, expected) == 0.0
-
-
 def test_blocks_cut_at_shards_are_trained_as_well():
     """Another grid, so another update; but the same one on every replica."""
     replicas = run_ranks(4, train, layout="hsdp", block_alignment="shard")
@@ -173,34 +120,12 @@ def test_nothing_crosses_replicas_that_repeat_the_work():
         assert sorted(set(collectives.group_sizes)) == groups
 
 
-def test_bf16_on_the_wire_rounds_gradients_and_updates_only():
-    alone = train("single")
-    (parameters, other) = run_ranks(2, train, layout="fsdp", communication_dtype="bfloat16")
-    assert relative_difference(parameters, other) == 0.0
-    assert 0.0 < relative_difference(parameters, alone) < 0.01
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_bf16_on_the_wire_rounds_what_stays_as_well(world):
     alone = train("single", communication_dtype="bfloat16")
     for parameters in run_ranks(world, train, layout="fsdp", communication_dtype="bfloat16"):
         # Where an update is next to the middle of two bf16 numbers, fp32 rounding decides.
         assert relative_difference(parameters, alone) <= 2e-4
-
-
-def deviation_on_bf16_parameters(layout: str) -> dict[str, Tensor]:
-    built = build(layout, dtype=torch.bfloat16)
-    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-    for step in range(8):
-        set_gradients(built.model, deterministic_gradients(built.model, step))
-        optimizer.step()
-    return {name: p.float() for name, p in full_parameters(built.model).items()}
-
-
-def test_bf16_parameters():
-    alone = deviation_on_bf16_parameters("single")
-    for parameters in run_ranks(2, deviation_on_bf16_parameters, layout="fsdp"):
-        assert relative_difference(parameters, alone) <= 1e-2  # one unit of the last place
 
 
 class Collectives(TorchDispatchMode):

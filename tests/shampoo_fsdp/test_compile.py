@@ -40,15 +40,3 @@ def test_it_compiles_once_and_changes_nothing():
         torch.testing.assert_close(weight, reference, rtol=1e-5, atol=1e-6)
     # One shape of block, (16, 14), and two parts of its step, around the refresh of the roots.
     assert graphs[-1] == graphs[4] == 2
-
-
-def test_products_in_bf16_compile_too():
-    """Rounding is then left out where two operators became one, and nothing else changes."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    expected, _ = train(12, matmul_precision="medium")
-    compiled, graphs = train(12, compile=True, matmul_precision="medium")
-    start, _ = train(0)
-    for weight, reference, before in zip(compiled, expected, start, strict=True):
-        assert (weight - reference).norm() < 0.02 * (reference - before).norm()
-    assert graphs[-1] == graphs[4] == 2

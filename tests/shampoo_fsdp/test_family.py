@@ -184,14 +184,6 @@ def test_grafting(preconditioner, grafting):
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("preconditioner", RULES)
-def test_grafting_with_its_own_beta2_and_eps(preconditioner):
-    error = relative_error(
-        preconditioner=preconditioner, grafting="adam", grafting_beta2=0.7, grafting_eps=1e-3
-    )
-    assert error <= 1e-4
-
-
 @pytest.mark.parametrize(("preconditioner", "root_method"), ROOTS)
 @pytest.mark.parametrize("schedule", ["together", "staggered"])
 def test_root_method(preconditioner, root_method, schedule):
@@ -229,10 +221,6 @@ def test_warmup_of_the_frequency(schedule, warmup):
         refresh_schedule=schedule, refresh_warmup_steps=warmup, precondition_frequency=4
     )
     assert error <= 1e-4
-
-
-def test_long_tiles_are_multiples_of_8():
-    assert relative_error({"layers.0.w": (200, 72)}, max_preconditioner_dim=72) <= 1e-4
 
 
 @pytest.mark.parametrize("preconditioner", RULES)
@@ -305,21 +293,6 @@ def test_root_exponents(preconditioner, root_method, exponents):
 
 
 @pytest.mark.parametrize("preconditioner", RULES)
-@pytest.mark.parametrize("merge_dims", ["matrix", "small"])
-@pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
-def test_large_dimensions(preconditioner, large_dim, merge_dims):
-    error = relative_error(
-        SHAPES | ORDER_3,
-        preconditioner=preconditioner,
-        large_dim=large_dim,
-        precondition_1d=True,
-        merge_dims=merge_dims,
-        max_preconditioner_dim=6,
-    )
-    assert error <= 1e-4
-
-
-@pytest.mark.parametrize("preconditioner", RULES)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("momentum", ["none", "dampened"])
 def test_steps_without_a_gradient_and_with_bad_ones(preconditioner, decay, momentum):
@@ -366,11 +339,6 @@ def test_gradients_that_are_zero_until_after_the_first_refresh(
 @pytest.mark.parametrize("decay", DECAYS)
 def test_lr_by_width(decay):
     assert relative_error(base_width=8, weight_decay_type=decay, weight_decay=0.1) <= 1e-4
-
-
-def test_vectors_have_no_width():
-    shapes = {"layers.0.column": (12, 1), "layers.0.row": (1, 12), "layers.0.bias": (7,)}
-    assert relative_error(shapes, base_width=64, precondition_1d=True) <= 1e-3
 
 
 def test_lr_by_width_is_that_of_the_width_for_all_matrices_as_wide():

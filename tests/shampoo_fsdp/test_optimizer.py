@@ -124,18 +124,6 @@ class TestAsATorchOptimizer:
                 Shampoo([("w", weight)], exclude=exclude).step()
             torch.testing.assert_close(transposed, dense)
 
-    def test_a_smaller_start_at_resume_takes_roots_at_once(self):
-        model = self.model()
-        late = Shampoo(model.named_parameters(), start_preconditioning_step=1000)
-        self.step(model, late, range(5))
-        sooner = Shampoo(
-            model.named_parameters(), precondition_frequency=100, start_preconditioning_step=3
-        )
-        sooner.load_state_dict(late.state_dict())
-        self.step(model, sooner, range(5, 6))
-        blocks = 7  # of one layer, with two factors each
-        assert sooner.counters().tolist() == [2 * blocks, 0, 0, 0]
-
     def test_a_later_start_at_resume_keeps_the_roots_there_are(self):
         rare = {"precondition_frequency": 100}
         model, other = self.model(), self.model()
@@ -148,26 +136,6 @@ class TestAsATorchOptimizer:
         self.step(other, later, range(5, 7))
         for name, value in model.state_dict().items():
             assert torch.equal(other.state_dict()[name], value), name
-
-    def test_a_failed_first_root_leaves_plain_momentum_of_the_grafted_size(self, monkeypatch):
-        def fail(matrices: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-            return torch.full_like(matrices, torch.nan), torch.ones(len(matrices)).bool()
-
-        monkeypatch.setattr("shampoo_fsdp.rules.root_rule.inverse_root", fail)
-        weight = nn.Parameter(torch.zeros(4, 4))
-        optimizer = Shampoo(
-            [("w", weight)],
-            lr=1.0,
-            betas=(0.0, 0.9),
-            start_preconditioning_step=1,
-            weight_decay=0.0,
-        )
-        weight.grad = torch.arange(16.0).view(4, 4) + 1
-        optimizer.step()
-        assert optimizer.counters().tolist() == [2, 2, 0, 0]
-        # Adam's first step has entries of size 1.
-        expected = -4.0 * weight.grad / weight.grad.norm()
-        torch.testing.assert_close(weight.detach(), expected)
 
     @pytest.mark.parametrize("dim", [8, 64])  # several blocks, and one, per parameter
     def test_a_state_dict_refers_to_the_state(self, dim):
@@ -225,14 +193,6 @@ class TestAsATorchOptimizer:
         again.load_state_dict(Shampoo(model.named_parameters()).state_dict())
         assert "ema" not in again.state[weight]
         self.step(model, again, range(1))
-
-    def test_loading_hooks_see_the_state(self):
-        model, seen = self.model(), []
-        optimizer = Shampoo(model.named_parameters())
-        optimizer.register_load_state_dict_pre_hook(lambda _, sd: seen.append(len(sd["state"])))
-        optimizer.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
-        optimizer.load_state_dict(optimizer.state_dict())
-        assert seen == [len(list(model.parameters()))] * 2
 
     def test_what_does_not_fit_changes_nothing(self):
         model = self.model()
