@@ -37,8 +37,8 @@ def update_factors(
     Tiles of the upper triangle are computed, and written twice. A block of decay 1 and weight 0
     keeps F bit for bit; one of weight 0 does not look at its U.
 
-    It reads 4 and writes 4 bytes per element of a factor in fp32 (half of it where F is packed),
-    for rest FLOPs. In plain PyTorch these are 20 bytes, for 2 rest FLOPs.
+    It reads 2 and writes 4 bytes per element of a factor in fp32 (2 and 2 where it is packed), for
+    as many FLOPs as U has columns. In plain PyTorch these are 16 to 24 bytes, and twice the FLOPs.
 
     Args:
         factors: F, symmetric [B, n, n], or their upper triangles [B, n (n + 1) / 2]; in any type.

@@ -24,11 +24,29 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def test_they_do_in_the_interpreter_what_their_references_do():
-    file = Path(__file__).with_name("interpreted.py")
+    file = Path(__file__).with_name("against_references.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_triton_the_references_do_it():
+    code = """if True:
+        import sys
+        import torch
+        import shampoo_fsdp
+        from shampoo_fsdp.kernels import adamw, gram, momenta, product
+
+        assert "triton" not in sys.modules
+        sys.modules["triton"] = None  # as if it were missing
+        blocks, factors = torch.ones(1, 2, 3), torch.zeros(1, 2, 2)
+        gram.update_factors(factors, blocks, 0.5, 0.5)
+        assert (factors == 1.5).all()
+        product.product(factors, factors, product.Sum(out := torch.empty(1, 2, 2)))
+        assert (out == 4.5).all()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
