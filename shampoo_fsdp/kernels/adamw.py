@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,26 @@ from shampoo_fsdp.kernels.language import can_run, jit, lerp, number, of_block
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["adamw_masked", "adamw_masked_reference"]
+__all__ = ["AdamW", "adamw_masked", "adamw_masked_reference"]
 
 _CHUNK, _TURNS = 1024, 4
 """Elements that a program has at once, and how often."""
+
+
+class AdamW(NamedTuple):
+    """Numbers of a step; each may also be [1] on the device."""
+
+    lr: float | Tensor
+    lost: float | Tensor
+    """The share of the weights that goes before the step: lr times the weight decay."""
+    rate1: float | Tensor
+    """1 - beta1."""
+    rate2: float | Tensor
+    """1 - beta2."""
+    eps: float | Tensor
+    correction1: float | Tensor
+    """Of the bias, 1 - beta1^t."""
+    correction2: float | Tensor
 
 
 def adamw_masked(
@@ -24,63 +40,35 @@ def adamw_masked(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     skipped: Tensor,
-    *,
-    lr: float | Tensor,
-    lost: float | Tensor,
-    rate1: float | Tensor,
-    rate2: float | Tensor,
-    eps: float | Tensor,
-    correction1: float | Tensor,
-    correction2: float | Tensor,
+    numbers: AdamW,
     largest: float,
 ) -> None:
-    """AdamW's step in place, in fp32. Where an entry of the gradient is not below `largest`
-    in size, or NaN, the entries of weights and state stay bit for bit.
+    """AdamW's step in place, in fp32. Where an entry of the gradient is NaN, or not below `largest`
+    in size, the entries of weights and state stay bit for bit.
 
     For fp32 it reads 16 and writes 12 bytes per element, for 15 FLOPs; around torch's fused kernel,
     which has no such mask, these are 121 bytes.
 
     Args:
-        weights, gradient, exp_avg, exp_avg_sq: of one shape, in any of the types. The gradient is
-            rounded to that of the weights first.
+        weights, gradient, exp_avg, exp_avg_sq: of one shape, in any type. The gradient is rounded
+            to that of the weights first.
         skipped: the number of entries that stayed is added to it; int64, of no dimensions.
-        lost: the share of the weights that goes before the step: lr times the weight decay.
-        rate1, rate2: 1 - beta1 and 1 - beta2.
-        correction1, correction2: the bias corrections. All seven are numbers, or [1] on the device.
     """
     tensors = (weights, gradient, exp_avg, exp_avg_sq)
     size = weights.numel()
     dense = all(t.is_contiguous() for t in tensors)
     if not size or size >= 2**31 or not dense or not can_run(*tensors):
-        adamw_masked_reference(
-            weights,
-            gradient,
-            exp_avg,
-            exp_avg_sq,
-            skipped,
-            lr=lr,
-            lost=lost,
-            rate1=rate1,
-            rate2=rate2,
-            eps=eps,
-            correction1=correction1,
-            correction2=correction2,
-            largest=largest,
-        )
-        return
-    numbers = (lr / correction1, lost, rate1, rate2, eps, correction2**0.5)
+        return adamw_masked_reference(*tensors, skipped, numbers, largest)
+    lr, lost, rate1, rate2, eps, correction1, correction2 = numbers
+    factors = (lr / correction1, lost, rate1, rate2, eps, correction2**0.5)
     jit(_adamw_masked)[(-(-size // (_CHUNK * _TURNS)),)](
-        weights,
-        gradient,
-        exp_avg,
-        exp_avg_sq,
+        *tensors,
         skipped,
-        *(number(value, 1) for value in numbers),
+        *(number(value, 1) for value in factors),
         largest,
         size,
         CHUNK=_CHUNK,
         TURNS=_TURNS,
-        num_warps=4,
     )
 
 
@@ -90,17 +78,11 @@ def adamw_masked_reference(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     skipped: Tensor,
-    *,
-    lr: float | Tensor,
-    lost: float | Tensor,
-    rate1: float | Tensor,
-    rate2: float | Tensor,
-    eps: float | Tensor,
-    correction1: float | Tensor,
-    correction2: float | Tensor,
+    numbers: AdamW,
     largest: float,
 ) -> None:
     """The same in plain PyTorch."""
+    lr, lost, rate1, rate2, eps, correction1, correction2 = numbers
     gradient = gradient.to(weights.dtype)
     usable = gradient.abs() < largest  # false for NaN
     skipped += usable.logical_not().sum()
@@ -108,12 +90,8 @@ def adamw_masked_reference(
     first = exp_avg.float().lerp(gradient, torch.as_tensor(rate1, device=gradient.device))
     second = exp_avg_sq.float() * (1.0 - rate2) + gradient.square() * rate2
     step = first / (second.sqrt() / correction2**0.5 + eps)
-    kept = weights.float() * (1.0 - lost)
-    for old, new in (
-        (exp_avg, first),
-        (exp_avg_sq, second),
-        (weights, kept - step * (lr / correction1)),
-    ):
+    changed = weights.float() * (1.0 - lost) - step * (lr / correction1)
+    for old, new in ((exp_avg, first), (exp_avg_sq, second), (weights, changed)):
         torch.where(usable, new.to(old.dtype), old, out=old)
 
 
@@ -147,18 +125,22 @@ def _adamw_masked(
         inside = at < size
         g = tl.load(gradient + at, mask=inside, other=0.0)
         g = g.to(weights.dtype.element_ty).to(tl.float32)
-        changes = inside & (tl.abs(g) < largest)  # false for NaN
-        left_out += inside.to(tl.int32) - changes.to(tl.int32)
-        first = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
-        kept = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
-        first = lerp(first, g, rate1)
-        second = second * (1.0 - rate2) + g * g * rate2
+        usable = tl.abs(g) < largest  # false for NaN
+        left_out += inside.to(tl.int32) - (inside & usable).to(tl.int32)
+        old1 = tl.load(exp_avg + at, mask=inside, other=0.0)
+        old2 = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+        kept = tl.load(weights + at, mask=inside, other=0.0)
+        first = lerp(old1.to(tl.float32), g, rate1)
+        second = old2.to(tl.float32) * (1.0 - rate2) + g * g * rate2
         step = tl.div_rn(first, tl.div_rn(tl.sqrt_rn(second), root) + eps)
-        kept = kept * (1.0 - lost) - step * step_size
-        tl.store(exp_avg + at, first.to(exp_avg.dtype.element_ty), mask=changes)
-        tl.store(exp_avg_sq + at, second.to(exp_avg_sq.dtype.element_ty), mask=changes)
-        tl.store(weights + at, kept.to(weights.dtype.element_ty), mask=changes)
+        changed = kept.to(tl.float32) * (1.0 - lost) - step * step_size
+        # (A mask of single entries would take stores apart.)
+        first = tl.where(usable, first.to(exp_avg.dtype.element_ty), old1)
+        second = tl.where(usable, second.to(exp_avg_sq.dtype.element_ty), old2)
+        changed = tl.where(usable, changed.to(weights.dtype.element_ty), kept)
+        tl.store(exp_avg + at, first, mask=inside)
+        tl.store(exp_avg_sq + at, second, mask=inside)
+        tl.store(weights + at, changed, mask=inside)
     count = tl.sum(left_out, 0)
     if count > 0:
         tl.atomic_add(skipped, count.to(tl.int64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,23 @@ from shampoo_fsdp.kernels.language import can_run, jit, lerp, number, of_block, 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["momenta", "momenta_reference"]
+__all__ = ["Rates", "momenta", "momenta_reference"]
 
 _CHUNK, _TURNS = 1024, 4
 """Elements that a program has at once, and how often."""
+
+
+class Rates(NamedTuple):
+    """Numbers of a step; each may also be [1] or [B] on the device."""
+
+    momentum: float | Tensor
+    """1 - beta1."""
+    moment: float | Tensor
+    """1 - beta2 of the grafted method."""
+    share: float | Tensor
+    """Of the momentum in what is preconditioned."""
+    eps: float | Tensor
+    """Is added to sqrt(V)."""
 
 
 def momenta(
@@ -25,16 +38,14 @@ def momenta(
     moment: Tensor | None,
     low: Tensor | None,
     mixed: Tensor,
+    rates: Rates,
     *,
-    rate1: float | Tensor,
-    rate2: float | Tensor,
-    share: float | Tensor,
-    eps: float | Tensor,
     sums: bool = False,
 ) -> Tensor:
     """Let gradients G into the momentum M and the second moment V of their blocks.
 
-        M <- M + rate1 (G - M),   V <- (1 - rate2) V + rate2 G^2, or V + G^2 for sums
+        M <- M + rates.momentum (G - M)
+        V <- (1 - rates.moment) V + rates.moment G^2, or V + G^2 for sums
         low <- G,   mixed <- share M + (1 - share) G
 
     A block that is not usable keeps M and V bit for bit; its G counts as zero, whatever it is.
@@ -45,13 +56,10 @@ def momenta(
     Args:
         gradient: G, [B, ...], fp32.
         usable: 1 or 0, [B], fp32.
-        exp_avg: M, in any of the types.
+        exp_avg: M, in any type.
         moment: V, fp32, or None.
         low: in any type, or None if it is not wanted. It or `mixed` may be the gradient's memory.
         mixed: in any type.
-        rate1, rate2: 1 - beta1 and 1 - beta2. All four are numbers, or [1] or [B] on the device.
-        share: of M.
-        eps: see below.
 
     Returns:
         the norm of mixed / (sqrt(V) + eps), or of mixed without V, in fp32, [B]. (Operators of
@@ -62,37 +70,19 @@ def momenta(
     count = len(gradient)
     size = gradient.numel() // max(count, 1)
     if not size or size >= 2**31 or not dense or not can_run(*tensors):
-        return momenta_reference(
-            gradient,
-            usable,
-            exp_avg,
-            moment,
-            low,
-            mixed,
-            rate1=rate1,
-            rate2=rate2,
-            share=share,
-            eps=eps,
-            sums=sums,
-        )
+        return momenta_reference(gradient, usable, exp_avg, moment, low, mixed, rates, sums=sums)
     programs = -(-size // (_CHUNK * _TURNS))
     squares = gradient.new_empty(count, programs)
-    numbers = [number(value, count) for value in (rate1, rate2, share, eps)]
     jit(_momenta)[(count * programs,)](
-        gradient,
+        *tensors,
         usable,
-        exp_avg,
-        moment,
-        low,
-        mixed,
         squares,
-        *numbers,
+        *(number(value, count) for value in rates),
         size,
         programs,
         CHUNK=_CHUNK,
         TURNS=_TURNS,
         SUMS=sums,
-        num_warps=4,
     )
     return squares.sum(1).sqrt_()
 
@@ -104,17 +94,14 @@ def momenta_reference(
     moment: Tensor | None,
     low: Tensor | None,
     mixed: Tensor,
+    rates: Rates,
     *,
-    rate1: float | Tensor,
-    rate2: float | Tensor,
-    share: float | Tensor,
-    eps: float | Tensor,
     sums: bool = False,
 ) -> Tensor:
     """The same in plain PyTorch."""
     ndim = gradient.ndim
     each = usable.view(-1, *[1] * (ndim - 1))
-    rate1, rate2, share, eps = (per_block(value, ndim) for value in (rate1, rate2, share, eps))
+    rate1, rate2, share, eps = (per_block(value, ndim) for value in rates)
     gradient = torch.where(each > 0.0, gradient, 0.0)
     exp_avg.copy_(exp_avg.float().lerp_(gradient, rate1 * each))
     if moment is not None and sums:
@@ -133,11 +120,11 @@ def momenta_reference(
 
 def _momenta(
     gradient,
-    usable,
     exp_avg,
     moment,
     low,
     mixed,
+    usable,
     squares,
     rate1,
     rate2,

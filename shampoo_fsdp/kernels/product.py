@@ -143,7 +143,6 @@ def two_sums(p: Tensor, c: Tensor, first: Sum, second: Sum) -> None:
         *(number(value, count) for value in (*first[1:], *second[1:])),
         n,
         CHUNK=_CHUNK,
-        num_warps=4,
     )
 
 

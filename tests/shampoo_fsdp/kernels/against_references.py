@@ -9,9 +9,9 @@ import torch
 from torch.optim.adamw import adamw
 
 from shampoo_fsdp.kernels import language
-from shampoo_fsdp.kernels.adamw import adamw_masked, adamw_masked_reference
+from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked, adamw_masked_reference
 from shampoo_fsdp.kernels.gram import update_factors, update_factors_reference
-from shampoo_fsdp.kernels.momenta import momenta, momenta_reference
+from shampoo_fsdp.kernels.momenta import Rates, momenta, momenta_reference
 from shampoo_fsdp.kernels.product import (
     Sum,
     product,
@@ -53,11 +53,9 @@ def assert_close(found, expected, *others, split=False):
     torch.testing.assert_close(found, expected, rtol=2 * tolerance, atol=tolerance)
 
 
-def in_tensors(blocks, numbers):
-    """Each number as [1], the last as [blocks]."""
-    tensors = {name: torch.tensor([value]) for name, value in numbers.items()}
-    last = list(tensors)[-1]
-    return tensors | {last: tensors[last] * torch.linspace(1.0, 2.0, blocks)}
+def in_tensors(numbers):
+    """Each number as [1]."""
+    return type(numbers)(*(torch.tensor([value]) for value in numbers))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -80,13 +78,13 @@ def test_momenta(shape, state, copy, second, sums, on_device):
     moment = torch.rand(shape) if second else None
     low = torch.empty(shape, dtype=copy)
     mixed = torch.empty(shape, dtype=copy)
-    numbers = {"rate1": 0.1, "rate2": 0.05, "share": 0.9, "eps": 1e-3}
+    rates = Rates(momentum=0.1, moment=0.05, share=0.9, eps=1e-3)
     if on_device:
-        numbers = in_tensors(len(gradient), numbers)
+        rates = in_tensors(rates)._replace(eps=torch.linspace(1e-3, 1e-2, len(gradient)))
     fast = copies(gradient, usable, exp_avg, moment, low, mixed)
     slow = copies(gradient, usable, exp_avg, moment, low, mixed)
-    norms = momenta(*fast, **numbers, sums=sums)
-    assert_close(norms, momenta_reference(*slow, **numbers, sums=sums), state, copy)
+    norms = momenta(*fast, rates, sums=sums)
+    assert_close(norms, momenta_reference(*slow, rates, sums=sums), state, copy)
     for found, expected in zip(fast[2:], slow[2:], strict=True):
         if expected is not None:
             assert_close(found, expected, state)
@@ -98,12 +96,12 @@ def test_momenta(shape, state, copy, second, sums, on_device):
 def test_copies_may_lie_in_the_gradients_memory():
     gradient, usable = torch.randn(2, 50, 30), torch.tensor([1.0, 0.0])
     exp_avg, moment, mixed = torch.zeros(2, 50, 30), torch.zeros(2, 50, 30), torch.empty(2, 50, 30)
-    numbers = {"rate1": 0.1, "rate2": 0.05, "share": 1.0, "eps": 1e-8}
+    rates = Rates(momentum=0.1, moment=0.05, share=1.0, eps=1e-8)
     before = gradient.clone()
-    momenta(gradient, usable, exp_avg, moment, gradient, mixed, **numbers)
+    momenta(gradient, usable, exp_avg, moment, gradient, mixed, rates)
     assert torch.equal(gradient, before * usable.view(-1, 1, 1))
     assert torch.equal(mixed, exp_avg)
-    momenta(gradient, usable, exp_avg, moment, None, gradient, **numbers)
+    momenta(gradient, usable, exp_avg, moment, None, gradient, rates)
     assert torch.equal(gradient, exp_avg)
 
 
@@ -153,15 +151,16 @@ def test_adamw_masked(kept, arrives, on_device):
     weights, exp_avg, gradient = torch.randn(3, 3, 1367).unbind()
     exp_avg_sq = torch.rand(3, 1367)
     gradient[1, :3] = torch.tensor([torch.nan, -torch.inf, 1e16])
-    numbers = {"lr": 0.1, "lost": 0.01, "rate1": 0.1, "rate2": 0.05, "eps": 1e-3}
-    numbers |= {"correction1": 0.5, "correction2": 0.25}
+    numbers = AdamW(
+        0.1, lost=0.01, rate1=0.1, rate2=0.05, eps=1e-3, correction1=0.5, correction2=0.2
+    )
     if on_device:
-        numbers = {name: torch.tensor([value]) for name, value in numbers.items()}
+        numbers = in_tensors(numbers)
     skipped = torch.tensor(5)
     tensors = [weights.to(kept), gradient.to(arrives), exp_avg.to(kept), exp_avg_sq.to(kept)]
     fast, slow = copies(*tensors, skipped), copies(*tensors, skipped)
-    adamw_masked(*fast, **numbers, largest=1e15)
-    adamw_masked_reference(*slow, **numbers, largest=1e15)
+    adamw_masked(*fast, numbers, 1e15)
+    adamw_masked_reference(*slow, numbers, 1e15)
     assert fast[4] == slow[4] == 8
     for k in (0, 2, 3):
         assert_close(fast[k], slow[k])
@@ -184,18 +183,8 @@ def test_adamw_masked_takes_the_step_of_torch():
         weight_decay=0.1,
         eps=1e-8,
     )
-    adamw_masked(
-        *ours,
-        torch.tensor(0),
-        lr=0.01,
-        lost=0.001,
-        rate1=1.0 - 0.9,
-        rate2=1.0 - 0.99,
-        eps=1e-8,
-        correction1=1.0 - 0.9**5,
-        correction2=1.0 - 0.99**5,
-        largest=1e15,
-    )
+    numbers = AdamW(0.01, 0.001, 1.0 - 0.9, 1.0 - 0.99, 1e-8, 1.0 - 0.9**5, 1.0 - 0.99**5)
+    adamw_masked(*ours, torch.tensor(0), numbers, 1e15)
     for found, (expected,) in zip(ours, theirs, strict=True):
         assert_close(found, expected)
 
