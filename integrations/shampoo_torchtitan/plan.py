@@ -28,9 +28,9 @@ from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.runtime.choice import with_embeddings
 from shampoo_fsdp.runtime.groups import FromEmbedding, plain_name
 from shampoo_fsdp.runtime.parameters import describe
+from shampoo_fsdp.tools.dry_step import model_step
 from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.plan_figures import plan_figures
-from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan.container import with_heads
 from shampoo_torchtitan.generation import parallel_dims, titan
@@ -61,24 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = read_job(of_job)
         models = job_specs(job, options.world_size)
         figures = job_figures(job, models, options.world_size, options.device)
-        step = None
         if options.device == "cuda":
             dims = parallel_dims(job, options.world_size)
             ranks = dims.dp_replicate * dims.dp_shard  # others share the work on the tokens of one
             if options.tokens is None:
                 options.tokens = _tokens(job, ranks)
             sharing = options.world_size // ranks
-            step = model_step(figures, models, machine_of(vars(options)), sharing)
+            machine = machine_of(vars(options))
+            figures["step"] = model_step(figures, models, machine, sharing)
     except BAD_SETTINGS as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         logger.disabled = False
     if options.json:
-        figures |= {"step": step.as_json()} if step else {}
         print(json.dumps(figures, indent=2))
     else:
-        print_plan(figures, step, Console())
+        print_plan(figures, Console())
     return 0
 
 

@@ -20,13 +20,12 @@ from rich.progress import track
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
 from shampoo_fsdp.tools.compare.command import add_options, compare
+from shampoo_fsdp.tools.dry_step import model_step
 from shampoo_fsdp.tools.inspection import inspect_checkpoint
-from shampoo_fsdp.tools.inspection_plot import plot as draw
-from shampoo_fsdp.tools.inspection_report import as_json, print_report
+from shampoo_fsdp.tools.inspection_report import print_report
 from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
 from shampoo_fsdp.tools.plan_figures import plan_figures
-from shampoo_fsdp.tools.plan_step import model_step
 from shampoo_fsdp.tools.plan_tables import print_plan
 
 __all__ = ["main", "mesh_of", "value_of"]
@@ -56,26 +55,21 @@ def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) ->
     sizes = mesh_of(mesh)
     models = [model_specs(model, sizes)]
     figures = plan_figures(f"{model} on {mesh}", models, config, device)
-    step = None
     if device == "cuda":
-        step = model_step(figures, models, machine, sizes.get("tp", 1))
+        figures["step"] = model_step(figures, models, machine, sizes.get("tp", 1))
     if json:
-        _print_json(figures | ({"step": step.as_json()} if step else {}))
+        _print_json(figures)
     else:
-        print_plan(figures, step, Console())
+        print_plan(figures, Console())
 
 
-def _inspect(
-    *, checkpoint: str, json: bool, plot: str | None, parameter: str, blocks: int | None
-) -> None:
+def _inspect(*, checkpoint: str, json: bool, parameter: str, blocks: int | None) -> None:
     errors = Console(stderr=True)
     hidden = not errors.is_terminal
     watched = partial(track, description="Reading", console=errors, transient=True, disable=hidden)
     found = inspect_checkpoint(Path(checkpoint), parameter, blocks, watched)
-    if plot is not None:
-        draw(found, Path(plot))
     if json:
-        _print_json(as_json(found))
+        _print_json(found)
     else:
         # Names and figures need room; a file or a pipe has it.
         known = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -115,9 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("checkpoint", help="its folder, such as outputs/checkpoint/step-500")
     inspect.add_argument("--json", action="store_true", help="figures as JSON")
-    inspect.add_argument(
-        "--plot", metavar="FILE", help="draw the spectra of the factors (PNG, PDF)"
-    )
     inspect.add_argument(
         "--parameter", default="", metavar="REGEX", help="only those whose name contains a match"
     )

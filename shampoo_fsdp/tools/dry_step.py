@@ -5,6 +5,7 @@ not answer, but what is sent to them is known. Counts are exact; times follow fr
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,7 +33,7 @@ from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
-__all__ = ["dry_optimizer", "dry_step"]
+__all__ = ["dry_optimizer", "dry_step", "model_step"]
 
 _STEPS = 1000.0  # so many have been taken: the first ones are dearer
 
@@ -79,6 +81,55 @@ def dry_step(optimizer: Shampoo, machine: Machine) -> Work:
         optimizer.work = work
         optimizer.step()
     return work
+
+
+def model_step(
+    plan: dict[str, Any],
+    models: Sequence[Sequence[ParameterSpec]],
+    machine: Machine,
+    sharing: int = 1,
+) -> dict[str, Any]:
+    """A step of the rank with the most work, and a training step: plain dicts and numbers.
+
+    "parts" are the ms that the GPU computes for each, "waited" those in which it has nothing to do
+    but wait for the network, "ms" is both; "training_ms" is forward and backward, "share" the
+    optimizer's time by that. "decompositions" of matrices are not in the times; "peak_bytes" are
+    beside parameters, gradients and state.
+
+    Args:
+        plan: see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
+        models: what it was made of.
+        sharing: GPUs of a data-parallel rank, see :meth:`Machine.training_step`.
+
+    Raises:
+        RuntimeError: if torch.distributed is in use already.
+    """
+    rank, settings = plan["worst_rank"]["rank"], ShampooConfig(**plan["settings"])
+    works = []
+    with Console(stderr=True).status("Modelling a step"):  # of large models for half a minute
+        for specs in models:
+            if here := [spec for spec in specs if rank in spec.ranks]:
+                with dry_optimizer(here, settings, rank) as optimizer:
+                    works.append(dry_step(optimizer, machine))
+    total = sum((work.total for work in works), Counter[str]())
+    parts = Counter[str]()
+    for work in works:
+        parts.update(work.busy)
+    waited = sum(transfer.waited for work in works for transfer in work.transfers)
+    took, training = sum(parts.values()) + waited, machine.training_step(plan["elements"], sharing)
+    return {
+        "rank": rank,
+        "machine": dataclasses.asdict(machine),
+        "sharing": sharing,
+        "parts": {part: float(of) for part, of in parts.items()},
+        "waited": waited,
+        "kernels": total["launches"],
+        "decompositions": total["decompositions"],
+        "peak_bytes": max((work.peak for work in works), default=0),
+        "ms": took,
+        "training_ms": training,
+        "share": took / training,
+    }
 
 
 class _DryShampoo(Shampoo):

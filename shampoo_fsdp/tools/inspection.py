@@ -9,7 +9,6 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,73 +18,14 @@ from shampoo_fsdp.plan.grid import BlockGrid, cut_view
 from shampoo_fsdp.rules.layout import MARKER, factor_entries, preconditioner_of
 from shampoo_fsdp.rules.matrices import FactorKind, factor_kinds
 from shampoo_fsdp.tools.reader import CheckpointReader
-from shampoo_fsdp.tools.spectra import Factor, elements_of, factor_in
+from shampoo_fsdp.tools.spectra import elements_of, factor_in
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Checkpoint", "ParameterState", "inspect_checkpoint"]
+__all__ = ["inspect_checkpoint"]
 
-_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 # What a checkpoint may claim, as each block is looked at.
 _FEW_BLOCKS, _LEAST_BYTES, _MOST_SHAPES = 1_000, 32, 100
 _TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")
-
-
-@dataclass
-class Block:
-    """One block of a parameter, in the parameter's view."""
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    factors: list[Factor]
-
-
-@dataclass
-class ParameterState:
-    """The state of one parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Of its view."""
-    step: int
-    factor_step: int | None
-    """Steps that its factors have seen; None if it has none."""
-    settings: dict[str, Any]
-    """Of its parameter group."""
-    preconditioner: str
-    """"" if it has none."""
-    max_preconditioner_dim: int | None
-    bytes: dict[str, int]
-    """Sizes of "moments" and "factors" (with roots and eigenbases)."""
-    nonfinite: dict[str, int]
-    """How many numbers are NaN or infinite, by entry; of "weight", if it is in the checkpoint."""
-    number_of_blocks: int
-    blocks: list[Block]
-    """Those that were looked at."""
-
-    @property
-    def kind(self) -> str:
-        """The name without the number of its layer."""
-        return _LAYER.sub("#", self.name)
-
-    @property
-    def layer(self) -> int | None:
-        """The first number between dots in its name."""
-        match = _LAYER.search(self.name)
-        return int(match[0]) if match else None
-
-
-@dataclass
-class Checkpoint:
-    """What a checkpoint holds."""
-
-    folder: str
-    optimizer: str
-    """"Shampoo", or "another" if no parameter is preconditioned."""
-    training: dict[str, Any]
-    """How far the training is, as TorchTitan counts."""
-    files: int
-    bytes_on_disk: int
-    parameters: list[ParameterState]
 
 
 def inspect_checkpoint(
@@ -93,14 +33,25 @@ def inspect_checkpoint(
     pattern: str = "",
     most_blocks: int | None = None,
     watched: Callable[[Sequence[str]], Iterable[str]] = iter,
-) -> Checkpoint:
+) -> dict[str, Any]:
     """Read a checkpoint.
+
+    "optimizer" is "Shampoo", or "another" if no parameter is preconditioned; "training" says how
+    far the training is, as TorchTitan counts. Of each of the "parameters": "shape" is that of its
+    view; "factor_step" the steps that its factors have seen; "settings" those of its group; "bytes"
+    the sizes of "moments" and "factors" (with roots and eigenbases); "nonfinite" how many numbers
+    are NaN or infinite, by entry (of "weight", if it is in the checkpoint); "blocks" are those that
+    were looked at, each with its "factors" (see :func:`shampoo_fsdp.tools.spectra.factor_in`). What
+    a parameter does not have is None, "" or empty.
 
     Args:
         folder: the checkpoint.
         pattern: regular expression; only parameters whose name contains a match.
         most_blocks: factors of so many blocks of each parameter are looked at, evenly spread.
         watched: is given the names of the parameters, and goes through them while each is read.
+
+    Returns:
+        plain dicts, lists, strings and numbers.
 
     Raises:
         ValueError: says what is wrong with the folder, the pattern or the state of a parameter.
@@ -131,14 +82,14 @@ def inspect_checkpoint(
                 f"the state of '{name}' is not of the form that Shampoo gives it "
                 f"({type(error).__name__}: {line})."
             ) from None
-    return Checkpoint(
-        folder=str(folder),
-        optimizer="Shampoo" if any(MARKER in keys for keys in found.values()) else "another",
-        training=training,
-        files=len(files),
-        bytes_on_disk=sum(path.stat().st_size for path in files),
-        parameters=parameters,
-    )
+    return {
+        "folder": str(folder),
+        "optimizer": "Shampoo" if any(MARKER in keys for keys in found.values()) else "another",
+        "training": training,
+        "files": len(files),
+        "bytes_on_disk": sum(path.stat().st_size for path in files),
+        "parameters": parameters,
+    }
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -153,37 +104,36 @@ def _parameter(
     keys: Mapping[str, str],
     settings: dict[str, Any],
     most_blocks: int | None,
-) -> ParameterState:
-    moments = [key for entry, key in keys.items() if entry not in factor_entries()]
-    factors = [key for entry, key in keys.items() if entry in factor_entries()]
+) -> dict[str, Any]:
+    of_factors = factor_entries()
+    sizes = {"moments": 0, "factors": 0}
+    for entry, key in keys.items():
+        sizes["factors" if entry in of_factors else "moments"] += reader.size_in_bytes(key)
     checked = {entry: key for entry, key in keys.items() if entry != MARKER}
     checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
     marker = reader.shape(keys[MARKER]) if MARKER in keys else ()
-    preconditioner, number_of_blocks, blocks = preconditioner_of(marker), 0, list[Block]()
+    preconditioner, number_of_blocks, blocks = preconditioner_of(marker), 0, list[dict[str, Any]]()
     if marker:
         resolution = getattr(RULES.get(preconditioner), "resolution", 0.0)
         number_of_blocks, blocks = _blocks(reader, keys, most_blocks, resolution)
-    return ParameterState(
-        name=name,
-        shape=reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
-        step=int(reader.value(keys["step"])) if "step" in keys else 0,
-        factor_step=int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
-        settings=settings,
-        preconditioner=preconditioner,
-        max_preconditioner_dim=marker[0] if marker else None,
-        bytes={
-            "moments": sum(map(reader.size_in_bytes, moments)),
-            "factors": sum(map(reader.size_in_bytes, factors)),
-        },
-        nonfinite={entry: n for entry, key in checked.items() if (n := reader.nonfinite(key))},
-        number_of_blocks=number_of_blocks,
-        blocks=blocks,
-    )
+    return {
+        "name": name,
+        "shape": reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
+        "step": int(reader.value(keys["step"])) if "step" in keys else 0,
+        "factor_step": int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
+        "settings": settings,
+        "preconditioner": preconditioner,
+        "max_preconditioner_dim": marker[0] if marker else None,
+        "bytes": sizes,
+        "nonfinite": {entry: n for entry, key in checked.items() if (n := reader.nonfinite(key))},
+        "number_of_blocks": number_of_blocks,
+        "blocks": blocks,
+    }
 
 
 def _blocks(
     reader: CheckpointReader, keys: Mapping[str, str], most_blocks: int | None, resolution: float
-) -> tuple[int, list[Block]]:
+) -> tuple[int, list[dict[str, Any]]]:
     """How many there are, and those that are looked at, in the order of the grid; `resolution` is
     that of the rule."""
     grid = _grid(reader, keys)
@@ -193,26 +143,30 @@ def _blocks(
             f"'{keys['exp_avg']}' is said to be cut into {len(grid):,} blocks, more than its state "
             "has room for, or of more shapes than settings can give."
         )
-    blocks = [
-        Block(tuple(start for start, _ in grid.rectangle(c)), grid.block_shape(c), [])
-        for c in grid.coordinates()
-    ]
-    kinds, matrix = _kinds(reader, keys, [block.shape for block in blocks])
-    count = len(blocks) if most_blocks is None else min(most_blocks, len(blocks))
-    chosen = {i * len(blocks) // count for i in range(count)}
+    places = list(grid.coordinates())
+    shapes = [grid.block_shape(place) for place in places]
+    kinds, matrix = _kinds(reader, keys, shapes)
+    count = len(places) if most_blocks is None else min(most_blocks, len(places))
+    chosen = {i * len(places) // count: list[dict[str, Any]]() for i in range(count)}
     # Rows of the blocks one after the other, in each the dimensions one after the other.
-    for entry, kind in (("factors", "full"), ("diagonals", "diagonal")):
-        kept, start = matrix if kind == "full" else kind, 0
-        for position, block in enumerate(blocks):
-            for dimension, n in enumerate(block.shape):
-                if entry not in keys or kinds[block.shape][dimension] != kind:
+    for entry, kind, kept in (("factors", "full", matrix), ("diagonals", "diagonal", "diagonal")):
+        start = 0
+        for position, shape in enumerate(shapes):
+            for dimension, n in enumerate(shape):
+                if entry not in keys or kinds[shape][dimension] != kind:
                     continue
                 if position in chosen:
-                    block.factors.append(
-                        factor_in(reader, keys[entry], start, dimension, n, kept, resolution)
-                    )
+                    where = reader, keys[entry], start
+                    chosen[position].append(factor_in(*where, dimension, n, kept, resolution))
                 start += elements_of(n, kept)
-    return len(blocks), [block for i, block in enumerate(blocks) if i in chosen]
+    return len(places), [
+        {
+            "offsets": [start for start, _ in grid.rectangle(places[position])],
+            "shape": shapes[position],
+            "factors": factors,
+        }
+        for position, factors in chosen.items()
+    ]
 
 
 def _kinds(

@@ -75,7 +75,13 @@ def plan_figures(
     config = on_device(config, torch.device(device))
     specs = list(itertools.chain.from_iterable(models))
     assignments = [of for members in models for of in _assignments(members, config)]
-    _refuse_unmatched(specs, assignments, config)
+    names = [spec.name for of in assignments for spec in of.parameters]
+    for pattern in unmatched(config.split_heads, names):
+        refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
+    for pattern in unmatched(config.excluded_names, [spec.name for spec in specs]):
+        if pattern in config.exclude:
+            refuse("exclude", pattern, "what the name of a parameter matches")
+    elements = sum(math.prod(spec.shape) for spec in specs)
     excluded = [spec for spec in specs if not is_preconditioned(spec.name, spec.shape, config)]
     plans = [Totals(assignment) for assignment in assignments]
     ranks = sorted({rank for part in plans or specs for rank in part.ranks})
@@ -86,7 +92,8 @@ def plan_figures(
     phases = [f"{_PHASE}{i}" for i in range(config.precondition_frequency)]
     shapes = Counter(of.sites[site].shape for of in assignments for site in of.site_of)
     costs, sides = BlockCosts(config), {s: sides_without_factor(s, config) for s in shapes}
-    place, numbers = values[worst].index(spreads[worst]["max"]), _numbers_in_gib(config)
+    place = values[worst].index(spreads[worst]["max"])
+    numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # of those that travel
     figures: dict[str, Any] = {
         "title": title,
         "chosen_by_device": chosen,
@@ -95,8 +102,8 @@ def plan_figures(
         "owner_scope": config.owner_scope,
         "parameters": len(specs),
         "parameters_preconditioned": len(specs) - len(excluded),
-        "elements": _elements(specs),
-        "elements_preconditioned": _elements(specs) - _elements(excluded),
+        "elements": elements,
+        "elements_preconditioned": elements - sum(math.prod(spec.shape) for spec in excluded),
         "blocks": sum(shapes.values()),
         "blocks_by_shape": {times(shape): number for shape, number in shapes.most_common()},
         "block_costs": {times(s): dict(zip(_COSTS, costs[s], strict=True)) for s in shapes},
@@ -132,17 +139,6 @@ def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[
     return [Assignment(members, config, costs, ranks[0]) for ranks, members in sharing.items()]
 
 
-def _refuse_unmatched(
-    specs: Sequence[ParameterSpec], assignments: Sequence[Assignment], config: ShampooConfig
-) -> None:
-    names = [spec.name for of in assignments for spec in of.parameters]
-    for pattern in unmatched(config.split_heads, names):
-        refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
-    for pattern in unmatched(config.excluded_names, [spec.name for spec in specs]):
-        if pattern in config.exclude:
-            refuse("exclude", pattern, "what the name of a parameter matches")
-
-
 def _values_of(
     ranks: Sequence[int],
     specs: Sequence[ParameterSpec],
@@ -151,7 +147,7 @@ def _values_of(
     config: ShampooConfig,
 ) -> dict[str, list[float]]:
     """What each rank has of each quantity, the work in each refresh phase included."""
-    numbers, frequency = _numbers_in_gib(config), config.precondition_frequency
+    numbers = _GIB / torch_dtype(config.communication_dtype).itemsize
     parts: list[tuple[str, float, Sequence[int], Iterable[float]]] = []
     for plan in plans:
         parts += [
@@ -165,7 +161,7 @@ def _values_of(
         parts += [(f"{_PHASE}{i}", 1e9, plan.ranks, load) for i, load in enumerate(loads)]
     parts += [("state_gib", _GIB, *moments) for moments in _adam_bytes(excluded)]
     parts += [("adamw_state_gib", _GIB, *moments) for moments in _adam_bytes(specs)]
-    names = (*QUANTITIES, *(f"{_PHASE}{i}" for i in range(frequency)))
+    names = (*QUANTITIES, *(f"{_PHASE}{i}" for i in range(config.precondition_frequency)))
     sums = {name: dict.fromkeys(ranks, 0.0) for name in names}
     for name, unit, having, values in parts:
         for rank, value in zip(having, values, strict=True):
@@ -207,41 +203,34 @@ def _reason(figures: dict[str, Any], plans: Sequence[Totals]) -> str:
         f"a smaller max_preconditioner_dim (now {settings['max_preconditioner_dim']}) makes more "
         "and smaller blocks"
     )
-    if blocks < ranks:
-        return (
-            f"{said}. There are fewer blocks than ranks, so that {ranks - blocks:,} ranks or "
-            f"more own none; {more}"
-        )
-    if figures["even"]:
-        return f"{said}. That is even: within {_EVEN}"
     groups = len({plan.ranks for plan in plans})  # as many as stages of a pipeline
     loads = [load for plan in plans for load in (plan.load, *zip(*plan.phase_load, strict=True))]
     inside = max(map(_max_over_mean, loads))
-    if groups > 1 and inside <= _EVEN:
-        return (
-            f"{said}. Blocks cannot move between the {groups} sets of ranks that hold different "
+    if blocks < ranks:
+        why = (
+            f"There are fewer blocks than ranks, so that {ranks - blocks:,} ranks or more own "
+            f"none; {more}"
+        )
+    elif figures["even"]:
+        why = f"That is even: within {_EVEN}"
+    elif groups > 1 and inside <= _EVEN:
+        why = (
+            f"Blocks cannot move between the {groups} sets of ranks that hold different "
             f"parameters, such as pipeline stages; within each set the work is even ({inside:.3f})"
         )
-    if settings["block_alignment"] == "shard":
-        return f"{said}. With block_alignment = 'shard' blocks stay where they lie"
-    if phase is None:
-        return f"{said}. Blocks are whole; {more}"
-    refreshed = figures["phases"][phase]["blocks_refreshed"]
-    return (
-        f"{said}. A step of this phase refreshes {refreshed:,} blocks, {refreshed / ranks:,.2f} "
-        f"per rank, and blocks are whole: some ranks refresh {math.ceil(refreshed / ranks):,} or "
-        f"more; {more}, or a smaller precondition_frequency (now "
-        f"{settings['precondition_frequency']}) more refreshes per step"
-    )
-
-
-def _numbers_in_gib(config: ShampooConfig) -> float:
-    """How many travel in one."""
-    return _GIB / torch_dtype(config.communication_dtype).itemsize
-
-
-def _elements(specs: Sequence[ParameterSpec]) -> int:
-    return sum(math.prod(spec.shape) for spec in specs)
+    elif settings["block_alignment"] == "shard":
+        why = "With block_alignment = 'shard' blocks stay where they lie"
+    elif phase is None:
+        why = f"Blocks are whole; {more}"
+    else:
+        refreshed = figures["phases"][phase]["blocks_refreshed"]
+        why = (
+            f"A step of this phase refreshes {refreshed:,} blocks, {refreshed / ranks:,.2f} per "
+            f"rank, and blocks are whole: some ranks refresh {math.ceil(refreshed / ranks):,} or "
+            f"more; {more}, or a smaller precondition_frequency (now "
+            f"{settings['precondition_frequency']}) more refreshes per step"
+        )
+    return f"{said}. {why}"
 
 
 def _max_over_mean(values: Sequence[float]) -> float:

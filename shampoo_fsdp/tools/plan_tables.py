@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.plan_figures import QUANTITIES
-from shampoo_fsdp.tools.plan_step import ModelledStep
 from shampoo_fsdp.tools.tables import four_digits, number_columns, titled_table
 
 __all__ = ["print_plan"]
@@ -16,12 +16,12 @@ __all__ = ["print_plan"]
 _PHASES_SHOWN = 20
 
 
-def print_plan(plan: dict[str, Any], step: ModelledStep | None, console: Console) -> None:
+def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Tables for people.
 
     Args:
-        plan: see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
-        step: on GPUs.
+        plan: see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`; with a "step" on GPUs, see
+            :func:`shampoo_fsdp.tools.dry_step.model_step`.
     """
     say = partial(console.print, highlight=False)
     share = plan["elements_preconditioned"] / max(plan["elements"], 1)
@@ -58,32 +58,33 @@ def print_plan(plan: dict[str, Any], step: ModelledStep | None, console: Console
     )
     color = "green" if plan["even"] else "yellow"
     say(f"[{color}]Balance:[/{color}] {plan['worst_rank']['reason']}.")
-    if step is not None:
-        _print_step(step, plan["settings"]["precondition_frequency"], say)
+    if "step" in plan:
+        _print_step(plan["step"], plan["settings"]["precondition_frequency"], say)
 
 
-def _print_step(step: ModelledStep, frequency: int, say: Callable[[Any], None]) -> None:
-    table = titled_table(f"A step of rank {step.rank}, as modelled", "", *number_columns("ms"))
-    for part, took in (step.parts | {"waiting for the network": step.waited}).items():
+def _print_step(step: dict[str, Any], frequency: int, say: Callable[[Any], None]) -> None:
+    machine, training = Machine(**step["machine"]), step["training_ms"]
+    table = titled_table(f"A step of rank {step['rank']}, as modelled", "", *number_columns("ms"))
+    for part, took in (step["parts"] | {"waiting for the network": step["waited"]}).items():
         table.add_row(part, f"{took:,.2f}")
     table.add_section()
-    table.add_row("optimizer", f"{step.total:,.2f}")
-    shared = f", on {step.sharing} GPUs" if step.sharing > 1 else ""
-    tokens = f"{step.machine.tokens:,g} tokens per data-parallel rank{shared}"
-    table.add_row(f"forward and backward: {tokens}", f"{step.training:,.1f}")
+    table.add_row("optimizer", f"{step['ms']:,.2f}")
+    shared = f", on {step['sharing']} GPUs" if step["sharing"] > 1 else ""
+    tokens = f"{machine.tokens:,g} tokens per data-parallel rank{shared}"
+    table.add_row(f"forward and backward: {tokens}", f"{training:,.1f}")
     say(table)
+    less = (step["ms"] - step["parts"].get("roots", 0.0) / 2) / training
     say(
-        f"The optimizer takes [bold]{step.share:.2%}[/bold] of the time of forward and backward; "
-        f"{step.share_with(period=2.0):.2%} with precondition_frequency = {2 * frequency} (now "
-        f"{frequency}), {step.share_with(tokens=2.0):.2%} with twice the tokens. It launches "
-        f"{step.kernels:,} kernels, for which the host takes "
-        f"{1e-3 * step.machine.host_launch * step.kernels:,.0f} ms, and needs "
-        f"{four_digits(step.peak_bytes / 2**30)} GiB at its peak beside parameters, gradients "
-        "and state."
+        f"The optimizer takes [bold]{step['share']:.2%}[/bold] of the time of forward and "
+        f"backward; {less:.2%} with precondition_frequency = {2 * frequency} (now {frequency}), "
+        f"{step['share'] / 2:.2%} with twice the tokens. It launches {step['kernels']:,} kernels, "
+        f"for which the host takes {1e-3 * machine.host_launch * step['kernels']:,.0f} ms, and "
+        f"needs {four_digits(step['peak_bytes'] / 2**30)} GiB at its peak beside parameters, "
+        "gradients and state."
     )
-    if step.decompositions:
-        say(f"[yellow]Not in these times:[/yellow] {step.decompositions:,} decompositions.")
-    say(f"Assumed (options of these names): {step.machine}.")
+    if step["decompositions"]:
+        say(f"[yellow]Not in these times:[/yellow] {step['decompositions']:,} decompositions.")
+    say(f"Assumed (options of these names): {machine}.")
 
 
 def _table_of_ranks(plan: dict[str, Any]) -> Table:
@@ -107,14 +108,11 @@ def _table_of_shapes(plan: dict[str, Any]) -> Table:
 def _table_of_phases(plan: dict[str, Any]) -> Table:
     phases = plan["phases"]
     ratios = [plan["imbalance"][f"gflop_in_phase_{i}"] for i in range(len(phases))]
-    order = list(range(len(phases)))
-    title = "Load per refresh phase"
-    if len(order) > _PHASES_SHOWN:
-        title += f", the {_PHASES_SHOWN} least even of {len(order)}"
-        order.sort(key=lambda phase: -ratios[phase])
+    order = sorted(range(len(phases)), key=lambda phase: -ratios[phase])[:_PHASES_SHOWN]
+    title = f"Load per refresh phase, the least even of {len(phases)} first"
     heads = ("blocks refreshed", "GFLOP, mean", "GFLOP, max", "max / mean")
     table = titled_table(title, "phase", *number_columns(*heads))
-    for i in order[:_PHASES_SHOWN]:
+    for i in order:
         _, mean, most = map(four_digits, phases[i]["gflop"].values())
         refreshed = f"{phases[i]['blocks_refreshed']:,}"
         table.add_row(str(i), refreshed, mean, most, f"{ratios[i]:.3f}")

@@ -53,14 +53,15 @@ class CheckpointReader:
 
     def value(self, key: str) -> Any:
         """Numbers, texts and lists of them; a tensor becomes such a list."""
-        if not self.is_tensor(key):
-            try:
-                return _for_people(self._storage.entry(key))
-            except ValueError:  # what it holds is not needed
+        if self.is_tensor(key):
+            shape = self.shape(key)
+            if math.prod(max(n, 1) for n in shape) > _LONGEST:
                 return _NO_VALUE
-        if math.prod(max(n, 1) for n in self.shape(key)) > _LONGEST:
+            return self.part(key, (0,) * len(shape), shape).tolist()
+        try:
+            return _for_people(self._storage.entry(key))
+        except ValueError:  # what it holds is not needed
             return _NO_VALUE
-        return self.part(key, (0,) * len(self.shape(key)), self.shape(key)).tolist()
 
     def part(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """A rectangle of a tensor."""

@@ -1,7 +1,6 @@
 """The eigenvalues of a factor, and what they say."""
 
-import math
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,30 +8,9 @@ from torch import Tensor
 from shampoo_fsdp.rules.matrices import condition_number, resolution_of, unpacked
 from shampoo_fsdp.tools.reader import CheckpointReader
 
-__all__ = ["Factor", "elements_of", "factor_in"]
+__all__ = ["elements_of", "factor_in"]
 
 _CURVE_POINTS = 65
-
-
-@dataclass
-class Factor:
-    """One factor of a block, of n rows."""
-
-    dimension: int
-    n: int
-    kind: str
-    """"full", "packed" (kept as its upper triangle) or "diagonal"."""
-    condition_number: float
-    """See :func:`shampoo_fsdp.rules.matrices.condition_number`; NaN if all eigenvalues are zero or
-    one is not finite."""
-    effective_rank: float
-    """exp of the entropy of the eigenvalues divided by their sum (Roy and Vetterli 2007): n if all
-    are equal, 1 if all but one are zero; NaN as above."""
-    vanishing: float
-    """Share of the eigenvalues that are below the rule's resolution of the largest: roots count
-    them as this."""
-    spectrum: list[float] = field(repr=False)
-    """The eigenvalues by the largest, descending, at evenly spaced places; [] for NaN."""
 
 
 def factor_in(
@@ -43,8 +21,15 @@ def factor_in(
     n: int,
     kind: str,
     resolution: float,
-) -> Factor:
-    """Read a factor and look at its eigenvalues.
+) -> dict[str, Any]:
+    """Read a factor of n rows and look at its eigenvalues.
+
+    "kind" is "full", "packed" (kept as its upper triangle) or "diagonal"; "condition_number" see
+    :func:`shampoo_fsdp.rules.matrices.condition_number`; "effective_rank" exp of the entropy of the
+    eigenvalues divided by their sum (Roy and Vetterli 2007), n if all are equal, 1 if all but one
+    are zero; "vanishing" the share of the eigenvalues that are below the rule's resolution of the
+    largest, as which roots count them; "spectrum" the eigenvalues by the largest, descending, at
+    evenly spaced places. All of these are None if all eigenvalues are zero or one is not finite.
 
     Args:
         start: where it begins in the entry.
@@ -52,22 +37,22 @@ def factor_in(
     """
     values = reader.part(key, (start,), (elements_of(n, kind),))
     resolution = max(resolution, resolution_of(values.dtype))
+    of_all = {"dimension": dimension, "n": n, "kind": kind}
     spectrum = _eigenvalues(values.double(), n, kind)
     if spectrum is None:
-        return Factor(dimension, n, kind, math.nan, math.nan, math.nan, [])
+        names = ("condition_number", "effective_rank", "vanishing", "spectrum")
+        return of_all | dict.fromkeys(names)
     relative = spectrum / spectrum[0]
     shares = spectrum / spectrum.sum()
     entropy = -torch.special.xlogy(shares, shares).sum()
     places = torch.linspace(0, n - 1, _CURVE_POINTS).round().long()
-    return Factor(
-        dimension=dimension,
-        n=n,
-        kind=kind,
-        condition_number=condition_number(spectrum[0], spectrum[-1], resolution).item(),
-        effective_rank=entropy.exp().item(),
-        vanishing=(relative < resolution).double().mean().item(),
-        spectrum=relative[places].tolist(),
-    )
+    return {
+        **of_all,
+        "condition_number": condition_number(spectrum[0], spectrum[-1], resolution).item(),
+        "effective_rank": entropy.exp().item(),
+        "vanishing": (relative < resolution).double().mean().item(),
+        "spectrum": relative[places].tolist(),
+    }
 
 
 def elements_of(n: int, kind: str) -> int:

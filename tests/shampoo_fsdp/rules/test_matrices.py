@@ -92,7 +92,7 @@ def test_the_plan_and_the_optimizer_say_which_sides_have_no_factor(capsys):
     specs = [ParameterSpec(n, s, (0,), (1,), (None,)) for n, s in _ADAPTER.items()]
     report = plan_figures("adapter", [specs], ShampooConfig())
     assert report["sides_without_factor"] == {"8 x 1024": [1024]}
-    print_plan(report, None, Console(width=200))
+    print_plan(report, Console(width=200))
     assert "Sides without a factor, by the shape of the block (8 x 1024: 1024)" in (
         capsys.readouterr().out
     )
