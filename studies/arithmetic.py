@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.command import parser_of
+from benchmarks.command import console, parser_of, table
 from studies.pretrain.results import Results, Run, complete, versions
 from studies.pretrain.toml_files import read_toml
 
@@ -28,36 +26,30 @@ _HERE = Path(__file__).parent
 _RESULTS = _HERE / "arithmetic_results"
 _SHAMPOO = "optimizer.shampoo."
 
+_FP32 = {"matmul_precision": "highest"}
+_EMULATED = {"matmul_precision": "medium", "root_method": "polynomial"}
+_HEADS = _FP32 | {"split_heads": [r"attention\.w[qkv]\."]}
+_BF16_MOMENTUM = {"momentum_dtype": "bfloat16"}
+_BF16_ROOTS = {"root_dtype": "bfloat16"}
+
 # Settings of [optimizer.shampoo] by variant.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "fp32, eigh": {"matmul_precision": "highest"},
+    "fp32, eigh": _FP32,
     "products in bf16": {"matmul_precision": "medium"},
-    "GPU default, emulated": {"matmul_precision": "medium", "root_method": "polynomial"},
-    "GPU default, emulated, momentum in bf16": {
-        "matmul_precision": "medium",
-        "root_method": "polynomial",
-        "momentum_dtype": "bfloat16",
-    },
-    "fp32, roots kept in bf16": {"matmul_precision": "highest", "root_dtype": "bfloat16"},
+    "GPU default, emulated": _EMULATED,
+    "GPU default, emulated, momentum in bf16": _EMULATED | _BF16_MOMENTUM,
+    "fp32, roots kept in bf16": _FP32 | _BF16_ROOTS,
     "fp32, roots, momentum, factors kept in bf16": {
-        "matmul_precision": "highest",
-        "root_dtype": "bfloat16",
-        "momentum_dtype": "bfloat16",
+        **_FP32,
+        **_BF16_ROOTS,
+        **_BF16_MOMENTUM,
         "factor_dtype": "bfloat16",
     },
     # The model has four heads of 32 rows (3M: six), and no matrix is cut otherwise.
-    "fp32, blocks of one head": {
-        "matmul_precision": "highest",
-        "split_heads": [r"attention\.w[qkv]\."],
-        "head_dim": 32,
-    },
-    "fp32, blocks of two heads": {
-        "matmul_precision": "highest",
-        "split_heads": [r"attention\.w[qkv]\."],
-        "head_dim": 64,
-    },
+    "fp32, blocks of one head": _HEADS | {"head_dim": 32},
+    "fp32, blocks of two heads": _HEADS | {"head_dim": 64},
     "fp32, w1 and w3 cut alike": {
-        "matmul_precision": "highest",
+        **_FP32,
         "split_heads": [r"feed_forward\.w[13]\."],
         "head_dim": 32,
     },
@@ -110,18 +102,17 @@ def emulate_gpu() -> None:
     polynomial.tf32_product = tf32_product
 
 
-def report(size: str, steps: list[int], seeds: list[int]) -> Table:
+def report(size: str, steps: list[int], seeds: list[int]) -> list[dict[str, str]]:
     """Final losses by variant and commit, as two versions of the code may round differently."""
-    columns = [(length, seed) for length in steps for seed in seeds]
-    table = Table("variant", "commit", *(f"{n} steps, seed {seed}" for n, seed in columns))
+    columns = {f"{n} steps, seed {seed}": (n, seed) for n in steps for seed in seeds}
     of_commits = {path.stem: Results(path) for path in sorted(_RESULTS.glob("*.jsonl"))}
-    for variant in VARIANTS:
-        for commit, results in of_commits.items():
-            losses = [results.loss(job(variant, *column, size)) for column in columns]
-            if any(loss is not None for loss in losses):
-                shown = ("-" if loss is None else f"{loss:.4f}" for loss in losses)
-                table.add_row(variant, commit, *shown)
-    return table
+    rows = []
+    for variant, (commit, results) in itertools.product(VARIANTS, of_commits.items()):
+        losses = {head: results.loss(job(variant, *of, size)) for head, of in columns.items()}
+        if any(loss is not None for loss in losses.values()):
+            shown = {h: "-" if loss is None else f"{loss:.4f}" for h, loss in losses.items()}
+            rows.append({"variant": variant, "commit": commit, **shown})
+    return rows
 
 
 def main() -> None:
@@ -134,7 +125,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     if options.what == "report":
-        Console(width=160).print(report(options.size, options.steps, options.seeds))
+        rows = report(options.size, options.steps, options.seeds)
+        console().print(table("Final losses", rows))
         return
     results = Results(_RESULTS / f"{versions()['commit']}.jsonl")
     emulate_gpu()

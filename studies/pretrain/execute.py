@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -56,21 +55,10 @@ def execute(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 results.add(run, future.result())
-                _say(run, results)
+                results.tell(run)
 
 
 def _run(run: Run) -> dict[str, Any]:
     from studies.pretrain import job  # in the process that trains
 
     return job.run(run.settings, Path(run.settings["job.dump_folder"], run.id))
-
-
-def _say(run: Run, results: Results) -> None:
-    record = results[run]
-    seconds = record["seconds"][-1]
-    print(
-        f"{time.strftime('%H:%M:%S')} {run.size} {run.contestant} {run.stage} "
-        f"lr {run.settings['optimizer.lr']:g}: {record['step'][-1]} steps, {seconds:.0f} s, "
-        f"validation loss {results.loss(run):.4f}",
-        flush=True,
-    )

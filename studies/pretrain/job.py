@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # or the first step of a process would import it, and be slow
@@ -175,24 +176,15 @@ def trainer_of(settings: dict[str, Any]) -> Iterator[StudyTrainer]:
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
     """This process is the only rank; afterwards it is none, as before."""
-    before = dict(os.environ)
-    os.environ.update(
-        {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }
-    )
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(before)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = dict(zip(names, ("0", "0", "1", "127.0.0.1", "0"), strict=True))
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    with mock.patch.dict(os.environ, alone, GLOO_SOCKET_IFNAME=interface):
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -82,6 +83,12 @@ class Results:
             file.seek(max(0, file.tell() - 1))
             file.write(text + "\n" if file.read(1) in ("", "\n") else "\n" + text + "\n")
 
+    def tell(self, run: Run) -> None:
+        """Print that a run has finished."""
+        lr, now = run.settings.get("optimizer.lr", ""), time.strftime("%H:%M:%S")
+        name = f"{run.size}, {run.contestant}, {run.stage}, {lr}"
+        print(f"{now} {name}: validation loss {self.loss(run):.4f}", flush=True)
+
 
 def complete(
     runs: Iterable[Run], results: Results, train: Callable[[dict[str, Any]], dict[str, Any]]
@@ -90,7 +97,7 @@ def complete(
     for run in runs:
         if run not in results:
             results.add(run, train(run.settings))
-            print(f"{run.size}, {run.contestant}, {run.stage}: {results.loss(run)}", flush=True)
+            results.tell(run)
 
 
 def versions() -> dict[str, str]:

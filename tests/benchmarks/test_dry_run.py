@@ -1,10 +1,8 @@
 """What a GPU would do on a step, counted without one."""
 
 import json
-import math
 
 import pytest
-import torch
 
 from benchmarks.dry_run import dry_run, main
 from shampoo_fsdp import ShampooConfig
@@ -36,12 +34,6 @@ def figures(layers: int, ranks: int = 4, **settings):
         machine=Machine(),
     )
     return found
-
-
-def test_adamw_reads_four_numbers_of_a_parameter_and_writes_three():
-    found = figures(2, ranks=1)
-    parameters = sum(math.prod(spec.shape) for spec in specs(2, ranks=1))
-    assert found["AdamW"]["bytes"] == pytest.approx(28 * parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -83,9 +75,3 @@ def test_a_table(capsys):
     main(["--model", "llama3-8b", "--mesh", "dp_shard=64", "--launch", "5"])
     printed = capsys.readouterr().out
     assert "launch 5" in printed and "updates 1" in printed and "Muon" in printed
-
-
-def test_the_choice_of_precision_is_restored():
-    before = torch.backends.cuda.matmul.fp32_precision
-    figures(1)
-    assert torch.backends.cuda.matmul.fp32_precision == before

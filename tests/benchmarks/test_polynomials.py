@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.polynomials import LEAST, chains, count_products, inverse_square_root
+from benchmarks.polynomials import LEAST, chains, inverse_square_root
 from shampoo_fsdp.rules import polynomial
 
 
@@ -39,12 +39,3 @@ def test_what_is_below_the_least_counts_as_about_that():
     values = torch.cat((torch.logspace(-12, -5, 50), torch.tensor([0.0, -2e-6]))).double()
     root = composed(chains()["_SQUARE_ROOT"][0], values)
     assert (root.abs() < 2.0 * LEAST**-0.5).all()
-
-
-@pytest.mark.parametrize(
-    ("least", "error", "most"), [(1e-5, 0.118, 12), (1e-4, 0.11, 10), (1e-5, 0.01, 15)]
-)
-def test_the_number_of_products(least, error, most):
-    """Newton and Schulz, whose polynomials are Taylor's of degree 3, need 37 for the first."""
-    stages, _ = inverse_square_root(least, error)
-    assert count_products([len(coefficients) for coefficients, _, _ in stages]) <= most

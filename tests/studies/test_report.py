@@ -69,9 +69,3 @@ def test_figures_are_drawn(finished, tmp_path):
     figures.draw(study, ["1M", "3M"], list(_SPEED), results, tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {"loss.png", "ratio.png", "to_target.png", "lr.png", "ablations_1M.png"}
-
-
-def test_without_results_there_is_a_sentence(finished, tmp_path):
-    study, _ = finished
-    text = report.markdown(study, ["1M"], list(_SPEED), Results(tmp_path / "none.jsonl"))
-    assert text == "No contestant has all its runs yet."

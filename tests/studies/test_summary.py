@@ -46,15 +46,6 @@ def test_the_loss_in_the_middle_of_a_run():
     assert at(diverged, diverged["step"], 20.0) == float("inf")
 
 
-def test_a_diverged_run_never_reaches_it():
-    assert reached(_record([3.0, 2.0, None]), 1.5) is None
-
-
-def test_time_on_a_gpu_is_the_clock():
-    record = {**_record([1.0]), "device": "cuda"}
-    assert reached(record, 1.5) == (10, 100.0)
-
-
 def test_a_run_beside_other_work_counts_no_slower(tmp_path):
     """Two runs whose optimizers take equally long, one of them with slow forward and backward."""
     study = Study(_FILE)
