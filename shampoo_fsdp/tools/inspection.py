@@ -105,13 +105,10 @@ def _parameter(
     settings: dict[str, Any],
     most_blocks: int | None,
 ) -> dict[str, Any]:
-    of_factors = factor_entries()
-    sizes = {"moments": 0, "factors": 0}
-    for entry, key in keys.items():
-        sizes["factors" if entry in of_factors else "moments"] += reader.size_in_bytes(key)
     checked = {entry: key for entry, key in keys.items() if entry != MARKER}
     checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
     marker = reader.shape(keys[MARKER]) if MARKER in keys else ()
+    of_factors = factor_entries()
     preconditioner, number_of_blocks, blocks = preconditioner_of(marker), 0, list[dict[str, Any]]()
     if marker:
         resolution = getattr(RULES.get(preconditioner), "resolution", 0.0)
@@ -124,7 +121,10 @@ def _parameter(
         "settings": settings,
         "preconditioner": preconditioner,
         "max_preconditioner_dim": marker[0] if marker else None,
-        "bytes": sizes,
+        "bytes": {
+            name: sum(reader.size_in_bytes(k) for e, k in keys.items() if (e in of_factors) == of)
+            for name, of in (("moments", False), ("factors", True))
+        },
         "nonfinite": {entry: n for entry, key in checked.items() if (n := reader.nonfinite(key))},
         "number_of_blocks": number_of_blocks,
         "blocks": blocks,
