@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--parameter", default="", metavar="REGEX", help="only those whose name contains a match"
     )
     inspect.add_argument(
-        "--blocks", type=_count, metavar="N", help="eigenvalues of N blocks of each parameter (all)"
+        "--blocks", type=int, metavar="N", help="eigenvalues of N blocks of each parameter (all)"
     )
     return parser
 
@@ -124,12 +124,6 @@ def value_of(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return int(text)
 
 
 def mesh_of(text: str) -> dict[str, int]:

@@ -146,7 +146,7 @@ def _blocks(
     places = list(grid.coordinates())
     shapes = [grid.block_shape(place) for place in places]
     kinds, matrix = _kinds(reader, keys, shapes)
-    count = len(places) if most_blocks is None else min(most_blocks, len(places))
+    count = min(most_blocks or len(places), len(places))
     chosen = {i * len(places) // count: list[dict[str, Any]]() for i in range(count)}
     # Rows of the blocks one after the other, in each the dimensions one after the other.
     for entry, kind, kept in (("factors", "full", matrix), ("diagonals", "diagonal", "diagonal")):

@@ -26,7 +26,7 @@ def pretended_gpu() -> Iterator[None]:
     error. Those of the host are what they always are."""
     # Builds for CPUs have no memory that is pinned, and no events.
     pinned = mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor)
-    events = mock.patch("torch.cuda.Event", _Event)
+    events = mock.patch("torch.cuda.Event")
     pretended = FakeTensorMode(allow_non_fake_inputs=True), _OnHost(), _Indexing()  # type: ignore[no-untyped-call]
     hidden = mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="")  # what there is
     with ExitStack() as stack:
@@ -34,14 +34,6 @@ def pretended_gpu() -> Iterator[None]:
         for context in (*pretended, pinned, events, full_precision("cuda"), torch.no_grad()):
             stack.enter_context(context)
         yield
-
-
-class _Event:
-    def __init__(self, **options: Any) -> None:
-        pass
-
-    def record(self) -> None:
-        pass
 
 
 class _OnHost(TorchDispatchMode):  # type: ignore[no-untyped-call]

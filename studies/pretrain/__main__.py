@@ -29,8 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", nargs="+", help="of the study's sizes; default: all")
     parser.add_argument("--only", nargs="+", help="of the study's contestants; default: all")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run, on the CPU")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time, of OMP_NUM_THREADS each"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     need_02("studies.pretrain run")
     from studies.pretrain.execute import execute
 
-    execute(study, sizes, contestants, options.stages, results, options.jobs, options.threads)
+    execute(study, sizes, contestants, options.stages, results, options.jobs)
 
 
 def _chosen(parser: Any, option: str, chosen: list[str] | None, known: list[str]) -> list[str]:

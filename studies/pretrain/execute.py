@@ -37,11 +37,10 @@ def execute(
     stages: list[str],
     results: Results,
     jobs: int,
-    threads: int,
 ) -> None:
     """Runs until nothing is missing. Runs that are under way when it is ended go on next time."""
     # Read when torch is imported, which is when a process starts.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     running: dict[Future[dict[str, Any]], Run] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         while True:

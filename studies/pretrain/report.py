@@ -28,21 +28,10 @@ def markdown(study: Study, sizes: Iterable[str], contestants: list[str], results
         aim = target(found)
         if aim is not None:
             parts += _comparison(study, size, found, aim)
-            if unfinished := _unfinished(size, contestants, found, results):
-                parts.append(f"Not all of their runs are there yet: {', '.join(unfinished)}.")
         if rows := list(_ablations(study, size, results)):
             heads = ("setting", "value", "loss", "optimizer, ms per step")
             parts += [f"Ablations, {size}", markdown_table(heads, rows)]
     return "\n\n".join(parts) or "No contestant has all its runs yet."
-
-
-def _unfinished(
-    size: str, contestants: list[str], found: list[Summary], results: Results
-) -> list[str]:
-    """Contestants that have begun and lack final runs."""
-    begun = {record["contestant"] for record in results if record["size"] == size}
-    finished = {summary.contestant for summary in found}
-    return [name for name in contestants if name in begun - finished]
 
 
 def _comparison(study: Study, size: str, found: list[Summary], aim: float) -> list[str]:

@@ -26,7 +26,6 @@ CHECKPOINTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "two ranks": ("fsdp", True, {}),
     "two ranks, not flat": ("fsdp", False, {}),
     "diagonals": ("single", True, {"large_dim": "diagonal"}),
-    "kl_shampoo": ("fsdp", True, {"preconditioner": "kl_shampoo", "large_dim": "diagonal"}),
     "soap, packed": ("fsdp", True, {"preconditioner": "soap", "symmetric_packing": True}),
     "fewer factors": ("single", True, {"max_factor_ratio": 0.5}),
     "heads": ("single", True, {"split_heads": ["wq"], "head_dim": 6}),
@@ -97,7 +96,6 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
     ("name", "kinds"),
     [
         ("diagonals", {WQ: ["diagonal", "diagonal"], WQ.replace("wq", "wk"): ["full", "diagonal"]}),
-        ("kl_shampoo", {WQ: ["diagonal"] * 2, WQ.replace("wq", "wk"): ["full", "diagonal"]}),
         ("soap, packed", {WQ: ["packed", "packed"]}),
         ("fewer factors", {WQ: ["full", "full"], "layers.0.feed_forward.w1.weight": ["full"]}),
         ("heads", {WQ: ["full", "full"]}),

@@ -51,18 +51,6 @@ def test_the_table_says_how_many_steps_are_saved(finished):
     assert any("start_preconditioning_step | never (lr 0.008)" in line for line in lines)
 
 
-def test_the_table_says_whose_runs_are_missing(finished, tmp_path):
-    study, results = finished
-    some = Results(tmp_path / "runs.jsonl")
-    lines = results.path.read_text().splitlines()
-    some.path.write_text("\n".join(line for line in lines if '"stage":"final"' not in line))
-    one = [line for line in lines if '"AdamW","stage":"final"' in line]
-    some.path.write_text(some.path.read_text() + "\n" + "\n".join(one) + "\n")
-    text = report.markdown(study, ["1M"], list(_SPEED), Results(some.path))
-    assert "| AdamW |" in text
-    assert "Not all of their runs are there yet: Muon, KL-Shampoo." in text
-
-
 def test_figures_are_drawn(finished, tmp_path):
     figures = pytest.importorskip("studies.pretrain.figures", exc_type=ImportError)
     study, results = finished

@@ -8,7 +8,7 @@ from studies.pretrain import summary
 from studies.pretrain.execute import missing
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
-from studies.pretrain.summary import Summary, at, reached, summaries, target
+from studies.pretrain.summary import at, reached, summaries
 
 _FILE = Path(summary.__file__).parent / "study.toml"
 
@@ -22,12 +22,6 @@ def _record(losses):
         "cpu_seconds": [float(i) for i in n],
         "device": "cpu",
     }
-
-
-def _summary(contestant, *losses):
-    return Summary(
-        contestant=contestant, settings={}, final=[_record(x) for x in losses], shorter=[]
-    )
 
 
 def test_one_lucky_evaluation_does_not_reach_the_target():
@@ -61,16 +55,3 @@ def test_a_run_beside_other_work_counts_no_slower(tmp_path):
     adamw, muon = summaries(study, "1M", list(slow), results)
     assert muon.whole() == pytest.approx(adamw.whole())
     assert muon.to_target(2.0)[0] == pytest.approx((20, 2 * 0.8 * 1.25 + 0.3))
-
-
-def test_the_target_is_the_best_seed_of_adamw():
-    found = [_summary("AdamW", [2.0, 1.5], [2.0, 1.4]), _summary("Shampoo", [1.0], [1.0])]
-    assert target(found) == pytest.approx(1.4)
-    assert target(found[1:]) is None
-
-
-def test_seeds_are_compared_in_pairs():
-    adamw = _summary("AdamW", [3.0, 3.0, 2.0], [3.0, 2.0, 1.0])
-    ours = _summary("Shampoo", [3.0, 2.0, 1.0], [3.0, 2.0, 1.0])
-    # Means of neighbours: 2.5, 2, 1.5. The second seed of AdamW ends lower than they get.
-    assert ours.seed_by_seed(adamw) == [(20.0, 2.0), None]

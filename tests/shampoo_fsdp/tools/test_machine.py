@@ -23,7 +23,3 @@ def test_kernels(work, expected):
 def test_a_transfer_takes_as_long_as_the_slower_of_both_ways():
     assert MACHINE.transfer(near=2e8, far=0.0) == pytest.approx(1.0)
     assert MACHINE.transfer(near=2e8, far=1e8) == pytest.approx(2.0)
-
-
-def test_forward_and_backward():
-    assert Machine(training=400.0, tokens=1000).training_step(1e9) == pytest.approx(15.0)
