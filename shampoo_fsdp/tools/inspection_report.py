@@ -27,7 +27,7 @@ def print_report(checkpoint: Mapping[str, Any], console: Console) -> None:
     """
     say = partial(console.print, highlight=False)
     parameters = checkpoint["parameters"]
-    preconditioned = [p for p in parameters if p["preconditioner"]]
+    preconditioned = [p for p in parameters if p["max_preconditioner_dim"] is not None]
     say(
         f"[bold]{escape(checkpoint['folder'])}[/bold]: step {_range(parameters, 'step')}"
         f", {checkpoint['files']:,} files of {by_size(checkpoint['bytes_on_disk'])}"
