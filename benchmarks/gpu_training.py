@@ -35,7 +35,7 @@ def measure_training(
     Raises:
         ImportError: There is no `transformers`, whose Llama it is.
     """
-    with alone(device):
+    with alone(device):  # of what the measurement has made nothing is left at its end
         return [_measure(row, sizes, device, tokens)]
 
 

@@ -139,26 +139,24 @@ def _to_target(done: dict[str, list[Summary]], path: Path) -> None:
 
 
 def _lr(
-    study: Study,
-    sizes: list[str],
-    contestants: list[str],
-    results: Results,
-    path: Path,
+    study: Study, sizes: list[str], contestants: list[str], results: Results, path: Path
 ) -> None:
     curves = {
-        size: {name: by_lr(study, size, name, results) for name in contestants} for size in sizes
+        size: {
+            name: points for name in contestants if (points := by_lr(study, size, name, results))
+        }
+        for size in sizes
     }
-    sizes = [size for size in sizes if any(curves[size].values())]
-    if not sizes:
+    curves = {size: found for size, found in curves.items() if found}
+    if not curves:
         return
-    figure, axes = plots.panels(1, len(sizes), (4.5, 3.6))
-    for axis, size in zip(axes[0], sizes, strict=True):
-        for name, points in curves[size].items():
-            if points:
-                color = plots.color_of(name)
-                axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, ms=3)
-        losses = [loss for points in curves[size].values() for _, loss in points]
-        axis.set_ylim(min(losses) - 0.03, min(losses) + 0.8)
+    figure, axes = plots.panels(1, len(curves), (4.5, 3.6))
+    for axis, (size, found) in zip(axes[0], curves.items(), strict=True):
+        for name, points in found.items():
+            color = plots.color_of(name)
+            axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, ms=3)
+        lowest = min(loss for points in found.values() for _, loss in points)
+        axis.set_ylim(lowest - 0.03, lowest + 0.8)
         axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text")
         _lr_ticks(axis)
         plots.finish(axis, f"{size}, before the other settings are chosen")
@@ -170,19 +168,19 @@ def _lr_by_size(
 ) -> None:
     """For each contestant the curves of all sizes, above their lowest: does the best lr move?"""
     curves = {
-        name: {size: by_lr(study, size, name, results) for size in sizes} for name in contestants
+        name: {size: points for size in sizes if (points := by_lr(study, size, name, results))}
+        for name in contestants
     }
-    curves = {name: found for name, found in curves.items() if sum(map(bool, found.values())) > 1}
+    curves = {name: found for name, found in curves.items() if len(found) > 1}
     if not curves:
         return
     figure, axes = plots.panels(1, len(curves), (4.5, 3.6), sharey=True)
     for axis, (name, found) in zip(axes[0], curves.items(), strict=True):
         for size, points in found.items():
-            if points:
-                lr, losses = zip(*points, strict=True)
-                above = np.subtract(losses, min(losses))
-                (line,) = axis.plot(lr, above, "o-", label=size, ms=3)
-                axis.plot(lr[losses.index(min(losses))], 0.0, "*", color=line.get_color(), ms=12)
+            lr, losses = zip(*points, strict=True)
+            above = np.subtract(losses, min(losses))
+            (line,) = axis.plot(lr, above, "o-", label=size, ms=3)
+            axis.plot(lr[losses.index(min(losses))], 0.0, "*", color=line.get_color(), ms=12)
         axis.set(xscale="log", xlabel="lr", ylim=(-0.02, 0.3))
         _lr_ticks(axis)
         plots.finish(axis, f"{name} (stars: the best)")

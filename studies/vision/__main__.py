@@ -90,20 +90,18 @@ def finals(results: Results) -> dict[str, tuple[float, list[dict[str, Any]]]]:
 def markdown(results: Results) -> str:
     """The table."""
     heads = ("optimizer", "lr", "accuracy after 3 epochs", "after all", "loss", "training loss")
+    shown = (
+        ("accuracy", 2, "{:.1%}"),
+        ("accuracy", -1, "{:.1%}"),
+        ("loss", -1, "{:.4f}"),
+        ("training_loss", -1, "{:.4f}"),
+    )
     rows = []
     for contestant, (lr, records) in finals(results).items():
-        cells = [
-            f"{100 * _mean(r['accuracy'][2] for r in records):.1f}%",
-            f"{100 * _mean(r['accuracy'][-1] for r in records):.1f}%",
-            f"{_mean(r['loss'][-1] for r in records):.4f}",
-            f"{_mean(r['training_loss'][-1] for r in records):.4f}",
-        ]
+        means = (statistics.fmean(r[name][at] for r in records) for name, at, _ in shown)
+        cells = [form.format(mean) for (_, _, form), mean in zip(shown, means, strict=True)]
         rows.append([contestant, f"{lr:g}", *cells])
     return markdown_table(heads, rows)
-
-
-def _mean(values: Any) -> float:
-    return statistics.fmean(values)
 
 
 def draw(results: Results, path: Path) -> None:
