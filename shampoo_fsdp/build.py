@@ -23,7 +23,7 @@ from shampoo_fsdp.runtime.choice import refuse_nameless, what_names_miss, with_e
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import GroupContents, contents_of
 from shampoo_fsdp.runtime.parameters import check_parameters
-from shampoo_fsdp.runtime.ranks import RankSet, Replicas
+from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, make_parameters, summary
@@ -80,8 +80,8 @@ class Built:
             if not same:
                 raise RuntimeError(
                     "the parameters in 'param_groups' are no longer those that this optimizer has "
-                    "state for: build another one for the new ones, with named parameters, and "
-                    "load_state_dict() the state_dict() of this one, taken before, into it."
+                    "state for: build another one for the new ones, with names, and "
+                    "load_state_dict() what state_dict() gave before into it."
                 )
             return True
         device = self.parameters.device
@@ -104,7 +104,7 @@ def _all(groups: Groups) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def waits(groups: Groups, replicas: Replicas) -> bool:
+def waits(groups: Groups, replicas: dist.ProcessGroup | None) -> bool:
     """Whether nothing is to be built yet, for a model that may still be sharded or materialised:
     its state would be that of the whole model on each rank."""
     parameters = _all(groups)
@@ -128,7 +128,7 @@ def build(
     groups: Groups,
     states: MutableMapping[Tensor, dict[str, Any]],
     config: ShampooConfig,
-    replicas: Replicas,
+    replicas: dist.ProcessGroup | None,
     runtime: Runtime,
     is_embedding: Mapping[str, bool],
 ) -> Built:
@@ -154,7 +154,7 @@ def build(
     parameters = make_parameters(given.trained, states, replicas, chosen, runtime.rank_set)
     others = [member for member in parameters.members if member.part is None]
     excluded = ExcludedParameters(others, chosen, device)
-    if parameters.on_first_rank:
+    if all(ranks.position == 0 for ranks in parameters.rank_sets):  # the first rank says it
         shapes = {member.name: member.spec.shape for member in parameters.members}
         frozen = [name for name, _ in given.frozen]
         for problem in what_names_miss(shapes, frozen, is_embedding, chosen):

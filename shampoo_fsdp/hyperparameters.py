@@ -1,15 +1,16 @@
 """What keyword arguments say, and parameter groups: lr, betas, eps and weight_decay."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.validation import (
     TORCH_OPTIONS,
     check_torch_options,
-    is_number,
     refuse,
     refuse_unknown,
 )
@@ -61,14 +62,19 @@ class GroupSettings:
         )
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is finite and real; numpy's numbers count as well."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def validate_hyperparameters(
     config: ShampooConfig, *, lr: Any, betas: Any, eps: Any, weight_decay: Any
 ) -> None:
     """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not is_number(value) or value < 0.0:
+        if not _is_number(value) or value < 0.0:
             refuse(name, value, "a finite number >= 0")
-    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))):
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_number, betas))):
         refuse("betas", betas, "two numbers (beta1, beta2)")
     beta1, beta2 = betas
     if not 0.0 <= beta1 < 1.0:

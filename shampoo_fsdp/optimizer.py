@@ -20,11 +20,10 @@ from shampoo_fsdp.runtime.groups import (
     check_entries,
     check_group,
     contents_of,
-    copied,
     take_types,
 )
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
-from shampoo_fsdp.runtime.ranks import Replicas, check_replicas
+from shampoo_fsdp.runtime.ranks import Replicas, group_of
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
 from shampoo_fsdp.state import load_settings
@@ -84,16 +83,17 @@ class Shampoo(torch.optim.Optimizer):
             ValueError, TypeError: names the setting or the parameter, what was found and what is
                 allowed. Raised on every rank if the ranks' plans differ.
         """
-        self._given, self._replicas = settings_from_keywords(settings), replicas
+        self._given, self._replicas = settings_from_keywords(settings), group_of(replicas)
         self._is_embedding: dict[str, bool] = {}
         self._built: Built | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(self.config, defaults)
-        check_replicas(replicas)
         self._shown: dict[Any, Any] | None = None
         self._own_lrs: list[tuple[float | None, float]] = []
         self._loaded_lrs: list[float] = []
-        super().__init__(copied(params), defaults)
+        # (torch.optim changes groups.)
+        given = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
+        super().__init__(given, defaults)
         if self._waits:
             check(self.param_groups, self._given)
         else:
@@ -117,9 +117,8 @@ class Shampoo(torch.optim.Optimizer):
         """
         if self._built and self._built.has_values:
             raise RuntimeError(
-                "add_param_group() after a step: Shampoo plans its blocks when training begins. "
-                'Build another one with all groups and on_mismatch = "rebuild", and '
-                "load_state_dict() the state_dict() of this one into it."
+                "add_param_group() after a step. Build another one with all groups and "
+                'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
             )
         check_entries(param_group)
         self._is_embedding.update(take_types(param_group))
@@ -328,8 +327,7 @@ class Shampoo(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            "Shampoo cannot be copied or pickled, since its blocks are views of the stacks and its "
-            "plan belongs to this process: build another one and load_state_dict() into it."
+            "Shampoo cannot be copied or pickled: build another one and load_state_dict() into it."
         )
 
     def counters(self) -> Tensor:

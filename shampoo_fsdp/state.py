@@ -158,7 +158,7 @@ class State:
                     for member in bucket.members:
                         member.hide()
                 owned = defaultdict(list)
-                for member, block, saved in bucket.forms() if forms else bucket.saved():
+                for member, block, saved in bucket.saved(forms=forms):
                     owned[member].append((block, saved))
                 of_members = {
                     member: (_forms(member.counters) if forms else member.counters)

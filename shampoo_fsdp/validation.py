@@ -22,7 +22,6 @@ __all__ = [
     "check_patterns",
     "check_torch_options",
     "field_types",
-    "is_number",
     "name_some",
     "refuse",
     "refuse_unknown",
@@ -107,11 +106,6 @@ def name_some(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is finite and real; numpy's numbers count as well."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass(frozen=True)
 class Bound:
     """What the values of an annotated type must be beside their type."""
@@ -153,46 +147,45 @@ def check_fields(cls: type, values: Mapping[str, Any], table: str = "") -> None:
         name = f"{table}.{key}" if table else key
         refuse_unknown(key, known, name)
         if not dataclasses.is_dataclass(known[key]):
-            if not _fits(value, known[key]):
-                refuse(name, value, _describe(known[key], key))
+            words, fits = _meaning(known[key], key)
+            if not fits(value):
+                refuse(name, value, words)
         elif isinstance(value, Mapping):
             check_fields(typing.cast(type, known[key]), value, name)
         else:
             refuse(name, value, f"a table, [{name}]")
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def _meaning(annotation: Any, name: str) -> tuple[str, Callable[[Any], bool]]:
+    """In words what a type with bounds allows, and the check of it."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
+        words, fits = _meaning(arguments[0], name)
         bounds = [bound for bound in arguments[1:] if isinstance(bound, Bound)]
-        return _fits(value, arguments[0]) and all(bound.holds(value) for bound in bounds)
+        words = bounds[0].words.format(name=name) if bounds else words
+        return words, lambda value: fits(value) and all(bound.holds(value) for bound in bounds)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
+        choices = [_meaning(argument, name) for argument in arguments]
+        words = " or ".join(words for words, _ in choices if words)
+        return words, lambda value: any(fits(value) for _, fits in choices)
     if origin is Literal:
-        return value in arguments
+        return " or ".join(map(repr, arguments)), arguments.__contains__
     if origin in (list, tuple):
         inner = [argument for argument in arguments if argument is not Ellipsis]
-        return isinstance(value, list) and (
-            len(inner) != 1 or all(_fits(item, inner[0]) for item in value)
-        )
-    if annotation in (float, int):
-        numbers = int | float if annotation is float else int
-        return isinstance(value, numbers) and not isinstance(value, bool)
-    if annotation in (bool, str):
-        return isinstance(value, annotation)
-    return annotation is not types.NoneType or value is None
+        words, fits = _meaning(inner[0], name) if len(inner) == 1 else ("", lambda value: True)
+        words = f"a list, each {words}" if words else "a list"
+        return words, lambda value: isinstance(value, list) and all(map(fits, value))
+    return _PLAIN.get(annotation, (str(annotation), lambda value: True))
 
 
-def _describe(annotation: Any, name: str) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        bounds = [bound.words for bound in arguments[1:] if isinstance(bound, Bound)]
-        return bounds[0].format(name=name) if bounds else _describe(arguments[0], name)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a, name) for a in arguments if a is not types.NoneType)
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin in (list, tuple):
-        return "a list" if not arguments else f"a list, each {_describe(arguments[0], name)}"
-    return names.get(annotation, str(annotation))
+def _is_number(value: Any, kinds: Any) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+_PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer", lambda value: _is_number(value, int)),
+    float: ("a number", lambda value: _is_number(value, int | float)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    str: ("a string", lambda value: isinstance(value, str)),
+    types.NoneType: ("", lambda value: value is None),
+}

@@ -163,7 +163,7 @@ def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
 def _specs(part: nn.Module, dims: Any) -> list[ParameterSpec]:
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = dims.dp_replicate_enabled and not dims.fsdp_enabled
-    replicas = dims.get_mesh("dp_replicate") if ddp else None
+    replicas = dims.get_mesh("dp_replicate").get_group() if ddp else None
     return [describe(plain_name(n), p, replicas) for n, p in part.named_parameters()]
 
 

@@ -13,7 +13,6 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part
 from shampoo_fsdp.rules.layout import saved_entries
-from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.runtime.exchange import Exchange, allocate, release
@@ -102,34 +101,30 @@ class Bucket:
             for block in stack.blocks:
                 starts[block] = start
                 start += math.prod(shape)
-        self._exchange = Exchange(
-            parts,
-            starts,
-            ranks,
-            torch_dtype(config.communication_dtype),
-            workspace.device,
-            travels=travels,
-        )
+        self._exchange = Exchange(parts, starts, ranks, config, workspace.device, travels=travels)
 
-    def saved(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
+    def saved(
+        self, *, forms: bool = False
+    ) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
         """The state of each block that this rank owns, by name, as checkpoints have it; made anew
-        where it was released."""
-        for owned in self.stacks:
-            if not owned.stack.saved:
-                owned.stack.allocate()
-            for position, (member, block) in enumerate(
-                zip(owned.members, owned.blocks, strict=True)
-            ):
-                saved = owned.stack.saved.items()
-                yield member, block, {name: stacked[position] for name, stacked in saved}
+        where it was released.
 
-    def forms(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
-        """Tensors without values in the place of those of :meth:`saved`; nothing is made anew."""
+        Args:
+            forms: give tensors without values in its place, and make nothing anew.
+        """
         for owned in self.stacks:
-            entries = saved_entries(owned.stack.shape, self._config)
-            forms = {n: torch.empty(s, dtype=t, device="meta") for n, (s, t) in entries.items()}
-            for member, block in zip(owned.members, owned.blocks, strict=True):
-                yield member, block, forms
+            if forms:
+                entries, count = saved_entries(owned.stack.shape, self._config), len(owned.blocks)
+                saved = {
+                    name: torch.empty(count, *shape, dtype=dtype, device="meta")
+                    for name, (shape, dtype) in entries.items()
+                }
+            else:
+                if not owned.stack.saved:
+                    owned.stack.allocate()
+                saved = owned.stack.saved
+            for k, (member, block) in enumerate(zip(owned.members, owned.blocks, strict=True)):
+                yield member, block, {name: stacked[k] for name, stacked in saved.items()}
 
     def step(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> Iterator[None]:
         """Take a step, up to the next yield at a time; see :func:`take_steps`.

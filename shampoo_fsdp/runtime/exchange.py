@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part, Slices
 from shampoo_fsdp.rules.matrices import to_device
+from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 
@@ -60,7 +62,7 @@ class Exchange:
         parts: Mapping[Member, Part],
         blocks: Mapping[OwnedBlock, int],
         ranks: RankSet,
-        dtype: torch.dtype,
+        config: ShampooConfig,
         device: torch.device,
         *,
         travels: bool,
@@ -70,12 +72,12 @@ class Exchange:
             parts: what this rank has to do for each parameter.
             blocks: for each block that it owns where it starts in the memory of all of them.
             ranks: those of the plan.
-            dtype: in which everything travels, and what does not is rounded to.
+            config: says in which type everything travels, and what does not is rounded to.
             travels: whether any rank sends anything: all of them take part then, or none.
         """
         self._ranks = ranks
         self._travels = travels
-        self._dtype = dtype
+        self._dtype = torch_dtype(config.communication_dtype)
         self._device = device
         self._shapes = [part.shard_shape for part in parts.values()]
         self._width = math.gcd(*(part.row_width for part in parts.values()))

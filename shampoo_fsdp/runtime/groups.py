@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
@@ -23,7 +22,6 @@ __all__ = [
     "check_entries",
     "check_group",
     "contents_of",
-    "copied",
     "find_saved",
     "plain_name",
     "settings_to_load",
@@ -49,25 +47,13 @@ class FromEmbedding(FromModel):
     """One of an embedding."""
 
 
-def copied(params: Any) -> Any:
-    """What the optimizer is given, for torch.optim, which changes groups."""
-    if isinstance(params, set):
-        return [{"params": params}]  # where torch.optim refuses a set
-    if isinstance(params, Tensor):
-        return params
-    return [dict(entry) if isinstance(entry, dict) else entry for entry in params]
-
-
 def check_entries(group: Any) -> None:
     """Raise a TypeError or ValueError if a parameter group has what groups cannot have."""
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"expected a parameter group with the key 'params', found {group!r}.")
     for field in dataclasses.fields(ShampooConfig):
         if field.name in group:
-            raise ValueError(
-                f"setting '{field.name}' is the same for all parameters: give it to Shampoo, not "
-                "to a parameter group."
-            )
+            raise ValueError(f"setting '{field.name}' is no group's: give it to Shampoo.")
     check_torch_options(group)
 
 
@@ -104,17 +90,14 @@ class GroupContents:
 
 
 def contents_of(groups: Sequence[Mapping[str, Any]]) -> GroupContents:
-    """What these groups have.
-
-    Raises:
-        ValueError: a group brings names that do not fit it.
-    """
-    names = _names(groups)
-    everything = [
-        (name, parameter, g)
-        for g, group in enumerate(groups)
-        for name, parameter in zip(names[g], group["params"], strict=True)
-    ]
+    """What these groups have."""
+    positions = map(str, itertools.count())
+    names, everything = [], []
+    for g, group in enumerate(groups):
+        unnamed = list(itertools.islice(positions, len(group["params"])))
+        names.append([plain_name(name) for name in group.get("param_names", unnamed)])
+        pairs = zip(names[-1], group["params"], strict=True)
+        everything += [(name, parameter, g) for name, parameter in pairs]
     return GroupContents(
         names,
         "param_names" in groups[0],
@@ -122,22 +105,6 @@ def contents_of(groups: Sequence[Mapping[str, Any]]) -> GroupContents:
         [(name, p, g) for name, p, g in everything if p.requires_grad],
         [(name, p) for name, p, _ in everything if not p.requires_grad],
     )
-
-
-def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    positions = itertools.count()
-    result = []
-    for group in groups:
-        unnamed = [str(next(positions)) for _ in group["params"]]
-        names = group.get("param_names", unnamed)
-        fitting = isinstance(names, list | tuple) and len(names) == len(unnamed)
-        if not (fitting and all(isinstance(name, str) for name in names)):
-            raise ValueError(
-                f"the 'param_names' of a parameter group are {reprlib.repr(names)}; allowed: a "
-                f"list with one name for each of its {len(unnamed)} parameters."
-            )
-        result.append([plain_name(name) for name in names])
-    return result
 
 
 def plain_name(name: str) -> str:
@@ -186,10 +153,8 @@ def find_saved(
     found = {name: home[name] for group in names for name in group if name in home}
     if not named or not found:
         raise ValueError(
-            f"the state dict has groups of {saved_sizes} parameters, here they have "
-            f"{sizes}, and no names tell which is which: build both "
-            "optimizers with named parameters, as model.named_parameters() gives them, of one "
-            "model."
+            f"the state dict has groups of {saved_sizes} parameters, here they have {sizes}, and "
+            "no names tell which is which: build both optimizers with model.named_parameters()."
         )
     if unused := [name for name in home if name not in found]:
         _logger.warning(f"The saved state of {name_some(unused)} is not used.")

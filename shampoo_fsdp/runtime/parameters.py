@@ -8,12 +8,10 @@ from weakref import ReferenceType, ref
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
 from shampoo_fsdp.plan.transfers import Part
-from shampoo_fsdp.runtime.ranks import Replicas
 
 __all__ = [
     "Member",
@@ -154,8 +152,7 @@ def find_gradients(
         if parameter.grad is not None:
             problem = ValueError(
                 f"parameter '{name}' has a gradient but did not require one when Shampoo was "
-                "built, so that it has no state; build another optimizer after unfreezing, with "
-                'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
+                'built; build another one with on_mismatch = "rebuild", and load this one\'s state.'
             )
     for member in members:
         try:
@@ -199,9 +196,9 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         elif not parameter.is_floating_point():
             problem = f"is of type {parameter.dtype}; only real floating-point ones can be trained"
         elif parameter.device != named[0][1].device:
+            other, first = named[0]
             problem = (
-                f"is on {parameter.device} but '{named[0][0]}' is on {named[0][1].device}; all "
-                "must be on one device"
+                f"is on {parameter.device} but '{other}' on {first.device}; allowed: one device"
             )
         if problem:
             raise ValueError(f"parameter '{name}' {problem}.")
@@ -222,7 +219,7 @@ def refuse_moved(members: Iterable[Member], device: torch.device) -> None:
             )
 
 
-def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:
+def describe(name: str, parameter: Tensor, replicas: dist.ProcessGroup | None) -> ParameterSpec:
     """What the planner needs to know of a parameter.
 
     Args:
@@ -245,9 +242,7 @@ def describe(name: str, parameter: Tensor, replicas: Replicas) -> ParameterSpec:
         ranks = tuple(mesh.mesh.flatten().tolist())
         placements = tuple(map(placement_of, parameter.placements))
         return ParameterSpec(name, shape, ranks, tuple(mesh.shape), placements)
-    if isinstance(replicas, DeviceMesh):
-        ranks = tuple(replicas.mesh.flatten().tolist())
-    elif replicas is not None:
+    if replicas is not None:
         ranks = tuple(dist.get_process_group_ranks(replicas))
     else:
         ranks = (dist.get_rank() if dist.is_initialized() else 0,)

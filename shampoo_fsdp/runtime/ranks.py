@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate
 __all__ = [
     "RankSet",
     "Replicas",
-    "check_replicas",
     "find_group",
+    "group_of",
     "is_first_replica",
     "tell_all",
 ]
@@ -129,13 +129,13 @@ def tell_all(rank_sets: Sequence[RankSet], mine: _T | None) -> _T | None:
 
 
 def find_group(
-    ranks: tuple[int, ...], parameters: Iterable[Tensor], replicas: Replicas
+    ranks: tuple[int, ...], parameters: Iterable[Tensor], replicas: dist.ProcessGroup | None
 ) -> dist.ProcessGroup | None:
     """The process group of these ranks, an existing one where there is one; None for one rank.
 
     Args:
         parameters: their meshes have groups.
-        replicas: has one, too.
+        replicas: another one.
     """
     if len(ranks) == 1:
         return None
@@ -143,10 +143,8 @@ def find_group(
         return dist.group.WORLD
     # Not a set: every rank must find the same one first.
     meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
-    if isinstance(replicas, DeviceMesh):
-        meshes[replicas] = None
     groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
-    if isinstance(replicas, dist.ProcessGroup):
+    if replicas is not None:
         groups.append(replicas)
     for existing in groups:
         if tuple(dist.get_process_group_ranks(existing)) == ranks:
@@ -155,20 +153,19 @@ def find_group(
     return made
 
 
-def check_replicas(replicas: Any) -> None:
-    """Raise a TypeError or ValueError if it does not say where plain tensors are replicated."""
-    if not isinstance(replicas, DeviceMesh | dist.ProcessGroup | None):
+def group_of(replicas: Any) -> dist.ProcessGroup | None:
+    """The process group of these replicas; a TypeError if they are neither a group nor a mesh."""
+    if isinstance(replicas, DeviceMesh):
+        replicas = replicas.get_group()  # which is an error for several dimensions
+    if not isinstance(replicas, dist.ProcessGroup | None):
         raise TypeError(f"replicas is {replicas!r}; allowed: a process group, a DeviceMesh, None.")
-    if isinstance(replicas, DeviceMesh) and replicas.ndim != 1:
-        raise ValueError(f"replicas is a mesh of {replicas.ndim} dimensions; allowed: one.")
+    return replicas
 
 
-def is_first_replica(parameter: Tensor, replicas: Replicas) -> bool:
+def is_first_replica(parameter: Tensor, replicas: dist.ProcessGroup | None) -> bool:
     """Whether this rank's shard is the first of those that are alike on its mesh."""
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
         placed = zip(mesh.get_coordinate() or (), parameter.placements, strict=False)
         return all(at == 0 for at, placement in placed if isinstance(placement, Replicate))
-    if isinstance(replicas, DeviceMesh):
-        return replicas.get_local_rank() == 0
     return replicas is None or dist.get_rank(replicas) == 0

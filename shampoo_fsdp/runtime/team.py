@@ -29,7 +29,6 @@ from shampoo_fsdp.runtime.exchange import release
 from shampoo_fsdp.runtime.parameters import Member, describe
 from shampoo_fsdp.runtime.ranks import (
     RankSet,
-    Replicas,
     find_group,
     is_first_replica,
     tell_all,
@@ -77,12 +76,6 @@ class Parameters:
     workspace: Tensor
     """Of all buckets; it has memory only while a step needs it."""
 
-    @property
-    def on_first_rank(self) -> bool:
-        """Whether this is the first of all ranks that they live on: the one that warns."""
-        first = min((ranks.ranks[0] for ranks in self.rank_sets), default=0)
-        return first == (dist.get_rank() if dist.is_initialized() else 0)
-
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
         return [bucket for team in self.teams for bucket in team.buckets]
@@ -91,7 +84,7 @@ class Parameters:
 def make_parameters(
     named: Sequence[tuple[str, Tensor, int]],
     states: Mapping[Tensor, dict[str, Any]],
-    replicas: Replicas,
+    replicas: dist.ProcessGroup | None,
     config: ShampooConfig,
     rank_set: Callable[..., RankSet] = RankSet,
 ) -> Parameters:

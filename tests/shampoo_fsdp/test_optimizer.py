@@ -282,9 +282,8 @@ class TestBadParameters:
         ("params", "message"),
         [
             ([], "empty parameter list"),
-            ({nn.Parameter(torch.zeros(2))}, "ordered collections"),
             ([{"lr": 1.0}], "the key 'params'"),
-            (nn.Parameter(torch.zeros(2)), "should be an iterable of Tensors"),
+            (nn.Parameter(torch.zeros(2)), "non-leaf Tensor"),
             ([{"params": [], "max_preconditioner_dim": 2}], "give it to Shampoo"),
         ],
     )

@@ -67,11 +67,6 @@ class TestNames:
         with pytest.raises(ValueError, match=rf"all optimizer {whose}"):
             Shampoo(params)
 
-    @pytest.mark.parametrize("names", [["a", "b"], [1], "a"])
-    def test_names_that_do_not_fit_their_group(self, names):
-        with pytest.raises(ValueError, match=r"'param_names' .* one name for each of its 1 param"):
-            Shampoo([{"params": [matrix()], "param_names": names}])
-
 
 class TestOptionsOfTorch:
     """Options of torch.optim's optimizers are obeyed or refused, never ignored."""
