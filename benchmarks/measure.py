@@ -1,7 +1,6 @@
 """Exact counts of what a step does: operators, read-backs, bytes sent and kept, matrix products."""
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -207,9 +206,8 @@ def memory(build: Callable[[], Callable[[], object]], warm_up: int, steps: int) 
     settings = ProfilerConfig(
         ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
     )
-    with _no_messages():
-        _prepare_profiler(settings, {ProfilerActivity.CPU})
-        _enable_profiler(settings, {ProfilerActivity.CPU})
+    _prepare_profiler(settings, {ProfilerActivity.CPU})
+    _enable_profiler(settings, {ProfilerActivity.CPU})
     with _frees_are_seen():
         step = build()
         for _ in range(warm_up):
@@ -217,8 +215,7 @@ def memory(build: Callable[[], Callable[[], object]], warm_up: int, steps: int) 
         for _ in range(steps):
             with record_function(_MEASURED):
                 step()
-    with _no_messages():
-        events = _disable_profiler().events()
+    events = _disable_profiler().events()
     begin = min(e.start_ns() for e in events if e.name() == _MEASURED)
     allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     alive = sum(n for t, n in allocations if t < begin)
@@ -242,16 +239,3 @@ def _frees_are_seen() -> Iterator[None]:
 
     with mock.patch.object(dist.Work, "wait", waits):
         yield
-
-
-@contextmanager
-def _no_messages() -> Iterator[None]:
-    """Without the lines that the profiler's library writes to stderr."""
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)

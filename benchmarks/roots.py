@@ -54,10 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--blocks", type=int, help="matrices in a stack; default: 2^20 / n^2")
     parser.add_argument("--exponents", type=float, nargs="+", default=[-0.25, -0.5])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file as well")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     cost = [
         row
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
     }
     if options.json:
-        setting = {"torch": torch.__version__, "threads": options.threads}
+        setting = {"torch": torch.__version__}
         Path(options.json).write_text(json.dumps(setting | figures, indent=1), encoding="utf-8")
     for title, rows in figures.items():
         console().print(table(title.replace("_", " "), rows))

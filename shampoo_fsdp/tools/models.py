@@ -100,19 +100,17 @@ def model_specs(model: str, mesh: Mapping[str, int]) -> list[ParameterSpec]:
     if model not in MODELS:
         raise ValueError(f"unknown model '{model}'; there are {', '.join(MODELS)}.")
     for dim, size in mesh.items():
-        if dim not in MESH_DIMS:
-            raise ValueError(f"unknown mesh dimension '{dim}'; there are {', '.join(MESH_DIMS)}.")
-        if size < 1:
-            raise ValueError(f"mesh dimension {dim} is {size}; it must be at least 1.")
+        if dim not in MESH_DIMS or size < 1:
+            known = ", ".join(MESH_DIMS)
+            raise ValueError(f"mesh dimension '{dim}' of {size} cannot be; there are {known}.")
     parameters = MODELS[model]
     sizes = [mesh.get(dim, 1) for dim in MESH_DIMS]
     _, shard, tp, ep = sizes
     experts = max((shape[0] for shape, _ in parameters.values() if len(shape) == 3), default=0)
-    if ep > 1 and not experts:
-        raise ValueError(f"{model} has no experts for ep = {ep}.")
-    if (shard * tp) % ep or experts % ep:
+    if ep > 1 and (not experts or shard * tp % ep or experts % ep):
         raise ValueError(
-            f"ep = {ep} must divide dp_shard * tp = {shard * tp} and the {experts} experts."
+            f"ep = {ep} must divide dp_shard * tp = {shard * tp} and the {experts} experts of "
+            f"{model}."
         )
     return [_spec(name, shape, tp_dim, sizes) for name, (shape, tp_dim) in parameters.items()]
 

@@ -98,8 +98,6 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
         ("diagonals", {WQ: ["diagonal", "diagonal"], WQ.replace("wq", "wk"): ["full", "diagonal"]}),
         ("soap, packed", {WQ: ["packed", "packed"]}),
         ("fewer factors", {WQ: ["full", "full"], "layers.0.feed_forward.w1.weight": ["full"]}),
-        ("heads", {WQ: ["full", "full"]}),
-        ("heads, two ranks", {WQ: ["full", "full"]}),
         ("cut at shards", {WQ: ["full", "full"]}),
     ],
 )

@@ -29,8 +29,8 @@ def test_every_parameter_lives_on_all_ranks(model):
     [
         ("llama3-9b", {}, r"'llama3-9b'.*llama3-8b"),
         ("llama3-8b", {"fsdp": 2}, r"'fsdp'.*dp_shard"),
-        ("llama3-8b", {"tp": 0}, "tp is 0"),
-        ("llama3-8b", {"dp_shard": 2, "ep": 2}, "no experts"),
+        ("llama3-8b", {"tp": 0}, "'tp' of 0"),
+        ("llama3-8b", {"dp_shard": 2, "ep": 2}, "the 0 experts of llama3-8b"),
         ("deepseek-v3-like", {"dp_shard": 4, "ep": 8}, r"ep = 8 must divide dp_shard \* tp = 4"),
     ],
 )
