@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import llama
 from benchmarks.measure import state_bytes
 from benchmarks.rows import Row
+from shampoo_fsdp.runtime.bucket import Stopwatch
 from shampoo_fsdp.runtime.parameters import local_shard
-from shampoo_fsdp.runtime.stopwatch import Stopwatch
 
 __all__ = ["alone", "measure_row"]
 

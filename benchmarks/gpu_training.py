@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from benchmarks import llama
 from benchmarks.gpu_steps import alone
 from benchmarks.rows import Row
-from shampoo_fsdp.runtime.stopwatch import Stopwatch
+from shampoo_fsdp.runtime.bucket import Stopwatch
 
 __all__ = ["measure_training"]
 

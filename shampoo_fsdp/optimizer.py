@@ -14,7 +14,6 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.rules.matrices import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
-from shampoo_fsdp.runtime.bucket import take_steps
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.runtime.groups import (
     check_entries,
@@ -216,13 +215,7 @@ class Shampoo(torch.optim.Optimizer):
         if self.config.on_nonfinite == "raise":
             refuse_nonfinite(parameters, problem)
         count(parameters.members, self.config.start_preconditioning_step)
-        take_steps(
-            parameters.buckets,
-            parameters.workspace,
-            groups,
-            watch,
-            meanwhile=lambda: built.excluded.step(self.param_groups),
-        )
+        parameters.take_steps(groups, watch, lambda: built.excluded.step(self.param_groups))
         if self.runtime.reads_back:
             built.streaks.look()
         for member in parameters.members:

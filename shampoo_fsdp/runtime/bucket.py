@@ -1,10 +1,12 @@
-"""Which gradients travel together, what a step does with them, and in which order."""
+"""Which gradients travel together, what a step does with them, and how long its parts take."""
 
 import dataclasses
 import itertools
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +17,11 @@ from shampoo_fsdp.plan.transfers import OwnedBlock, Part
 from shampoo_fsdp.rules.layout import saved_entries
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.rules.step import Step
-from shampoo_fsdp.runtime.exchange import Exchange, allocate, release
+from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
-from shampoo_fsdp.runtime.stopwatch import Stopwatch
 
-__all__ = ["Bucket", "OwnedStack", "elements", "fill_buckets", "take_steps"]
+__all__ = ["Bucket", "OwnedStack", "Stopwatch", "elements", "fill_buckets"]
 
 _BUCKET_ELEMENTS = 64 * 2**20
 """A rank's share of the gradients of one bucket, where `buckets` is not set: 256 MiB in fp32."""
@@ -31,6 +32,39 @@ its own; with nine buckets in the place of three a GPU waited for the host a thi
 
 _ROW_WIDTHS = (64, 8, 1)
 """In elements. A row has four numbers of 4 bytes: next to nothing, 2 bytes per element, or 16."""
+
+
+class Stopwatch:
+    """How long the parts of the last step took, without making the host wait for the device:
+    `start()`, then `lap(part)` at the end of each part."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        """Begin a step, and forget the last one."""
+        self._marks = [("", self._now())]
+
+    def lap(self, part: str) -> None:
+        """What was done since the last lap belongs to this part."""
+        self._marks.append((part, self._now()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Time of each part of the last step, on the device; waits for it to end."""
+        result: dict[str, float] = defaultdict(float)
+        for (_, start), (part, end) in itertools.pairwise(self._marks):
+            if self._on_device:
+                end.synchronize()
+            result[part] += start.elapsed_time(end) if self._on_device else 1e3 * (end - start)
+        return dict(result)
+
+    def _now(self) -> Any:
+        if not self._on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
 class OwnedStack:
@@ -127,7 +161,7 @@ class Bucket:
                 yield member, block, {name: stacked[k] for name, stacked in saved.items()}
 
     def step(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> Iterator[None]:
-        """Take a step, up to the next yield at a time; see :func:`take_steps`.
+        """Take a step, up to the next yield at a time; see `Parameters.take_steps`.
 
         Args:
             groups: of the optimizer.
@@ -239,52 +273,3 @@ def fill_buckets(
 def elements(parts: Mapping[Member, Part]) -> int:
     """How many numbers the blocks have that this rank owns."""
     return sum(math.prod(block.shape) for part in parts.values() for block in part.blocks)
-
-
-def take_steps(
-    buckets: Sequence[Bucket],
-    workspace: Tensor,
-    groups: Sequence[GroupSettings],
-    watch: Stopwatch,
-    meanwhile: Callable[[], None],
-) -> None:
-    """Take the step of all buckets; all ranks do so in this order.
-
-    While something travels, something else is computed: what `meanwhile` does; the first half of a
-    bucket's work, while the last one's updates travel; the second half, while the next one's
-    gradients do. More at once would only take more memory. When no gradients are to come any more,
-    the last but one's updates may travel longer instead.
-
-    Args:
-        workspace: that all buckets compute in; has memory within this call only.
-        groups: of the optimizer.
-        watch: measures the parts.
-    """
-    steps = [bucket.step(groups, watch) for bucket in buckets]
-    # Updates wait until memory of the next gradients is free. Not where these come from other
-    # ranks: they may be waiting for such updates before they send.
-    waits = [a.ranks == b.ranks for a, b in itertools.pairwise(buckets)] + [True]
-    for step in steps[:1]:
-        next(step)  # gradients set out
-    meanwhile()
-    watch.lap("excluded")
-    allocate(workspace)
-    for k, step in enumerate(steps):
-        following = k + 1 < len(steps)
-        next(step)  # gradients arrive
-        if k and waits[k - 1]:
-            next(steps[k - 1])  # updates set out
-        if following and not k:
-            next(steps[1])  # gradients set out
-        next(step)  # gradients are accumulated
-        if following and k:
-            next(steps[k - 1], None)  # updates are applied
-            next(steps[k + 1])  # gradients set out
-        next(step)  # gradients become updates
-        if not waits[k]:
-            next(step)  # updates set out
-    release(workspace)
-    for step in steps[-1:]:
-        next(step)  # updates set out
-    for step in steps[-2:]:
-        next(step, None)  # updates are applied

@@ -3,6 +3,7 @@ ranks, and the figures about them."""
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +16,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.assignment import Assignment
+from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.grid import lr_scale
 from shampoo_fsdp.plan.shards import ParameterSpec
-from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.plan.transfers import Part, Plan, make_plan
 from shampoo_fsdp.rules.layout import BlockCosts
-from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.rule import rule_of
-from shampoo_fsdp.runtime.bucket import Bucket, elements, fill_buckets
+from shampoo_fsdp.runtime.bucket import Bucket, Stopwatch, elements, fill_buckets
 from shampoo_fsdp.runtime.choice import is_preconditioned
-from shampoo_fsdp.runtime.exchange import release
+from shampoo_fsdp.runtime.exchange import allocate, release
 from shampoo_fsdp.runtime.parameters import Member, describe
 from shampoo_fsdp.runtime.ranks import (
     RankSet,
@@ -41,7 +40,6 @@ __all__ = [
     "make_parameters",
     "refuse_nonfinite",
     "refuse_without_gradients",
-    "summary",
 ]
 
 
@@ -79,6 +77,49 @@ class Parameters:
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
         return [bucket for team in self.teams for bucket in team.buckets]
+
+    def take_steps(
+        self, groups: Sequence[GroupSettings], watch: Stopwatch, meanwhile: Callable[[], None]
+    ) -> None:
+        """Take the step of all buckets; all ranks do so in this order.
+
+        While something travels, something else is computed: what `meanwhile` does; the first half
+        of a bucket's work, while the last one's updates travel; the second half, while the next
+        one's gradients do. More at once would only take more memory. When no gradients are to come
+        any more, the last but one's updates may travel longer instead.
+
+        Args:
+            groups: of the optimizer.
+            watch: measures the parts.
+        """
+        steps = [bucket.step(groups, watch) for bucket in self.buckets]
+        # Updates wait until memory of the next gradients is free. Not where these come from other
+        # ranks: they may be waiting for such updates before they send.
+        waits = [a.ranks == b.ranks for a, b in itertools.pairwise(self.buckets)] + [True]
+        for step in steps[:1]:
+            next(step)  # gradients set out
+        meanwhile()
+        watch.lap("excluded")
+        allocate(self.workspace)
+        for k, step in enumerate(steps):
+            following = k + 1 < len(steps)
+            next(step)  # gradients arrive
+            if k and waits[k - 1]:
+                next(steps[k - 1])  # updates set out
+            if following and not k:
+                next(steps[1])  # gradients set out
+            next(step)  # gradients are accumulated
+            if following and k:
+                next(steps[k - 1], None)  # updates are applied
+                next(steps[k + 1])  # gradients set out
+            next(step)  # gradients become updates
+            if not waits[k]:
+                next(step)  # updates set out
+        release(self.workspace)
+        for step in steps[-1:]:
+            next(step)  # updates set out
+        for step in steps[-2:]:
+            next(step, None)  # updates are applied
 
 
 def make_parameters(
@@ -229,35 +270,3 @@ def refuse_without_gradients(parameters: Parameters) -> None:
             "step: call backward() first, and if the optimizer was built before fully_shard() or "
             "another wrapper that replaces parameters, build it after that."
         )
-
-
-def summary(parameters: Parameters, config: ShampooConfig) -> dict[str, float]:
-    """Figures about the plan, and load, state and traffic of the ranks that share blocks with this
-    one; the same on all of these."""
-    sums: dict[str, dict[int, float]] = {
-        name: defaultdict(float) for name in ("load", "state", "sent")
-    }
-    costs, blocks = BlockCosts(config), 0
-    for team in parameters.teams:
-        specs = [member.spec for member in team.parts]
-        totals = Totals(Assignment(specs, config, costs, team.ranks.ranks[0]))
-        blocks += sum(totals.owned)
-        for name, of_ranks in sums.items():
-            for rank, value in zip(totals.ranks, getattr(totals, name), strict=True):
-                of_ranks[rank] += value
-    load, state, sent = (list(of_ranks.values()) or [0.0] for of_ranks in sums.values())
-    mean_load = sum(load) / len(load)
-    mib = torch_dtype(config.communication_dtype).itemsize / 2**20
-    chosen = [member.parameter.numel() for team in parameters.teams for member in team.parts]
-    return {
-        "parameters_preconditioned": len(chosen),
-        "parameters_total": len(parameters.members),
-        "elements_preconditioned": sum(chosen),
-        "elements_total": sum(member.parameter.numel() for member in parameters.members),
-        "blocks": blocks,
-        "load_max_over_mean": max(load) / mean_load if mean_load else 1.0,
-        "state_mib_max": max(state) / 2**20,
-        "state_mib_mean": sum(state) / len(state) / 2**20,
-        "mib_sent_per_step_max": max(sent) * mib,
-        "mib_sent_per_step_mean": sum(sent) / len(sent) * mib,
-    }

@@ -27,8 +27,8 @@ from shampoo_fsdp.build import Runtime
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.optimizer import Shampoo
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded, shape_of, shard_rectangle
+from shampoo_fsdp.runtime.bucket import Stopwatch
 from shampoo_fsdp.runtime.ranks import RankSet
-from shampoo_fsdp.runtime.stopwatch import Stopwatch
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
