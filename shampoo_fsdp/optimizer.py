@@ -90,6 +90,8 @@ class Shampoo(torch.optim.Optimizer):
         self._shown: dict[Any, Any] | None = None
         self._own_lrs: list[tuple[float | None, float]] = []
         self._loaded_lrs: list[float] = []
+        if isinstance(params, set):  # which torch refuses in groups: each rank has another order
+            params = [{"params": params}]
         # (torch.optim changes groups.)
         given = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
         super().__init__(given, defaults)

@@ -283,6 +283,7 @@ class TestBadParameters:
         [
             ([], "empty parameter list"),
             ([{"lr": 1.0}], "the key 'params'"),
+            ({nn.Parameter(torch.zeros(2))}, "ordered collections"),
             (nn.Parameter(torch.zeros(2)), "non-leaf Tensor"),
             ([{"params": [], "max_preconditioner_dim": 2}], "give it to Shampoo"),
         ],
