@@ -128,10 +128,9 @@ class State:
         if self._is_shown(states):
             return None
         problem = None
-        for _, made in self._make_entries(forms=True):
-            for member, entries in made.items():
-                found = states.get(member.parameter, {})
-                problem = problem or _take(member.name, entries, found)
+        for member in self.parameters.members:
+            found = states.get(member.parameter, {})
+            problem = problem or _take(member.name, member.forms, found)
         if problem and not in_any_case:
             return problem
         for stacks, made in self._make_entries():
@@ -142,26 +141,20 @@ class State:
         return problem
 
     def _make_entries(
-        self, *, forms: bool = False
+        self,
     ) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
-        """The entries of all members, of a few at a time, and the stacks that they are views of.
-
-        Args:
-            forms: make tensors without values, and leave what there is alone.
-        """
+        """The entries of all members, of a few at a time, and the stacks that they are views of."""
         for member in self.excluded.members:
-            made = member.counters | self.excluded.create_entries(member)
-            yield [], {member: _forms(made) if forms else made}
+            yield [], {member: member.counters | self.excluded.create_entries(member)}
         for team in self.parameters.teams:
             for bucket in team.buckets:
-                if not forms:  # before the stacks are looked at, which what was shown may free
-                    for member in bucket.members:
-                        member.hide()
+                for member in bucket.members:  # what was shown may free the stacks
+                    member.hide()
                 owned = defaultdict(list)
-                for member, block, saved in bucket.saved(forms=forms):
+                for member, block, saved in bucket.saved():
                     owned[member].append((block, saved))
                 of_members = {
-                    member: (_forms(member.counters) if forms else member.counters)
+                    member: member.counters
                     | state_entries(
                         team.parts[member].grid,
                         owned[member],
@@ -233,15 +226,9 @@ class State:
 
         # Others may have put more there, also into a state dict that is the optimizer's own.
         known = {key for group in state_dict["param_groups"] for key in group["params"]}
-        beside = {key: copy.deepcopy(state[key]) for key in state.keys() - known}
-        for key in [key for key in states if not isinstance(key, Tensor)]:
-            del states[key]
-        states.update(beside)
+        states.update({key: copy.deepcopy(state[key]) for key in state.keys() - known})
         for member in members:
-            theirs = _beside_ours(entries[member.name], member.parameter.device)
-            for entry in [e for e in member.state if not is_state_entry(e)]:
-                del member.state[entry]
-            member.state.update(theirs)
+            member.state.update(_beside_ours(entries[member.name], member.parameter.device))
 
 
 def _beside_ours(entries: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -249,10 +236,6 @@ def _beside_ours(entries: Mapping[str, Any], device: torch.device) -> dict[str, 
     theirs = {e: copy.deepcopy(v) for e, v in entries.items() if not is_state_entry(e)}
     moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), theirs)
     return moved
-
-
-def _forms(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.empty_like(entry, device="meta") for name, entry in entries.items()}
 
 
 def _show(

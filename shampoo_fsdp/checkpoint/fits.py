@@ -42,8 +42,6 @@ _MOMENTS = ("step", "exp_avg", *_SECOND_MOMENTS)
 _MOMENTUM = "momentum_buffer"
 _STATE = re.compile(r"(?P<parameter>(?:.*?\.)?state\..+)\.(?P<entry>\w+)")
 _SETTING_OF_GROUP = re.compile(r"(?:.*?\.)?param_groups\..+")
-
-
 _HINT = 'Set it as it was, or on_mismatch = "rebuild" to keep what fits and start the rest anew.'
 
 
@@ -231,29 +229,26 @@ def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> It
             "always) and 'precondition_1d' (which counts a matrix of one row or column as one "
             "dimension)."
         )
-    if MARKER in here and len(shape_of(saved[MARKER])) != len(shape_of(here[MARKER])):
-        yield (
-            f"the factors of parameter '{name}' were saved by an earlier version, in a form that "
-            "is not read any more."
-        )
-    if MARKER in here and shape_of(saved[MARKER])[0] != shape_of(here[MARKER])[0]:
-        yield (
-            f"setting '{MARKER}' is {shape_of(saved[MARKER])[0]} in the checkpoint, but "
-            f"{shape_of(here[MARKER])[0]} here."
-        )
-    if MARKER in here:
-        then, now = (
-            preconditioner_of(shape_of(saved[MARKER])),
-            preconditioner_of(shape_of(here[MARKER])),
-        )
-        if then != now:
-            yield f"setting 'preconditioner' is '{then}' in the checkpoint, but '{now}' here."
-    if MARKER in here and shape_of(saved[MARKER]) != shape_of(here[MARKER]):
-        yield (
-            f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
-            "'split_heads' with 'head_dim', 'large_dim', 'merge_dims' and 'block_alignment' "
-            "(batched_3d = false and merge_dims = 'none' have been removed)."
-        )
+    elif MARKER in here:
+        before, after = shape_of(saved[MARKER]), shape_of(here[MARKER])
+        if len(before) != len(after):
+            yield (
+                f"the factors of parameter '{name}' were saved by an earlier version, in a form "
+                "that is not read any more."
+            )
+        settings = {
+            MARKER: (before[0], after[0]),
+            "preconditioner": (preconditioner_of(before), preconditioner_of(after)),
+        }
+        for setting, (was, is_now) in settings.items():
+            if was != is_now:
+                yield f"setting '{setting}' is {was!r} in the checkpoint, but {is_now!r} here."
+        if before != after:
+            yield (
+                f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
+                "'split_heads' with 'head_dim', 'large_dim', 'merge_dims' and 'block_alignment' "
+                "(batched_3d = false and merge_dims = 'none' have been removed)."
+            )
     for entry, value in here.items():
         if entry not in saved:
             setting = "root_method" if entry in factor_entries() else "grafting"

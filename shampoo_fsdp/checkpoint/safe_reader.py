@@ -61,6 +61,7 @@ class _Unpickler(_PythonsOwn):  # type: ignore[misc]
         super().__init__(io.BytesIO(data))
         by_user: dict[str, Any] = torchs_own._get_user_allowed_globals()  # type: ignore[no-untyped-call]
         self._known = {**by_user, **_KNOWN}
+        self._types = {known for known in self._known.values() if isinstance(known, type)}
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"
@@ -69,7 +70,7 @@ class _Unpickler(_PythonsOwn):  # type: ignore[misc]
         return self._known[full_name]
 
     def load_build(self) -> None:
-        if not any(type(self.stack[-2]) is known for known in self._known.values()):
+        if type(self.stack[-2]) not in self._types:
             raise pickle.UnpicklingError("it changes what it has not made")
         super().load_build()
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.transfers import OwnedBlock, Part
-from shampoo_fsdp.rules.layout import saved_entries
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.runtime.exchange import Exchange
@@ -137,28 +136,15 @@ class Bucket:
                 start += math.prod(shape)
         self._exchange = Exchange(parts, starts, ranks, config, workspace.device, travels=travels)
 
-    def saved(
-        self, *, forms: bool = False
-    ) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
+    def saved(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
         """The state of each block that this rank owns, by name, as checkpoints have it; made anew
-        where it was released.
-
-        Args:
-            forms: give tensors without values in its place, and make nothing anew.
-        """
+        where it was released."""
         for owned in self.stacks:
-            if forms:
-                entries, count = saved_entries(owned.stack.shape, self._config), len(owned.blocks)
-                saved = {
-                    name: torch.empty(count, *shape, dtype=dtype, device="meta")
-                    for name, (shape, dtype) in entries.items()
-                }
-            else:
-                if not owned.stack.saved:
-                    owned.stack.allocate()
-                saved = owned.stack.saved
+            if not owned.stack.saved:
+                owned.stack.allocate()
+            saved = owned.stack.saved.items()
             for k, (member, block) in enumerate(zip(owned.members, owned.blocks, strict=True)):
-                yield member, block, {name: stacked[k] for name, stacked in saved.items()}
+                yield member, block, {name: stacked[k] for name, stacked in saved}
 
     def step(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> Iterator[None]:
         """Take a step, up to the next yield at a time; see `Parameters.take_steps`.

@@ -47,6 +47,8 @@ class Member:
     """This rank's shard of the gradient, while a step is taken."""
     cold: bool = False
     """Whether the step that is taken has the first refresh of its blocks."""
+    forms: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """What was shown, without values: what others put there has to be like it."""
     _shown: dict[str, ReferenceType[Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Member:
             name: ref(entry, None if name in self.counters else when_gone)
             for name, entry in entries.items()
         }
+        self.forms = {n: torch.empty_like(entry, device="meta") for n, entry in entries.items()}
         self.state = state
         state.update(entries)
 

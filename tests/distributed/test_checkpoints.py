@@ -236,49 +236,7 @@ def test_plans_travel_but_no_part_of_a_tensor_does(tmp_path, world, layout):
         assert types and types <= {torch.uint8, torch.int64}
 
 
-def refusal(layout: str, folder: Path, **settings) -> str:
-    try:
-        resume(layout, folder, flat=True, **settings)
-    except BaseException as error:  # distributed checkpointing's error is no Exception
-        return str(error)
-    return "nothing was refused"
-
-
-def test_another_block_size_is_refused_by_name_on_every_rank(tmp_path):
-    """Without our planner too, if not as clearly."""
-    folder = tmp_path / "checkpoint"
-    run_ranks(2, save_and_go_on, layout="fsdp", folder=folder, flat=True, asynchronous=False)
-    for message in run_ranks(2, refusal, layout="fsdp", folder=folder, max_preconditioner_dim=8):
-        assert "saved torch.Size([16, " in message and "current: torch.Size([8, " in message
-        assert "max_preconditioner_dim" in message
-
-
-def test_a_truncated_file_is_refused_and_the_next_load_works(tmp_path):
-    folder = tmp_path / "checkpoint"
-    run_ranks(2, save_and_go_on, layout="fsdp", folder=folder, flat=True, asynchronous=False)
-    file = sorted(folder.glob("*.distcp"))[0]
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-    assert "nothing was refused" not in run_ranks(2, refusal, layout="fsdp", folder=folder)
-    file.unlink()
-    assert all(
-        file.name in message for message in run_ranks(2, refusal, layout="fsdp", folder=folder)
-    )
-    file.write_bytes(content)
-    assert run_ranks(2, refusal, layout="fsdp", folder=folder) == ["nothing was refused"] * 2
-
-
 def whole(folder: Path) -> dict[str, Any]:
     """A checkpoint as torch.load reads it, without running any code that may be in it."""
     dcp_to_torch_save(folder, folder / "whole.pt")
     return torch.load(folder / "whole.pt", weights_only=True)
-
-
-def test_a_checkpoint_holds_only_tensors_and_numbers(tmp_path):
-    run_ranks(2, save_and_go_on, layout="fsdp", folder=tmp_path, flat=True, asynchronous=False)
-    saved = whole(tmp_path)["optimizer"]
-    prefix = "state.layers.0.attention.wq.weight"
-    assert saved[f"{prefix}.exp_avg"].shape == (24, 24)
-    assert saved[f"{prefix}.factors"].shape == (4 * 2 * 12 * 12,)
-    assert saved[f"{prefix}.step"] == SAVED_AT
-    assert saved["param_groups.layers.0.attention.wq.weight.lr"] == 1e-2

@@ -16,10 +16,19 @@ from tests.ranks import ranks
 
 
 @ranks(2)
-def test_different_settings_are_an_error_on_every_rank():
-    built = build("fsdp")
-    with pytest.raises(ValueError, match=r"about the settings: .*_dim = 8, .*_dim = 16"):
-        Shampoo(built.model.named_parameters(), max_preconditioner_dim=8 * (1 + dist.get_rank()))
+def test_what_ranks_disagree_about_is_an_error_on_every_rank():
+    rank, model = dist.get_rank(), build("fsdp").model
+    named = list(model.named_parameters())
+    for parameters, settings, said in (
+        (named, {"max_preconditioner_dim": 8 * (1 + rank)}, r"the settings: .*_dim = 8, .* = 16"),
+        (named, {"exclude": [["wq"], ["."]][rank]}, r"settings: .*\['wq'\], .*exclude = \['\.'\]"),
+        ([(f"{n}{rank}", p) for n, p in named], {}, r"trained: rank 0 has tok_embeddings\.weight0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Shampoo(parameters, **settings)
+    model.output.weight.requires_grad_(rank == 0)
+    with pytest.raises(ValueError, match=r"rank 0 has output\.weight, rank 1 has nothing more"):
+        Shampoo(named)
 
 
 @ranks(2)
@@ -64,14 +73,6 @@ def test_a_bad_gradient_on_one_rank_skips_the_same_blocks_everywhere():
     skipped = optimizer.counters()
     dist.all_reduce(skipped)
     assert skipped.tolist()[2] == 1
-
-
-@ranks(2)
-def test_a_parameter_that_one_rank_froze_is_an_error_on_every_rank():
-    built = build("fsdp")
-    built.model.output.weight.requires_grad_(dist.get_rank() == 0)
-    with pytest.raises(ValueError, match=r"rank 0 has output\.weight, rank 1 has nothing more"):
-        Shampoo(built.model.named_parameters())
 
 
 def forget_the_groups(_, state_dict):

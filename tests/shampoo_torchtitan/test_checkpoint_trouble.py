@@ -59,12 +59,8 @@ def on_rank_0(call: Any, *arguments: Any) -> None:
     dist.barrier()
 
 
-def everything_that_goes_wrong(job: Path, small: Path) -> dict[str, str]:
-    """What is said to each trouble, by a trainer that lives on.
-
-    Args:
-        small: a folder, if possible on a small disk.
-    """
+def everything_that_goes_wrong(job: Path) -> dict[str, str]:
+    """What is said to each trouble, by a trainer that lives on."""
     trainer = jobs.make_trainer(job, *SETTINGS)
     checkpoints, said = trainer.checkpointer, {}
     folder = Path(checkpoints.folder)
@@ -138,10 +134,10 @@ def everything_that_goes_wrong(job: Path, small: Path) -> dict[str, str]:
     assert checkpoints.purge_queue.empty()
     checkpoints.keep_latest_k = 0
 
-    checkpoints.folder = str(small / "checkpoint")
+    checkpoints.folder = str(folder / "full")
     save(1)
     for mode in (AsyncMode.DISABLED, AsyncMode.ASYNC):
-        with full(small):
+        with full():
             said[f"full disk, {mode.value}"] = error_of(save_and_wait, 2, mode)
         assert newest() == 1
         checkpoints.save_future = None
@@ -166,54 +162,24 @@ def hostile_data_loader(whole: Path, folder: Path, command: str) -> None:
 
 
 @contextlib.contextmanager
-def full(disk: Path) -> Iterator[None]:
-    """Fills a small disk; where there is none, files cannot grow."""
+def full() -> Iterator[None]:
+    """As on a full disk no file can grow."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    filler = disk / "filler"
-    if os.path.ismount(disk):
-        on_rank_0(_fill, filler)
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        on_rank_0(filler.unlink, True)
-
-
-def _fill(filler: Path) -> None:
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while file.write(bytes(2**16)):
-            pass
 
 
 @pytest.fixture(scope="module")
-def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A disk of 32 MiB if this user may mount one, else a folder."""
-    folder = tmp_path_factory.mktemp("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    yield folder
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory, small_disk: Path) -> dict[str, str]:
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What was said, by trouble; the same on both ranks."""
     folder = tmp_path_factory.mktemp("trouble")
-    first, second = run_ranks(
-        2,
-        everything_that_goes_wrong,
-        init=False,
-        timeout=300,
-        job=jobs.write_job(folder),
-        small=small_disk,
-    )
+    job = jobs.write_job(folder)
+    first, second = run_ranks(2, everything_that_goes_wrong, init=False, timeout=300, job=job)
     assert first == second
-    return {
-        k: text.replace(str(folder), "F").replace(str(small_disk), "D") for k, text in first.items()
-    }
+    return {k: text.replace(str(folder), "F") for k, text in first.items()}
 
 
 @pytest.mark.parametrize(
@@ -291,8 +257,8 @@ def test_where_one_rank_cannot_reach_a_folder_no_rank_waits():
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_on_a_full_disk_older_checkpoints_stay(said, mode):
     message = said[f"full disk, {mode}"]
-    assert "Cannot save a checkpoint in D/checkpoint: " in message
-    assert "No space left on device" in message or "File too large" in message
+    assert "Cannot save a checkpoint in F/checkpoint/full: " in message
+    assert "File too large" in message
     assert "Complete ones there: step-1." in message
 
 

@@ -68,18 +68,6 @@ class TestOtherParameters:
             assert_same_state(new, old, parameter)
         assert "is not used" in caplog.text and "'tok_embeddings.weight'" in caplog.text
 
-    def test_an_unfrozen_parameter_starts_anew(self, model):
-        model.output.weight.requires_grad_(False)
-        old = trained(model.named_parameters(), model, **OPTIONS)
-        model.output.weight.requires_grad_(True)
-        new = Shampoo(model.named_parameters(), **OPTIONS)
-        with pytest.raises(ValueError, match=r"'output\.weight'.*rebuild"):
-            new.load_state_dict(old.state_dict())
-        new = Shampoo(model.named_parameters(), **OPTIONS, on_mismatch="rebuild")
-        new.load_state_dict(old.state_dict())
-        assert_same_state(new, old, model.layers["0"].attention.wq.weight)
-        assert new.state[model.output.weight]["step"] == 0
-
     def test_the_state_of_what_is_frozen_now_is_not_dropped_in_silence(self, model, caplog):
         old = trained(model.named_parameters(), model, **OPTIONS)
         model.output.weight.requires_grad_(False)
@@ -119,23 +107,6 @@ class TestOtherParameters:
         new = Shampoo(list(model.parameters())[1:], exclude=[])
         with pytest.raises(ValueError, match=r"no names tell which is which.*named_parameters"):
             new.load_state_dict(old.state_dict())
-
-
-class TestOtherSettings:
-    def test_other_blocks_keep_their_moments(self, model):
-        old = trained(model.named_parameters(), model, **OPTIONS)
-        other = OPTIONS | {"max_preconditioner_dim": 12, "on_mismatch": "rebuild"}
-        new = Shampoo(model.named_parameters(), **other)
-        new.load_state_dict(old.state_dict())
-        weight = dict(model.named_parameters())[WQ]
-        assert torch.equal(entries_of(new, weight)["exp_avg"], entries_of(old, weight)["exp_avg"])
-
-    def test_a_named_state_dict_loads_twice_into_an_optimizer_without_names(self, model):
-        old = trained(model.named_parameters(), model, **OPTIONS, exclude=[])
-        new = Shampoo(model.parameters(), **OPTIONS, exclude=[])
-        for _ in range(2):
-            new.load_state_dict(old.state_dict())
-        assert_same_state(new, old, model.output.weight)
 
 
 def test_state_into_which_a_load_has_failed_is_loaded_nowhere(model, tmp_path):
