@@ -66,20 +66,6 @@ def test_it_goes_on_with_state_that_others_put_back(others, grafting):
     assert all(map(torch.equal, weights(model), expected))
 
 
-def test_values_that_others_put_there_count_from_the_next_step_on():
-    model, optimizer = built()
-    train(model, optimizer, range(3))
-    for entries in optimizer.state.values():
-        entries["exp_avg"] = torch.zeros_like(entries["exp_avg"])
-    other_model, other = built()
-    train(other_model, other, range(3))
-    for entries in other.state.values():
-        entries["exp_avg"].zero_()
-    for each in ((model, optimizer), (other_model, other)):
-        train(*each, range(3, 6))
-    assert all(map(torch.equal, weights(model), weights(other_model)))
-
-
 @pytest.mark.parametrize("load", [False, True])
 def test_what_was_put_there_is_saved_and_loaded(load):
     model, optimizer = built()
