@@ -30,8 +30,8 @@ _HEAD = """# Settings
 (switches: `--optimizer.shampoo.compile`, `--optimizer.shampoo.no-compile`), keyword arguments of
 `Shampoo` in Python, `--NAME` of `python -m shampoo_fsdp plan`. `lr`, `betas`, `eps` and
 `weight_decay` are those of AdamW. Which to change, and when:
-[running.md](running.md#when-to-change-a-setting); what others call them:
-[migrating.md](migrating.md#what-the-others-call-it).
+[Running it](running.md#when-to-change-a-setting); what others call them:
+[Coming from another optimizer](migrating.md#what-the-others-call-it).
 
 | setting | values | default | meaning |
 |---|---|---|---|
