@@ -24,5 +24,8 @@ if [ $# -eq 0 ]; then everything=(-n 2 --dist loadfile); fi  # two files at a ti
 )
 if [ -z "${TITAN:-}" ] && [ $# -eq 0 ] && [ "$titan" != 0.2.2 ]; then
   echo "The same with TorchTitan 0.2.2, as far as it depends on it"
-  TITAN=0.2.2 ./run_tests.sh -n 2 --dist loadfile tests/shampoo_torchtitan tests/studies
+  TITAN=0.2.2
+  make_venv test
+  PATH="$PWD/$venv/bin:$PATH" pytest -q "${everything[@]}" \
+    tests/shampoo_torchtitan tests/studies/test_job.py
 fi

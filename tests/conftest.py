@@ -76,11 +76,3 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         hypothesis.settings.register_profile("search", max_examples=examples, **common)
         hypothesis.settings.load_profile("search")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The number of pairs of meshes between which checkpoints have moved."""
-    passed = [r for r in terminalreporter.getreports("passed") if r.when == "call"]
-    pairs = [r.nodeid for r in passed if "::test_a_checkpoint_moves[" in r.nodeid]
-    if pairs:
-        terminalreporter.write_line(f"Checkpoints moved between {len(pairs)} pairs of meshes.")

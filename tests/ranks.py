@@ -29,7 +29,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -68,7 +67,7 @@ _preloaded = [
 
 
 def preload(*modules: str) -> None:
-    """Add modules that the ranks import before they fork; one that fails to import is a warning.
+    """Add modules that the ranks import before they fork.
 
     Call it at the top of a test module: pytest imports all of them before the first test runs.
     Calls after the first use of ranks change nothing but the time that an import takes.
@@ -77,14 +76,7 @@ def preload(*modules: str) -> None:
 
 
 class RanksError(Exception):
-    """Some ranks failed, died or did not finish.
-
-    ranks: their numbers, in ascending order.
-    """
-
-    def __init__(self, message: str, ranks: list[int]) -> None:
-        super().__init__(message)
-        self.ranks = ranks
+    """Some ranks failed, died or did not finish."""
 
 
 def ranks(
@@ -134,17 +126,11 @@ def run_ranks(
         RanksError: a rank raised an exception, died, or did not finish in time.
     """
     __tracebackhide__ = True
-    if "<locals>" in function.__qualname__:
-        raise TypeError(
-            f"{function.__qualname__} is defined inside another function, where the ranks cannot "
-            "import it; move it to the top level of its module"
-        )
-    payload = _pickle_arguments(kwargs)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         call = _Call(
             module=function.__module__,
             qualname=function.__qualname__,
-            arguments=payload,
+            arguments=pickle.dumps(kwargs),  # multiprocessing's own shares tensors' memory
             world_size=n,
             init=init,
             process_group_timeout_s=min(_PROCESS_GROUP_TIMEOUT_S, timeout),
@@ -196,19 +182,6 @@ class _Worker:
 # ------------------------------------------------------------------ in the test session
 
 
-def _pickle_arguments(kwargs: dict[str, Any]) -> bytes:
-    # Plain pickle: multiprocessing's own would pass tensors as shared memory.
-    for name, value in kwargs.items():
-        try:
-            pickle.dumps(value)
-        except Exception as error:
-            raise TypeError(
-                f"the argument {name!r} ({type(value).__name__}) cannot be sent to the ranks: "
-                f"{error}; make it inside the function, or pass what it is made from"
-            ) from error
-    return pickle.dumps(kwargs)
-
-
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -219,15 +192,7 @@ def _free_port() -> int:
 def _context() -> multiprocessing.context.ForkServerContext:
     """Start the server that the ranks fork from."""
     context = multiprocessing.get_context("forkserver")
-    importable = []
-    for name in _preloaded:
-        # The server survives a missing module but not a broken one.
-        try:
-            importlib.import_module(name)
-            importable.append(name)
-        except Exception as error:
-            warnings.warn(f"the ranks import {name} themselves: {error!r}", stacklevel=2)
-    context.set_forkserver_preload(importable)
+    context.set_forkserver_preload(_preloaded)
     # The server takes its import path from the environment that it starts in (Python 3.11 ignores
     # the one it is handed), and its number of threads: OpenMP's would not survive the fork.
     with pytest.MonkeyPatch.context() as patch:
@@ -293,7 +258,7 @@ def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
         message = f"{_name(numbers)} of {len(workers)} failed"
         if unfinished:
             message += f" ({_name([w.rank for w in unfinished])} had not finished)"
-        raise RanksError(f"{message}; rank {first} was the first:\n\n{report.text}", numbers)
+        raise RanksError(f"{message}; rank {first} was the first:\n\n{report.text}")
     skipped = [report for _, report in reports if report.kind == "skipped"]
     if skipped:
         pytest.skip(skipped[0].text)
@@ -301,7 +266,7 @@ def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
         numbers = [worker.rank for worker in unfinished]
         message = f"{_name(numbers)} of {len(workers)} did not finish within {timeout:g} s"
         stacks = "\n\n".join(f"rank {w.rank}:\n{text}" for w, text in _dump(unfinished))
-        raise RanksError(f"{message}; where they are:\n\n{stacks}", numbers)
+        raise RanksError(f"{message}; where they are:\n\n{stacks}")
     return [pickle.loads(report.value) for _, report in reports]
 
 

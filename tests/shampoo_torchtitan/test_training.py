@@ -77,24 +77,6 @@ def test_adamw_is_titans_own(tmp_path):
 
 
 @on_cpu
-def test_losses_are_the_same_to_four_digits_on_every_mesh(tmp_path):
-    """With Shampoo's own defaults. Clipping always: under DDP, TorchTitan's gradients are smaller
-    by the number of ranks."""
-    job = jobs.write_job(tmp_path, jobs.TINY_JOB_WITH_DEFAULTS)
-    common = ["--training.steps=20", "--training.max_norm=0.1"]
-    expected = losses(run(4, job, *common, same_batches=True)[0])
-    assert expected[-1] < expected[0] - 1
-    meshes = {
-        "HSDP2x2": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
-        "FSDP2xTP2": (4, ["--parallelism.tensor_parallel_degree=2"]),
-        "DDP2": (2, ["--parallelism.data_parallel_replicate_degree=2"]),
-    }
-    for name, (n, mesh) in meshes.items():
-        found = losses(run(n, job, *common, *mesh, same_batches=True)[0])
-        assert found == pytest.approx(expected, rel=1e-4), name
-
-
-@on_cpu
 def test_a_moe_model_trains_and_its_experts_are_kept_in_balance(tmp_path):
     job = jobs.write_job(tmp_path)
     moe = ["--model.name=deepseek_v3", "--parallelism.expert_parallel_degree=2"]
@@ -116,43 +98,60 @@ def test_a_resumed_job_continues_as_if_never_stopped(tmp_path):
         assert torch.equal(resumed.weights[name], at_once.weights[name]), name
 
 
-@on_cpu
-def test_a_checkpoint_loads_on_another_mesh(tmp_path):
-    job = jobs.write_job(tmp_path)
-    common = ["--checkpoint.enable", "--checkpoint.exclude_from_loading=dataloader"]
-    saved = run(2, job, *common, "--training.steps=3")[0]
-    on_four = run(4, job, *common, "--training.steps=3", "--parallelism.tensor_parallel_degree=2")
-    for name in saved.weights:
-        assert torch.equal(on_four[0].weights[name], saved.weights[name]), name
-    assert on_four[0].logged == []  # nothing left to train
-    assert run(1, job, *common, "--training.steps=5")[0].step == 5
+MESHES = {
+    "1": (1, []),
+    "HSDP2x2": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
+    "FSDP2xTP2": (4, ["--parallelism.tensor_parallel_degree=2"]),
+    "DDP2": (2, ["--parallelism.data_parallel_replicate_degree=2"]),
+}
+# Clipping always: under DDP, TorchTitan's gradients are smaller by the number of ranks.
+LONG = ["--training.steps=14", "--training.max_norm=0.1"]
 
 
-@on_cpu
-def test_a_run_saved_on_two_ranks_goes_on_alike_on_any_mesh(tmp_path):
-    """With Shampoo's own defaults."""
-    job = jobs.write_job(tmp_path, jobs.TINY_JOB_WITH_DEFAULTS)
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """A job of Shampoo's own defaults, its checkpoint of step 7, and its losses."""
+    folder = tmp_path_factory.mktemp("two")
+    job = jobs.write_job(folder, jobs.TINY_JOB_WITH_DEFAULTS)
     saving = ["--checkpoint.enable", "--checkpoint.async_mode=async"]
-    saving += ["--checkpoint.interval=6", "--checkpoint.keep_latest_k=0"]
-    at_once = run(2, job, *saving, "--training.steps=12", same_batches=True)[0]
-    saved = tmp_path / "checkpoint" / "step-6"
-    meshes = {
-        "2": (2, []),
-        "4": (4, []),
-        "1": (1, []),
-        "FSDP2xTP2": (4, ["--parallelism.tensor_parallel_degree=2"]),
-    }
-    for name, (ranks, mesh) in meshes.items():
-        resuming = [f"--checkpoint.folder=on-{name}", f"--checkpoint.initial_load_path={saved}"]
-        resuming += ["--checkpoint.enable", "--checkpoint.no-initial_load_model_only"]
-        resuming += ["--checkpoint.exclude_from_loading=dataloader", "--training.steps=12"]
-        resumed = run(ranks, job, *resuming, *mesh, same_batches=True)[0]
-        assert len(losses(resumed)) == 6
-        assert losses(resumed) == pytest.approx(losses(at_once)[6:], rel=5e-5), name
+    saving += ["--checkpoint.interval=7", "--checkpoint.keep_latest_k=0"]
+    return job, folder / "checkpoint" / "step-7", run(2, job, *LONG, *saving, same_batches=True)[0]
+
+
+@on_cpu
+@pytest.mark.parametrize("mesh", ["HSDP2x2", "FSDP2xTP2", "DDP2"])
+def test_losses_are_the_same_to_four_digits_on_every_mesh(on_two_ranks, mesh):
+    job, _, on_two = on_two_ranks
+    assert losses(on_two)[-1] < losses(on_two)[0] - 0.9
+    ranks, degrees = MESHES[mesh]
+    found = losses(run(ranks, job, *LONG, *degrees, same_batches=True)[0])
+    assert found == pytest.approx(losses(on_two), rel=1e-4)
+
+
+@on_cpu
+@pytest.mark.parametrize("mesh", ["1", "FSDP2xTP2"])
+def test_a_run_saved_on_two_ranks_goes_on_alike_on_any_mesh(on_two_ranks, mesh):
+    job, saved, on_two = on_two_ranks
+    ranks, degrees = MESHES[mesh]
+    resuming = [f"--checkpoint.folder=on-{mesh}", f"--checkpoint.initial_load_path={saved}"]
+    resuming += ["--checkpoint.enable", "--checkpoint.no-initial_load_model_only"]
+    resuming += ["--checkpoint.exclude_from_loading=dataloader"]
+    resumed = run(ranks, job, *LONG, *resuming, *degrees, same_batches=True)[0]
+    assert len(losses(resumed)) == 7
+    assert losses(resumed) == pytest.approx(losses(on_two)[7:], rel=5e-5)
+    if mesh == "1":
+        again = run(ranks, job, *LONG, *resuming, *degrees, same_batches=True)[0]
+        assert again.logged == [] and again.step == 14  # nothing left to train
+        for name in resumed.weights:
+            assert torch.equal(again.weights[name], resumed.weights[name]), name
 
 
 WATCHED = """
+import importlib.util
+triton = importlib.util.find_spec("triton") is not None
 import shampoo_torchtitan.train as train
+import torch.utils._triton
+assert torch.utils._triton.has_triton_package() == triton  # or torch would compile for a GPU
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import ConfigManager

@@ -1,7 +1,5 @@
 """Training without a GPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,6 @@ def test_initial_weights_do_not_depend_on_the_mesh(tmp_path):
     job = jobs.write_job(tmp_path)
     meshes = [
         (1, []),
-        (2, []),
         (2, ["--parallelism.tensor_parallel_degree=2"]),
         (4, ["--parallelism.tensor_parallel_degree=2"]),
         (4, ["--parallelism.data_parallel_replicate_degree=2"]),
@@ -42,16 +39,6 @@ def test_initial_weights_do_not_depend_on_the_mesh(tmp_path):
                 torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
     halves = expected["layers.0.feed_forward.w1.weight"].chunk(2)
     assert not torch.equal(halves[0], halves[1])
-
-
-def test_torch_still_sees_that_triton_is_missing():
-    """The stand-in that TorchTitan's import needs must not make torch compile for a GPU."""
-    code = (
-        "import importlib.util; there = importlib.util.find_spec('triton') is not None\n"
-        "import shampoo_torchtitan.train, torch.utils._triton as t\n"
-        "assert t.has_triton_package() == there"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_settings_for_gpus_are_put_right(tmp_path):

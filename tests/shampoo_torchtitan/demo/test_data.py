@@ -1,8 +1,10 @@
-"""Text that is on every machine."""
+"""Text that is on every machine, and the tokenizer for it."""
 
 import pytest
+from tokenizers import Tokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from shampoo_torchtitan.demo import BYTE_TOKENIZER, VOCABULARY
 from shampoo_torchtitan.demo.data import python_source
 
 
@@ -32,3 +34,11 @@ def test_the_standard_library_is_enough_to_train_on():
     config = DATASETS["python_source"]
     text = config.loader(config.path)["text"]
     assert sum(map(len, text)) > 2_000_000
+
+
+def test_any_text_survives_the_tokenizer():
+    tokenizer = Tokenizer.from_file(str(BYTE_TOKENIZER / "tokenizer.json"))
+    text = 'def f(x):\n\treturn "héllo 世界 \x00"  # spaces   kept\n'
+    ids = tokenizer.encode(text).ids
+    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    assert tokenizer.get_vocab_size() == 258 <= VOCABULARY
