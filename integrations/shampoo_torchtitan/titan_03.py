@@ -48,10 +48,9 @@ class _Reader(ConfigManager):
         return toml.read(f"{overrides.pop('job.config_file', '')}", overrides), others
 
 
-def _is_shampoos(name: str, groups: Sequence[Any]) -> bool:
-    """The first group that matches has it."""
-    found = (g.optimizer_name for g in groups if re.search(g.pattern, name))
-    return next(found, configs.NAME) == configs.NAME
+def _optimizer_of(name: str, groups: Sequence[Any]) -> Any:
+    """That of the first group that matches."""
+    return next((g.optimizer_name for g in groups if re.search(g.pattern, name)), configs.NAME)
 
 
 class Titan03(Titan):
@@ -105,7 +104,7 @@ class Titan03(Titan):
         optimizer = config.optimizer
         if not isinstance(optimizer, configs.ShampooOptimizers.Config):
             return ShampooConfig()
-        others = [name for name in names if not _is_shampoos(name, optimizer.param_groups)]
+        others = [n for n in names if _optimizer_of(n, optimizer.param_groups) != configs.NAME]
         exclude = [*optimizer.shampoo.exclude, *map(exactly, others)]
         return optimizer.shampoo.completed(exclude=exclude)
 

@@ -133,8 +133,9 @@ def test_groups_with_their_own_optimizer_lr_and_weight_decay(folder):
 def test_an_override_of_a_job_of_adamw(folder):
     override = 'shampoo_torchtitan.configs.use_shampoo={"lr": 2e-3, "precondition_frequency": 2}'
     arguments = ["--module=registry", "--config=adamw", "--override.imports", override]
-    log = trains_and_resumes(folder, *arguments)
+    metrics, log = titan(folder, *arguments, "--training.steps=4")
     assert "'lr': 0.002" in log
+    assert metrics[-1][1]["shampoo/root_refreshes"] > 0
 
 
 @functions
