@@ -1,7 +1,6 @@
 """All blocks of parameters that live on the same ranks, and their owners."""
 
 import hashlib
-import itertools
 import re
 import zlib
 from collections.abc import Sequence
@@ -46,36 +45,23 @@ class Assignment:
         self.maps: list[ShardMap] = shard_maps(parameters, config)
         """Of each parameter."""
         self.sites: list[Site] = []
+        self.phases: list[int] = []
+        """Of each block, as are the owners, positions among the ranks."""
         self.first: list[int] = []
         """Number of each parameter's first block."""
-        self.site_of: list[int] = []
-        """Of each block."""
-        self.phase_of: list[int] = []
-        first_site: dict[int, int] = {}
         for parameter, shard_map in zip(parameters, self.maps, strict=True):
-            if id(shard_map) not in first_site:
-                first_site[id(shard_map)] = len(self.sites)
-                self.sites += shard_map.sites
-            start = first_site[id(shard_map)]
-            self.first.append(len(self.site_of))
-            self.site_of += range(start, start + len(shard_map.grid))
-            self.phase_of += _phases(parameter.name, len(shard_map.grid), config)
-        self.owners = choose_owners(
-            self.sites, self.site_of, self.phase_of, self.ranks, config, costs
-        )
-        """Of each block, a position among the ranks."""
+            self.first.append(len(self.sites))
+            self.sites += shard_map.sites
+            self.phases += _phases(parameter.name, len(shard_map.grid), config)
+        self.owners = choose_owners(self.sites, self.phases, self.ranks, config, costs)
         facts = repr((parameters, config, self.owners))
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
         """Equal on two ranks if and only if they planned the same."""
 
-    def maps_of_sites(self) -> list[ShardMap]:
-        maps = {id(shard_map): shard_map for shard_map in self.maps}
-        return [shard_map for shard_map in maps.values() for _ in shard_map.sites]
-
 
 def _phases(name: str, blocks: int, config: ShampooConfig) -> Sequence[int]:
     if config.refresh_schedule == "together":
-        return list(itertools.repeat(0, blocks))
+        return [0] * blocks
     frequency = config.precondition_frequency
     phase = refresh_phase(name, 0, blocks, frequency)
     return [(phase + index) % frequency for index in range(blocks)]

@@ -10,7 +10,6 @@ import itertools
 import math
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,19 +62,13 @@ class BlockGrid:
         return itertools.product(*map(range, self.tiles))
 
     @property
-    def block_shapes(self) -> Counter[tuple[int, ...]]:
-        """Number of blocks of each shape, without batch dimensions."""
+    def block_shapes(self) -> set[tuple[int, ...]]:
+        """The shapes of blocks, without batch dimensions."""
         sizes = [
-            Counter(stop - start for start, stop in itertools.pairwise(cuts))
+            {stop - start for start, stop in itertools.pairwise(cuts)}
             for cuts in self.cuts[self.batch_dims :]
         ]
-        batches = math.prod(self.tiles[: self.batch_dims])
-        return Counter(
-            {
-                shape: batches * math.prod(n[side] for n, side in zip(sizes, shape, strict=True))
-                for shape in itertools.product(*sizes)
-            }
-        )
+        return set(itertools.product(*sizes))
 
     def rectangle(self, coordinate: Sequence[int]) -> Rectangle:
         """Where the block at a coordinate lies in the view."""

@@ -1,6 +1,7 @@
 """Chooses the owner of each block: even work first, then where most of the block lies already."""
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,7 @@ _LOCALITY_SLACK = 0.03
 
 def choose_owners(
     sites: Sequence[Site],
-    site_of: Sequence[int],
-    phase_of: Sequence[int],
+    phases: Sequence[int],
     ranks: Sequence[int],
     config: ShampooConfig,
     costs: Costs,
@@ -35,22 +35,25 @@ def choose_owners(
     than a small slack.
 
     Args:
-        sites: where blocks lie.
-        site_of, phase_of: for each block the index of its site, and its refresh phase.
+        sites, phases: of each block, where it lies and when its roots are refreshed.
         ranks: ascending; they tell the nodes.
     """
-    kinds = [_kind(site, ranks, config, costs) for site in sites]
-    phases: dict[int, list[int]] = defaultdict(list)
-    for block, phase in enumerate(phase_of):
-        phases[phase].append(block)
-    # Costly blocks first. Of equal ones first those that lose most by going elsewhere; those
-    # that many ranks hold a little of then level out the work.
-    urgency = [(-kind.step, -kind.most, number) for number, kind in enumerate(kinds)]
-    order = [sorted(phases[p], key=lambda block: urgency[site_of[block]]) for p in sorted(phases)]
-    return _near(kinds, site_of, order, len(ranks), config.block_alignment == "shard")
+    of_site = {
+        site: _kind(number, site, ranks, config, costs)
+        for number, site in enumerate(dict.fromkeys(sites))
+    }
+    kinds = [of_site[site] for site in sites]
+    in_phase: dict[int, list[int]] = defaultdict(list)
+    for block, phase in enumerate(phases):
+        in_phase[phase].append(block)
+    order = [sorted(in_phase[p], key=lambda b: kinds[b].urgency) for p in sorted(in_phase)]
+    limits: list[tuple[float, float]] = [(math.inf, math.inf)] * len(order)
+    if config.block_alignment != "shard":
+        limits = _limits(kinds, order, len(ranks))
+    return _deal(kinds, order, len(ranks), limits)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Kind:
     """What the choice needs to know of the blocks of one site."""
 
@@ -60,14 +63,17 @@ class _Kind:
     """FLOPs on a step that refreshes the block."""
     mean: float
     """FLOPs per step, on average over a period."""
-    most: int
-    """Elements of the largest piece."""
     near: tuple[tuple[int, ...], ...]
     """Ranks that hold the largest piece, the next one, ..., then those of the node that holds
-    most of the block."""
+    most of the block. With shards' borders as blocks' borders those of the first alone."""
+    urgency: tuple[float, int, int]
+    """Costly blocks first. Of equal ones first those that lose most by going elsewhere; those
+    that many ranks hold a little of then level out the work."""
 
 
-def _kind(site: Site, ranks: Sequence[int], config: ShampooConfig, costs: Costs) -> _Kind:
+def _kind(
+    number: int, site: Site, ranks: Sequence[int], config: ShampooConfig, costs: Costs
+) -> _Kind:
     every, refresh, _ = costs[site.shape]
     by_size: dict[int, list[int]] = defaultdict(list)
     by_node: dict[int, int] = defaultdict(int)
@@ -81,74 +87,64 @@ def _kind(site: Site, ranks: Sequence[int], config: ShampooConfig, costs: Costs)
         every=every,
         step=every + refresh,
         mean=every + refresh / config.precondition_frequency,
-        most=max(by_size),
         near=tuple(near[:1] if config.block_alignment == "shard" else near),
+        urgency=(-(every + refresh), -max(by_size), number),
     )
 
 
-def _least(
-    kinds: Sequence[_Kind], site_of: Sequence[int], order: Sequence[Sequence[int]], ranks: int
+def _limits(
+    kinds: Sequence[_Kind], order: Sequence[Sequence[int]], ranks: int
 ) -> list[tuple[float, float]]:
-    """With owners chosen for even work alone, for each phase: the largest FLOPs of a rank on its
-    step, and the largest sum of a rank's mean FLOPs over this and earlier phases."""
-    every, mean = [0.0] * ranks, [0.0] * ranks
-    largest = []
-    for blocks in order:
-        heap = [(load, rank) for rank, load in enumerate(every)]
-        heapq.heapify(heap)
-        for block in blocks:
-            kind = kinds[site_of[block]]
-            load, rank = heap[0]
-            heapq.heapreplace(heap, (load + kind.step, rank))
-            every[rank] += kind.every
-            mean[rank] += kind.mean
-        largest.append((max(heap)[0], max(mean)))
-    return largest
+    """For each phase the most FLOPs of a rank on its step, and the most mean FLOPs over this and
+    earlier phases."""
+    every = mean = 0.0
+    all_means = sum(kind.mean for kind in kinds) / ranks
+    limits = []
+    for blocks, (even_step, even_mean) in zip(order, _deal(kinds, order, ranks)[1], strict=True):
+        step = every + sum(kinds[block].step for block in blocks) / ranks
+        every += sum(kinds[block].every for block in blocks) / ranks
+        mean += sum(kinds[block].mean for block in blocks) / ranks
+        limits.append(
+            (
+                max(even_step, (1.0 + _LOCALITY_SLACK) * step),
+                max(even_mean, mean + _LOCALITY_SLACK * all_means),
+            )
+        )
+    return limits
 
 
-def _near(
+def _deal(
     kinds: Sequence[_Kind],
-    site_of: Sequence[int],
     order: Sequence[Sequence[int]],
     ranks: int,
-    stay: bool,
-) -> list[int]:
-    """Owners near their blocks; with `stay` a block does not leave the ranks that hold it."""
-    owners = [-1] * len(site_of)
+    limits: Sequence[tuple[float, float]] | None = None,
+) -> tuple[list[int], list[tuple[float, float]]]:
+    """The owners of the blocks, each near its block within the limits, or for even work alone; for
+    each phase the largest FLOPs and mean FLOPs that a rank came to."""
+    owners, largest = [-1] * len(kinds), []
     every, mean = [0.0] * ranks, [0.0] * ranks
-    all_means = sum(kinds[site].mean for site in site_of) / ranks
-    every_so_far = mean_so_far = 0.0
-    for blocks, even in zip(order, _least(kinds, site_of, order, ranks), strict=True):
-        here = [kinds[site_of[block]] for block in blocks]
-        mean_step = every_so_far + sum(kind.step for kind in here) / ranks
-        every_so_far += sum(kind.every for kind in here) / ranks
-        mean_so_far += sum(kind.mean for kind in here) / ranks
-        most_step = max(even[0], (1.0 + _LOCALITY_SLACK) * mean_step)
-        most_mean = max(even[1], mean_so_far + _LOCALITY_SLACK * all_means)
+    for phase, blocks in enumerate(order):
         load = list(every)
+        most_step, most_mean = limits[phase] if limits else (0.0, 0.0)
         heap = [(flops, rank) for rank, flops in enumerate(load)]
         heapq.heapify(heap)
-        for block, kind in zip(blocks, here, strict=True):
-            nearest = (min(group, key=load.__getitem__) for group in kind.near)
-            fitting = (
-                rank
-                for rank in nearest
-                if stay
-                or (load[rank] + kind.step <= most_step and mean[rank] + kind.mean <= most_mean)
-            )
-            if (owner := next(fitting, -1)) < 0:
-                owner = _pop_least(heap, load)
+        for block in blocks:
+            kind, owner = kinds[block], -1
+            for group in kind.near if limits else ():
+                rank = min(group, key=load.__getitem__)
+                if load[rank] + kind.step <= most_step and mean[rank] + kind.mean <= most_mean:
+                    owner = rank
+                    break
+            if owner < 0:
+                while heap[0][0] != load[heap[0][1]]:  # out of date: there is a newer entry
+                    heapq.heappop(heap)
+                owner = heap[0][1]
+                heapq.heapreplace(heap, (load[owner] + kind.step, owner))
+            else:
+                heapq.heappush(heap, (load[owner] + kind.step, owner))
             owners[block] = owner
             load[owner] += kind.step
             every[owner] += kind.every
             mean[owner] += kind.mean
-            heapq.heappush(heap, (load[owner], owner))
-    return owners
-
-
-def _pop_least(heap: list[tuple[float, int]], load: Sequence[float]) -> int:
-    """The rank with the least work."""
-    while True:
-        flops, rank = heapq.heappop(heap)
-        if flops == load[rank]:  # else it is out of date, and there is a newer entry
-            return rank
+        largest.append((max(load), max(mean)))
+    return owners, largest

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.plan.shards import ParameterSpec, Placement
 
 __all__ = ["replica_of_rank"]
 
@@ -19,57 +19,46 @@ def replica_of_rank(parameters: Sequence[ParameterSpec], rank: int) -> list[Para
     Raises:
         ValueError: names a parameter for which these ranks are no part of its mesh.
     """
-    members = _replica(parameters, rank)
-    layouts: dict[tuple[object, ...], ParameterSpec] = {}
+    members, known = {rank}, set[int]()
+    copies = [
+        c
+        for layout in {(p.ranks, p.mesh_shape, p.placements) for p in parameters}
+        for c in _copies(*layout)
+    ]
+    while members != known:
+        known = members
+        members = members.union(*(copy for copy in copies if members & copy))
+    layouts: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
     result = []
     for parameter in parameters:
-        layout = (parameter.ranks, parameter.mesh_shape, parameter.placements)
+        layout = parameter.ranks, parameter.mesh_shape
         if layout not in layouts:
-            layouts[layout] = _on(parameter, members)
-        narrow = layouts[layout]
-        result.append(
-            dataclasses.replace(parameter, ranks=narrow.ranks, mesh_shape=narrow.mesh_shape)
-        )
+            layouts[layout] = _narrowed(parameter, members)
+        result.append(dataclasses.replace(parameter, **layouts[layout]))  # type: ignore[arg-type]
     return result
 
 
-def _replica(parameters: Sequence[ParameterSpec], rank: int) -> set[int]:
-    groups: dict[int, list[list[int]]] = defaultdict(list)
-    for ranks, mesh_shape, replicated in {
-        (p.ranks, p.mesh_shape, tuple(x is None for x in p.placements)) for p in parameters
-    }:
-        holding_once: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        coordinates = itertools.product(*map(range, mesh_shape))
-        for member, coordinate in zip(ranks, coordinates, strict=True):
-            replica = tuple(itertools.compress(coordinate, replicated))
-            holding_once[replica].append(member)
-        for group in holding_once.values():
-            for member in group:
-                groups[member].append(group)
-    found, new = {rank}, [rank]
-    while new:
-        for group in groups[new.pop()]:
-            new += [member for member in group if member not in found]
-            found.update(group)
-    return found
+def _copies(
+    ranks: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement]
+) -> list[set[int]]:
+    """The sets of ranks that hold a parameter once."""
+    copies: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    replicated = [placement is None for placement in placements]
+    coordinates = itertools.product(*map(range, mesh_shape))
+    for rank, coordinate in zip(ranks, coordinates, strict=True):
+        copies[tuple(itertools.compress(coordinate, replicated))].add(rank)
+    return list(copies.values())
 
 
-def _on(parameter: ParameterSpec, members: set[int]) -> ParameterSpec:
+def _narrowed(parameter: ParameterSpec, members: set[int]) -> dict[str, tuple[int, ...]]:
+    """The ranks and the shape of the part of its mesh that these ranks are."""
     coordinates = itertools.product(*map(range, parameter.mesh_shape))
-    kept = [
-        (rank, coordinate)
-        for rank, coordinate in zip(parameter.ranks, coordinates, strict=True)
-        if rank in members
-    ]
-    mesh_shape = tuple(
-        len({coordinate[d] for _, coordinate in kept}) for d in range(len(parameter.mesh_shape))
-    )
+    kept = {r: c for r, c in zip(parameter.ranks, coordinates, strict=True) if r in members}
+    mesh_shape = tuple(len(set(along)) for along in zip(*kept.values(), strict=True))
     if math.prod(mesh_shape) != len(kept):
         raise ValueError(
             f"owner_scope = 'shard' is impossible: the ranks {sorted(members)}, which hold all "
             f"parameters once, are no part of the mesh {parameter.mesh_shape} of parameter "
             f"'{parameter.name}'; set owner_scope = 'all'."
         )
-    return dataclasses.replace(
-        parameter, ranks=tuple(rank for rank, _ in kept), mesh_shape=mesh_shape
-    )
+    return {"ranks": tuple(kept), "mesh_shape": mesh_shape}

@@ -62,7 +62,7 @@ class ParameterSpec:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """What blocks at one position of parameters of one shape and layout have in common.
 

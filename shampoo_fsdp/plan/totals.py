@@ -31,53 +31,49 @@ class Totals:
         """What all ranks together would send if each block were owned by a rank that holds most of
         it, whatever the work of that rank."""
         self._node = [rank // config.ranks_per_node for rank in assignment.ranks]
-        in_phase = Counter(assignment.phase_of)
-        self.refreshed = [in_phase[phase] for phase in range(frequency)]
+        self.refreshed = [0] * frequency
         """For each phase the number of blocks, of all ranks, that are refreshed on its steps."""
         every = [0.0] * n
         refresh = [[0.0] * frequency for _ in range(n)]
-        flops = [costs[site.shape] for site in assignment.sites]
-        blocks = zip(assignment.site_of, assignment.phase_of, assignment.owners, strict=True)
-        for number, phase, owner in blocks:
-            every[owner] += flops[number][0]
-            refresh[owner][phase] += flops[number][1]
+        owners_of: dict[Site, Counter[int]] = defaultdict(Counter)
+        blocks = zip(assignment.sites, assignment.phases, assignment.owners, strict=True)
+        for site, phase, owner in blocks:
+            flops, flops_of_roots, state = costs[site.shape]
+            every[owner] += flops
+            refresh[owner][phase] += flops_of_roots
+            self.state[owner] += state
+            self.owned[owner] += 1
+            self.refreshed[phase] += 1
+            owners_of[site][owner] += 1
         self.load = [e + sum(r) / frequency for e, r in zip(every, refresh, strict=True)]
         """For each rank FLOPs per step, with a share of 1 / frequency of its roots."""
         self.phase_load = [[e + r for r in row] for e, row in zip(every, refresh, strict=True)]
         """For each rank and phase the FLOPs of a step of that phase."""
+        for shard_map in {id(shard_map): shard_map for shard_map in assignment.maps}.values():
+            for site in shard_map.sites:
+                self._add_sent(site, shard_map, owners_of[site])
 
-        owners_of: dict[int, dict[int, int]] = defaultdict(dict)
-        pairs = Counter(zip(assignment.site_of, assignment.owners, strict=True))
-        for (number, owner), count in pairs.items():
-            owners_of[number][owner] = count
-        maps = assignment.maps_of_sites()
-        for number, (site, shard_map) in enumerate(zip(assignment.sites, maps, strict=True)):
-            self._add(site, shard_map, owners_of[number], costs[site.shape][2])
-
-    def _add(self, site: Site, shard_map: ShardMap, owners: dict[int, int], state: int) -> None:
-        """Add the blocks of one site, given how many each owner has, and the state of one."""
+    def _add_sent(self, site: Site, shard_map: ShardMap, owners: Counter[int]) -> None:
+        """Add what the blocks of one site send, given how many each owner has."""
         node, held = self._node, site.held
         size = volume(site.rectangle)
         everywhere = shard_map.replicas * size
-        held_in: dict[int, int] = defaultdict(int)
+        held_in: Counter[int] = Counter()
         for rank, elements in held.items():
             held_in[node[rank]] += elements
-        wanted: dict[int, int] = defaultdict(int)  # by replica: blocks whose owner is there
-        wanted_near: dict[tuple[int, int], int] = defaultdict(int)  # and by node of the owner
+        wanted: Counter[int] = Counter()  # by replica: blocks whose owner is there
+        wanted_near: Counter[tuple[int, int]] = Counter()  # and by node of the owner
         for owner, count in owners.items():
-            self.owned[owner] += count
-            self.state[owner] += count * state
             # The update goes to all that hold a piece.
             self.sent[owner] += count * (everywhere - held.get(owner, 0))
-            self.across[owner] += count * (everywhere - held_in.get(node[owner], 0))
+            self.across[owner] += count * (everywhere - held_in[node[owner]])
             replica = shard_map.replica_of[owner]
             wanted[replica] += count
             wanted_near[replica, node[owner]] += count
         # The gradient comes from the owner's own replica.
         for rank, elements in held.items():
             replica = shard_map.replica_of[rank]
-            total = wanted[replica]
-            self.sent[rank] += elements * (total - owners.get(rank, 0))
-            self.across[rank] += elements * (total - wanted_near.get((replica, node[rank]), 0))
+            self.sent[rank] += elements * (wanted[replica] - owners[rank])
+            self.across[rank] += elements * (wanted[replica] - wanted_near[replica, node[rank]])
         least = everywhere + size - 2 * max(held.values())
-        self.least_sent += least * sum(owners.values())
+        self.least_sent += least * owners.total()

@@ -101,14 +101,13 @@ def make_plan(
     """
     assignment = Assignment(parameters, config, costs, rank)
     me = bisect.bisect_left(assignment.ranks, rank)
-    maps, sites, first = assignment.maps, assignment.sites, assignment.first
-    replicated = any(shard_map.replicas > 1 for shard_map in maps)
-    placed = zip(assignment.site_of, assignment.owners, strict=True)
+    maps = assignment.maps
+    owned = zip(assignment.sites, assignment.owners, strict=True)
     return Plan(
         ranks=assignment.ranks,
-        parts=tuple(_part(assignment, *of, me) for of in zip(maps, first, strict=True)),
-        travels=replicated
-        or any(sites[s].held.get(owner, 0) < volume(sites[s].rectangle) for s, owner in placed),
+        parts=tuple(_part(assignment, *of, me) for of in zip(maps, assignment.first, strict=True)),
+        travels=any(shard_map.replicas > 1 for shard_map in maps)
+        or any(site.held.get(owner, 0) < volume(site.rectangle) for site, owner in owned),
         fingerprint=assignment.fingerprint,
     )
 
@@ -118,8 +117,7 @@ def _part(assignment: Assignment, shard_map: ShardMap, first: int, me: int) -> P
     owners = assignment.owners[first : first + len(shard_map.grid)]
     for index, owner in enumerate(owners):
         if owner == me:
-            site = shard_map.sites[index]
-            phase = assignment.phase_of[first + index]
+            site, phase = shard_map.sites[index], assignment.phases[first + index]
             block = OwnedBlock(index, site.rectangle, site.shape, phase)
             part.blocks.append(block)
             _add_owned(part, block, site, shard_map, me)

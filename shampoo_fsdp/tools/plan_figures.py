@@ -90,7 +90,7 @@ def plan_figures(
     ratios = {name: _max_over_mean(of_ranks) for name, of_ranks in values.items()}
     worst = max((name for name in values if name.startswith("gflop")), key=lambda n: ratios[n])
     phases = [f"{_PHASE}{i}" for i in range(config.precondition_frequency)]
-    shapes = Counter(of.sites[site].shape for of in assignments for site in of.site_of)
+    shapes = Counter(site.shape for of in assignments for site in of.sites)
     costs, sides = BlockCosts(config), {s: sides_without_factor(s, config) for s in shapes}
     place = values[worst].index(spreads[worst]["max"])
     numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # of those that travel
