@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.command import console, parser_of, table
 from benchmarks.measure import Counts
 from shampoo_fsdp.rules.eigenbasis import eigenbasis, warm_eigenbasis
-from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, inverse_root_from_basis
+from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, root_from_basis
 
 EPS = 1e-12
 RESOLUTION = torch.finfo(torch.float32).eps
@@ -87,7 +87,7 @@ def measure_cost(n: int, blocks: int, exponent: float, device: str = "cpu") -> R
 
     def calls(stack: Tensor, q: Tensor) -> dict[str, Callable[[], Tensor]]:
         def warm() -> Tensor:
-            return inverse_root_from_basis(*warm_eigenbasis(stack, q), exponent, EPS)
+            return root_from_basis(*warm_eigenbasis(stack, q), exponent, EPS)[0]
 
         return {m: partial(inverse_root, stack, exponent, EPS, m) for m in ROOT_METHODS} | {
             "qr (warm start)": warm,

@@ -77,7 +77,6 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "1024, every 10": {"max_preconditioner_dim": 1024},
     "256, every step": {"precondition_frequency": 1},
     "256, every 10, one bucket": {"buckets": 1},
-    "256, every 10, compiled": {"compile": True},
     "SOAP, 256, every 10": {"preconditioner": "soap"},
     "KL-Shampoo, 256, every 10": {"preconditioner": "kl_shampoo"},
     "256, every 10, low memory": {

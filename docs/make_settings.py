@@ -27,7 +27,7 @@ _HEAD = """# Settings
 <!-- Made by `python -m docs.make_settings` from the docstrings in shampoo_fsdp/config.py. -->
 
 `[optimizer.shampoo]` in a job file, `--optimizer.shampoo.NAME` on the command line of a job
-(switches: `--optimizer.shampoo.compile`, `--optimizer.shampoo.no-compile`), keyword arguments of
+(switches: `--optimizer.shampoo.nesterov`, `--optimizer.shampoo.no-nesterov`), keyword arguments of
 `Shampoo` in Python, `--NAME` of `python -m shampoo_fsdp plan`. `lr`, `betas`, `eps` and
 `weight_decay` are those of AdamW. Which to change, and when:
 [Running it](running.md#when-to-change-a-setting); what others call them:

@@ -208,9 +208,6 @@ class ShampooConfig:
     on its way while another is computed, and only a part is in memory. Default: as many as make
     2^26 numbers per rank each, 256 MiB in fp32; on one rank alone 2^28."""
 
-    compile: bool = False
-    """Whether torch.compile fuses the step's elementwise work, once for each shape of block."""
-
     owner_scope: Literal["all", "shard"] = "all"
     """Where the owners of a block may be. 'all': on all ranks of the parameter, so that replicas
     share the work; 'shard': within each replica, so that every replica repeats the work of all

@@ -20,8 +20,8 @@ _SHIFT = 2.0**-16
 def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of each matrix.
 
-    Never raises for a bad matrix: a stack that fails is decomposed again in fp64, then matrix by
-    matrix.
+    Never raises for a bad matrix: a stack that fails is decomposed matrix by matrix, and a matrix
+    that fails in fp64.
 
     Args:
         matrices: shape [B, n, n], symmetric.
@@ -143,19 +143,12 @@ def _orthogonal_step(matrices: Tensor, q: Tensor) -> Tensor:
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     try:
-        return _symmetric_eigh(matrices)
+        eigenvalues, vectors = torch.linalg.eigh(matrices)
     except LinAlgError:
-        pass
-    try:
-        eigenvalues, vectors = _symmetric_eigh(matrices.double())
-        return eigenvalues.to(matrices.dtype), vectors.to(matrices.dtype)
-    except LinAlgError:
-        if len(matrices) == 1:
-            return torch.full_like(matrices[:, 0], torch.nan), torch.full_like(matrices, torch.nan)
-    pairs = [_eigh(matrix.unsqueeze(0)) for matrix in matrices]
-    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
-
-
-def _symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    eigenvalues, vectors = torch.linalg.eigh(matrices)
+        if len(matrices) > 1:
+            pairs = [_eigh(matrix.unsqueeze(0)) for matrix in matrices]
+            return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+        if matrices.dtype == torch.float64:
+            return torch.full_like(matrices[:, 0], torch.nan), matrices
+        eigenvalues, vectors = (found.to(matrices.dtype) for found in _eigh(matrices.double()))
     return eigenvalues, vectors

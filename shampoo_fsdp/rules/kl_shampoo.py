@@ -15,7 +15,7 @@ each, whitened by all others and over the product of their sizes; the first one 
 
 The roots are those of the last refresh, for the direction and for whitening. (The paper averages
 eigenvalues on every step in a basis that may be old: four more products a step for two sides, and
-no better where we compared.)
+no better where we compared.) `root_rule.py` takes them, and multiplies by them.
 """
 
 from typing import ClassVar
@@ -25,14 +25,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.rules.matrices import (
-    Positions,
-    along,
-    mean_eigenvalue,
-    per_block,
-    scale_along,
-    unfold,
-)
+from shampoo_fsdp.rules.matrices import Positions, along, mean_eigenvalue, per_block, scale_along
 from shampoo_fsdp.rules.root_rule import RootRule
 from shampoo_fsdp.rules.rule import register
 from shampoo_fsdp.rules.step import Step
@@ -79,30 +72,43 @@ class KLShampooRule(RootRule):
         # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
         # sides that start from the identity would fade, and their roots grow without bound.
         decay = step.decay.masked_fill(step.idle, 1.0)
-        if not self.two_sided:
-            return self._accumulate_sides(gradient, step, decay)
-        m, n = gradient.shape[1:]
-        left, right = self._read_roots()
-        scaled, share = self._over(gradient, n)
-        self._average(0, _bounded(scaled @ right), step, decay, share)
-        if m != n:
-            scaled, share = self._over(gradient, m)
-        self._average(1, _bounded(left @ scaled).mT, step, decay, share)
+        over: dict[int, tuple[Tensor, float]] = {}
+        for i in self.sides:
+            rest = gradient[0].numel() // gradient.shape[i + 1]
+            if rest not in over:
+                over = {rest: self._over(gradient, rest)}
+            whitened, share = over[rest]
+            for j in self.sides:
+                if j == i:
+                    continue
+                if j in self.full:
+                    root = self.roots[j].read(dtype=whitened.dtype)
+                    whitened = along(whitened, root, j, symmetric=True)
+                else:
+                    root = self._diagonal_root(j, step.correction).to(whitened.dtype)
+                    whitened = scale_along(whitened, root, j)
+                # Roots of tiny gradients can raise a large one until its square overflows.
+                whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+            self._average(i, whitened, step, decay, share)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """P_L = (L / c + ridge I)^(-1/2), P_R = (R + ridge I)^(-1/2)."""
         for i in () if cold else self.sides[1:]:
-            self._bound(i, where)
-        return self._take_roots(where, cold, correction)
-
-    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
-        """D = P_L N P_R."""
-        if not self.two_sided:
-            return self._multiply_sides(momentum, step)
-        left, right = self._read_roots()
-        return torch.bmm(left, momentum @ right, out=out)
+            # A side that has left the size of 1 is scaled back; the scale is usually exactly 1.
+            diagonal = self.state.get(f"diagonals_{i}")
+            factors = self.factors[i].read(where) if diagonal is None else diagonal[where]
+            mean = mean_eigenvalue(factors)
+            bounded = mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN)
+            scale = torch.where(mean > 0.0, bounded / mean, 1.0)
+            scaled = factors * per_block(scale, factors.ndim)
+            if diagonal is None:
+                self.factors[i].write(scaled, where)
+            else:
+                diagonal[where] = scaled
+        return super().refresh(where, cold, correction)
 
     def restart(self, where: Positions) -> None:
+        """R, and all sides but the first, start from the identity."""
         super().restart(where)
         for i in self.sides[1:]:
             if i in self.full:
@@ -118,18 +124,6 @@ class KLShampooRule(RootRule):
         low = torch.empty_like(gradient, dtype=self.products_in)
         return torch.mul(gradient, (1.0 / size) ** 0.5, out=low), 1.0
 
-    def _bound(self, i: int, where: Positions) -> None:
-        """Scale a side that has left the size of 1; usually by exactly 1."""
-        diagonal = self.state.get(f"diagonals_{i}")
-        factors = self.factors[i].read(where) if diagonal is None else diagonal[where]
-        mean = mean_eigenvalue(factors)
-        scale = torch.where(mean > 0.0, mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN) / mean, 1.0)
-        scaled = factors * per_block(scale, factors.ndim)
-        if diagonal is None:
-            self.factors[i].write(scaled, where)
-        else:
-            diagonal[where] = scaled
-
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         # The others did not start at zero.
         return correction if i == self.sides[0] else 1.0
@@ -140,27 +134,3 @@ class KLShampooRule(RootRule):
         mean = mean_eigenvalue(factors) / correction
         ridge = torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
         return ridge.clamp_min(torch.finfo(torch.float32).tiny)
-
-    def _accumulate_sides(self, gradient: Tensor, step: Step, decay: Tensor) -> None:
-        """The same for any number of sides, each with a matrix, a diagonal or nothing."""
-        for i in self.sides:
-            whitened, share = self._over(gradient, gradient[0].numel() / gradient.shape[i + 1])
-            for j in self.sides:
-                if j == i:
-                    continue
-                if j in self.full:
-                    root = self.roots[j].read(dtype=whitened.dtype)
-                    whitened = along(whitened, root, j, symmetric=True)
-                else:
-                    root = self._diagonal_root(j, step.correction)
-                    whitened = scale_along(whitened, root.to(whitened.dtype), j)
-                _bounded(whitened)
-            if i in self.full:
-                self._average(i, unfold(whitened, i), step, decay, share)
-            else:
-                self._average_diagonal(i, whitened.float().square(), step, decay, share)
-
-
-def _bounded(whitened: Tensor) -> Tensor:
-    """In place: the roots of tiny gradients can raise a large one until its square overflows."""
-    return whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)

@@ -1,8 +1,8 @@
 """What is kept of a block, by name, for stacks and checkpoints; what a block costs its owner."""
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from shampoo_fsdp.rules.grafting import second_moment_name
 from shampoo_fsdp.rules.matrices import StateEntry, factor_kinds
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.roots import by_products
-from shampoo_fsdp.rules.rule import Rule, rule_of
+from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = [
     "MARKER",
@@ -31,7 +31,7 @@ MARKER = "max_preconditioner_dim"
 
 def factor_entries() -> frozenset[str]:
     """Names of the entries of a parameter's state that only mean something together."""
-    of_rules = {entry for rule in _rules().values() for entry in rule.entries}
+    of_rules = {entry for rule in RULES.values() for entry in rule.entries}
     return frozenset({"factor_step", "refreshed", MARKER, *of_rules})
 
 
@@ -43,12 +43,8 @@ def settings_marker(config: ShampooConfig, fingerprint: int) -> tuple[int, ...]:
 
 def preconditioner_of(marker: Sequence[int]) -> str:
     """The setting that such a shape tells; "" for what is none, or of a rule that is not known."""
-    names = {rule.number: name for name, rule in _rules().items()}
+    names = {rule.number: name for name, rule in RULES.items()}
     return names.get(marker[2], "") if len(marker) == 4 else ""
-
-
-def _rules() -> Mapping[str, type[Rule]]:
-    return RULES
 
 
 def saved_entries(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
@@ -57,14 +53,10 @@ def saved_entries(shape: Sequence[int], config: ShampooConfig) -> dict[str, Stat
     Momenta and second moments have the shape of the block; the rule's matrices of one kind are one
     row, dimension after dimension.
     """
-    entries, rows = _moments(shape, config), dict[str, tuple[int, torch.dtype]]()
-    for name, (kept, dtype) in _of_rule(shape, config).items():
-        kind, _, dimension = name.rpartition("_")
-        if dimension.isdigit():
-            rows[kind] = rows.get(kind, (0, dtype))[0] + math.prod(kept), dtype
-        else:
-            entries[name] = kept, dtype
-    return entries | {kind: ((size,), dtype) for kind, (size, dtype) in rows.items()}
+    entries = {}
+    for name, entry, start, (kept, dtype) in _places(shape, config):
+        entries[entry] = (kept if name == entry else (start + math.prod(kept),)), dtype
+    return entries
 
 
 def split_rows(
@@ -72,17 +64,25 @@ def split_rows(
 ) -> dict[str, Tensor]:
     """Stacked entries as :func:`saved_entries` says, [B, ...], with views of single matrices in the
     place of the rows."""
-    split = {name: saved[name] for name in _moments(shape, config)}
-    used: dict[str, int] = defaultdict(int)
-    for name, (kept, _) in _of_rule(shape, config).items():
-        kind, _, dimension = name.rpartition("_")
-        if dimension.isdigit():
-            row, start = saved[kind], used[kind]
-            used[kind] = start + math.prod(kept)
-            split[name] = row[:, start : used[kind]].view(len(row), *kept)
-        else:
-            split[name] = saved[name]
+    split = {}
+    for name, entry, start, (kept, _) in _places(shape, config):
+        split[name] = row = saved[entry]
+        if name != entry:
+            split[name] = row[:, start : start + math.prod(kept)].view(len(row), *kept)
     return split
+
+
+def _places(
+    shape: Sequence[int], config: ShampooConfig
+) -> Iterator[tuple[str, str, int, StateEntry]]:
+    """For each tensor of a block's state its name, the name of the row that it is in (or its own),
+    where it starts there, and its shape and type."""
+    used: Counter[str] = Counter()
+    for name, kept in (_moments(shape, config) | rule_of(config).layout(shape, config)).items():
+        kind, _, dimension = name.rpartition("_")
+        entry = kind if dimension.isdigit() else name
+        yield name, entry, used[entry], kept
+        used[entry] += math.prod(kept[0])
 
 
 def state_bytes(shape: Sequence[int], config: ShampooConfig) -> int:
@@ -99,10 +99,6 @@ def _moments(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntr
     if config.momentum:
         entries["momentum_buffer"] = (tuple(shape), momentum_dtype)
     return entries
-
-
-def _of_rule(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
-    return rule_of(config).layout(shape, config)
 
 
 # A root or eigenbasis of an n x n factor takes as long as a matrix product in fp32 of this many
@@ -133,9 +129,8 @@ class BlockCosts(dict[tuple[int, ...], tuple[float, float, int]]):
         # The method of somebody else's rule costs what eigenvectors do, for want of a better guess.
         method = config.basis_method
         if full:
-            method = by_products(
-                method, -rule.root_exponent(config, len(shape) - kinds.count("none"))
-            )
+            factors = len(shape) - kinds.count("none")
+            method = by_products(method, -rule.root_exponent(config, factors))
         cubed, squared = _REFRESH_FLOPS.get(method, _REFRESH_FLOPS["eigh"])
         refresh = rule.refresh_cost * sum(cubed * n**3 + squared * n**2 for n in full)
         if config.matmul_precision == "medium":

@@ -43,8 +43,9 @@ def factor_kinds(shape: Sequence[int], config: ShampooConfig) -> tuple[FactorKin
     """For each dimension of a block what factor it has; see `large_dim` and `max_factor_ratio`."""
     large: FactorKind = "diagonal" if config.large_dim == "diagonal" else "none"
     # Vectors have a factor only where precondition_1d asks for it.
+    most = config.max_factor_ratio * math.prod(shape)
     vector = config.precondition_1d and not is_matrix(shape)
-    kept = set(shape) if vector else proportionate_sides(shape, config.max_factor_ratio)
+    kept = {n for n in shape if vector or n == min(shape) or n * n <= most}
     return tuple(
         large if n > config.max_preconditioner_dim else "full" if n in kept else "none"
         for n in shape
@@ -60,11 +61,6 @@ def sides_without_factor(shape: Sequence[int], config: ShampooConfig) -> list[in
 def is_matrix(sizes: Sequence[int]) -> bool:
     """Whether two or more dimensions are longer than one: otherwise there is one row or column."""
     return sum(n > 1 for n in sizes) > 1
-
-
-def proportionate_sides(shape: Sequence[int], ratio: float) -> set[int]:
-    """Sides n of a block with n x n <= `ratio` times its elements, and the shortest one."""
-    return {n for n in shape if n == min(shape) or n * n <= ratio * math.prod(shape)}
 
 
 def resolution_of(dtype: torch.dtype) -> float:
@@ -167,19 +163,28 @@ def unfold(blocks: Tensor, i: int) -> Tensor:
     return blocks.movedim(i + 1, 1).reshape(len(blocks), blocks.shape[i + 1], -1)
 
 
-def along(blocks: Tensor, matrices: Tensor, i: int, *, symmetric: bool = False) -> Tensor:
+def along(
+    blocks: Tensor,
+    matrices: Tensor,
+    i: int,
+    *,
+    symmetric: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """Multiply blocks [B, d_1, ..., d_k] by matrices [B, e, d_i] along dimension i.
 
     Args:
         symmetric: whether the matrices are: as they lie in the state, CPUs would have to copy them
             to transpose them.
+        out: memory of the blocks' shape and type that the result along the first dimension may use.
     """
     shape = (*blocks.shape[: i + 1], matrices.shape[1], *blocks.shape[i + 2 :])
     if i == blocks.ndim - 2:
         flat = blocks.reshape(len(blocks), -1, blocks.shape[-1])
         return torch.bmm(flat, matrices if symmetric else matrices.mT).view(shape)
     rest = [n for d, n in enumerate(shape[1:]) if d != i]
-    unfolded = torch.bmm(matrices, unfold(blocks, i))
+    memory = None if out is None or i else unfold(out, 0)
+    unfolded = torch.bmm(matrices, unfold(blocks, i), out=memory)
     return unfolded.view(shape[0], shape[i + 1], *rest).movedim(1, i + 1)
 
 

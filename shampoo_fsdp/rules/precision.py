@@ -1,5 +1,6 @@
 """Arithmetic of the step, whatever the program around it has chosen for its model."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -11,12 +12,10 @@ __all__ = [
     "MatmulPrecision",
     "Precise",
     "add_gram",
-    "fp32_product",
     "full_precision",
     "gram",
     "has_fast_bfloat16",
     "products_in",
-    "split",
     "split_product",
     "tf32_product",
     "torch_dtype",
@@ -62,24 +61,15 @@ def full_precision(device_type: str) -> Iterator[None]:
                 matmul.fp32_precision = precision
 
 
-# By device type, once it has been asked: torch.compile cannot follow the question into a graph.
-_fast_bfloat16: dict[str, bool] = {}
-
-
 def has_fast_bfloat16(device_type: str) -> bool:
     """Whether products of bf16 matrices are faster there than of fp32 ones; of a GPU that this
     process has not used so far, that it is none of before 2020 (to ask it would be to use it)."""
-    if device_type in _fast_bfloat16:
-        return _fast_bfloat16[device_type]
     if device_type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        fast = bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    elif device_type == "cpu":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device_type == "cpu":
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, test, bool)() for test in tests)
-    else:
-        return True
-    _fast_bfloat16[device_type] = fast
-    return fast
+        return any(getattr(torch.cpu, test, bool)() for test in tests)
+    return True
 
 
 @contextmanager
@@ -97,6 +87,7 @@ def products_in(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
+@functools.cache
 def _sums_in_fp32(device_type: str) -> bool:
     """Whether it multiplies bf16 matrices, fast, with fp32 as what comes out; ROCm cannot."""
     return device_type == "cuda" and not torch.version.hip and has_fast_bfloat16("cuda")
@@ -107,9 +98,7 @@ def gram(blocks: Tensor) -> Tensor:
 
     Sums that are rounded to bf16 would make factors indefinite.
     """
-    # (torch.compile forgets the type of the sums of one product.)
-    low = blocks.dtype == torch.bfloat16 and blocks.shape[2] > 1
-    if low and _sums_in_fp32(blocks.device.type):
+    if blocks.dtype == torch.bfloat16 and _sums_in_fp32(blocks.device.type):
         return torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
     blocks = blocks.float()
     return torch.bmm(blocks, blocks.mT)
@@ -143,18 +132,11 @@ def _add_gram_in_strips(factors: Tensor, blocks: Tensor, weight: float) -> Tenso
     return factors
 
 
-def fp32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha a @ b of stacks of matrices, within :func:`full_precision`."""
-    if alpha == 1.0:
-        return torch.bmm(a, b)
-    return torch.baddbmm(a, a, b, beta=0.0, alpha=alpha)
-
-
 def tf32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """The same for stacks of square matrices, inputs rounded to the 10 bits of TF32 where the
-    device has units for it."""
+    """alpha a @ b of stacks of square matrices, within :func:`full_precision`: inputs are rounded
+    to the 10 bits of TF32 where the device has units for it."""
     with products_in("high"):
-        return fp32_product(a, b, alpha)
+        return torch.bmm(a, b) if alpha == 1.0 else torch.baddbmm(a, a, b, beta=0.0, alpha=alpha)
 
 
 def split_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:

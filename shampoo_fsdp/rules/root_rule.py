@@ -1,4 +1,4 @@
-"""What Shampoo and KL-Shampoo share: factors and inverse roots of any number of sides."""
+"""What Shampoo and KL-Shampoo share: inverse roots of the factors, and products with them."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from shampoo_fsdp.rules.matrices import (
     per_block,
     scale_along,
 )
-from shampoo_fsdp.rules.roots import inverse_root, inverse_root_from_basis, ridged_powers
+from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, ridged_powers, root_from_basis
 from shampoo_fsdp.rules.rule import Health, Rule
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.validation import refuse
@@ -36,13 +36,7 @@ class RootRule(Rule):
     """
 
     entries = ("factors", "diagonals", "inverse_roots", "eigenvectors")
-    root_methods: ClassVar[tuple[str, ...]] = (
-        "eigh",
-        "eigh_pseudo_inverse",
-        "coupled_newton",
-        "polynomial",
-        "qr",
-    )
+    root_methods: ClassVar[tuple[str, ...]] = (*ROOT_METHODS, "qr")
     root_method_by_products = "polynomial"
     matmul_precision = "medium"
     rounds_roots = True
@@ -57,12 +51,11 @@ class RootRule(Rule):
 
     @classmethod
     def layout(cls, shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
+        kept = ["factors", "inverse_roots"] + ["eigenvectors"] * (config.basis_method == "qr")
         entries: dict[str, StateEntry] = {}
         for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
             if kind == "full":
-                entries |= cls._matrix_entries(i, n, config, "factors", "inverse_roots")
-                if config.basis_method == "qr":
-                    entries |= cls._matrix_entries(i, n, config, "eigenvectors")
+                entries |= cls._matrix_entries(i, n, config, *kept)
             elif kind == "diagonal":
                 entries[f"diagonals_{i}"] = (n,), torch.float32
         return entries
@@ -72,49 +65,31 @@ class RootRule(Rule):
     ) -> None:
         super().__init__(shape, config, state)
         self.roots = {i: MatrixStack(state[f"inverse_roots_{i}"]) for i in self.full}
-        self.sides = sorted((*self.full, *self.diagonal))
-        """Dimensions that have a factor."""
         # How much the last refresh changed each root, for `health`; in no checkpoint.
         kept = {i: root.storage for i, root in self.roots.items()}
         self._changes = {i: m.new_zeros(len(m), dtype=torch.float32) for i, m in kept.items()}
 
-    def _read_roots(self) -> list[Tensor]:
-        """The roots of the dimensions with a matrix, in the type of the products."""
-        return [root.read(dtype=self.products_in) for root in self.roots.values()]
-
-    def _take_roots(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
-        """(S / c + ridge I)^exponent of the matrices S of all dimensions; arguments and result are
-        those of `refresh`."""
+    def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
+        """P = (S / c + ridge I)^exponent of the factors S of all dimensions."""
         failed: dict[int, Tensor] = {}
-        for n in sorted({self.factors[i].size for i in self.full}):
+        for n in sorted({factor.size for factor in self.factors.values()}):
             sides = [i for i in self.full if self.factors[i].size == n]
             # Sides of one length in one call: half as many kernels for square blocks.
             factors = torch.cat([self.factors[i].read(where) for i in sides])
             c = _joined([self._correction_of(i, correction) for i in sides], factors)
             ridge = self._ridge(factors, c)
-            roots, bad = self._roots_of(sides, where, factors, cold, ridge, c)
+            if self.config.basis_method == "qr":
+                roots, bad = self._roots_of_bases(sides, where, factors, cold, ridge, c)
+            else:
+                method, resolution = self.config.basis_method, self.resolution
+                roots, bad = inverse_root(factors, self.exponent, ridge, method, resolution, c)
             failed |= zip(sides, bad.chunk(len(sides)), strict=True)
             # A block that has seen no gradient has no scale: its roots would blow up the first.
             unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
             self._keep_roots(sides, where, roots, bad | unseen, cold)
         return torch.stack([failed[i] for i in self.full])
 
-    def _keep_roots(
-        self, sides: Sequence[int], where: Positions, roots: Tensor, bad: Tensor, cold: bool
-    ) -> None:
-        """Keep the last roots where these are bad; note how much the others changed."""
-        roots = roots.to(self.roots[sides[0]].storage.dtype)
-        before = torch.cat([self.roots[i].read(where, roots.dtype) for i in sides])
-        roots = torch.where(per_block(bad, 3), before, roots)
-        changes = _change(before, roots)
-        if cold:  # the first root takes the place of the identity
-            changes = torch.zeros_like(changes)
-        parts = (roots.chunk(len(sides)), changes.chunk(len(sides)))
-        for i, root, change in zip(sides, *parts, strict=True):
-            self.roots[i].write(root, where)
-            self._changes[i][where] = change
-
-    def _roots_of(
+    def _roots_of_bases(
         self,
         sides: Sequence[int],
         where: Positions,
@@ -123,21 +98,45 @@ class RootRule(Rule):
         ridge: float | Tensor,
         correction: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Inverse roots of the factors of sides of one length, side after side, and where that
-        failed."""
-        method = self.config.basis_method
-        if method != "qr":
-            return inverse_root(factors, self.exponent, ridge, method, self.resolution, correction)
-        bases = [
-            self._updated_basis(i, where, part, cold)
-            for i, part in zip(sides, factors.chunk(len(sides)), strict=True)
-        ]
-        eigenvalues = torch.cat([basis[0] for basis in bases])
-        vectors = torch.cat([basis[1] for basis in bases])
-        failed = torch.cat([basis[2] for basis in bases])
+        """Inverse roots of the factors of sides of one length, side after side, by eigenvectors
+        that are kept, and where that failed."""
+        parts = zip(sides, factors.chunk(len(sides)), strict=True)
+        bases = [self._updated_basis(i, where, part, cold) for i, part in parts]
+        eigenvalues, vectors, failed = map(torch.cat, zip(*bases, strict=True))
         eigenvalues = eigenvalues / per_block(correction, 2)
-        roots = inverse_root_from_basis(eigenvalues, vectors, self.exponent, ridge, self.resolution)
-        return roots, failed | roots.sum((1, 2)).isfinite().logical_not_()
+        roots, bad = root_from_basis(eigenvalues, vectors, self.exponent, ridge, self.resolution)
+        return roots, failed | bad
+
+    def _keep_roots(
+        self, sides: Sequence[int], where: Positions, roots: Tensor, bad: Tensor, cold: bool
+    ) -> None:
+        """Keep the last roots where these are bad; note how much the others changed."""
+        roots = roots.to(self.roots[sides[0]].storage.dtype)
+        before = torch.cat([self.roots[i].read(where, roots.dtype) for i in sides])
+        roots = torch.where(per_block(bad, 3), before, roots)
+        if cold:  # the first root takes the place of the identity
+            before = roots
+        parts = (roots.chunk(len(sides)), _change(before, roots).chunk(len(sides)))
+        for i, root, change in zip(sides, *parts, strict=True):
+            self.roots[i].write(root, where)
+            self._changes[i][where] = change
+
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
+        """D = P_L N P_R."""
+        for i in set(self.sides).difference(self.full):
+            momentum = scale_along(momentum, self._diagonal_root(i, step.correction), i)
+        momentum = momentum.to(self.products_in)
+        memory = out if len(self.full) > 1 else None  # one product cannot write where it reads
+        for i in reversed(self.full):
+            root = self.roots[i].read(dtype=self.products_in)
+            momentum = along(momentum, root, i, symmetric=True, out=memory)
+        return momentum
+
+    def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
+        """The root of a diagonal factor, [B, d_i]."""
+        own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
+        ridge = self._ridge(diagonal, own)
+        return ridged_powers(diagonal / per_block(own, 2), self.exponent, ridge, self.resolution)
 
     def health(self, correction: float | Tensor) -> Health:
         """The residual is the change of the root at its last refresh: it is known what the old one
@@ -151,29 +150,14 @@ class RootRule(Rule):
         changes = torch.stack([*self._changes.values()])
         return Health(torch.stack(conditions), changes.clamp_max_(1.0))
 
-    def _multiply_sides(self, momentum: Tensor, step: Step) -> Tensor:
-        """`direction` for any number of sides, each with a matrix, a diagonal or nothing."""
-        for i in self.diagonal:
-            momentum = scale_along(momentum, self._diagonal_root(i, step.correction), i)
-        momentum = momentum.to(self.products_in)
-        for i, root in reversed(self.roots.items()):
-            momentum = along(momentum, root.read(dtype=self.products_in), i, symmetric=True)
-        return momentum
-
-    def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
-        """The root of a diagonal factor, [B, d_i]."""
-        own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
-        ridge = self._ridge(diagonal, own)
-        return ridged_powers(diagonal / per_block(own, 2), self.exponent, ridge, self.resolution)
-
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         """The bias correction of the factors of dimension i."""
         return correction
 
     @abstractmethod
     def _ridge(self, factors: Tensor, correction: float | Tensor) -> float | Tensor:
-        """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are over their
-        correction; a number or [B]."""
+        """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are
+        over their correction; a number or [B]."""
 
 
 def _joined(values: Sequence[float | Tensor], factors: Tensor) -> float | Tensor:

@@ -15,8 +15,8 @@ __all__ = [
     "by_products",
     "check_exponent",
     "inverse_root",
-    "inverse_root_from_basis",
     "ridged_powers",
+    "root_from_basis",
     "root_residual",
 ]
 
@@ -91,12 +91,10 @@ def inverse_root(
         eigenvalues, vectors = eigenbasis(matrices)
         eigenvalues = eigenvalues / per_block(divisor, 2)
         pseudo = method == "eigh_pseudo_inverse"
-        root = inverse_root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
-        return root, root.sum((-2, -1)).isfinite().logical_not_()
-    power, order = _power_and_order(exponent)
-    rounding = torch.finfo(matrices.dtype).eps
+        return root_from_basis(eigenvalues, vectors, exponent, eps, resolution, pseudo)
+    power, order = _ratio(exponent) or (1, 1)  # there is one
     if by_products(method, exponent) == "coupled_newton":
-        least = max(_BELOW * resolution, _LEAST * rounding)
+        least = max(_BELOW * resolution, _LEAST * torch.finfo(matrices.dtype).eps)
         root = coupled_newton(matrices / per_block(divisor, 3), order, eps, least)
     else:
         root = polynomial_root(matrices, order, eps, divisor)
@@ -112,26 +110,19 @@ def by_products(method: str, exponent: float) -> str:
     return method if method != "polynomial" or few else "coupled_newton"
 
 
-def inverse_root_from_basis(
+def root_from_basis(
     eigenvalues: Tensor,
     vectors: Tensor,
     exponent: float,
     eps: float | Tensor,
     resolution: float = 0.0,
     pseudo: bool = False,
-) -> Tensor:
-    """(A + eps I)^exponent from eigenvalues and eigenvectors of A, floored as in `inverse_root`.
+) -> tuple[Tensor, Tensor]:
+    """(A + eps I)^exponent from eigenvalues [B, n], in any order, and eigenvectors of A in the
+    columns of [B, n, n]; arguments and result as those of `inverse_root`.
 
     Args:
-        eigenvalues: shape [B, n], in any order.
-        vectors: shape [B, n, n], in the columns.
-        exponent: negative.
-        eps: the ridge; a number or [B].
-        resolution: as in `inverse_root`.
         pseudo: whether directions that A lacks contribute nothing.
-
-    Returns:
-        shape [B, n, n].
     """
     powers = ridged_powers(eigenvalues, exponent, eps, resolution)
     if pseudo:
@@ -139,7 +130,8 @@ def inverse_root_from_basis(
         largest = eigenvalues.amax(-1, keepdim=True).clamp_min(0.0)
         missing = eigenvalues <= largest * (resolution * eigenvalues.shape[-1])
         powers = powers.masked_fill(missing, 0.0)
-    return (vectors * powers.unsqueeze(-2)) @ vectors.mT
+    root = (vectors * powers.unsqueeze(-2)) @ vectors.mT
+    return root, root.sum((-2, -1)).isfinite().logical_not_()
 
 
 def ridged_powers(
@@ -224,12 +216,6 @@ def _ratio(exponent: float) -> tuple[int, int] | None:
     if abs(float(ratio) + exponent) > 1e-6 * abs(exponent):
         return None
     return ratio.numerator, ratio.denominator
-
-
-def _power_and_order(exponent: float) -> tuple[int, int]:
-    ratio = _ratio(exponent)
-    assert ratio is not None  # check_exponent
-    return ratio
 
 
 def coupled_newton(matrices: Tensor, order: int, eps: float | Tensor, least: float) -> Tensor:

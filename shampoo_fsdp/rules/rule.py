@@ -18,6 +18,7 @@ from shampoo_fsdp.rules.matrices import (
     matrix_entry,
     per_block,
     resolution_of,
+    unfold,
 )
 from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
@@ -120,7 +121,6 @@ class Rule(ABC):
             shape: of a block.
             state: stacked tensors [B, ...] as :meth:`layout` says; :meth:`restart` fills them.
         """
-        kinds = factor_kinds(shape, config)
         self.shape = tuple(shape)
         self.config = config
         self.state = state
@@ -128,18 +128,16 @@ class Rule(ABC):
         low = config.matmul_precision == "medium" and is_matrix(shape)
         self.products_in = torch.bfloat16 if low else torch.float32
         """Type of what is multiplied on every step; what comes out is of it too, but for grams."""
+        kinds = factor_kinds(shape, config)
         self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
         """Dimensions that have a matrix as their factor."""
-        self.diagonal = [i for i, kind in enumerate(kinds) if kind == "diagonal"]
-        """Dimensions whose factor is a diagonal."""
-        self.two_sided = len(kinds) == 2 and self.full == [0, 1]
-        """Whether it is the usual case, a matrix for each of two dimensions."""
+        self.sides = [i for i, kind in enumerate(kinds) if kind != "none"]
+        """Dimensions that have a factor: also those whose factor is a diagonal."""
         kept = {i: state.get(f"factors_{i}") for i in self.full}
         self.factors = {i: MatrixStack(factor) for i, factor in kept.items() if factor is not None}
         kept_in = torch_dtype(config.factor_dtype)
         self.resolution = max(self.resolution, resolution_of(kept_in))
-        count = len(self.full) + len(self.diagonal)
-        self.exponent = -self.root_exponent(config, count) if count else 0.0
+        self.exponent = -self.root_exponent(config, max(1, len(self.sides)))
 
     def restart(self, where: Positions) -> None:
         """Set the state of these blocks to what it is before the first step: zero, and the identity
@@ -190,14 +188,23 @@ class Rule(ABC):
         """How the factors and their roots are; too costly for every step."""
 
     def _average(
-        self, i: int, unfolded: Tensor, step: Step, decay: Tensor, share: float = 1.0
+        self, i: int, blocks: Tensor, step: Step, decay: Tensor, share: float = 1.0
     ) -> None:
-        """factors_i <- decay factors_i + weight share U U^T.
+        """factors_i <- decay factors_i + weight share U U^T, U being the blocks unfolded along i;
+        of diagonals_i what is on the diagonal.
 
         Args:
-            unfolded: U, [B, d_i, rest], zero where the decay is 1.
+            blocks: [B, d_1, ..., d_k], zero where the decay is 1.
             decay: [B].
         """
+        if i not in self.full:
+            squares = blocks.float().square()
+            others = [d for d in range(1, squares.ndim) if d != i + 1]
+            diagonal = self.state[f"diagonals_{i}"].mul_(decay.view(-1, 1))
+            total = squares.sum(others) if others else squares
+            diagonal.add_(total, alpha=step.weight * share)
+            return
+        unfolded = unfold(blocks, i)
         factor, decay = self.factors[i].read(), per_block(decay, 3)
         whole = unfolded.dtype == torch.float32 or unfolded.device.type == "cpu"
         if whole or step.sums or share != 1.0:
@@ -206,16 +213,6 @@ class Rule(ABC):
         else:  # in one pass less
             factor.lerp_(gram(unfolded), 1.0 - decay)
         self.factors[i].keep(factor)
-
-    def _average_diagonal(
-        self, i: int, squares: Tensor, step: Step, decay: Tensor, share: float = 1.0
-    ) -> None:
-        """diagonals_i [B, d_i] <- decay diagonals_i + weight share (squares summed along the
-        others); arguments as those of `_average`."""
-        others = [d for d in range(1, squares.ndim) if d != i + 1]
-        total = squares.sum(others) if others else squares
-        diagonal = self.state[f"diagonals_{i}"].mul_(decay.view(-1, 1))
-        diagonal.add_(total, alpha=step.weight * share)
 
     def _updated_basis(
         self,

@@ -29,7 +29,6 @@ from shampoo_fsdp.rules.matrices import (
     factor_kinds,
     per_block,
     scale_along,
-    unfold,
 )
 from shampoo_fsdp.rules.rule import Health, Rule, register
 from shampoo_fsdp.rules.step import Step
@@ -78,7 +77,7 @@ class SoapRule(Rule):
         """L <- beta2 L + (1 - beta2) G G^T, and R likewise."""
         low = gradient.to(self.products_in)
         for i in self.full:
-            self._average(i, unfold(low, i), step, step.decay)
+            self._average(i, low, step, step.decay)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """Q_L and Q_R of L and R, and V in the new basis."""
@@ -126,9 +125,6 @@ class SoapRule(Rule):
         if not step.warm:
             return blocks.float()
         blocks = blocks.to(self.products_in)
-        if self.two_sided:
-            left, right = self._vectors(0), self._vectors(1)
-            return (left.mT @ blocks @ right).float()
         for i in self.full:
             blocks = along(blocks, self._vectors(i).mT, i)
         return blocks.float()
@@ -136,11 +132,8 @@ class SoapRule(Rule):
     def _from_basis(self, blocks: Tensor, out: Tensor) -> Tensor:
         """Q_L D Q_R^T."""
         blocks = blocks.to(self.products_in)
-        if self.two_sided:
-            left, right = self._vectors(0), self._vectors(1)
-            return torch.bmm(left, blocks @ right.mT, out=out)
         for i in reversed(self.full):
-            blocks = along(blocks, self._vectors(i), i)
+            blocks = along(blocks, self._vectors(i), i, out=out)
         return blocks
 
     def _fade(self, moment: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """All blocks of one shape that a rank owns, handled together."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from shampoo_fsdp.rules.grafting import (
 )
 from shampoo_fsdp.rules.layout import saved_entries, split_rows
 from shampoo_fsdp.rules.matrices import per_block, to_device
-from shampoo_fsdp.rules.precision import has_fast_bfloat16, products_in
+from shampoo_fsdp.rules.precision import products_in
 from shampoo_fsdp.rules.rule import rule_of
 from shampoo_fsdp.rules.step import Step, Tally
 
@@ -25,9 +24,6 @@ __all__ = ["BlockStack"]
 # Elements of factors whose roots are taken in one call: some ten times their memory is needed for
 # it, and while all roots are refreshed on each step, as at the start, all would be many.
 _AT_ONCE = 2**24
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class BlockStack:
@@ -55,10 +51,6 @@ class BlockStack:
         self.allocate()
         self.norms: tuple[Tensor, Tensor] | None = None
         """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
-        self._plain = self._compiled = self._accumulate, self._direct
-        if config.compile:
-            has_fast_bfloat16(self.device.type)  # a graph knows the answer, and cannot ask
-            self._compiled = _compile(self._accumulate), _compile(self._direct)
         self._precision = config.matmul_precision or "highest"
         self.refreshes = 0
         self.failed_roots = Tally(len(phases), device)
@@ -88,11 +80,9 @@ class BlockStack:
     def begin(self, step: Step) -> Step:
         """Fill in the bias corrections."""
         group, (beta1, beta2), beta3 = step.group, step.group.betas, step.group.beta3
-        # A number, which is another one on each step, must not be compiled into the step.
-        compiled = self._compiles(step)
-        step.correction = self._correction(beta2, step.factor_steps, as_tensor=compiled)
-        step.momentum_correction = self._correction(beta1, step.steps, beta3, as_tensor=compiled)
-        step.graft_correction = self._correction(group.graft_beta2, step.steps, as_tensor=compiled)
+        step.correction = self._correction(beta2, step.factor_steps)
+        step.momentum_correction = self._correction(beta1, step.steps, beta3)
+        step.graft_correction = self._correction(group.graft_beta2, step.steps)
         return step
 
     def accumulate(self, step: Step) -> None:
@@ -101,9 +91,8 @@ class BlockStack:
         A block with a non-finite or excessive gradient is skipped: its state stays, its update is
         zero.
         """
-        accumulate, _ = self._compiled if self._compiles(step) else self._plain
         with products_in(self._precision):
-            accumulate(step)
+            self._accumulate(step)
         skipped = stays = step.usable == 0.0
         if not all(step.active):
             skipped = skipped & self._on_device(step.active)
@@ -113,23 +102,28 @@ class BlockStack:
         """Take the roots or eigenbases of the blocks that are due anew."""
         if not self.rule.full:
             return
+        most = max(1, _AT_ONCE // sum(self.shape[i] ** 2 for i in self.rule.full))
         due = self._due(step)
-        matrices = sum(self.shape[i] ** 2 for i in self.rule.full)
-        for chosen in self._at_once(due, step.cold, max(1, _AT_ONCE // matrices)):
-            where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
-            if len(chosen) != chosen[-1] + 1 - chosen[0]:
-                where = self._on_device(chosen)
-            own = [step.factor_steps[b] for b in chosen]
-            correction = self._correction(step.group.betas[1], own)
-            failed = self.rule.refresh(where, step.cold[chosen[0]], correction).to(self.device)
-            self.failed_roots.add(failed.sum(0), failed.any(0), where)
-            self.refreshes += failed.numel()
+        # Those of one call are all refreshed for the first time, or none is.
+        for cold in (True, False):
+            same = [b for b in due if step.cold[b] == cold]
+            for start in range(0, len(same), most):
+                self._refresh(same[start : start + most], cold, step)
+
+    def _refresh(self, chosen: list[int], cold: bool, step: Step) -> None:
+        where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
+        if len(chosen) != chosen[-1] + 1 - chosen[0]:
+            where = self._on_device(chosen)
+        own = [step.factor_steps[b] for b in chosen]
+        correction = self._correction(step.group.betas[1], own)
+        failed = self.rule.refresh(where, cold, correction).to(self.device)
+        self.failed_roots.add(failed.sum(0), failed.any(0), where)
+        self.refreshes += failed.numel()
 
     def direct(self, step: Step) -> None:
         """Replace the gradients in `gradient` by the updates D, to be subtracted times lr."""
-        _, direct = self._compiled if self._compiles(step) else self._plain
         with products_in(self._precision):
-            direct(step)
+            self._direct(step)
         if self.config.momentum:
             self._accelerate(step)
 
@@ -145,10 +139,6 @@ class BlockStack:
     def restart_factors(self, positions: Sequence[int]) -> None:
         """Forget what the rule knows of these blocks."""
         self.rule.restart(self._on_device(positions, torch.int64))
-
-    def _compiles(self, step: Step) -> bool:
-        # What is compiled is one case.
-        return self.config.compile and step.usual
 
     def _accumulate(self, step: Step) -> None:
         gradient, (beta1, beta2) = self.gradient, step.group.betas
@@ -180,7 +170,6 @@ class BlockStack:
         exp_avg = self.state["exp_avg"].float()
         rule.observe(gradient, step)
         share = beta3 / beta1 if beta1 else 1.0
-        inner = tuple(range(1, gradient.ndim))
         each = per_block(step.usable, gradient.ndim)
         correction1 = per_block(step.momentum_correction, gradient.ndim)
         grafted = config.grafting != "none"
@@ -188,26 +177,24 @@ class BlockStack:
         known = step.refreshed if grafted or not rule.works_cold else [True]
         graft_norm = cold_update = None
         # What is only multiplied, and measured, is made in the type of the products at once.
-        dtype = rule.products_in if any(known) else torch.float32
-        momentum = self._mixed(exp_avg, share, dtype)
+        momentum = self._mixed(exp_avg, share, rule.products_in if any(known) else torch.float32)
         if any(known) and grafted:
             graft, factor = self._graft(momentum, step)
-            norm = torch.linalg.vector_norm(graft, 2, inner, True, dtype=torch.float32)
-            graft_norm = norm * factor
+            graft_norm = _norms(graft) * factor
             del graft  # as large as all gradients of the stack
         if not all(known):
-            whole = (
-                momentum if dtype == torch.float32 else self._mixed(exp_avg, share, torch.float32)
-            )
+            whole = momentum
+            if momentum.dtype != torch.float32:
+                whole = self._mixed(exp_avg, share, torch.float32)
             graft, factor = self._graft(whole, step)
             if not any(known):
                 torch.mul(graft, each * factor, out=gradient)
                 return
             cold_update = graft * (each * factor)
             del graft
-        out = gradient if dtype == gradient.dtype else torch.empty_like(momentum)
+        out = gradient if momentum.dtype == gradient.dtype else torch.empty_like(momentum)
         direction = rule.direction(momentum, step, out)
-        norm = torch.linalg.vector_norm(direction, 2, inner, True, dtype=torch.float32)
+        norm = _norms(direction)
         scale = 1.0 / correction1
         if graft_norm is not None:
             scale = (graft_norm / norm).masked_fill_(norm == 0.0, 0.0)
@@ -257,24 +244,10 @@ class BlockStack:
             )
         ]
 
-    @staticmethod
-    def _at_once(due: Sequence[int], cold: Sequence[bool], most: int) -> Iterator[list[int]]:
-        """The positions in parts that are refreshed together, all for the first time or none."""
-        for which in (True, False):
-            chosen = [b for b in due if cold[b] == which]
-            for start in range(0, len(chosen), most):
-                yield chosen[start : start + most]
-
     def _correction(
-        self,
-        beta: float,
-        steps: Sequence[int],
-        last: float | None = None,
-        *,
-        as_tensor: bool = False,
+        self, beta: float, steps: Sequence[int], last: float | None = None
     ) -> float | Tensor:
-        """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ, or [1] if a
-        number is of no use.
+        """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ.
 
         Args:
             last: the weight of the past in the newest average, if that is not beta.
@@ -282,10 +255,7 @@ class BlockStack:
         if beta == 1.0 or not self.config.use_bias_correction:
             return 1.0
         last = beta if last is None else last
-        correction = self._uniform([1.0 - last * beta ** (max(step, 1) - 1) for step in steps])
-        if as_tensor and not isinstance(correction, Tensor):
-            return torch.full((1,), correction, device=self.device)
-        return correction
+        return self._uniform([1.0 - last * beta ** (max(step, 1) - 1) for step in steps])
 
     def _uniform(self, values: Sequence[float]) -> float | Tensor:
         if min(values) == max(values):
@@ -296,9 +266,8 @@ class BlockStack:
         return to_device(torch.tensor(values, dtype=dtype, device="cpu"), self.device)
 
 
-def _compile(function: Callable[P, T]) -> Callable[P, T]:
-    # Stacks run the same code on other shapes: none may count as the recompilation of another.
-    compiled: Callable[P, T] = torch.compile(  # type: ignore[call-overload]
-        function, fullgraph=True, dynamic=False, isolate_recompiles=True
-    )
-    return compiled
+def _norms(blocks: Tensor) -> Tensor:
+    """Of each block, [B, 1, ...], in fp32."""
+    inner = tuple(range(1, blocks.ndim))
+    norms: Tensor = torch.linalg.vector_norm(blocks, 2, inner, True, dtype=torch.float32)
+    return norms

@@ -65,11 +65,6 @@ class Step:
         """Whether any block has had its first refresh."""
         return any(self.refreshed)
 
-    @property
-    def usual(self) -> bool:
-        """Whether each block has a gradient, and roots of before: so are nearly all steps."""
-        return all(self.active) and all(self.refreshed) and not any(self.cold)
-
 
 class Tally:
     """How often something went wrong for each block of a stack; on the device, nobody waits."""

@@ -49,14 +49,13 @@ def dry_optimizer(
 
     Args:
         specs: its parameters; all live on this rank.
-        config: `compile` is left out: kernels are counted as they are without it.
 
     Raises:
         ValueError: of Shampoo.
         RuntimeError: if torch.distributed is in use already.
     """
     ranks = 1 + max(max(spec.ranks) for spec in specs)
-    settings = dataclasses.asdict(dataclasses.replace(config, compile=False))
+    settings = dataclasses.asdict(config)
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         with pretended_gpu():

@@ -5,29 +5,51 @@ import torch
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.rules import device as production
-from shampoo_fsdp.rules import precision
 from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def chosen(device: torch.device, **settings: object) -> tuple[str | None, str | None]:
+@pytest.mark.parametrize(
+    ("settings", "device", "method", "precision", "roots"),
+    [
+        ({}, CPU, "eigh", "highest", "float32"),
+        ({}, CUDA, "polynomial", "medium", "bfloat16"),
+        ({"preconditioner": "shampoo"}, CUDA, "polynomial", "medium", "bfloat16"),
+        ({"preconditioner": "soap"}, CPU, "qr", "highest", "float32"),
+        ({"preconditioner": "soap"}, CUDA, "qr", "high", "float32"),
+        ({"preconditioner": "soap", "matmul_precision": "medium"}, CUDA, "qr", "medium", "float32"),
+        # Where products cannot take the roots they are decomposed.
+        ({"factor_dtype": "bfloat16"}, CUDA, "eigh", "medium", "bfloat16"),
+        (
+            {"preconditioner": "shampoo", "root_exponents": [0.123]},
+            CUDA,
+            "eigh",
+            "medium",
+            "bfloat16",
+        ),
+        ({"root_method": "qr"}, CUDA, "qr", "medium", "float32"),
+        ({"matmul_precision": "highest"}, CUDA, "polynomial", "highest", "float32"),
+        ({"root_dtype": "float32"}, CUDA, "polynomial", "medium", "float32"),
+    ],
+)
+def test_the_device_decides_what_is_not_given(settings, device, method, precision, roots):
     config = on_device(ShampooConfig(**settings), device)
-    return config.root_method, config.matmul_precision
+    assert (config.root_method, config.matmul_precision) == (method, precision)
+    assert config.root_dtype == roots
+    assert on_device(config, CPU) == config and reasons(config, CPU) == ""
 
 
-def test_accelerators_take_roots_by_products_and_multiply_in_16_bits():
-    assert chosen(CUDA) == ("polynomial", "medium")
-    assert chosen(CUDA, preconditioner="shampoo") == ("polynomial", "medium")
-    assert chosen(CUDA, preconditioner="soap") == ("qr", "high")
-
-
-def test_cpus_decompose_and_multiply_in_16_bits_where_they_can(monkeypatch):
-    assert chosen(CPU) == ("eigh", "highest")
+def test_cpus_multiply_in_16_bits_where_they_can_and_old_gpus_in_fp32(monkeypatch):
     monkeypatch.setattr(production, "has_fast_bfloat16", lambda _: True)
-    assert chosen(CPU) == ("eigh", "medium")
-    assert chosen(CPU, preconditioner="soap") == ("qr", "highest")  # no TF32
+    assert on_device(ShampooConfig(), CPU).matmul_precision == "medium"
+    soap = ShampooConfig(preconditioner="soap")
+    assert on_device(soap, CPU).matmul_precision == "highest"  # no TF32
+    monkeypatch.setattr(production, "has_fast_bfloat16", has_fast_bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert on_device(ShampooConfig(), CUDA).matmul_precision == "highest"
 
 
 def test_a_gpu_is_not_used_to_be_asked(monkeypatch):
@@ -43,24 +65,8 @@ def test_a_gpu_is_not_used_to_be_asked(monkeypatch):
     assert has_fast_bfloat16("cuda")
 
 
-def test_an_old_gpu_multiplies_in_fp32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(precision, "_fast_bfloat16", {})
-    monkeypatch.setattr(production, "has_fast_bfloat16", has_fast_bfloat16)
-    assert chosen(CUDA) == ("polynomial", "highest")
-
-
-def test_roots_are_kept_as_products_read_them():
-    assert on_device(ShampooConfig(), CUDA).root_dtype == "bfloat16"
-    assert on_device(ShampooConfig(), CPU).root_dtype == "float32"
-    for keeps in ({"preconditioner": "soap"}, {"root_method": "qr"}, {"root_dtype": "float32"}):
-        settings = on_device(ShampooConfig(matmul_precision="medium", **keeps), CUDA)
-        assert settings.root_dtype == "float32"
-
-
 @pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo"])
-def test_and_that_changes_nothing(preconditioner):
+def test_roots_are_kept_as_products_read_them_which_changes_nothing(preconditioner):
     settings = {"preconditioner": preconditioner, "matmul_precision": "medium"}
     kept, _ = trained(range(12), root_dtype="float32", **settings)
     rounded, optimizer = trained(range(12), **settings)
@@ -68,27 +74,10 @@ def test_and_that_changes_nothing(preconditioner):
     assert torch.equal(kept, rounded)
 
 
-@pytest.mark.parametrize("settings", [{"factor_dtype": "bfloat16"}, {"root_exponents": [0.123]}])
-def test_where_products_cannot_take_the_roots_they_are_decomposed(settings):
-    assert chosen(CUDA, preconditioner="shampoo", **settings)[0] == "eigh"
-    assert "cannot" in reasons(ShampooConfig(preconditioner="shampoo", **settings), CUDA)
-
-
-def test_what_is_given_stays():
-    given = {"root_method": "qr", "matmul_precision": "highest", "root_dtype": "float32"}
-    assert chosen(CUDA, **given) == ("qr", "highest")
-    assert reasons(ShampooConfig(**given), CUDA) == ""
-
-
-def test_the_optimizer_says_what_it_chose_and_why():
+def test_the_optimizer_says_what_it_chose():
     optimizer = Shampoo([("w", torch.nn.Parameter(torch.ones(2, 2)))])
-    assert (optimizer.config.root_method, optimizer.config.matmul_precision) == ("eigh", "highest")
-    expected = (
-        "root_method = 'eigh' (the default on cpu); "
-        "matmul_precision = 'highest' (no fast bf16 products on cpu)"
-    )
+    expected = "root_method = 'eigh', matmul_precision = 'highest' (the default on cpu)"
     assert optimizer.chosen_by_device == expected
-    assert "root_method = 'polynomial' (the default on cuda)" in reasons(ShampooConfig(), CUDA)
 
 
 def trained(steps: range, state: dict | None = None, **settings: object) -> tuple:

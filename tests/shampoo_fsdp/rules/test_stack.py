@@ -27,11 +27,11 @@ def test_roots_are_the_same_in_however_many_parts_they_are_taken(preconditioner,
     whole, counted = trained()
     calls = []
     monkeypatch.setattr(stack, "_AT_ONCE", 2 * 2 * 8**2)
-    original = stack.BlockStack._at_once
+    original = stack.BlockStack._refresh
     monkeypatch.setattr(
         stack.BlockStack,
-        "_at_once",
-        staticmethod(lambda *args: calls.extend(parts := list(original(*args))) or iter(parts)),
+        "_refresh",
+        lambda self, chosen, *rest: calls.append(chosen) or original(self, chosen, *rest),
     )
     in_parts, counted_again = trained()
     assert max(map(len, calls)) == 2
