@@ -166,17 +166,6 @@ def test_directions_that_a_matrix_lacks_are_left_alone(rank, scale):
     torch.testing.assert_close(found / scale, eigenvalues.expand(3, -1), rtol=1e-3, atol=1e-5)
 
 
-def test_a_warm_start_from_the_identity_finds_the_basis():
-    """As when a run goes on from a state without eigenvectors."""
-    eigenvalues = 3.0 ** -torch.arange(8.0)
-    matrices = from_basis(eigenvalues, random_basis(8))
-    found, after = warm_eigenbasis(matrices, torch.eye(8).repeat(3, 1, 1), iterations=30)
-    assert (offdiagonal(matrices, after) < 1e-4).all()
-    torch.testing.assert_close(
-        found.sort(descending=True).values, eigenvalues.expand(3, -1), rtol=1e-2, atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("zero", [False, True])
 def test_what_is_not_finite_gives_nan_wherever_it_is(bad, zero):

@@ -15,9 +15,7 @@ cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 # Each in a process of its own: the choice is the process's, and parts of it cannot be taken back.
 CHOICES = {
     "nothing": "pass",
-    "old interface, highest": "torch.set_float32_matmul_precision('highest')",
     "old interface, high": "torch.set_float32_matmul_precision('high')",
-    "old interface, medium": "torch.set_float32_matmul_precision('medium')",
     "older interface": "cuda.allow_tf32 = True",
     "new interface": "cuda.fp32_precision = 'tf32'; mkldnn.fp32_precision = 'bf16'",
     "new interface, for everything": "torch.backends.fp32_precision = 'tf32'",
@@ -81,11 +79,10 @@ def test_the_choice_of_the_program_is_set_aside_and_restored(choice):
     run_ranks(1, step_after, init=False, choice=choice)
 
 
-@pytest.mark.parametrize("choice", ["nothing", "new interface", "old interface, high"])
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_other_precisions_leave_nothing_to_the_library_of_a_cpu(choice, precision):
+def test_other_precisions_leave_nothing_to_the_library_of_a_cpu(precision):
     """It would choose by the size of a stack, which depends on the mesh."""
-    run_ranks(1, step_after, init=False, choice=choice, precision=precision)
+    run_ranks(1, step_after, init=False, choice="new interface", precision=precision)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -107,7 +104,7 @@ def test_grams_in_bf16_are_exact_sums_of_rounded_entries(blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "m"), [(1, 5), (7, 3), (128, 40), (130, 70), (257, 33)])
+@pytest.mark.parametrize(("n", "m"), [(1, 5), (7, 3), (130, 70)])
 def test_a_gram_is_added_whole_and_symmetric(n, m, dtype):
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randn(2, n, m, generator=generator).to(dtype)

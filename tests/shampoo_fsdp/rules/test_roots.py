@@ -60,7 +60,7 @@ def test_each_matrix_may_have_its_own_ridge_and_divisor(method):
 
 @given(
     method=st.sampled_from(EXACT),
-    exponent=st.sampled_from([-1.0, -0.5, -0.25, -1 / 6, -0.125, -0.75, -1 / 3, -2 / 3]),
+    exponent=st.sampled_from([-1.0, -0.5, -0.25, -1 / 6, -0.125, -0.75, -1 / 3, -2 / 3, -0.375]),
     n=st.integers(1, 40),
     condition=st.floats(0, 4).map(lambda x: 10.0**x),
     scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e6, 1e20]),
@@ -74,14 +74,6 @@ def test_the_root_is_the_inverse_root(method, exponent, n, condition, scale, see
     exact = exact_root(matrices, exponent)
     moved = 2.0 * n**0.5 * RESOLUTION * condition
     assert relative_error(root, exact) < 1e-5 + max(-exponent, 0.5) * moved
-
-
-@exact_methods
-@pytest.mark.parametrize("exponent", [-3.0, -2.0, -0.375])
-def test_exponents_may_have_any_numerator(method, exponent):
-    matrices = with_spectrum(decaying(20, 30.0))
-    root = inverse_root(matrices.float(), exponent, 1e-12, method)
-    assert relative_error(root, exact_root(matrices, exponent)) < 1e-3
 
 
 @pytest.mark.parametrize("method", PRODUCTS_ALONE)
@@ -203,14 +195,6 @@ def test_a_root_that_is_not_one_is_nan(method, exponent):
 
 
 @every_method
-def test_slightly_negative_eigenvalues_are_rounding(method):
-    eigenvalues = decaying(24, 1e3)
-    eigenvalues[-4:] = -3.0 * RESOLUTION
-    root = inverse_root(with_spectrum(eigenvalues).float(), -0.25, 1e-12, method)
-    assert torch.linalg.eigvalsh(root.double()).max() < 1.2 * RESOLUTION**-0.25
-
-
-@every_method
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
 def test_a_long_average_of_gradients_that_lack_the_same_directions_has_a_root(method, exponent):
     """Its rounding adds up: eigenvalues get down to -5 resolutions of the norm."""
@@ -319,13 +303,6 @@ def test_the_residual_is_small_for_a_root_and_grows_with_its_error(method, expon
     )
 
 
-@pytest.mark.parametrize("exponent", [-0.5, -0.75])
-def test_the_residual_knows_the_ridge(exponent):
-    matrices = with_spectrum(decaying(20, 1e2)).float()
-    root = inverse_root(matrices, exponent, 0.5, "eigh")
-    assert root_residual(matrices, root, exponent, 0.5).max() < 1e-5
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_the_residual_of_hostile_matrices(scale):
     generator = torch.Generator().manual_seed(0)
@@ -337,17 +314,3 @@ def test_the_residual_of_hostile_matrices(scale):
     root[3] = torch.nan
     residual = root_residual(matrices, root, -0.25, 1e-12 * scale)
     assert residual[0] < 1e-4 and residual[1] == 0.0 and residual[2:].isnan().all()
-
-
-def test_the_residual_of_other_exponents_is_0():
-    matrices = torch.eye(4).repeat(2, 1, 1)
-    assert root_residual(matrices, torch.full_like(matrices, 7.0), -0.123, 0.0).tolist() == [0, 0]
-
-
-def test_the_residual_costs_little_and_no_randomness():
-    matrices = torch.eye(256).unsqueeze(0)
-    before = torch.get_rng_state()
-    with FlopCounterMode(display=False) as counter:
-        root_residual(matrices, matrices, -0.25, 1e-12)
-    assert counter.get_total_flops() < 0.1 * 2 * 256**3  # a tenth of a product
-    assert torch.equal(torch.get_rng_state(), before)
