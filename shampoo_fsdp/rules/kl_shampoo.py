@@ -15,7 +15,7 @@ each, whitened by all others and over the product of their sizes; the first one 
 
 The roots are those of the last refresh, for the direction and for whitening. (The paper averages
 eigenvalues on every step in a basis that may be old: four more products a step for two sides, and
-no better where we compared.) `root_rule.py` takes them, and multiplies by them.
+no better where we compared.)
 """
 
 from typing import ClassVar
@@ -72,24 +72,15 @@ class KLShampooRule(RootRule):
         # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
         # sides that start from the identity would fade, and their roots grow without bound.
         decay = step.decay.masked_fill(step.idle, 1.0)
-        over: dict[int, tuple[Tensor, float]] = {}
-        for i in self.sides:
-            rest = gradient[0].numel() // gradient.shape[i + 1]
-            if rest not in over:
-                over = {rest: self._over(gradient, rest)}
-            whitened, share = over[rest]
-            for j in self.sides:
-                if j == i:
-                    continue
-                if j in self.full:
-                    root = self.roots[j].read(dtype=whitened.dtype)
-                    whitened = along(whitened, root, j, symmetric=True)
-                else:
-                    root = self._diagonal_root(j, step.correction).to(whitened.dtype)
-                    whitened = scale_along(whitened, root, j)
-                # Roots of tiny gradients can raise a large one until its square overflows.
-                whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
-            self._average(i, whitened, step, decay, share)
+        if not self.two_sided:
+            return self._accumulate_sides(gradient, step, decay)
+        left, right = self.read_roots()
+        m, n = gradient.shape[1:]
+        low, share = self._over(gradient, n)
+        self._average(0, _bounded(low @ right), step, decay, share)
+        if m != n:
+            low, share = self._over(gradient, m)
+        self._average(1, _bounded(left @ low), step, decay, share)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """P_L = (L / c + ridge I)^(-1/2), P_R = (R + ridge I)^(-1/2)."""
@@ -106,6 +97,13 @@ class KLShampooRule(RootRule):
             else:
                 diagonal[where] = scaled
         return super().refresh(where, cold, correction)
+
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
+        """D = P_L N P_R."""
+        if not self.two_sided:
+            return self.multiply_sides(momentum, step, out)
+        left, right = self.read_roots()
+        return torch.bmm(left, momentum @ right, out=out)
 
     def restart(self, where: Positions) -> None:
         """R, and all sides but the first, start from the identity."""
@@ -134,3 +132,24 @@ class KLShampooRule(RootRule):
         mean = mean_eigenvalue(factors) / correction
         ridge = torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
         return ridge.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _accumulate_sides(self, gradient: Tensor, step: Step, decay: Tensor) -> None:
+        """The same for any number of sides, each with a matrix, a diagonal or nothing."""
+        for i in self.sides:
+            whitened, share = self._over(gradient, gradient[0].numel() / gradient.shape[i + 1])
+            for j in self.sides:
+                if j == i:
+                    continue
+                if j in self.full:
+                    root = self.roots[j].read(dtype=whitened.dtype)
+                    whitened = along(whitened, root, j, symmetric=True)
+                else:
+                    root = self._diagonal_root(j, step.correction).to(whitened.dtype)
+                    whitened = scale_along(whitened, root, j)
+                _bounded(whitened)
+            self._average(i, whitened, step, decay, share)
+
+
+def _bounded(whitened: Tensor) -> Tensor:
+    """In place: the roots of tiny gradients can raise a large one until its square overflows."""
+    return whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)

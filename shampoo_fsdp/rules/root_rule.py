@@ -121,8 +121,12 @@ class RootRule(Rule):
             self.roots[i].write(root, where)
             self._changes[i][where] = change
 
-    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
-        """D = P_L N P_R."""
+    def read_roots(self) -> list[Tensor]:
+        """The roots of the dimensions with a matrix, in the type of the products."""
+        return [root.read(dtype=self.products_in) for root in self.roots.values()]
+
+    def multiply_sides(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
+        """`direction` for any number of sides, each with a matrix, a diagonal or nothing."""
         for i in set(self.sides).difference(self.full):
             momentum = scale_along(momentum, self._diagonal_root(i, step.correction), i)
         momentum = momentum.to(self.products_in)

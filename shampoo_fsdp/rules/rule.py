@@ -133,6 +133,8 @@ class Rule(ABC):
         """Dimensions that have a matrix as their factor."""
         self.sides = [i for i, kind in enumerate(kinds) if kind != "none"]
         """Dimensions that have a factor: also those whose factor is a diagonal."""
+        self.two_sided = len(kinds) == 2 and self.full == [0, 1]
+        """Whether it is the usual case, a matrix for each of two dimensions."""
         kept = {i: state.get(f"factors_{i}") for i in self.full}
         self.factors = {i: MatrixStack(factor) for i, factor in kept.items() if factor is not None}
         kept_in = torch_dtype(config.factor_dtype)

@@ -9,9 +9,10 @@ For a block of m x n, its gradient G and momentum N:
     D = P_L N P_R
 
 A block of k dimensions has a factor for each, of its gradient unfolded along it, and the exponent
-is -1 / (2k). `root_rule.py` takes the roots and multiplies by them.
+is -1 / (2k). `root_rule.py` takes the roots.
 """
 
+import torch
 from torch import Tensor
 
 from shampoo_fsdp.rules.root_rule import RootRule
@@ -34,6 +35,13 @@ class ShampooRule(RootRule):
         low = gradient.to(self.products_in)
         for i in self.sides:
             self._average(i, low if i in self.full else gradient, step, step.decay)
+
+    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
+        """D = P_L N P_R."""
+        if not self.two_sided:
+            return self.multiply_sides(momentum, step, out)
+        left, right = self.read_roots()
+        return torch.bmm(left, momentum @ right, out=out)
 
     def _ridge(self, factors: Tensor, correction: float | Tensor) -> float | Tensor:
         return self.config.preconditioner_eps
