@@ -67,8 +67,7 @@ def local_tensors(
         for entry, value in entries.items():
             if isinstance(value, DTensor):
                 value = value.to_local()
-            pieces = getattr(value, "pieces", [((), value)])
-            found[f"{entry} of {name}"] = [piece for _, piece in pieces]
+            found[f"{entry} of {name}"] = list(getattr(value, "pieces", {(): value}).values())
     return found
 
 
