@@ -150,10 +150,12 @@ class OwnedBlocks(torch.Tensor):
         for offsets, mine in self.pieces.items():
             mine.copy_(saved.pieces[offsets] if same else saved[_slices(offsets, mine)])  # type: ignore[attr-defined]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "OwnedBlocks":
+    def _map(self, function: Callable[[Tensor], Tensor], device: Any = None) -> "OwnedBlocks":
         pieces = {offsets: function(values) for offsets, values in self.pieces.items()}
-        like = function(torch.empty(0, dtype=self.dtype, device=self.device))
-        return OwnedBlocks(self.shape, pieces, like.dtype, like.device, self.reading)
+        # Without memory: a dry run has no GPU.
+        dtype = function(torch.empty(0, dtype=self.dtype, device="meta")).dtype
+        device = torch.device(device or self.device)
+        return OwnedBlocks(self.shape, pieces, dtype, device, self.reading)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -161,7 +163,8 @@ class OwnedBlocks(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in OF_EACH_PIECE:
-            mapped = args[0]._map(lambda values: func(values, *args[1:], **kwargs))
+            given = kwargs.get("device")
+            mapped = args[0]._map(lambda values: func(values, *args[1:], **kwargs), given)
             return args[0] if func._schema.is_mutable else mapped
         if func is torch.ops.aten.new_empty.default:
             # Asynchronous saving makes an empty twin, then copies the attributes.
