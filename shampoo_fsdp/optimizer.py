@@ -177,7 +177,8 @@ class Shampoo(torch.optim.Optimizer):
         """Update the parameters that have a gradient.
 
         Every rank of a mesh must call it. A block whose gradient has a non-finite entry keeps its
-        state and gets no update on this step but weight decay; a preconditioned parameter where
+        state and gets no update on this step but weight decay, and its parameter not that
+        either while it has been so for 10 steps in a row or more; a preconditioned parameter where
         that, or a root that fails, has gone on for 10, 100 and 1,000 times is named in a warning of
         `logging`, 10 steps later. In the other parameters it is such an entry alone that keeps its
         state, and its weight as well. Both are counted (see :meth:`counters`).

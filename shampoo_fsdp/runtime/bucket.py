@@ -218,16 +218,17 @@ class Bucket:
     def _active(
         self, groups: Sequence[GroupSettings]
     ) -> Iterator[tuple[GroupSettings, list[int], list[Tensor]]]:
-        """By parameter group, and lr in it, the positions of members with a gradient, and their
-        shards of the parameter."""
-        active: dict[tuple[int, float], list[int]] = defaultdict(list)
+        """By parameter group, and lr and decay in it, the positions of members with a
+        gradient, and their shards of the parameter."""
+        active: dict[tuple[int, float, bool], list[int]] = defaultdict(list)
         for k, member in enumerate(self.members):
             if member.gradient is not None:
-                active[member.group, member.lr_scale].append(k)
-        for (group, scale), chosen in active.items():
+                active[member.group, member.lr_scale, member.stalled].append(k)
+        for (group, scale, stalled), chosen in active.items():
             shards = [self.members[k].shard() for k in chosen]
-            settings = groups[group]
-            yield dataclasses.replace(settings, lr=scale * settings.lr), chosen, shards
+            own = groups[group]
+            lost = 0.0 if stalled else own.lost
+            yield dataclasses.replace(own, lr=scale * own.lr, lost=lost), chosen, shards
 
 
 def fill_buckets(

@@ -47,6 +47,8 @@ class Member:
     """This rank's shard of the gradient, while a step is taken."""
     cold: bool = False
     """Whether the step that is taken has the first refresh of its blocks."""
+    stalled: bool = False
+    """Whether gradients of it have been bad for so long that its weights do not decay."""
     forms: dict[str, Tensor] = field(init=False, default_factory=dict)
     """What was shown, without values: what others put there has to be like it."""
     _shown: dict[str, ReferenceType[Tensor]] = field(init=False, default_factory=dict)

@@ -19,8 +19,8 @@ _SAID_AT = (10, 100, 1000)
 
 _BAD_GRADIENT = (
     "the gradient of {} has been unusable for {} steps in a row: entries that are not finite, or "
-    "above 1e15. What they reach gets no updates but weight decay meanwhile. Look at the model and "
-    "the data; with on_nonfinite = 'raise' such a step is an error."
+    "above 1e15. What they reach gets no updates meanwhile, and the parameter no weight decay. "
+    "Look at the model and the data; with on_nonfinite = 'raise' such a step is an error."
 )
 _FAILED_ROOT = (
     "an inverse root or eigenbasis of {} has failed at {} refreshes in a row: the last good one "
@@ -29,7 +29,7 @@ _FAILED_ROOT = (
 
 
 class Streaks:
-    """Reads what stacks count on the device, without waiting for it.
+    """Reads what stacks count on the device, without waiting for it, and stops weight decay.
 
     On every tenth step the ranks that share blocks join their counts and let them set out for the
     host, which reads them ten steps later.
@@ -37,6 +37,8 @@ class Streaks:
 
     def __init__(self, parameters: Parameters) -> None:
         """All streaks begin here."""
+        for member in parameters.members:
+            member.stalled = False
         self._device = parameters.device
         self._teams = [(team, self._places(team)) for team in parameters.teams]
         for bucket in parameters.buckets:
@@ -88,6 +90,8 @@ class Streaks:
                 news = {}
                 for member in team.parts:
                     before, now = next(pairs)
+                    if message == _BAD_GRADIENT:
+                        member.stalled = now >= _PERIOD
                     if any(before < length <= now for length in _SAID_AT):
                         news[member.name] = now
                 if news and team.is_first_replica and team.ranks.position == 0:

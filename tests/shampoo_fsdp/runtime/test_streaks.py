@@ -68,6 +68,18 @@ def test_blocks_that_are_always_skipped_are_named_until_a_good_gradient_or_a_loa
     assert list(said(25)) == [20]
 
 
+def test_weights_whose_gradients_are_always_bad_do_not_decay():
+    model = Model()
+    optimizer = optimizer_of(model, lr=0.1, weight_decay=0.1)
+    sizes = []
+    for number in range(80):
+        step(model, optimizer, {"ill.weight": (slice(0, 4), slice(0, 4))} if number < 40 else {})
+        sizes.append([p.norm().item() for p in (model.ill.weight, model.well.weight)])
+    ill, well = zip(*sizes, strict=True)
+    assert ill[19] == ill[39] > ill[79]
+    assert well[19] > well[39] > well[79]
+
+
 def test_roots_that_always_fail_are_named(caplog, monkeypatch):
     def inverse_root(factors, *rest):
         return factors, torch.ones(len(factors), dtype=torch.bool)
