@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import can_run, jit, lerp, number, of_block
+from shampoo_fsdp.kernels.language import (
+    Cost,
+    can_run,
+    launch,
+    lerp,
+    number,
+    of_block,
+    size_of,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -61,12 +69,12 @@ def adamw_masked(
         return adamw_masked_reference(*tensors, skipped, numbers, largest)
     lr, lost, rate1, rate2, eps, correction1, correction2 = numbers
     factors = (lr / correction1, lost, rate1, rate2, eps, correction2**0.5)
-    jit(_adamw_masked)[(-(-size // (_CHUNK * _TURNS)),)](
-        *tensors,
-        skipped,
-        *(number(value, 1) for value in factors),
-        largest,
-        size,
+    numbers_of_kernel = (number(value, 1) for value in factors)
+    launch(
+        _adamw_masked,
+        (-(-size // (_CHUNK * _TURNS)),),
+        (*tensors, skipped, *numbers_of_kernel, largest, size),
+        Cost(size_of(*tensors) + size_of(weights, exp_avg, exp_avg_sq)),
         CHUNK=_CHUNK,
         TURNS=_TURNS,
     )

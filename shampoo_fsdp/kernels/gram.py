@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.kernels.language import (
+    Cost,
     can_run,
     describable,
     described,
     interpreted,
-    jit,
     large_tiles,
+    launch,
     number,
     of_block,
+    size_of,
     triangle,
 )
 
@@ -54,17 +56,28 @@ def update_factors(
     if not count or not fits or factors.stride(-1) != 1 or not can_run(factors, blocks):
         update_factors_reference(factors, blocks, decay, weight)
         return
+    low = blocks.dtype != torch.float32
     cut = tiles(n, blocks.dtype, packed, large_tiles(blocks.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
     side = -(-n // tile)
-    jit(_update_factors)[(side * (side + 1) // 2, count)](
-        described(source, depth, tile) if transposed else described(source, tile, depth),
-        factors if packed else described(factors, tile, tile),
-        number(decay, count),
-        number(weight, count),
-        n,
-        rest,
-        factors.stride(0),
+    launch(
+        _update_factors,
+        (side * (side + 1) // 2, count),
+        (
+            described(source, depth, tile) if transposed else described(source, tile, depth),
+            factors if packed else described(factors, tile, tile),
+            number(decay, count),
+            number(weight, count),
+            n,
+            rest,
+            factors.stride(0),
+        ),
+        Cost(
+            # Of whole factors one triangle is read.
+            size_of(blocks) + size_of(factors) + size_of(factors) // (1 if packed else 2),
+            count * n * (n + tile) * rest * (1 if low else 3),
+            "bf16" if low else "tf32",
+        ),
         TRANSPOSED=transposed,
         PACKED=packed,
         PRECISION=precision,

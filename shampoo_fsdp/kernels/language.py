@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +16,69 @@ if TYPE_CHECKING:  # `_names` imports it for all others
     import triton.language as tl
 
 __all__ = [
+    "Cost",
     "can_run",
     "describable",
     "described",
     "interpreted",
     "jit",
     "large_tiles",
+    "launch",
     "lerp",
     "number",
+    "observed_by",
     "of_block",
     "per_block",
+    "size_of",
     "triangle",
 ]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Cost(NamedTuple):
+    """What a launch does on the GPU."""
+
+    bytes: int
+    """That it reads and writes, each tensor once."""
+    flops: int = 0
+    """Of matrix products."""
+    kind: Literal["bf16", "tf32", "fp32"] = "bf16"
+    """In which units."""
+
+
+_observer: Callable[[Cost], None] | None = None
+
+
+@contextmanager
+def observed_by(observer: Callable[[Cost], None]) -> Iterator[None]:
+    """Within it launches with fake tensors on a GPU that is not there are counted, as on an H100;
+    nothing is launched."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+def launch(
+    kernel: Callable[..., Any],
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    cost: Cost,
+    **cut: Any,
+) -> None:
+    """Launch a kernel, or tell what it would cost."""
+    if _observer is not None:
+        _observer(cost)
+    else:
+        jit(kernel)[grid](*arguments, **cut)
+
+
+def size_of(*tensors: Tensor | None) -> int:
+    """Their bytes."""
+    return sum(0 if t is None else t.numel() * t.element_size() for t in tensors)
 
 
 def interpreted() -> bool:
@@ -39,6 +89,8 @@ def interpreted() -> bool:
 def can_run(*tensors: Tensor | None) -> bool:
     """Whether kernels may be launched with these tensors: on an NVIDIA GPU from 2020 on, of types
     of at most 32 bits, and with memory behind them."""
+    if _observer is not None:
+        return all(t is None or (t.device.type == "cuda" and t.dtype in _TYPES) for t in tensors)
     return all(
         t is None
         or (
@@ -51,7 +103,7 @@ def can_run(*tensors: Tensor | None) -> bool:
 def large_tiles(device: torch.device) -> bool:
     """Whether tensor cores read their operands from where tiles are copied to: else large tiles
     have no room in the registers."""
-    return interpreted() or 90 <= _generation(device) < 110
+    return interpreted() or _observer is not None or 90 <= _generation(device) < 110
 
 
 @functools.cache
@@ -92,13 +144,14 @@ def describable(matrices: Tensor) -> bool:
     """Whether the units that copy tiles can find those of these matrices [B, n, m]."""
     size = matrices.element_size()
     rows = all(stride * size % 16 == 0 for stride in matrices.stride()[:-1])
-    return (
-        matrices.stride(-1) == 1 and rows and matrices.data_ptr() % 16 == 0 and matrices.numel() > 0
-    )
+    start = matrices.data_ptr() if _observer is None else matrices.storage_offset() * size
+    return matrices.stride(-1) == 1 and rows and start % 16 == 0 and matrices.numel() > 0
 
 
 def described(matrices: Tensor, rows: int, columns: int) -> Any:
     """What these units know them by, in tiles of this many rows and columns."""
+    if _observer is not None:
+        return matrices
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     shape, stride = list(matrices.shape), list(matrices.stride())

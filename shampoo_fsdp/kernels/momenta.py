@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import can_run, jit, lerp, number, of_block, per_block
+from shampoo_fsdp.kernels.language import (
+    Cost,
+    can_run,
+    launch,
+    lerp,
+    number,
+    of_block,
+    per_block,
+    size_of,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -73,13 +82,11 @@ def momenta(
         return momenta_reference(gradient, usable, exp_avg, moment, low, mixed, rates, sums=sums)
     programs = -(-size // (_CHUNK * _TURNS))
     squares = gradient.new_empty(count, programs)
-    jit(_momenta)[(count * programs,)](
-        *tensors,
-        usable,
-        squares,
-        *(number(value, count) for value in rates),
-        size,
-        programs,
+    launch(
+        _momenta,
+        (count * programs,),
+        (*tensors, usable, squares, *(number(value, count) for value in rates), size, programs),
+        Cost(size_of(*tensors) + size_of(exp_avg, moment)),
         CHUNK=_CHUNK,
         TURNS=_TURNS,
         SUMS=sums,

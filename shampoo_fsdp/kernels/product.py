@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.kernels.language import (
+    Cost,
     can_run,
     describable,
     described,
     interpreted,
-    jit,
     large_tiles,
+    launch,
     number,
     of_block,
+    size_of,
     triangle,
 )
 
@@ -90,15 +92,24 @@ def product(
     programs = side * (side + 1) // 2 if symmetric else side * side
     squares = torch.empty(count, programs, device=a.device) if norms else None
     other = second or Sum(first.out)
-    jit(_product)[(programs, count)](
-        described(a, tile, depth),
-        described(b, tile, depth) if symmetric else described(b, depth, tile),
-        None if c is None else described(c, tile, tile),
-        described(first.out, tile, tile),
-        None if second is None else described(second.out, tile, tile),
-        squares,
-        *(number(value, count) for value in (*first[1:], *other[1:])),
-        n,
+    launch(
+        _product,
+        (programs, count),
+        (
+            described(a, tile, depth),
+            described(b, tile, depth) if symmetric else described(b, depth, tile),
+            None if c is None else described(c, tile, tile),
+            described(first.out, tile, tile),
+            None if second is None else described(second.out, tile, tile),
+            squares,
+            *(number(value, count) for value in (*first[1:], *other[1:])),
+            n,
+        ),
+        # B is A where both are one matrix.
+        Cost(
+            size_of(a, None if b is a else b, c, first.out, second and second.out),
+            2 * programs * count * tile**2 * n * (3 if a.dtype == torch.float32 else 1),
+        ),
         SYMMETRIC=symmetric,
         INTERPRETED=interpreted(),
         **cut,
@@ -138,10 +149,11 @@ def two_sums(p: Tensor, c: Tensor, first: Sum, second: Sum) -> None:
     dense = all(t.is_contiguous() for t in tensors)
     if not p.numel() or n > 32768 or not dense or not can_run(*tensors):
         return two_sums_reference(p, c, first, second)
-    jit(_two_sums)[(-(-n * n // _CHUNK), count)](
-        *tensors,
-        *(number(value, count) for value in (*first[1:], *second[1:])),
-        n,
+    launch(
+        _two_sums,
+        (-(-n * n // _CHUNK), count),
+        (*tensors, *(number(value, count) for value in (*first[1:], *second[1:])), n),
+        Cost(size_of(*tensors)),
         CHUNK=_CHUNK,
     )
 

@@ -32,9 +32,7 @@ def _a_kernel_is_launched(monkeypatch):
     """Nothing here is the reference in disguise."""
     launched = []
     jit = language.jit
-    for module in (adamw_masked, momenta, product, two_sums, update_factors):
-        names = module.__globals__
-        monkeypatch.setitem(names, "jit", lambda *a: launched.append(a) or jit(*a))
+    monkeypatch.setattr(language, "jit", lambda *a: launched.append(a) or jit(*a))
     torch.manual_seed(0)
     with torch.device("cpu" if language.interpreted() else "cuda"):
         yield
