@@ -208,6 +208,10 @@ class ShampooConfig:
     on its way while another is computed, and only a part is in memory. Default: as many as make
     2^26 numbers per rank each, 256 MiB in fp32; on one rank alone 2^28."""
 
+    kernels: Literal["auto", "off"] = "auto"
+    """'auto': kernels of our own, in Triton, on the NVIDIA GPUs that have what they need; 'off':
+    PyTorch's operators alone."""
+
     owner_scope: Literal["all", "shard"] = "all"
     """Where the owners of a block may be. 'all': on all ranks of the parameter, so that replicas
     share the work; 'shard': within each replica, so that every replica repeats the work of all

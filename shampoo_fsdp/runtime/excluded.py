@@ -10,6 +10,8 @@ from torch.optim.adamw import adamw
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
+from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked
+from shampoo_fsdp.kernels.language import can_run
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
     accelerate,
@@ -26,6 +28,9 @@ _CHUNK_ELEMENTS_ON_CPU = 2**18
 """How much is updated at a time, which bounds the memory of the copies; on CPUs so that they stay
 in the cache, elsewhere so that kernels are few."""
 
+
+_ALONE = 16
+"""Pieces of at least this part of it are updated alone, without a copy."""
 
 _Span = dict[str, Tensor]
 """A part of a parameter's shard: its `gradient`, flat, which stays as it is; its state and, as
@@ -94,7 +99,30 @@ class ExcludedParameters:
         # In one piece, so that the number of kernels does not grow with that of the parameters; one
         # that is alone needs no copy for that.
         old = {name: _joined([span[name].reshape(-1) for span in chunk]) for name in chunk[0]}
-        gradient = old.pop("gradient").to(old["value"].dtype)
+        gradient = old.pop("gradient")
+        sizes = [span["gradient"].numel() for span in chunk]
+        fused = self._plain_adamw and self._config.kernels == "auto"
+        if fused and can_run(gradient, *old.values()):
+            self._adamw_kernel(gradient, old, step, counts, group)
+        else:
+            self._step_copies(gradient, old, sizes, step, counts, group)
+        for name, values in old.items():
+            targets = [span[name] for span in chunk]
+            if len(chunk) > 1 or not targets[0].is_contiguous():
+                parts = zip(torch.split(values, sizes), targets, strict=True)
+                torch._foreach_copy_(targets, [part.view_as(target) for part, target in parts])
+
+    def _step_copies(
+        self,
+        gradient: Tensor,
+        old: Mapping[str, Tensor],
+        sizes: list[int],
+        step: int,
+        counts: bool,
+        group: GroupSettings,
+    ) -> None:
+        """Take the step on copies, and keep of it the entries whose gradients are usable."""
+        gradient = gradient.to(old["value"].dtype)
         new = {name: values.clone() for name, values in old.items()}
         if self._config.weight_decay_type == "l2" and group.weight_decay:
             gradient = torch.add(gradient, new["value"], alpha=group.weight_decay)
@@ -102,7 +130,6 @@ class ExcludedParameters:
         if counts:
             self.skipped_entries += usable.numel() - usable.sum()
         gradient = torch.where(usable, gradient, 0.0)
-        sizes = [span["gradient"].numel() for span in chunk]
         # The fused kernel alone takes the step without reading it back.
         if self._plain_adamw and gradient.device.type in ("cpu", "cuda", "xpu"):
             lists = {name: list(torch.split(values, sizes)) for name, values in new.items()}
@@ -111,10 +138,33 @@ class ExcludedParameters:
             self._other(gradient, new, step, group)
         for name, values in old.items():
             torch.where(usable, new.pop(name), values, out=values)
-            targets = [span[name] for span in chunk]
-            if len(chunk) > 1 or not targets[0].is_contiguous():
-                parts = zip(torch.split(values, sizes), targets, strict=True)
-                torch._foreach_copy_(targets, [part.view_as(target) for part, target in parts])
+
+    def _adamw_kernel(
+        self,
+        gradient: Tensor,
+        kept: Mapping[str, Tensor],
+        step: int,
+        counts: bool,
+        group: GroupSettings,
+    ) -> None:
+        beta1, beta2 = group.betas[0], group.graft_beta2
+        adamw_masked(
+            kept["value"],
+            gradient,
+            kept["exp_avg"],
+            kept["exp_avg_sq"],
+            self.skipped_entries if counts else torch.zeros_like(self.skipped_entries),
+            AdamW(
+                lr=group.lr,
+                lost=group.lost,
+                rate1=1.0 - beta1,
+                rate2=1.0 - beta2,
+                eps=group.graft_eps,
+                correction1=1.0 - beta1**step,
+                correction2=1.0 - beta2**step,
+            ),
+            LARGEST_GRADIENT,
+        )
 
     def _adamw(
         self,
@@ -179,6 +229,9 @@ def _chunks(spans: Sequence[_Span]) -> Iterator[list[_Span]]:
                 for start in range(0, size, most)
             ]
         for part in parts:
+            if part["gradient"].numel() >= most // _ALONE:
+                yield [part]
+                continue
             if chunk and elements + part["gradient"].numel() > most:
                 yield chunk
                 chunk, elements = [], 0
