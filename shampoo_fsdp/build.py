@@ -35,7 +35,7 @@ from shampoo_fsdp.runtime.team import Parameters, make_parameters
 from shampoo_fsdp.state import State
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Built", "Runtime", "build", "check", "waits"]
+__all__ = ["Runtime"]
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -37,8 +37,6 @@ from shampoo_fsdp.runtime.ranks import tell_all
 from shampoo_fsdp.runtime.team import Parameters
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["State", "load_settings"]
-
 _logger = getLogger(__name__)
 
 States = MutableMapping[Tensor, dict[str, Any]]

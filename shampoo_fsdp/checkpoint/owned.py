@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.utils._pytree import tree_map
 
-__all__ = ["OF_EACH_PIECE", "OwnedBlocks", "Reading", "reduce_blocks"]
+__all__ = ["OwnedBlocks", "Reading"]
 
 OF_EACH_PIECE = (
     torch.ops.aten.detach.default,

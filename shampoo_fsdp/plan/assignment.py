@@ -10,7 +10,7 @@ from shampoo_fsdp.plan.owners import Costs, choose_owners
 from shampoo_fsdp.plan.replicas import replica_of_rank
 from shampoo_fsdp.plan.shards import ParameterSpec, ShardMap, Site, shard_maps
 
-__all__ = ["Assignment", "refresh_phase"]
+__all__ = ["Assignment"]
 
 
 class Assignment:

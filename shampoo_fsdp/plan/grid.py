@@ -15,15 +15,7 @@ from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
 
-__all__ = [
-    "BlockGrid",
-    "Rectangle",
-    "cut_view",
-    "even_cuts",
-    "head_rows",
-    "make_grid",
-    "view_dims",
-]
+__all__ = ["BlockGrid", "cut_view", "view_dims"]
 
 _UNIT = 8
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.shards import Site
 
-__all__ = ["Costs", "choose_owners"]
-
 Costs = Mapping[tuple[int, ...], tuple[float, float, int]]
 """For each shape of block FLOPs on every step, further FLOPs of a refresh, and bytes of state."""
 

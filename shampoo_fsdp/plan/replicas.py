@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from shampoo_fsdp.plan.shards import ParameterSpec, Placement
 
-__all__ = ["replica_of_rank"]
-
 
 def replica_of_rank(parameters: Sequence[ParameterSpec], rank: int) -> list[ParameterSpec]:
     """The parameters on the fewest ranks that include `rank` and hold each of them completely.

@@ -14,15 +14,10 @@ from shampoo_fsdp.plan.grid import BlockGrid, Rectangle, head_rows, make_grid, v
 __all__ = [
     "ParameterSpec",
     "Placement",
-    "ShardMap",
     "Sharded",
-    "Site",
-    "UnsupportedPlacement",
     "placement_of",
     "shape_of",
-    "shard_maps",
     "shard_rectangle",
-    "view_rectangle",
     "volume",
 ]
 

@@ -11,7 +11,7 @@ from shampoo_fsdp.plan.grid import BlockGrid, Rectangle
 from shampoo_fsdp.plan.owners import Costs
 from shampoo_fsdp.plan.shards import ParameterSpec, ShardMap, Site, shape_of, volume
 
-__all__ = ["OwnedBlock", "Part", "Plan", "Slices", "Transfer", "make_plan"]
+__all__ = ["OwnedBlock", "Part", "Plan", "Slices", "make_plan"]
 
 Slices = tuple[slice, ...]
 

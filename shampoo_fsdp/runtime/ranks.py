@@ -14,14 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Replicate
 
-__all__ = [
-    "RankSet",
-    "Replicas",
-    "find_group",
-    "group_of",
-    "is_first_replica",
-    "tell_all",
-]
+__all__ = ["RankSet", "Replicas", "group_of", "tell_all"]
 
 Replicas = DeviceMesh | dist.ProcessGroup | None
 """Where plain tensors are replicated."""

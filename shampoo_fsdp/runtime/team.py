@@ -34,13 +34,7 @@ from shampoo_fsdp.runtime.ranks import (
 )
 from shampoo_fsdp.validation import name_some
 
-__all__ = [
-    "Parameters",
-    "Team",
-    "make_parameters",
-    "refuse_nonfinite",
-    "refuse_without_gradients",
-]
+__all__ = ["Parameters", "make_parameters", "refuse_nonfinite", "refuse_without_gradients"]
 
 
 @dataclass(frozen=True)

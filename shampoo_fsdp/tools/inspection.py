@@ -21,8 +21,6 @@ from shampoo_fsdp.tools.reader import CheckpointReader
 from shampoo_fsdp.tools.spectra import elements_of, factor_in
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["inspect_checkpoint"]
-
 # What a checkpoint may claim, as each block is looked at.
 _FEW_BLOCKS, _LEAST_BYTES, _MOST_SHAPES = 1_000, 32, 100
 _TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")

@@ -12,8 +12,6 @@ from rich.table import Column, Table
 
 from shampoo_fsdp.tools.tables import by_size, number_columns, times, titled_table
 
-__all__ = ["print_report"]
-
 _HEADS = (
     "shape", "step", "blocks", "condition number", "effective rank", "vanishing", "state",
 )  # fmt: skip

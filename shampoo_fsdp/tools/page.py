@@ -8,16 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "COLORS",
-    "as_svg",
-    "curves",
-    "figure",
-    "need_matplotlib",
-    "paragraph",
-    "table",
-    "write_page",
-]
+__all__ = ["curves", "need_matplotlib", "paragraph", "table", "write_page"]
 
 COLORS = {"AdamW": "#1f77b4", "Muon": "#ff7f0e", "Shampoo": "#9467bd"}
 """Of the optimizers, as in all figures of the project."""

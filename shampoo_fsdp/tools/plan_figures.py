@@ -26,7 +26,7 @@ from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.tables import times
 from shampoo_fsdp.validation import refuse, unmatched
 
-__all__ = ["QUANTITIES", "plan_figures"]
+__all__ = ["plan_figures"]
 
 QUANTITIES = {
     "gflop_per_step": "load, GFLOP per step",

@@ -13,8 +13,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, find_damage
 
-__all__ = ["CheckpointReader"]
-
 _NO_VALUE = "(no plain value)"
 _LONGEST = 100_000  # numbers, or letters
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from shampoo_fsdp.rules.matrices import condition_number, resolution_of, unpacked
 from shampoo_fsdp.tools.reader import CheckpointReader
 
-__all__ = ["elements_of", "factor_in"]
-
 _CURVE_POINTS = 65
 
 

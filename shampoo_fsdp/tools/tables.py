@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Column, Table
 
-__all__ = ["by_size", "four_digits", "number_columns", "times", "titled_table"]
+__all__ = ["by_size", "number_columns", "titled_table"]
 
 
 def titled_table(title: str, *columns: Column | str) -> Table:

@@ -17,8 +17,6 @@ from shampoo_fsdp.model_groups import param_groups
 from shampoo_fsdp.optimizer import Shampoo
 from shampoo_fsdp.tools.compare.muon import Muon
 
-__all__ = ["CONTESTANTS", "Contestant", "Run", "train"]
-
 _AVERAGED = 10
 """Steps whose losses are one point of a curve."""
 

@@ -8,8 +8,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
 
-__all__ = ["Muon"]
-
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 

@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["batches", "build"]
-
 _DIM, _LAYERS, _HEADS, _HIDDEN = 128, 5, 4, 352
 _VOCABULARY, _LENGTH, _SEQUENCES = 256, 128, 16
 _NOT_READ = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
