@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference.views import blocks_of, merge_small, view_shape
 from tests.test_reference import SHAPES, reference, tensors
 
 
@@ -33,54 +32,12 @@ def random_gradients(steps: int, shape: tuple[int, ...]) -> list[Tensor]:
 # ------------------------------------------------------------------ views and large dimensions
 
 
-@pytest.mark.parametrize(
-    ("shape", "cap", "expected"),
-    [
-        ((5, 7), 35, (35,)),
-        ((5, 7), 34, (5, 7)),
-        ((2, 3, 4, 5), 24, (24, 5)),
-        ((2, 3, 4, 5), 20, (6, 20)),
-        ((1, 6, 1, 2), 4, (6, 2)),
-        ((8, 1, 3), 4, (8, 3)),
-        ((1, 1), 4, (1,)),
-    ],
-)
-def test_small_dimensions_are_merged_from_the_left(
-    shape: tuple[int, ...], cap: int, expected: tuple[int, ...]
-) -> None:
-    assert merge_small(shape, cap) == expected
-
-
-@pytest.mark.parametrize(
-    ("merge_dims", "batched_3d", "expected"),
-    [("matrix", False, (2, 3, 4)), ("small", False, (6, 4)), ("small", True, (2, 3, 4))],
-)
-def test_batches_of_matrices_are_not_merged(
-    merge_dims: str, batched_3d: bool, expected: tuple[int, ...]
-) -> None:
-    view = view_shape((2, 3, 4), batched_3d=batched_3d, merge_dims=merge_dims, cap=6)
-    assert view == (expected, int(batched_3d))
-
-
-@pytest.mark.parametrize(
-    ("large_dim", "shape", "kinds", "count"),
-    [
-        ("block", (9, 3), ("full", "full"), 3),
-        ("one_sided", (9, 3), ("none", "full"), 1),
-        ("one_sided", (9, 5), ("full", "full"), 6),
-        ("one_sided", (9, 3, 8), ("none", "full", "none"), 1),
-        ("diagonal", (9, 3), ("diagonal", "full"), 1),
-        ("diagonal", (9, 5), ("diagonal", "diagonal"), 1),
-    ],
-)
-def test_what_dimensions_above_the_cap_get(
-    large_dim: str, shape: tuple[int, ...], kinds: tuple[str, ...], count: int
-) -> None:
-    blocks = blocks_of(
-        shape, 0, cap=4, large_dim=large_dim, max_factor_ratio=4.0, precondition_1d=False
-    )
-    assert len(blocks) == count
-    assert {block.kinds for block in blocks} == {kinds}
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (4, 6)])
+def test_merged_dimensions_are_trained_as_one(shape: tuple[int, ...]) -> None:
+    gradients = random_gradients(3, shape)
+    merged = updates(gradients, merge_dims="small", max_preconditioner_dim=24)
+    flat = updates([g.flatten() for g in gradients], max_preconditioner_dim=24)
+    assert all(torch.equal(a.flatten(), b) for a, b in zip(merged, flat, strict=True))
 
 
 def test_one_sided_is_the_inverse_square_root_of_one_factor() -> None:
@@ -117,22 +74,6 @@ def test_a_diagonal_vector_is_adam_without_an_epsilon() -> None:
     adam = updates(gradients, grafting="adam", eps=0.0, excluded={"w"})
     for our, their in zip(ours, adam, strict=True):
         torch.testing.assert_close(our, their)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 3, 4), (4, 6)])
-def test_merged_dimensions_are_trained_as_one(shape: tuple[int, ...]) -> None:
-    gradients = random_gradients(3, shape)
-    settings = {"batched_3d": False, "max_preconditioner_dim": 24}
-    merged = updates(gradients, merge_dims="small", **settings)
-    flat = updates([g.flatten() for g in gradients], **settings)
-    assert all(torch.equal(a.flatten(), b) for a, b in zip(merged, flat, strict=True))
-
-
-def test_unmerged_tensors_have_a_factor_for_each_dimension() -> None:
-    gradient = torch.zeros(2, 2, 2, 2, dtype=torch.float64)
-    gradient[0, 0, 0, 0], gradient[1, 1, 1, 1] = 8.0, -2.0
-    (direction,) = updates([gradient], merge_dims="none", grafting="none")
-    torch.testing.assert_close(direction, gradient.sign())
 
 
 # -------------------------------------------------------------------------- roots and grafting

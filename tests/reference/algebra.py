@@ -8,22 +8,6 @@ from torch import Tensor
 
 from benchmarks.polynomials import chains
 
-__all__ = [
-    "LARGEST_GRADIENT",
-    "QR_TOLERANCE",
-    "along",
-    "complete_basis",
-    "eigenbasis",
-    "gram",
-    "inverse_root",
-    "kept_in",
-    "polynomial_root",
-    "precondition",
-    "raised",
-    "rounded",
-    "warm_qr_step",
-]
-
 LARGEST_GRADIENT = 1e15
 """The optimizer leaves out larger entries, whose squares could leave the range of fp32."""
 FLOORS = {"float32": 2.0**-23, "bfloat16": 2.0**-12}

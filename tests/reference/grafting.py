@@ -11,12 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GraftedMethod", "Moments", "bias_correction"]
+from tests.reference.rule import Settings
 
-
-def bias_correction(beta: float, t: int, use: bool) -> float:
-    """1 - beta^t; 1 for sums, or if it is not wanted."""
-    return 1 - beta**t if use and beta < 1 else 1.0
+__all__ = ["GraftedMethod", "Moments"]
 
 
 @dataclass
@@ -38,35 +35,27 @@ class Moments:
         return Moments(*(torch.zeros(shape, dtype=torch.float64) for _ in range(4)))
 
 
-@dataclass(frozen=True)
 class GraftedMethod:
     """One of "adam", "rmsprop" (no bias correction), "adagrad" (sums), "sgd" or "none"."""
 
-    name: str
-    beta1: float
-    beta2: float
-    eps: float
-    use_bias_correction: bool
-    momentum: float
-    nesterov: bool
-    dampening: float
-    beta3: float
-    """Weight of the last M in what is used of it."""
+    def __init__(self, name: str, beta3: float, settings: Settings) -> None:
+        self.name, self.beta3, self.settings = name, beta3, settings
 
     def average(self, moments: Moments, grad: Tensor) -> None:
         """M and A after this gradient, and what is used of M."""
+        beta1, beta2 = self.settings.betas[0], self.settings.grafting_beta2
         moments.used = self.beta3 * moments.momentum + (1 - self.beta3) * grad
-        moments.momentum = self.beta1 * moments.momentum + (1 - self.beta1) * grad
+        moments.momentum = beta1 * moments.momentum + (1 - beta1) * grad
         if self.name in ("adam", "rmsprop"):
-            moments.graft = self.beta2 * moments.graft + (1 - self.beta2) * grad**2
+            moments.graft = beta2 * moments.graft + (1 - beta2) * grad**2
         elif self.name == "adagrad":
             moments.graft = moments.graft + grad**2
 
     def momentum_hat(self, moments: Moments, t: int) -> Tensor:
         """M̂, used momentum over the sum of the weights in it."""
-        if not self.use_bias_correction:
+        if not self.settings.use_bias_correction:
             return moments.used
-        return moments.used / (1 - self.beta3 * self.beta1 ** (t - 1))
+        return moments.used / (1 - self.beta3 * self.settings.betas[0] ** (t - 1))
 
     def direction(self, moments: Moments, t: int) -> Tensor:
         """D_graft = M̂ / (sqrt(Â) + eps); for "sgd" and "none" M̂."""
@@ -75,17 +64,19 @@ class GraftedMethod:
             return momentum_hat
         graft = moments.graft
         if self.name == "adam":
-            graft = graft / bias_correction(self.beta2, t, self.use_bias_correction)
-        return momentum_hat / (graft.sqrt() + self.eps)
+            graft = graft / self.settings.correction(self.settings.grafting_beta2, t)
+        return momentum_hat / (graft.sqrt() + self.settings.grafting_eps)
 
     def accelerate(self, moments: Moments, direction: Tensor, t: int) -> Tensor:
         """The direction with momentum; the first one enters B as it is, without dampening."""
-        if self.momentum == 0:
+        momentum = self.settings.momentum
+        if momentum == 0:
             return direction
         if t == 1:
             moments.buffer = direction.clone()
         else:
-            moments.buffer = self.momentum * moments.buffer + (1 - self.dampening) * direction
-        if self.nesterov:
-            return direction + self.momentum * moments.buffer
+            added = (1 - self.settings.dampening) * direction
+            moments.buffer = momentum * moments.buffer + added
+        if self.settings.nesterov:
+            return direction + momentum * moments.buffer
         return moments.buffer.clone()

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from tests.reference.algebra import LARGEST_GRADIENT, along, gram, kept_in
-from tests.reference.rule import RuleSettings
+from tests.reference.algebra import LARGEST_GRADIENT, along, gram
+from tests.reference.rule import Settings
 from tests.reference.shampoo import ShampooRule
 
 __all__ = ["KLShampooRule"]
@@ -32,22 +32,15 @@ class KLShampooRule(ShampooRule):
     largest; the ridge is a multiple of their mean.
     """
 
-    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
-        if settings.beta2 == 1:
-            raise ValueError("kl_shampoo needs beta2 < 1")
+    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: Settings) -> None:
         super().__init__(shape, kinds, settings)
         self.first = next((d for d, f in enumerate(self.factors) if f is not None), None)
         for d, factor in enumerate(self.factors):
             if factor is not None and d != self.first:
                 self.factors[d] = factor + (1 if factor.ndim == 1 else torch.eye(len(factor)))
 
-    @property
-    def exponent(self) -> float:
-        return 1 / 2
-
-    @property
-    def least(self) -> float:
-        return 1e-5
+    exponent = 1 / 2
+    least = 1e-5
 
     def unit(self, factor: Tensor) -> float:
         mean = (factor if factor.ndim == 1 else factor.diag()).mean().item()
@@ -71,12 +64,7 @@ class KLShampooRule(ShampooRule):
                 if root is not None and other != d:
                     whitened = along(whitened, root if root.ndim == 2 else root.diag(), other)
                     whitened = whitened.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT)
-            moment = gram(whitened, d) / (math.prod(grad.shape) / grad.shape[d])
-            if factor.ndim == 1:
-                self.factors[d] = self.settings.average(factor, moment.diag())
-            else:
-                average = self.settings.average(factor, moment)
-                self.factors[d] = kept_in(self.settings.factor_dtype, average)
+            self.add(d, gram(whitened, d) / (math.prod(grad.shape) / grad.shape[d]))
 
     def corrected(self, d: int, correction: float) -> Tensor | None:
         return super().corrected(d, correction if d == self.first else 1.0)

@@ -15,28 +15,24 @@ Sources, besides those of the preconditioners and of the grafted methods:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.reference.algebra import LARGEST_GRADIENT, kept_in
-from tests.reference.grafting import GraftedMethod, Moments, bias_correction
+from tests.reference.grafting import GraftedMethod, Moments
 from tests.reference.kl_shampoo import KLShampooRule
-from tests.reference.rule import Preconditioner, RuleSettings
+from tests.reference.rule import Settings
 from tests.reference.shampoo import ShampooRule
 from tests.reference.soap import SoapRule
 from tests.reference.views import blocks_of, view_shape
 
 __all__ = ["ReferenceShampoo"]
 
-_RULES: dict[str, Callable[[torch.Size, tuple[str, ...], RuleSettings], Preconditioner]] = {
-    "shampoo": ShampooRule,
-    "soap": SoapRule,
-    "kl_shampoo": KLShampooRule,
-}
-_OWN_ROOT_METHOD = {"shampoo": "eigh", "soap": "qr", "kl_shampoo": "eigh"}
+_RULES = {"shampoo": ShampooRule, "soap": SoapRule, "kl_shampoo": KLShampooRule}
 
 
 @dataclass
@@ -46,7 +42,7 @@ class _Block:
     coordinates: tuple[int, ...]
     index: tuple[int | slice, ...]
     moments: Moments
-    rule: Preconditioner
+    rule: ShampooRule | SoapRule
 
 
 class ReferenceShampoo:
@@ -54,49 +50,11 @@ class ReferenceShampoo:
 
     Args:
         shapes: shape of each parameter, by name.
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW. betas[1] == 1 means that the factors
-            are plain sums (Gupta et al. 2018) instead of exponential averages (Shi et al. 2023).
-            `lr` is an attribute that a test may change from step to step.
-        initial_lr: for weight_decay_type "independent". None: lr.
-        max_preconditioner_dim: the largest side of a block.
-        precondition_frequency: steps from one refresh of a block's roots to the next.
-        start_preconditioning_step: the first step that uses the roots, and computes them.
-        refresh_warmup_steps: steps over which the time between refreshes grows from 1 to the
-            frequency. None: 10 times the frequency.
-        refresh_schedule: "together": roots are refreshed when t % frequency == 0; "staggered": when
-            (t + phase) % frequency == 0.
-        preconditioner: "shampoo", "soap" or "kl_shampoo".
-        grafting: "adam", "rmsprop" (no bias correction), "adagrad" (sums), "sgd" or "none".
-        grafting_beta2, grafting_eps: of the grafted method. None: betas[1], eps.
-        beta3: weight of the last momentum in what is used of it, of preconditioned parameters.
-            None: betas[0]^2, Nesterov's.
-        use_bias_correction: without, all averages are taken as they are.
-        momentum, nesterov, dampening: of the direction, as in torch.optim.SGD.
-        weight_decay_type: "decoupled", "l2" or "independent".
-        preconditioner_eps: added to the eigenvalues of the bias-corrected factors.
-        root_method: "qr" improves the last eigenbasis by a step of orthogonal iteration,
-            "eigh_pseudo_inverse" leaves out null spaces; all others have the same limit, which is
-            computed here. None: "qr" for soap, "eigh" for the others.
-        root_exponents: entry k-1 is the power -root_exponents[k-1] of tensors with k factors; 0:
-            the rule's own.
-        large_dim: what dimensions above max_preconditioner_dim get: "block" (they are cut),
-            "one_sided" (no factor), "diagonal" (a diagonal one).
-        max_factor_ratio: a side of a block has a factor if that has at most so many times the
-            block's elements, or if the side is the shortest one.
-        base_width: the lr of a weight [m, n] that is preconditioned is multiplied by the root of
-            base_width / n (experts [E, m, n] the same, [m, n_1, n_2, ...] with the product). None:
-            by 1.
-        precondition_1d: blocks of one row or column are vectors, with all of their factors.
-        merge_dims: "matrix": shapes of order 4 and more count as [out, rest]; "small": neighbouring
-            dimensions are merged up to max_preconditioner_dim; "none".
-        factor_dtype, root_dtype, momentum_dtype: "bfloat16" rounds what is kept of blocks from step
-            to step; "float32" does not. All is computed in fp64.
         excluded: names of parameters that take the grafted method's own step (Adam's for "none").
-        phase: from a parameter's name and a block's coordinates; needed for "staggered". The
-            coordinates count the blocks along each dimension of the shape that is cut, after the
-            number of the matrix for a batch of them: (e, i, j).
-        batched_3d: cut a parameter of order 3 into its matrices [E] x [m, n]; otherwise it is a
-            tensor with three factors.
+        phase: from a parameter's name and a block's coordinates; for "staggered". The coordinates
+            count the blocks along each dimension of the shape that is cut, after the number of the
+            matrix for a batch of them: (e, i, j).
+        settings: see :class:`Settings`. `lr` is an attribute that a test may change.
 
     Gradients that are no use, by an entry that is not finite or above LARGEST_GRADIENT: such a
     block keeps its state on this step, but for the roots, which are refreshed when due, and its D
@@ -108,127 +66,31 @@ class ReferenceShampoo:
         self,
         shapes: Mapping[str, tuple[int, ...]],
         *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        max_preconditioner_dim: int,
-        precondition_frequency: int,
-        preconditioner_eps: float,
-        initial_lr: float | None = None,
-        start_preconditioning_step: int = 2,
-        refresh_warmup_steps: int | None = None,
-        refresh_schedule: str = "together",
-        preconditioner: str = "shampoo",
-        grafting: str = "adam",
-        grafting_beta2: float | None = None,
-        beta3: float | None = None,
-        grafting_eps: float | None = None,
-        use_bias_correction: bool = True,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        dampening: float = 0.0,
-        weight_decay_type: str = "decoupled",
-        root_method: str | None = None,
-        root_exponents: list[float] | None = None,
-        large_dim: str = "block",
-        max_factor_ratio: float = 4.0,
-        merge_dims: str = "matrix",
-        factor_dtype: str = "float32",
-        root_dtype: str = "float32",
-        momentum_dtype: str = "float32",
-        excluded: set[str] | frozenset[str] = frozenset(),
-        phase: Callable[[str, tuple[int, ...]], int] | None = None,
-        batched_3d: bool = True,
-        precondition_1d: bool = False,
-        base_width: int | None = None,
+        excluded: Set[str] = frozenset(),
+        phase: Callable[[str, tuple[int, ...]], int] = lambda name, coordinates: 0,
+        **settings: Any,
     ) -> None:
-        grafting_beta2 = betas[1] if grafting_beta2 is None else grafting_beta2
-        for name, value, allowed in (
-            ("refresh_schedule", refresh_schedule, ("together", "staggered")),
-            ("grafting", grafting, ("adam", "rmsprop", "adagrad", "sgd", "none")),
-            ("weight_decay_type", weight_decay_type, ("decoupled", "l2", "independent")),
-            ("large_dim", large_dim, ("block", "one_sided", "diagonal")),
-            ("merge_dims", merge_dims, ("matrix", "small", "none")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"unknown {name} {value!r}")
-        if refresh_schedule == "staggered" and phase is None:
-            raise ValueError("the staggered schedule needs a phase")
-        if grafting in ("adam", "rmsprop") and not grafting_beta2 < 1:
-            raise ValueError(f"grafting {grafting!r} needs grafting_beta2 < 1")
-        self.lr = lr
-        self.initial_lr = lr if initial_lr is None else initial_lr
-        self.beta2 = betas[1]
-        self.weight_decay = weight_decay
-        self.weight_decay_type = weight_decay_type
-        self.use_bias_correction = use_bias_correction
-        self.method = GraftedMethod(
-            name=grafting,
-            beta1=betas[0],
-            beta2=grafting_beta2,
-            eps=eps if grafting_eps is None else grafting_eps,
-            use_bias_correction=use_bias_correction,
-            momentum=momentum,
-            nesterov=nesterov,
-            dampening=dampening,
-            beta3=betas[0] ** 2 if beta3 is None else beta3,
-        )
-        self.excluded_method = dataclasses.replace(
-            self.method, name="adam" if grafting == "none" else grafting, beta3=betas[0]
-        )
-        self.base_width = base_width
-        self.cap = max_preconditioner_dim
-        self.frequency = precondition_frequency
-        self.start = start_preconditioning_step
-        self.warmup = 10 * self.frequency if refresh_warmup_steps is None else refresh_warmup_steps
-        self.refresh_schedule = refresh_schedule
-        self.phase = phase
-        self.batched_3d = batched_3d
-        self.merge_dims = merge_dims
-        self.momentum_dtype = momentum_dtype
-        rule_settings = RuleSettings(
-            beta2=self.beta2,
-            eps=eps,
-            preconditioner_eps=preconditioner_eps,
-            root_method=root_method or _OWN_ROOT_METHOD[preconditioner],
-            root_exponents=root_exponents or [],
-            factor_dtype=factor_dtype,
-            root_dtype=root_dtype,
-        )
-
+        self.settings = given = Settings(**settings)
+        self.lr, self.phase = given.lr, phase
+        self.method = GraftedMethod(given.grafting, given.beta3, given)
+        of_excluded = "adam" if given.grafting == "none" else given.grafting
+        self.excluded_method = GraftedMethod(of_excluded, given.betas[0], given)
         self.t = dict.fromkeys(shapes, 0)
-        self.excluded: dict[str, Moments] = {}
+        self.excluded = {name: Moments.zeros(shapes[name]) for name in excluded & shapes.keys()}
         self.blocks: dict[str, list[_Block]] = {}
         for name, shape in shapes.items():
-            if name in excluded:
-                self.excluded[name] = Moments.zeros(tuple(shape))
-                continue
-            view, batches = self._view(tuple(shape))
-            whole = torch.zeros(view, dtype=torch.float64)
-            self.blocks[name] = [
-                _Block(
-                    coordinates=block.coordinates,
-                    index=block.index,
-                    moments=Moments.zeros(whole[block.index].shape),
-                    rule=_RULES[preconditioner](
-                        whole[block.index].shape, block.kinds, rule_settings
-                    ),
-                )
-                for block in blocks_of(
-                    view,
-                    batches,
-                    cap=self.cap,
-                    large_dim=large_dim,
-                    max_factor_ratio=max_factor_ratio,
-                    precondition_1d=precondition_1d,
-                )
-            ]
+            if name not in excluded:
+                view, batches = self._view(shape)
+                self.blocks[name] = []
+                for block in blocks_of(view, batches, given):
+                    cut = torch.empty(view)[block.index].shape
+                    rule = _RULES[given.preconditioner](cut, block.kinds, given)
+                    state = _Block(block.coordinates, block.index, Moments.zeros(cut), rule)
+                    self.blocks[name].append(state)
 
     def _view(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        return view_shape(
-            shape, batched_3d=self.batched_3d, merge_dims=self.merge_dims, cap=self.cap
-        )
+        cap = self.settings.max_preconditioner_dim
+        return view_shape(tuple(shape), self.settings.merge_dims, cap)
 
     @torch.no_grad()
     def step(self, params: dict[str, Tensor], grads: Mapping[str, Tensor | None]) -> None:
@@ -241,23 +103,25 @@ class ReferenceShampoo:
                 continue
             grad = grad.double()
             self.t[name] += 1
-            if self.weight_decay_type == "l2":
-                grad = grad + self.weight_decay * param
+            kind, weight_decay = self.settings.weight_decay_type, self.settings.weight_decay
+            if kind == "l2":
+                grad = grad + weight_decay * param
             before = param.clone()
             direction = self._direction(name, grad)
-            if self.weight_decay_type == "decoupled":
-                param *= 1 - self.lr * self.weight_decay
-            elif self.weight_decay_type == "independent":
-                param *= 1 - self.weight_decay * self.lr / self.initial_lr
+            if kind == "decoupled":
+                param *= 1 - self.lr * weight_decay
+            elif kind == "independent":
+                param *= 1 - weight_decay * self.lr / self.settings.initial_lr
             param -= self.lr * self._scale(name, param.shape) * direction
             if name in self.excluded:
                 param.copy_(torch.where(_usable(grad), param, before))
 
     def _scale(self, name: str, shape: torch.Size) -> float:
-        if self.base_width is None or name in self.excluded or _is_vector(shape):
+        width = self.settings.base_width
+        if width is None or name in self.excluded or _is_vector(shape):
             return 1.0
         n = shape[2] if len(shape) == 3 else torch.Size(shape[1:]).numel()
-        return (self.base_width / n) ** 0.5
+        return (width / n) ** 0.5
 
     def _direction(self, name: str, grad: Tensor) -> Tensor:
         """D of a whole parameter."""
@@ -281,7 +145,7 @@ class ReferenceShampoo:
     def _block_direction(self, name: str, block: _Block, grad: Tensor) -> Tensor:
         """D of one block (Shi et al. 2023, Algorithm 2)."""
         t, moments, rule, method = self.t[name], block.moments, block.rule, self.method
-        correction = bias_correction(self.beta2, t, self.use_bias_correction)
+        correction = self.settings.correction(self.settings.betas[1], t)
         usable = bool(_usable(grad).all())
         if usable:
             method.average(moments, grad)
@@ -304,30 +168,30 @@ class ReferenceShampoo:
             size = torch.linalg.vector_norm(direction)
             direction = preconditioned * (size / norm if norm > 0 else 0.0)
         direction = method.accelerate(moments, direction, t)
-        moments.momentum = kept_in(self.momentum_dtype, moments.momentum)
-        moments.buffer = kept_in(self.momentum_dtype, moments.buffer)
+        moments.momentum = kept_in(self.settings.momentum_dtype, moments.momentum)
+        moments.buffer = kept_in(self.settings.momentum_dtype, moments.buffer)
         return direction
 
     def _refresh_is_due(self, name: str, block: _Block) -> bool:
         t = self.t[name]
-        if t < self.start:
+        if t < self.settings.start_preconditioning_step:
             return False
         if not block.rule.has_roots:
             return True
         period = self._period(t)
-        if self.refresh_schedule == "together":
+        if self.settings.refresh_schedule == "together":
             return t % period == 0
-        assert self.phase is not None
         return (t + self.phase(name, block.coordinates)) % period == 0
 
     def _period(self, t: int) -> int:
         """Time between refreshes at step t: p from the step on that is the sum of how long the
         shorter ones are in use, which is `least` steps each, or p + 1/2 if that is more."""
-        if not self.warmup:
-            return self.frequency
-        least = max(1, self.warmup // self.frequency)
-        period = 1
-        while period < self.frequency:
+        frequency = self.settings.precondition_frequency
+        warmup = self.settings.refresh_warmup_steps
+        if not warmup:
+            return frequency
+        least, period = max(1, warmup // frequency), 1
+        while period < frequency:
             longer = period + 1
             begin = longer * least if longer <= least else (longer**2 + least**2) / 2
             if t < begin:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.algebra import inverse_root, kept_in, polynomial_root, precondition, raised
-from tests.reference.rule import GramFactors, RuleSettings, new_basis
+from tests.reference.rule import GramFactors, Settings, new_basis
 
 __all__ = ["ShampooRule"]
 
@@ -18,17 +18,18 @@ __all__ = ["ShampooRule"]
 class ShampooRule(GramFactors):
     """P = M times L_i^(-1/(2k)) along each of the k dimensions that have a factor."""
 
-    works_without_roots = False
+    least = 0.0
+    """Relative to the largest: what eigenvalues are raised to at least."""
 
-    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
+    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: Settings) -> None:
         super().__init__(shape, kinds, settings)
         self.roots: list[Tensor | None] = [None for _ in kinds]
-        self.bases = [torch.eye(size, dtype=torch.float64) for size in shape]
 
     @property
     def exponent(self) -> float:
         count = sum(factor is not None for factor in self.factors)
-        return self.settings.exponent(count, own=1 / (2 * count))
+        given = [0.0, *self.settings.root_exponents][count : count + 1]
+        return (given and given[0]) or 1 / (2 * count)
 
     def corrected(self, d: int, correction: float) -> Tensor | None:
         """The factor of a dimension over its bias correction."""
@@ -55,9 +56,6 @@ class ShampooRule(GramFactors):
             self.roots[d] = kept_in(self.settings.root_dtype, root)
         self.has_roots = True
 
-    def observe(self, grad: Tensor) -> None:
-        pass
-
     def precondition(self, momentum: Tensor, correction: float) -> Tensor:
         return precondition(momentum, self.newest_roots(correction))
 
@@ -68,11 +66,6 @@ class ShampooRule(GramFactors):
             self._root(factor) if factor is not None and factor.ndim == 1 else root
             for factor, root in zip(factors, self.roots, strict=True)
         ]
-
-    @property
-    def least(self) -> float:
-        """Relative to the largest: what eigenvalues are raised to at least."""
-        return 0.0
 
     def unit(self, factor: Tensor) -> float:
         """What the ridge of a factor is a multiple of."""

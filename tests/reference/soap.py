@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.algebra import FLOORS, along, complete_basis, kept_in
-from tests.reference.rule import GramFactors, RuleSettings, new_basis
+from tests.reference.rule import GramFactors, Settings, new_basis
 
 __all__ = ["SoapRule"]
 
@@ -33,11 +33,10 @@ class SoapRule(GramFactors):
 
     works_without_roots = True
 
-    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: RuleSettings) -> None:
+    def __init__(self, shape: torch.Size, kinds: tuple[str, ...], settings: Settings) -> None:
         kinds = tuple("full" if kind == "full" else "none" for kind in kinds)
         super().__init__(shape, kinds, settings)
         self.full_sides = kinds.count("full")
-        self.bases = [torch.eye(size, dtype=torch.float64) for size in shape]
         self.second_moment = torch.zeros(shape, dtype=torch.float64)
 
     def refresh(self, correction: float) -> None:

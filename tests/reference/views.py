@@ -12,7 +12,9 @@ import itertools
 import math
 from dataclasses import dataclass
 
-__all__ = ["BlockView", "block_slices", "blocks_of", "merge_small", "tile_sizes", "view_shape"]
+from tests.reference.rule import Settings
+
+__all__ = ["BlockView", "blocks_of", "view_shape"]
 
 
 def tile_sizes(size: int, cap: int) -> list[int]:
@@ -27,27 +29,18 @@ def tile_sizes(size: int, cap: int) -> list[int]:
 
 
 def block_slices(
-    shape: tuple[int, ...], caps: int | tuple[int, ...]
+    shape: tuple[int, ...], caps: tuple[int, ...]
 ) -> dict[tuple[int, ...], tuple[slice, ...]]:
     """Map the coordinates of each block of the grid to the rectangle that it covers.
 
-    caps: the largest tile, of all dimensions or of each.
+    caps: the largest tile of each dimension.
     """
-    if isinstance(caps, int):
-        caps = (caps,) * len(shape)
-    slices_per_dimension = []
+    slices = []
     for size, cap in zip(shape, caps, strict=True):
-        slices = []
-        start = 0
-        for length in tile_sizes(size, cap):
-            slices.append(slice(start, start + length))
-            start += length
-        slices_per_dimension.append(slices)
-    grid = itertools.product(*(range(len(slices)) for slices in slices_per_dimension))
-    return {
-        coordinates: tuple(slices_per_dimension[d][i] for d, i in enumerate(coordinates))
-        for coordinates in grid
-    }
+        ends = list(itertools.accumulate(tile_sizes(size, cap)))
+        slices.append([slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)])
+    grid = itertools.product(*(range(len(of_dimension)) for of_dimension in slices))
+    return {at: tuple(slices[d][i] for d, i in enumerate(at)) for at in grid}
 
 
 def merge_small(shape: tuple[int, ...], cap: int) -> tuple[int, ...]:
@@ -66,19 +59,13 @@ def merge_small(shape: tuple[int, ...], cap: int) -> tuple[int, ...]:
     return tuple(merged) or (1,)
 
 
-def view_shape(
-    shape: tuple[int, ...], *, batched_3d: bool, merge_dims: str, cap: int
-) -> tuple[tuple[int, ...], int]:
+def view_shape(shape: tuple[int, ...], merge_dims: str, cap: int) -> tuple[tuple[int, ...], int]:
     """The shape that is cut, and how many of its leading dimensions number separate tensors."""
-    if len(shape) == 0:
-        raise ValueError("a parameter without dimensions must be excluded")
-    if len(shape) == 3 and batched_3d:
+    if len(shape) == 3:
         return shape, 1
     if merge_dims == "small":
         return merge_small(shape, cap), 0
-    if merge_dims == "matrix" and len(shape) >= 4:
-        return (shape[0], math.prod(shape[1:])), 0
-    return shape, 0
+    return (shape[0], math.prod(shape[1:])) if len(shape) >= 4 else shape, 0
 
 
 @dataclass(frozen=True)
@@ -93,49 +80,31 @@ class BlockView:
     """For each dimension of the block the kind of its factor: "full", "diagonal" or "none"."""
 
 
-def blocks_of(
-    view: tuple[int, ...],
-    batches: int,
-    *,
-    cap: int,
-    large_dim: str,
-    max_factor_ratio: float,
-    precondition_1d: bool,
-) -> list[BlockView]:
-    """Cut a view in blocks; how dimensions above the cap are treated is `large_dim`'s choice.
-
-    A matrix of more than max_factor_ratio times the block's elements is no factor, but for the
-    shortest side's, and for those of vectors, if these are preconditioned.
-    """
-    sizes = view[batches:]
-    uncut_kind = {"block": "full", "one_sided": "none", "diagonal": "diagonal"}[large_dim]
-    if large_dim == "one_sided" and min(sizes) > cap:
-        uncut_kind = "full"  # nothing would be preconditioned, so that all is cut
-    if uncut_kind == "full":
-        caps, kinds = (cap,) * len(sizes), ("full",) * len(sizes)
-    else:
-        caps = tuple(max(size, cap) for size in sizes)
-        kinds = tuple(uncut_kind if size > cap else "full" for size in sizes)
+def blocks_of(view: tuple[int, ...], batches: int, settings: Settings) -> list[BlockView]:
+    """Cut a view in blocks; how dimensions above the cap are treated is `large_dim`'s choice."""
+    sizes, cap = view[batches:], settings.max_preconditioner_dim
+    uncut = {"block": "full", "one_sided": "none", "diagonal": "diagonal"}[settings.large_dim]
+    if uncut == "none" and min(sizes) > cap:
+        uncut = "full"  # nothing would be preconditioned, so that all is cut
+    kinds = tuple(uncut if size > cap else "full" for size in sizes)
+    caps = tuple(cap if uncut == "full" else max(size, cap) for size in sizes)
     return [
-        BlockView(
-            (*batch, *coordinates),
-            (*batch, *slices),
-            _in_proportion(
-                tuple(s.stop - s.start for s in slices), kinds, max_factor_ratio, precondition_1d
-            ),
-        )
+        BlockView((*batch, *at), (*batch, *slices), _in_proportion(slices, kinds, settings))
         for batch in itertools.product(*map(range, view[:batches]))
-        for coordinates, slices in block_slices(sizes, caps).items()
+        for at, slices in block_slices(sizes, caps).items()
     ]
 
 
 def _in_proportion(
-    sizes: tuple[int, ...], kinds: tuple[str, ...], ratio: float, precondition_1d: bool
+    slices: tuple[slice, ...], kinds: tuple[str, ...], settings: Settings
 ) -> tuple[str, ...]:
-    if precondition_1d and sum(size > 1 for size in sizes) < 2:
+    """A matrix of more than max_factor_ratio times the block's elements is no factor, but for the
+    shortest side's, and for those of vectors, if these are preconditioned."""
+    sizes = [s.stop - s.start for s in slices]
+    if settings.precondition_1d and sum(size > 1 for size in sizes) < 2:
         return kinds
-    elements, shortest = math.prod(sizes), min(sizes)
+    most, shortest = settings.max_factor_ratio * math.prod(sizes), min(sizes)
     return tuple(
-        "none" if kind == "full" and size > shortest and size**2 > ratio * elements else kind
+        "none" if kind == "full" and size > shortest and size**2 > most else kind
         for size, kind in zip(sizes, kinds, strict=True)
     )

@@ -10,7 +10,6 @@ summed up. (What holds for other gradients is the subject of test_bad_numbers.py
 
 import dataclasses
 import functools
-import inspect
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -26,6 +25,7 @@ from shampoo_fsdp.plan.grid import make_grid
 from tests.models import set_gradients
 from tests.reference import ReferenceShampoo
 from tests.reference.algebra import rounded
+from tests.reference.rule import Settings
 
 STEPS = 20
 START = 9
@@ -77,7 +77,7 @@ def reference_for(
         index = list(grid.coordinates()).index(tuple(coordinates))
         return refresh_phase(name, index, len(grid), config.precondition_frequency)
 
-    known = inspect.signature(ReferenceShampoo).parameters
+    known = {field.name for field in dataclasses.fields(Settings)}
     return ReferenceShampoo(
         shapes,
         **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
