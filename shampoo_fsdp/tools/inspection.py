@@ -1,6 +1,6 @@
 """Looking into a checkpoint without the model: its blocks, and how their factors look.
 
-Everything is read piece by piece, so that a checkpoint of any size fits into one process.
+One entry of one parameter is read at a time, so that a checkpoint of any size fits into a process.
 """
 
 import dataclasses
@@ -12,17 +12,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from shampoo_fsdp.checkpoint.fits import state_keys
 from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.plan.grid import BlockGrid, cut_view
 from shampoo_fsdp.rules.layout import MARKER, factor_entries, preconditioner_of
-from shampoo_fsdp.rules.matrices import FactorKind, factor_kinds
+from shampoo_fsdp.rules.matrices import (
+    FactorKind,
+    condition_number,
+    factor_kinds,
+    resolution_of,
+    unpacked,
+)
 from shampoo_fsdp.tools.reader import CheckpointReader
-from shampoo_fsdp.tools.spectra import elements_of, factor_in
 from shampoo_fsdp.validation import name_some
 
-# What a checkpoint may claim, as each block is looked at.
-_FEW_BLOCKS, _LEAST_BYTES, _MOST_SHAPES = 1_000, 32, 100
+_CURVE_POINTS = 65
 _TRAINING = re.compile(r"(?:.*\.)?train_state\.(\w+)")
 
 
@@ -39,7 +46,7 @@ def inspect_checkpoint(
     view; "factor_step" the steps that its factors have seen; "settings" those of its group; "bytes"
     the sizes of "moments" and "factors" (with roots and eigenbases); "nonfinite" how many numbers
     are NaN or infinite, by entry (of "weight", if it is in the checkpoint); "blocks" are those that
-    were looked at, each with its "factors" (see :func:`shampoo_fsdp.tools.spectra.factor_in`). What
+    were looked at, each with its "factors" (see :func:`_factor`). What
     a parameter does not have is None, "" or empty.
 
     Args:
@@ -103,103 +110,104 @@ def _parameter(
     settings: dict[str, Any],
     most_blocks: int | None,
 ) -> dict[str, Any]:
-    checked = {entry: key for entry, key in keys.items() if entry != MARKER}
-    checked.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
-    marker = reader.shape(keys[MARKER]) if MARKER in keys else ()
-    of_factors = factor_entries()
-    preconditioner, number_of_blocks, blocks = preconditioner_of(marker), 0, list[dict[str, Any]]()
-    if marker:
-        resolution = getattr(RULES.get(preconditioner), "resolution", 0.0)
-        number_of_blocks, blocks = _blocks(reader, keys, most_blocks, resolution)
+    tensors = {entry: key for entry, key in keys.items() if entry != MARKER}
+    tensors.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
+    marker, view = (reader.shape(keys[e]) if e in keys else () for e in (MARKER, "exp_avg"))
+    grid = _grid(reader, keys["exp_avg"], marker) if marker else None
+    places = list(grid.coordinates()) if grid else []
+    count = min(most_blocks or len(places), len(places))
+    blocks = {i * len(places) // count: list[dict[str, Any]]() for i in range(count)}
+    nonfinite, of_factors = {}, factor_entries()
+    for entry, key in tensors.items():  # each is read once
+        values = reader.tensor(key)
+        if number := values.numel() - int(values.isfinite().sum()):
+            nonfinite[entry] = number
+        if grid and entry in ("factors", "diagonals"):
+            shapes = [grid.block_shape(place) for place in places]
+            _add_factors(blocks, entry, values, shapes, marker)
     return {
         "name": name,
-        "shape": reader.shape(keys["exp_avg"]) if "exp_avg" in keys else (),
+        "shape": view,
         "step": int(reader.value(keys["step"])) if "step" in keys else 0,
         "factor_step": int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
         "settings": settings,
-        "preconditioner": preconditioner,
+        "preconditioner": preconditioner_of(marker),
         "max_preconditioner_dim": marker[0] if marker else None,
         "bytes": {
             name: sum(reader.size_in_bytes(k) for e, k in keys.items() if (e in of_factors) == of)
             for name, of in (("moments", False), ("factors", True))
         },
-        "nonfinite": {entry: n for entry, key in checked.items() if (n := reader.nonfinite(key))},
-        "number_of_blocks": number_of_blocks,
-        "blocks": blocks,
+        "nonfinite": nonfinite,
+        "number_of_blocks": len(places),
+        "blocks": [
+            {
+                "offsets": [start for start, _ in grid.rectangle(places[position])],
+                "shape": grid.block_shape(places[position]),
+                "factors": factors,
+            }
+            for position, factors in blocks.items()
+            if grid
+        ],
     }
 
 
-def _blocks(
-    reader: CheckpointReader, keys: Mapping[str, str], most_blocks: int | None, resolution: float
-) -> tuple[int, list[dict[str, Any]]]:
-    """How many there are, and those that are looked at, in the order of the grid; `resolution` is
-    that of the rule."""
-    grid = _grid(reader, keys)
-    room = sum(reader.size_in_bytes(key) for key in keys.values() if reader.is_tensor(key))
-    if len(grid) > _FEW_BLOCKS + room // _LEAST_BYTES or len(grid.block_shapes) > _MOST_SHAPES:
-        raise ValueError(
-            f"'{keys['exp_avg']}' is said to be cut into {len(grid):,} blocks, more than its state "
-            "has room for, or of more shapes than settings can give."
-        )
-    places = list(grid.coordinates())
-    shapes = [grid.block_shape(place) for place in places]
-    kinds, matrix = _kinds(reader, keys, shapes)
-    count = min(most_blocks or len(places), len(places))
-    chosen = {i * len(places) // count: list[dict[str, Any]]() for i in range(count)}
-    # Rows of the blocks one after the other, in each the dimensions one after the other.
-    for entry, kind, kept in (("factors", "full", matrix), ("diagonals", "diagonal", "diagonal")):
-        start = 0
-        for position, shape in enumerate(shapes):
-            for dimension, n in enumerate(shape):
-                if entry not in keys or kinds[shape][dimension] != kind:
-                    continue
-                if position in chosen:
-                    where = reader, keys[entry], start
-                    chosen[position].append(factor_in(*where, dimension, n, kept, resolution))
-                start += elements_of(n, kept)
-    return len(places), [
-        {
-            "offsets": [start for start, _ in grid.rectangle(places[position])],
-            "shape": shapes[position],
-            "factors": factors,
-        }
-        for position, factors in chosen.items()
-    ]
+def _add_factors(
+    blocks: Mapping[int, list[dict[str, Any]]],
+    entry: str,
+    values: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    marker: Sequence[int],
+) -> None:
+    """Add what is in an entry, in which the blocks lie one after the other, in each the dimensions
+    one after the other, to the blocks that are looked at."""
+    kinds, matrix = _kinds(shapes, marker[0], values.numel() if entry == "factors" else None)
+    kind, kept = ("full", matrix) if entry == "factors" else ("diagonal", "diagonal")
+    resolution = getattr(RULES.get(preconditioner_of(marker)), "resolution", 0.0)
+    start = 0
+    for position, shape in enumerate(shapes):
+        for dimension, n in enumerate(shape):
+            if kinds[shape][dimension] != kind:
+                continue
+            stop = start + _elements_of(n, kept)
+            if position in blocks:
+                spectrum = _factor(values[start:stop], n, kept, resolution)
+                of_all = {"dimension": dimension, "n": n, "kind": kept}
+                blocks[position].append(of_all | spectrum)
+            start = stop
 
 
 def _kinds(
-    reader: CheckpointReader, keys: Mapping[str, str], shapes: Sequence[tuple[int, ...]]
+    shapes: Sequence[tuple[int, ...]], cap: int, total: int | None
 ) -> tuple[dict[tuple[int, ...], tuple[FactorKind, ...]], str]:
     """The kind of factor of each dimension, for each shape of block, and how matrices are kept:
     by the total of their elements, as the checkpoint does not say its `max_factor_ratio`."""
-    (cap, *_) = reader.shape(keys[MARKER])
-    total = math.prod(reader.shape(keys["factors"])) if "factors" in keys else None
-    ratios = {n * n / math.prod(shape) for shape in shapes for n in shape}
+    ratios = {n * n / math.prod(shape) for shape in set(shapes) for n in shape}
     base = ShampooConfig(max_preconditioner_dim=cap, large_dim="diagonal")
     for ratio in sorted(ratios, reverse=True):
         config = dataclasses.replace(base, max_factor_ratio=ratio)
         kinds = {shape: factor_kinds(shape, config) for shape in set(shapes)}
         sides = [side for shape in shapes for side in zip(shape, kinds[shape], strict=True)]
         for matrix in ("full", "packed"):
-            elements = sum(elements_of(n, matrix) for n, kind in sides if kind == "full")
+            elements = sum(_elements_of(n, matrix) for n, kind in sides if kind == "full")
             if total in (None, elements):
                 return kinds, matrix
     raise ValueError(f"no choice of factors has the {total:,} elements that the checkpoint has.")
 
 
-def _grid(reader: CheckpointReader, keys: Mapping[str, str]) -> BlockGrid:
+def _grid(reader: CheckpointReader, key: str, marker: Sequence[int]) -> BlockGrid:
     """The grid that has the fingerprint in the checkpoint: that of the pieces in which it was
     saved, or, if one process has saved it whole, one of those that the settings give."""
-    view, (cap, fingerprint, *_) = reader.shape(keys["exp_avg"]), reader.shape(keys[MARKER])
+    view, (cap, fingerprint, *_) = reader.shape(key), marker
     if not math.prod(view):
-        raise ValueError(f"'{keys['exp_avg']}' is empty.")
-    ends = reader.rectangles(keys["exp_avg"]).sum(1).T.tolist()
+        raise ValueError(f"'{key}' is empty.")
+    chunks = [(chunk.offsets, chunk.sizes) for chunk in reader.metadata[key].chunks]
+    ends = zip(*(map(sum, zip(*chunk, strict=True)) for chunk in chunks), strict=True)
     cuts = tuple(tuple(sorted({0, *along})) for along in ends)
     guesses = (BlockGrid(view, batch_dims, cuts) for batch_dims in (0, 1))
     for grid in itertools.chain(guesses, _grids(view, cap)):
         if grid.fingerprint == fingerprint:
             return grid
-    raise ValueError(f"the blocks of '{keys['exp_avg']}' are cut in a way that is not known here.")
+    raise ValueError(f"the blocks of '{key}' are cut in a way that is not known here.")
 
 
 def _grids(view: tuple[int, ...], cap: int) -> Iterator[BlockGrid]:
@@ -211,6 +219,42 @@ def _grids(view: tuple[int, ...], cap: int) -> Iterator[BlockGrid]:
         yield cut_view(view, batch_dims, config)
     for batch_dims, config in kinds:
         rows = view[batch_dims]
-        small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
-        for head in sorted({*small, *(rows // n for n in small)} - {rows}):
+        for head in (n for n in range(1, rows) if rows % n == 0):
             yield cut_view(view, batch_dims, config, head=head)
+
+
+def _factor(values: Tensor, n: int, kind: str, resolution: float) -> dict[str, Any]:
+    """What the eigenvalues of a factor of n rows say; all None if they are zero or not finite.
+
+    "condition_number" see :func:`shampoo_fsdp.rules.matrices.condition_number`; "effective_rank"
+    exp of the entropy of the eigenvalues divided by their sum (Roy and Vetterli 2007), n if all are
+    equal, 1 if all but one are zero; "vanishing" the share of the eigenvalues that are below the
+    rule's resolution of the largest, as which roots count them; "spectrum" the eigenvalues by the
+    largest, descending, at evenly spaced places.
+    """
+    resolution = max(resolution, resolution_of(values.dtype))
+    values = values.double()
+    finite = bool(values.isfinite().all())
+    if finite:
+        if kind == "packed":
+            values = unpacked(values.unsqueeze(0), n)
+        if kind != "diagonal":
+            values = torch.linalg.eigvalsh(values.view(n, n))
+        values = values.clamp(min=0.0).sort(descending=True).values
+    if not finite or values[0] == 0.0:
+        names = ("condition_number", "effective_rank", "vanishing", "spectrum")
+        return dict.fromkeys(names)
+    relative, shares = values / values[0], values / values.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    places = torch.linspace(0, n - 1, _CURVE_POINTS).round().long()
+    return {
+        "condition_number": condition_number(values[0], values[-1], resolution).item(),
+        "effective_rank": entropy.exp().item(),
+        "vanishing": (relative < resolution).double().mean().item(),
+        "spectrum": relative[places].tolist(),
+    }
+
+
+def _elements_of(n: int, kind: str) -> int:
+    """How many numbers are kept of a factor."""
+    return {"full": n * n, "packed": n * (n + 1) // 2, "diagonal": n}[kind]
