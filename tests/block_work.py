@@ -16,8 +16,8 @@ __all__ = ["work_of_block"]
 
 
 def work_of_block(shape: Sequence[int], config: ShampooConfig) -> tuple[Counter[str], Counter[str]]:
-    """FLOPs by precision, decompositions, and bytes that other operators read and write (see
-    :class:`Work`), of a step without a refresh and of a refresh.
+    """FLOPs by precision, decompositions and bytes (see :class:`Work`), of a step without a refresh
+    and of a refresh.
 
     Args:
         shape: of the block, without batch dimensions.

@@ -73,10 +73,10 @@ def dry_optimizer(
         dist.destroy_process_group()
 
 
-def dry_step(optimizer: Shampoo, machine: Machine) -> Work:
-    """What a step of a :func:`dry_optimizer` is."""
+def dry_step(optimizer: Shampoo, machine: Machine, *, by_line: bool = False) -> Work:
+    """What a step of a :func:`dry_optimizer` is, by line of our code if that is wanted."""
     assert isinstance(optimizer, _DryShampoo)
-    with Work(machine) as work:
+    with Work(machine, by_line=by_line) as work:
         optimizer.work = work
         optimizer.step()
     return work
@@ -92,8 +92,7 @@ def model_step(
 
     "parts" are the ms that the GPU computes for each, "waited" those in which it has nothing to do
     but wait for the network, "ms" is both; "training_ms" is forward and backward, "share" the
-    optimizer's time by that. "decompositions" of matrices are not in the times; "peak_bytes" are
-    beside parameters, gradients and state.
+    optimizer's time by that; "peak_bytes" are beside parameters, gradients and state.
 
     Args:
         plan: see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
@@ -123,7 +122,6 @@ def model_step(
         "parts": {part: float(of) for part, of in parts.items()},
         "waited": waited,
         "kernels": total["launches"],
-        "decompositions": total["decompositions"],
         "peak_bytes": max((work.peak for work in works), default=0),
         "ms": took,
         "training_ms": training,

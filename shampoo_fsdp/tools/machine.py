@@ -12,15 +12,19 @@ __all__ = ["Machine", "add_rates", "machine_of"]
 @dataclass(frozen=True)
 class Machine:
     """What is assumed, an H100 in a node of 8: rates that are reached, not those that are
-    advertised. Those of products in bf16 and TF32, of memory and of the host were measured in
-    steps of a Llama of 665 million parameters on one."""
+    advertised. Those of products in 16 bits and TF32, of memory and of the host were measured in
+    steps of a Llama of 665 million parameters on one, those of decompositions at n = 1024."""
 
     bf16: float = 600.0
-    """TFLOP/s of matrix products in bf16, ..."""
+    """TFLOP/s of matrix products in bf16 or fp16, ..."""
     tf32: float = 190.0
     """... in TF32, ..."""
     fp32: float = 50.0
     """... in fp32."""
+    eigh: float = 12.0
+    """Milliseconds of a decomposition of 1024 x 1024; of n x n they go with n^1.5, ..."""
+    qr: float = 4.7
+    """... and of a QR decomposition."""
     training: float = 400.0
     """TFLOP/s of forward and backward, 6 per parameter and token."""
     memory: float = 2.4
@@ -40,11 +44,13 @@ class Machine:
     """The part of all parameters that a token uses; mixtures of experts use less than all."""
 
     def milliseconds(self, work: Mapping[str, float]) -> float:
-        """Time of kernels, one after the other, by their FLOPs by precision, bytes and launches."""
+        """Time of a kernel, or of some that are alike, by FLOPs by precision, decompositions, bytes
+        and launches (see `Work.counts`): the longest of what units, memory and launches take."""
         rates = {"bf16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}
-        products = sum(work.get(kind, 0) / rate for kind, rate in rates.items())
-        moved = 1e3 * work.get("bytes", 0) / self.memory
-        return max((1e3 * products + moved) / 1e12, 1e-3 * self.launch * work.get("launches", 0))
+        products = 1e-9 * sum(work.get(kind, 0) / rate for kind, rate in rates.items())
+        decomposed = (self.eigh * work.get("eigh", 0) + self.qr * work.get("qr", 0)) / 2**15
+        moved = 1e-9 * work.get("bytes", 0) / self.memory
+        return max(products + decomposed, moved, 1e-3 * self.launch * work.get("launches", 0))
 
     def transfer(self, near: float, far: float) -> float:
         """Milliseconds of a transfer, given the bytes that go to ranks of the node and to others;
@@ -68,7 +74,7 @@ class Machine:
 def add_rates(parser: argparse.ArgumentParser) -> None:
     """An option for each of them."""
     options = parser.add_argument_group(
-        "of a GPU, its network and its host (TFLOP/s, TB/s, GB/s, microseconds)"
+        "of a GPU, its network and its host (TFLOP/s, TB/s, ms, GB/s, microseconds)"
     )
     for field in dataclasses.fields(Machine):
         options.add_argument(

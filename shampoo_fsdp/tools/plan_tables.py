@@ -82,8 +82,6 @@ def _print_step(step: dict[str, Any], frequency: int, say: Callable[[Any], None]
         f"needs {four_digits(step['peak_bytes'] / 2**30)} GiB at its peak beside parameters, "
         "gradients and state."
     )
-    if step["decompositions"]:
-        say(f"[yellow]Not in these times:[/yellow] {step['decompositions']:,} decompositions.")
     say(f"Assumed (options of these names): {machine}.")
 
 

@@ -1,10 +1,13 @@
 """Counts what a pretended GPU has to do: kernels, FLOPs, bytes, transfers, memory, and what waits
 for what."""
 
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from shampoo_fsdp.kernels.language import Cost, observed_by
 from shampoo_fsdp.tools.machine import Machine
 
 __all__ = ["Work"]
@@ -37,12 +41,20 @@ class TimedTransfer:
 class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context that counts what the GPU does, within :func:`pretended_gpu`."""
 
-    def __init__(self, machine: Machine | None = None) -> None:
+    def __init__(self, machine: Machine | None = None, *, by_line: bool = False) -> None:
+        """
+        Args:
+            by_line: whether `lines` are wanted.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
-        """For each part (see `part`) the numbers of "launches"; FLOPs of matrix products in "bf16",
-        "tf32" and "fp32"; "decompositions"; and "bytes": what all other operators read and write of
-        device memory, each tensor once for each operator."""
+        """For each part (see `part`) the numbers of "launches"; FLOPs of matrix products in "bf16"
+        (or fp16), "tf32" and "fp32"; "decompositions", and for each of n x n n^1.5 in "eigh" or
+        "qr"; "bytes" of device memory that operators read and write: each tensor once, and of one
+        that rows are taken of these rows; of them "operands", sums and results of PyTorch's matrix
+        products."""
+        self.lines: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+        """The same, and "ms", by file and number of the line of ours that asks for it."""
         self.part = ""
         """To which part of the work what follows belongs."""
         self.now = 0.0
@@ -55,6 +67,7 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks: Counter[str] = Counter()
         """The most that they were, in each part."""
         self._machine = machine or Machine()
+        self._by_line = by_line
         self._sizes: dict[int, int] = {}
         resize = torch.UntypedStorage.resize_
 
@@ -64,6 +77,7 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
 
         self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", resized)
+        self._patches = ExitStack()
 
     @property
     def peak(self) -> int:
@@ -82,13 +96,14 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks[part] = max(self.peaks[part], self.peaks.pop("", 0))
 
     def __enter__(self) -> "Work":
-        self._resizing.start()
+        self._patches.enter_context(self._resizing)
+        self._patches.enter_context(observed_by(self._launched))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._resizing.stop()
+        self._patches.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -102,12 +117,20 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if all(storage._cdata != other._cdata for other in given):
                 self._holds(storage)
         if launches := _launches(func, args, kwargs):
-            done = Counter({"launches": launches}) + _work(func, args, kwargs, result)
-            self.counts[self.part].update(done)
-            took = self._machine.milliseconds(done)
-            self.busy[self.part] += took
-            self.now += took
+            self._add(Counter({"launches": launches}) + _work(func, args, kwargs, result))
         return result
+
+    def _launched(self, cost: Cost) -> None:
+        """A kernel of our own."""
+        self._add(Counter({"launches": 1, "bytes": cost.bytes, cost.kind: cost.flops}))
+
+    def _add(self, done: Counter[str]) -> None:
+        took = self._machine.milliseconds(done)
+        self.counts[self.part].update(done)
+        self.busy[self.part] += took
+        self.now += took
+        if self._by_line:
+            self.lines[_line()].update({**done, "ms": took})
 
     def send(self, name: str, near: int, far: int) -> TimedTransfer:
         """A transfer sets out; the network carries one after the other."""
@@ -140,23 +163,54 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [t.untyped_storage() for t in tensors if t.device.type == "cuda"]
 
 
+_PACKAGE = str(Path(__file__).parents[1])
+_NOT_LINES = (str(Path(__file__).parent), str(Path(_PACKAGE, "kernels")))
+"""Those of who counts; and of kernels, whose callers tell more."""
+
+
+def _line() -> tuple[str, int]:
+    """The innermost line of this package, outside of these rooms, that is at work."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        file = frame.f_code.co_filename
+        if file.startswith(_PACKAGE) and not file.startswith(_NOT_LINES):
+            return file, frame.f_lineno
+    return "elsewhere", 0
+
+
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_")
+_DECOMPOSITIONS = {"_linalg_eigh": "eigh", "linalg_qr": "qr"}
+_GATHERS = ("embedding", "gather", "index", "index_select", "take")
+_SCATTERS = {"index_add_": 3, "index_copy_": 2, "index_put_": 2, "scatter_": 2, "scatter_add_": 3}
+"""How often they pass over what they write, which they read elsewhere."""
+_WRITERS = (
+    *("_foreach_copy_", "_foreach_zero_", "copy_", "fill_", "full_like", "new_full", "new_ones"),
+    *("new_zeros", "ones_like", "zero_", "zeros_like"),
+)
+"""They do not read their first argument."""
 
 
 def _work(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> Counter[str]:
     name = func.overloadpacket.__name__
-    if name in _PRODUCTS:
-        a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        kind = "bf16" if a.dtype == torch.bfloat16 else "tf32" if tf32 else "fp32"
-        return Counter({kind: 2 * a.numel() * b.shape[-1]})
-    if name in ("_linalg_eigh", "linalg_qr"):
-        return Counter({"decompositions": len(args[0])})
-    # What is only written is no input: `out`, and the target of a copy.
-    copies = name in ("copy_", "fill_", "_foreach_copy_")
+    if name in _DECOMPOSITIONS:
+        count, n = args[0].shape[:-2].numel(), args[0].shape[-1]
+        kind = _DECOMPOSITIONS[name]
+        return Counter({"decompositions": count, kind: count * round(n**1.5)})
     given = {key: value for key, value in kwargs.items() if key != "out"}
-    written = _changed(func, args) if result in (None, ()) else result
-    return Counter({"bytes": _bytes((args[copies:], given)) + _bytes(written)})
+    if name in _GATHERS:
+        return Counter({"bytes": 2 * _bytes(result) + _bytes((args[1:], given))})
+    if name in _SCATTERS:
+        source = next(t for t in reversed(args) if isinstance(t, Tensor))
+        return Counter({"bytes": (_SCATTERS[name] - 1) * _bytes(source) + _bytes(args[1:])})
+    written = _bytes(_changed(func, args) if result in (None, ()) else result)
+    moved = _bytes((args[name in _WRITERS :], given)) + written
+    if name not in _PRODUCTS:
+        return Counter({"bytes": moved})
+    a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    kind = "bf16" if a.dtype.itemsize == 2 else "tf32" if tf32 else "fp32"
+    return Counter({kind: 2 * a.numel() * b.shape[-1], "bytes": moved, "operands": moved})
 
 
 def _changed(func: Any, args: tuple[Any, ...]) -> list[Any]:
@@ -170,8 +224,10 @@ def _changed(func: Any, args: tuple[Any, ...]) -> list[Any]:
 
 
 def _bytes(values: Any) -> int:
-    tensors = {id(t): t for t in tree_leaves(values) if isinstance(t, Tensor)}
-    return sum(t.numel() * t.element_size() for t in tensors.values() if 0 not in t.stride())
+    """Of tensors; what one of them has in another order is the same memory."""
+    tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor) and 0 not in t.stride()]
+    places = {(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in tensors}
+    return sum(t.numel() * t.element_size() for t in places.values())
 
 
 # Operators that do nothing on the device: memory is only named or taken.

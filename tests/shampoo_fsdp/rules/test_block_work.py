@@ -39,8 +39,8 @@ def test_other_rules_multiply_in_their_precision(preconditioner):
 
 def test_passes_over_a_block():
     """Bytes that move per parameter: what is no product costs a GPU more time than the products."""
-    every, refresh = work_of_block((256, 256), on_device(ShampooConfig(), CUDA))
-    assert every["bytes"] <= 140 * 256**2
-    assert refresh["bytes"] <= 580 * 256**2
+    every, refresh = work_of_block((256, 256), on_device(ShampooConfig(kernels="off"), CUDA))
+    assert every["bytes"] - every["operands"] <= 140 * 256**2
+    assert refresh["bytes"] - refresh["operands"] <= 580 * 256**2
     assert every["launches"] <= 55
     assert refresh["launches"] <= 135

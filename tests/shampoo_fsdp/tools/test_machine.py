@@ -13,7 +13,11 @@ MACHINE = Machine(bf16=500.0, tf32=250.0, memory=2.0, launch=4.0, node=200.0, ne
         ({"bf16": 5e12, "launches": 1}, 10.0),
         ({"bf16": 5e11, "tf32": 5e11, "launches": 1}, 1.0 + 2.0),
         ({"bytes": 2e9, "launches": 1}, 1.0),
+        ({"bf16": 5e12, "bytes": 2e9, "launches": 1}, 10.0),  # a product hides what it reads
+        ({"bf16": 5e11, "bytes": 4e9, "launches": 1}, 2.0),
         ({"bytes": 8, "launches": 250}, 1.0),  # small kernels take 4 us each
+        ({"eigh": 2 * 1024**1.5, "launches": 1}, 2 * 12.0),
+        ({"qr": 256**1.5, "launches": 1}, 4.7 / 8),
     ],
 )
 def test_kernels(work, expected):
