@@ -24,7 +24,7 @@ from shampoo_fsdp.kernels.language import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["tiles", "update_factors", "update_factors_reference"]
+__all__ = ["can_update", "tiles", "update_factors", "update_factors_reference"]
 
 
 def update_factors(
@@ -48,14 +48,12 @@ def update_factors(
         decay, weight: numbers, or [1] or [B] on the device.
         precision: of the products of fp32 blocks: 10 bits of them, or nearly all.
     """
+    if not can_update(factors, blocks):
+        return update_factors_reference(factors, blocks, decay, weight)
     count, n, rest = blocks.shape
     packed = factors.ndim == 2
     transposed = blocks.stride(2) != 1
     source = blocks.mT if transposed else blocks
-    fits = describable(source) and (packed or describable(factors))
-    if not count or not fits or factors.stride(-1) != 1 or not can_run(factors, blocks):
-        update_factors_reference(factors, blocks, decay, weight)
-        return
     low = blocks.dtype != torch.float32
     cut = tiles(n, blocks.dtype, packed, large_tiles(blocks.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
@@ -84,6 +82,13 @@ def update_factors(
         UPCAST=interpreted(),
         **cut,
     )
+
+
+def can_update(factors: Tensor, blocks: Tensor) -> bool:
+    """Whether the kernel takes these factors and blocks."""
+    source = blocks if blocks.stride(2) == 1 else blocks.mT
+    fits = describable(source) and (factors.ndim == 2 or describable(factors))
+    return fits and factors.stride(-1) == 1 and can_run(factors, blocks)
 
 
 def update_factors_reference(

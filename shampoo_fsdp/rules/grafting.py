@@ -13,6 +13,7 @@ from shampoo_fsdp.config import ShampooConfig
 __all__ = [
     "LARGEST_GRADIENT",
     "accelerate",
+    "graft_numbers",
     "graft_step",
     "second_moment_name",
     "update_second_moment",
@@ -59,11 +60,19 @@ def graft_step(
     torch.optim. The tensor has the type of `exp_avg`, which it is for methods without a second
     moment.
     """
+    ridge, factor = graft_numbers(method, correction1, correction2, eps)
     if moment is None:
-        return exp_avg, 1.0 / correction1
+        return exp_avg, factor
+    denominator = torch.sqrt(moment, out=torch.empty_like(exp_avg)).add_(ridge)
+    return torch.div(exp_avg, denominator, out=denominator), factor
+
+
+def graft_numbers(
+    method: str, correction1: float | Tensor, correction2: float | Tensor, eps: float
+) -> tuple[float | Tensor, float | Tensor]:
+    """The eps and the factor with which M / (sqrt(A) + eps), or M, is the method's step."""
     root = correction2**0.5 if method == "adam" else 1.0
-    denominator = torch.sqrt(moment, out=torch.empty_like(exp_avg)).add_(eps * root)
-    return torch.div(exp_avg, denominator, out=denominator), root / correction1
+    return eps * root, root / correction1
 
 
 def accelerate(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.kernels.gram import can_update
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     Positions,
@@ -120,6 +121,12 @@ class RootRule(Rule):
         for i, root, change in zip(sides, *parts, strict=True):
             self.roots[i].write(root, where)
             self._changes[i][where] = change
+
+    def skips_blocks(self, gradient: Tensor) -> bool:
+        low = self.products_in != torch.float32 and gradient.shape[-1] % 8 == 0
+        factors = [factor.storage for factor in self.factors.values()]
+        kernels = self.has_kernels and low and self.two_sided
+        return kernels and all(can_update(factor, gradient) for factor in factors)
 
     def read_roots(self) -> list[Tensor]:
         """The roots of the dimensions with a matrix, in the type of the products."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import RULES, ShampooConfig
+from shampoo_fsdp.kernels.gram import can_update, update_factors
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
@@ -129,6 +130,7 @@ class Rule(ABC):
         self.products_in = torch.bfloat16 if low else torch.float32
         """Type of what is multiplied on every step; what comes out is of it too, but for grams."""
         kinds = factor_kinds(shape, config)
+        self.has_kernels = config.kernels == "auto"
         self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
         """Dimensions that have a matrix as their factor."""
         self.sides = [i for i, kind in enumerate(kinds) if kind != "none"]
@@ -157,6 +159,11 @@ class Rule(ABC):
         Args:
             gradient: [B, d_1, ..., d_k]; zero where it is not usable.
         """
+
+    def skips_blocks(self, gradient: Tensor) -> bool:
+        """Whether :meth:`accumulate` leaves out by itself what is not usable of such gradients,
+        and nothing else looks at them: else it is zero there."""
+        return False
 
     @abstractmethod
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
@@ -207,6 +214,10 @@ class Rule(ABC):
             diagonal.add_(total, alpha=step.weight * share)
             return
         unfolded = unfold(blocks, i)
+        kept = self.factors[i].storage
+        if self.has_kernels and unfolded.dtype != torch.float32 and can_update(kept, unfolded):
+            weight = step.usable if step.sums else 1.0 - decay
+            return update_factors(kept, unfolded, decay, weight * share)
         factor, decay = self.factors[i].read(), per_block(decay, 3)
         whole = unfolded.dtype == torch.float32 or unfolded.device.type == "cpu"
         if whole or step.sums or share != 1.0:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.kernels.momenta import Rates, momenta
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
     accelerate,
+    graft_numbers,
     graft_step,
     second_moment_name,
     update_second_moment,
@@ -141,19 +143,24 @@ class BlockStack:
         self.rule.restart(self._on_device(positions, torch.int64))
 
     def _accumulate(self, step: Step) -> None:
-        gradient, (beta1, beta2) = self.gradient, step.group.betas
-        inner = tuple(range(1, gradient.ndim))
+        gradient, beta2 = self.gradient, step.group.betas[1]
         # Comparisons with NaN are false. (The infinity norm is far slower on CPUs.)
-        largest, least = gradient.amax(inner), gradient.amin(inner)
+        least, largest = gradient.flatten(1).aminmax(dim=1)
         step.idle = (largest == 0.0) & (least == 0.0)
         step.usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
         step.decay = 1.0 - (1.0 - beta2) * step.usable
-        each = per_block(step.usable, gradient.ndim)
-        gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(each)
-
+        step.in_one_pass = all(step.refreshed) and self.rule.skips_blocks(gradient)
+        if not step.in_one_pass:
+            gradient.masked_fill_(per_block(step.usable == 0.0, gradient.ndim), 0.0)
         self.rule.accumulate(gradient, step)
-        exp_avg = self.state["exp_avg"].float().lerp_(gradient, (1.0 - beta1) * each)
-        self._keep("exp_avg", exp_avg)
+        if not step.in_one_pass:
+            self._average(step)
+
+    def _average(self, step: Step) -> None:
+        """Let the gradients into the momentum and the second moment."""
+        gradient, each = self.gradient, per_block(step.usable, self.gradient.ndim)
+        rate = (1.0 - step.group.betas[0]) * each
+        self._keep("exp_avg", self.state["exp_avg"].float().lerp_(gradient, rate))
         if self._second_moment is not None:
             graft_beta2 = step.group.graft_beta2
             decay = 1.0 - (1.0 - graft_beta2) * each
@@ -166,12 +173,14 @@ class BlockStack:
         M' is the last momentum; with M = beta1 M' + (1 - beta1) G it is a mix of M and G.
         """
         config, gradient, rule = self.config, self.gradient, self.rule
-        beta1, beta3 = step.group.betas[0], step.group.beta3
+        if step.in_one_pass:
+            mixed, graft_norm = self._average_in_one_pass(step)
+            self._scale(rule.direction(mixed, step, torch.empty_like(mixed)), graft_norm, step)
+            return
         exp_avg = self.state["exp_avg"].float()
         rule.observe(gradient, step)
-        share = beta3 / beta1 if beta1 else 1.0
+        share = _share(step)
         each = per_block(step.usable, gradient.ndim)
-        correction1 = per_block(step.momentum_correction, gradient.ndim)
         grafted = config.grafting != "none"
         # Without roots a block takes the grafted method's direction, if there is no better one.
         known = step.refreshed if grafted or not rule.works_cold else [True]
@@ -193,16 +202,41 @@ class BlockStack:
             cold_update = graft * (each * factor)
             del graft
         out = gradient if momentum.dtype == gradient.dtype else torch.empty_like(momentum)
-        direction = rule.direction(momentum, step, out)
-        norm = _norms(direction)
-        scale = 1.0 / correction1
-        if graft_norm is not None:
-            scale = (graft_norm / norm).masked_fill_(norm == 0.0, 0.0)
-        self.norms = norm, scale * norm
-        torch.mul(direction, scale * each, out=gradient)
+        self._scale(rule.direction(momentum, step, out), graft_norm, step)
         if cold_update is not None:
             cold = per_block(self._on_device(known).logical_not_(), gradient.ndim)
             torch.where(cold, cold_update, gradient, out=gradient)
+
+    def _scale(self, direction: Tensor, graft_norm: Tensor | None, step: Step) -> None:
+        """Put the direction into `gradient`, with the norm that it shall have."""
+        norm = _norms(direction)
+        scale = 1.0 / per_block(step.momentum_correction, direction.ndim)
+        if graft_norm is not None:
+            scale = (graft_norm / norm).masked_fill_(norm == 0.0, 0.0)
+        self.norms = norm, scale * norm
+        usable = per_block(step.usable, direction.ndim)
+        torch.mul(direction, scale * usable, out=self.gradient)
+
+    def _average_in_one_pass(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """The averages, the momentum to precondition, in the type of the products, and the norms of
+        the grafted steps, by a kernel; gradients may be as they came."""
+        method, group = self.config.grafting, step.group
+        corrections = step.momentum_correction, step.graft_correction
+        eps, factor = graft_numbers(method, *corrections, group.graft_eps)
+        rates = Rates(1.0 - group.betas[0], 1.0 - group.graft_beta2, _share(step), eps)
+        mixed = torch.empty_like(self.gradient, dtype=self.rule.products_in)
+        norms = momenta(
+            self.gradient,
+            step.usable,
+            self.state["exp_avg"],
+            self._second_moment,
+            None,
+            mixed,
+            rates,
+            sums=method == "adagrad",
+        )
+        grafted = method != "none"
+        return mixed, per_block(norms * factor, mixed.ndim) if grafted else None
 
     def _mixed(self, exp_avg: Tensor, share: float, dtype: torch.dtype) -> Tensor:
         """share M + (1 - share) G; what is fp32 in the gradient's memory, if it is not M itself."""
@@ -271,3 +305,9 @@ def _norms(blocks: Tensor) -> Tensor:
     inner = tuple(range(1, blocks.ndim))
     norms: Tensor = torch.linalg.vector_norm(blocks, 2, inner, True, dtype=torch.float32)
     return norms
+
+
+def _share(step: Step) -> float:
+    """Of M in what is preconditioned, the rest being G."""
+    beta1 = step.group.betas[0]
+    return step.group.beta3 / beta1 if beta1 else 1.0

@@ -45,6 +45,9 @@ class Step:
     decay: Tensor = field(init=False)
     """Of the factors, [B]: beta2, and 1 where the gradient is not usable, so that they stay."""
 
+    in_one_pass: bool = field(default=False, init=False)
+    """Whether a kernel takes the averages, with what is preconditioned and the grafted norms."""
+
     @property
     def weight(self) -> float:
         """That of the gradient in the factors: 1 - beta2, or 1 for sums."""

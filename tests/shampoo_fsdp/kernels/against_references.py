@@ -6,8 +6,10 @@ tests/cuda on a GPU.
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.adamw import adamw
 
+from shampoo_fsdp import Shampoo
 from shampoo_fsdp.kernels import language
 from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked, adamw_masked_reference
 from shampoo_fsdp.kernels.gram import update_factors, update_factors_reference
@@ -274,3 +276,56 @@ def test_a_root_by_kernels_passes_the_check_of_roots():
     assert (residual < 0.25).all() and (residual < least + 0.02).all()
     difference = torch.linalg.matrix_norm(root - expected) / torch.linalg.matrix_norm(expected)
     assert (difference < 0.06).all()  # 0.042, as with TF32
+
+
+@pytest.mark.parametrize(
+    ("rule", "grafting", "settings", "expected"),
+    [
+        ("kl_shampoo", "adam", {}, {"_momenta", "_update_factors", "_adamw_masked"}),
+        ("kl_shampoo", "none", {"start_preconditioning_step": 4}, {"_momenta", "_update_factors"}),
+        ("shampoo", "adagrad", {"weight_decay_type": "l2"}, {"_momenta", "_update_factors"}),
+        (
+            "kl_shampoo",
+            "sgd",
+            {"momentum_dtype": "bfloat16", "symmetric_packing": True},
+            {"_momenta", "_update_factors"},
+        ),
+        ("soap", "adam", {}, {"_update_factors", "_adamw_masked"}),
+    ],
+)
+def test_a_step_with_kernels_is_the_step_without(rule, grafting, settings, expected, monkeypatch):
+    used = set()
+    jit = language.jit
+    monkeypatch.setattr(language, "jit", lambda kernel: used.add(kernel.__name__) or jit(kernel))
+
+    def trained(kernels):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 24))
+        optimizer = Shampoo(
+            model.named_parameters(),
+            lr=0.01,
+            preconditioner=rule,
+            grafting=grafting,
+            kernels=kernels,
+            matmul_precision="medium",
+            root_method="qr" if rule == "soap" else "eigh",
+            max_preconditioner_dim=32,
+            precondition_frequency=2,
+            **settings,
+        )
+        for step in range(8):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape)
+            if step == 5:
+                model[1].weight.grad[3, 5] = torch.nan
+                model[0].bias.grad[2] = torch.inf
+            optimizer.step()
+        everything = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return everything, optimizer.counters()
+
+    without, counts = trained("off")
+    assert not used
+    weights, same = trained("auto")
+    assert used >= expected
+    assert same.equal(counts) and same[2:].tolist() == [1, 1]
+    torch.testing.assert_close(weights, without, rtol=0, atol=2e-3)  # of steps of 0.01
