@@ -86,9 +86,10 @@ def update_factors(
 
 def can_update(factors: Tensor, blocks: Tensor) -> bool:
     """Whether the kernel takes these factors and blocks."""
+    if not can_run(factors, blocks) or factors.stride(-1) != 1:
+        return False
     source = blocks if blocks.stride(2) == 1 else blocks.mT
-    fits = describable(source) and (factors.ndim == 2 or describable(factors))
-    return fits and factors.stride(-1) == 1 and can_run(factors, blocks)
+    return describable(source) and (factors.ndim == 2 or describable(factors))
 
 
 def update_factors_reference(
