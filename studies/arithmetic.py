@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.command import console, parser_of, table
@@ -78,28 +77,14 @@ def job(variant: str, steps: int, seed: int, size: str = "1M") -> Run:
 
 def emulate_gpu() -> None:
     """Let the products of inverse roots have the precision that a GPU's units would give them."""
+    from shampoo_fsdp.kernels import product
     from shampoo_fsdp.rules import polynomial
-    from shampoo_fsdp.rules.precision import split
 
-    class Precise:
-        def __init__(self, matrices: Tensor) -> None:
-            self.left, self.right = split(matrices)
+    def bmm_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+        return a.float() @ b.float()
 
-        def __matmul__(self, other: "Precise") -> Tensor:
-            return self.left.float() @ other.right.float().mT
-
-    def cut(x: Tensor) -> Tensor:  # as tensor cores may: not rounded
-        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-    def tf32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-        return torch.bmm(cut(a), cut(b)).mul_(alpha)
-
-    def split_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-        return (Precise(a) @ Precise(b.mT)).mul_(alpha)
-
-    polynomial.Precise = Precise  # type: ignore[misc, assignment]
-    polynomial.split_product = split_product
-    polynomial.tf32_product = tf32_product
+    polynomial.sums_in_fp32 = product.sums_in_fp32 = lambda device_type: True
+    product.bmm_in_fp32 = bmm_in_fp32
 
 
 def report(size: str, steps: list[int], seeds: list[int]) -> list[dict[str, str]]:

@@ -30,6 +30,7 @@ __all__ = [
     "of_block",
     "per_block",
     "size_of",
+    "sums_in_fp32",
     "triangle",
 ]
 
@@ -123,6 +124,17 @@ def _generation(device: torch.device) -> int:
 
 
 @functools.cache
+def sums_in_fp32(device_type: str) -> bool:
+    """Whether it multiplies bf16 and fp16 matrices, fast, with fp32 as what comes out; ROCm cannot.
+
+    Of a GPU that this process has not used so far it is assumed: to ask it would be to use it."""
+    if device_type != "cuda" or torch.version.hip:
+        return False
+    known = torch.cuda.is_initialized()
+    return not known or bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+@functools.cache
 def jit(kernel: Callable[..., Any]) -> Any:
     """A function in Triton's language, compiled when it is launched."""
     import triton
@@ -141,7 +153,10 @@ def _names() -> dict[str, Any]:
 
 
 def describable(matrices: Tensor) -> bool:
-    """Whether the units that copy tiles can find those of these matrices [B, n, m]."""
+    """Whether the units that copy tiles can find those of these matrices [B, n, m]; GPUs from 2022
+    on have such units, on others they are slow programs."""
+    if not large_tiles(matrices.device) and _generation(matrices.device) < 90:
+        return False
     size = matrices.element_size()
     rows = all(stride * size % 16 == 0 for stride in matrices.stride()[:-1])
     start = matrices.data_ptr() if _observer is None else matrices.storage_offset() * size

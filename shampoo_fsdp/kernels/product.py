@@ -21,7 +21,9 @@ from shampoo_fsdp.kernels.language import (
     launch,
     number,
     of_block,
+    per_block,
     size_of,
+    sums_in_fp32,
     triangle,
 )
 
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Sum",
+    "bmm_in_fp32",
     "product",
     "product_reference",
     "product_tiles",
+    "split",
     "two_sums",
     "two_sums_reference",
 ]
@@ -42,10 +46,9 @@ _CHUNK = 2048
 
 
 class Sum(NamedTuple):
-    """alpha P + beta C + gamma I; numbers, or [1] or [B] on the device."""
+    """alpha P + beta C + gamma I in a type; numbers, or [1] or [B] on the device."""
 
-    out: Tensor
-    """Where it is written, [B, n, n], in any type."""
+    dtype: torch.dtype = torch.float32
     alpha: float | Tensor = 1.0
     beta: float | Tensor = 0.0
     gamma: float | Tensor = 0.0
@@ -54,13 +57,11 @@ class Sum(NamedTuple):
 def product(
     a: Tensor,
     b: Tensor,
-    first: Sum,
-    second: Sum | None = None,
+    *sums: Sum,
     c: Tensor | None = None,
-    *,
     symmetric: bool = False,
     norms: bool = False,
-) -> Tensor | None:
+) -> list[Tensor]:
     """One or two sums of P = A B, C and I, in fp32 until they are written.
 
     Matrices in fp32 are split in the kernel, A = h + l with h in bf16, for three products in 16
@@ -68,30 +69,30 @@ def product(
 
     Per entry it reads the size of A, B and C and writes that of the sums, for 2 n FLOPs (6 n if
     split, half of both if symmetric). In plain PyTorch each sum is another 8 or 12 bytes, and each
-    split of an operand 12.
+    split of an operand 20.
 
     Args:
         a, b: [B, n, n], both fp32, fp16 or bf16.
-        first, second: what is written; not onto A, B or C.
         c: [B, n, n], in any type.
         symmetric: A, B and A B are: then B is read by rows, and tiles of the upper triangle are
             computed, and written twice.
         norms: whether the Frobenius norms of the first sum are wanted.
 
     Returns:
-        these, [B], fp32; else None.
+        the sums, [B, n, n], and then the norms, fp32 [B].
     """
     count, n, _ = a.shape
-    tensors = (a, b, first.out, second and second.out, c)
-    fits = all(t is None or describable(t) for t in tensors)
-    if not count or not fits or not can_run(*tensors):
-        return product_reference(a, b, first, second, c, symmetric=symmetric, norms=norms)
+    given = [a, b] if c is None else [a, b, c]
+    results = [torch.empty(a.shape, dtype=sum_.dtype, device=a.device) for sum_ in sums]
+    fits = all(describable(t) for t in (*given, *results))
+    if not fits or not can_run(*given, *results):
+        return product_reference(a, b, *sums, c=c, symmetric=symmetric, norms=norms)
     cut = product_tiles(n, a.dtype, large_tiles(a.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
     side = -(-n // tile)
     programs = side * (side + 1) // 2 if symmetric else side * side
     squares = torch.empty(count, programs, device=a.device) if norms else None
-    other = second or Sum(first.out)
+    first, second = sums if len(sums) == 2 else (sums[0], Sum())
     launch(
         _product,
         (programs, count),
@@ -99,53 +100,54 @@ def product(
             described(a, tile, depth),
             described(b, tile, depth) if symmetric else described(b, depth, tile),
             None if c is None else described(c, tile, tile),
-            described(first.out, tile, tile),
-            None if second is None else described(second.out, tile, tile),
+            described(results[0], tile, tile),
+            described(results[1], tile, tile) if len(sums) == 2 else None,
             squares,
-            *(number(value, count) for value in (*first[1:], *other[1:])),
+            *(number(value, count) for value in (*first[1:], *second[1:])),
             n,
         ),
-        # B is A where both are one matrix.
+        # A matrix that is two of them is read once.
         Cost(
-            size_of(a, None if b is a else b, c, first.out, second and second.out),
+            size_of(*{id(t): t for t in (*given, *results)}.values()),
             2 * programs * count * tile**2 * n * (3 if a.dtype == torch.float32 else 1),
         ),
         SYMMETRIC=symmetric,
         INTERPRETED=interpreted(),
         **cut,
     )
-    return None if squares is None else squares.sum(1).sqrt_()
+    return results if squares is None else [*results, squares.sum(1).sqrt_()]
 
 
 def product_reference(
     a: Tensor,
     b: Tensor,
-    first: Sum,
-    second: Sum | None = None,
+    *sums: Sum,
     c: Tensor | None = None,
-    *,
     symmetric: bool = False,
     norms: bool = False,
-) -> Tensor | None:
-    """The same in plain PyTorch, in fp32."""
-    multiplied = torch.bmm(a.float(), (b.mT if symmetric else b).float())
-    if symmetric:
-        multiplied = multiplied.triu() + multiplied.triu(1).mT
-    _write(multiplied, c, first, *(() if second is None else (second,)))
-    found: Tensor = torch.linalg.matrix_norm(first.out.float())
-    return found if norms else None
+) -> list[Tensor]:
+    """The same in plain PyTorch; fp64 stays what it is, and nothing is made symmetric."""
+    rows, first = b if symmetric else b.mT, sums[0]
+    if len(sums) == 1 and c is None and not isinstance(first.alpha, Tensor):
+        multiplied, sums = _multiplied(a, rows, first.alpha), (first._replace(alpha=1.0),)
+    else:
+        multiplied = _multiplied(a, rows)
+    # The first sum is the last to be made, for it may lie where the product does.
+    results = [_summed(multiplied, c, sum_, sum_ is sums[0]) for sum_ in reversed(sums)][::-1]
+    return [*results, torch.linalg.matrix_norm(results[0])] if norms else results
 
 
-def two_sums(p: Tensor, c: Tensor, first: Sum, second: Sum) -> None:
+def two_sums(p: Tensor, c: Tensor, first: Sum, second: Sum) -> list[Tensor]:
     """Two sums of P, C and I in one pass, with 16 bytes per entry in fp32, for 6 FLOPs; in plain
     PyTorch 40.
 
     Args:
-        p, c: [B, n, n], in any type.
-        first, second: what is written; P and C may be.
+        p, c: [B, n, n], in any type; the first sum may lie where P does.
     """
-    tensors = (p, c, first.out, second.out)
     count, n, _ = p.shape
+    results = [p if first.dtype == p.dtype else torch.empty_like(p, dtype=first.dtype)]
+    results.append(torch.empty_like(p, dtype=second.dtype))
+    tensors = (p, c, *results)
     dense = all(t.is_contiguous() for t in tensors)
     if not p.numel() or n > 32768 or not dense or not can_run(*tensors):
         return two_sums_reference(p, c, first, second)
@@ -156,24 +158,64 @@ def two_sums(p: Tensor, c: Tensor, first: Sum, second: Sum) -> None:
         Cost(size_of(*tensors)),
         CHUNK=_CHUNK,
     )
+    return results
 
 
-def two_sums_reference(p: Tensor, c: Tensor, first: Sum, second: Sum) -> None:
+def two_sums_reference(p: Tensor, c: Tensor, first: Sum, second: Sum) -> list[Tensor]:
     """The same in plain PyTorch."""
-    _write(p.float(), c, first, second)
+    return [_summed(p.float(), c, sum_) for sum_ in (first, second)]
 
 
-def _write(p: Tensor, c: Tensor | None, *sums: Sum) -> None:
-    totals = []
-    for sum_ in sums:
-        alpha, beta, gamma = (
-            torch.as_tensor(value, device=p.device).reshape(-1, 1, 1) for value in sum_[1:]
-        )
-        total = p * alpha if c is None else p * alpha + c.float() * beta
-        total.diagonal(dim1=1, dim2=2).add_(gamma.flatten(1))
-        totals.append(total)
-    for sum_, total in zip(sums, totals, strict=True):  # not before: it may be onto P or C
-        sum_.out.copy_(total)
+def split(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 matrices A = h + l, h being A in bf16, as [h, l, h] and [l, h, h], bf16 [B, n, 3n]: the
+    first of A times the other of B, transposed, is h l^T + l h^T + h h^T, the small ones first, and
+    nearly A B^T."""
+    n = matrices.shape[-1]
+    parts = matrices.new_empty(*matrices.shape[:-1], 4 * n, dtype=torch.bfloat16)
+    high, low, *_ = torch.split(parts, n, -1)
+    high.copy_(matrices)
+    torch.sub(matrices, high, out=low)
+    parts[..., 2 * n :].view(*matrices.shape[:-1], 2, n).copy_(high.unsqueeze(-2))
+    return parts[..., : 3 * n], parts[..., n:]
+
+
+def _multiplied(a: Tensor, rows: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha A B in fp32 for the rows of B^T; of fp32 matrices by three products in 16 bits where
+    the device has units for it."""
+    if a.dtype != torch.float64 and sums_in_fp32(a.device.type):
+        if a.dtype == torch.float32:
+            left = split(a)
+            a, rows = left[0], (left if rows is a else split(rows))[1]
+        multiplied = bmm_in_fp32(a, rows.mT)
+        return multiplied if alpha == 1.0 else multiplied.mul_(alpha)
+    if a.element_size() == 2:
+        a, rows = a.float(), rows.float()
+    if alpha == 1.0:
+        return torch.bmm(a, rows.mT)
+    return torch.baddbmm(a, a, rows.mT, beta=0.0, alpha=alpha)
+
+
+def bmm_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """A B of matrices in 16 bits, summed and given in fp32."""
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+def _summed(p: Tensor, c: Tensor | None, sum_: Sum, in_place: bool = False) -> Tensor:
+    """A sum, of P in fp32 or fp64, which may change if it is in place."""
+    _, alpha, beta, gamma = sum_
+    if c is not None and not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
+        if beta == 1.0:
+            total = torch.add(c, p, alpha=alpha)
+        else:
+            total = (p.mul_(alpha) if alpha != 1.0 else p) if in_place else p * alpha
+            total.add_(c, alpha=beta)
+    else:
+        whole = not isinstance(alpha, Tensor) and alpha == 1.0 and in_place
+        total = p if whole else torch.mul(p, per_block(alpha, 3), out=p if in_place else None)
+        if c is not None:
+            total.addcmul_(c, torch.as_tensor(per_block(beta, 3)))
+    total.diagonal(dim1=1, dim2=2).add_(per_block(gamma, 2))
+    return total.to(sum_.dtype)
 
 
 def product_tiles(n: int, dtype: torch.dtype, large: bool) -> dict[str, int]:

@@ -1,13 +1,15 @@
 """Inverse roots by few matrix products, made for the units that GPUs have for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.kernels.language import can_run, describable, sums_in_fp32
+from shampoo_fsdp.kernels.product import Sum, product, product_reference, two_sums
 from shampoo_fsdp.rules.matrices import per_block
-from shampoo_fsdp.rules.precision import Precise, split_product, tf32_product
+from shampoo_fsdp.rules.precision import products_in
 
 __all__ = ["polynomial_root"]
 
@@ -19,6 +21,17 @@ class Stage(NamedTuple):
     """Those of the powers of nu = (t - middle) / half."""
     middle: float
     half: float
+
+    @property
+    def unit(self) -> float:
+        """The coefficient that `divided` are over: it is a number in the next product, and takes no
+        pass over a matrix."""
+        return self.coefficients[3 if len(self.coefficients) == 5 else 1]
+
+    @property
+    def divided(self) -> tuple[float, ...]:
+        """The coefficients of q / unit."""
+        return tuple(c / self.unit for c in self.coefficients)
 
 
 class Chain(NamedTuple):
@@ -70,11 +83,16 @@ _SECOND_OF_TWO = Chain(
 # The square of A that gives the norm is rounded, and eigenvalues must not be above it.
 _SLACK = 1e-3
 
-Product = Callable[..., Tensor]
+
+Product = Callable[..., list[Tensor]]
 
 
 def polynomial_root(
-    matrices: Tensor, order: int, eps: float | Tensor, divisor: float | Tensor
+    matrices: Tensor,
+    order: int,
+    eps: float | Tensor,
+    divisor: float | Tensor,
+    kernels: bool = False,
 ) -> Tensor:
     """(A / divisor + eps I)^(-1/p) of each matrix A, p being 2 or 4; the fourth root is the square
     root of a square root.
@@ -86,137 +104,159 @@ def polynomial_root(
     In between nothing is made symmetric: rounding that does not commute with A would then grow by
     the root of A's condition in each T Z, as Z f(Y Z) = f(Z Y) Z no longer holds.
 
-    Polynomials after the first are rounded to the 10 bits of TF32: what that does to the root of
-    factors from trainings is less than their error (0.004 against 0.11). The first is not: A's
-    small eigenvalues are below that rounding, and what is lost never comes back. Nor is a root that
-    another one is taken of: its small eigenvalues would not be definite any more.
+    Where units for it are, matrices are multiplied as two parts of 8 bits by the first polynomial,
+    in fp16, with 10 bits, by those after it: what that does to the root of factors from trainings
+    is less than their error (0.004 against 0.11). The first needs more: A's small eigenvalues are
+    below that rounding, and what is lost never comes back. So does a root that another one is taken
+    of: its small eigenvalues would not be definite any more.
 
     Args:
         matrices: [B, n, n], symmetric.
         order: p.
         eps, divisor: numbers or [B].
+        kernels: whether ours may be launched.
 
     Returns:
         [B, n, n]; what comes of a matrix that is not positive semi-definite may be anything.
     """
+    # (In fp16 a row has to begin at a multiple of 16 bytes.)
+    ours = kernels and can_run(matrices) and describable(matrices) and matrices.shape[1] % 8 == 0
+    times = product if ours else product_reference
+    halves = matrices.dtype == torch.float32 and (ours or sums_in_fp32(matrices.device.type))
+    rounded = torch.float16 if halves else matrices.dtype
+
     # Squares must not overflow or vanish. The largest entry of a second moment is on its diagonal.
-    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1)
-    divisor = per_block(divisor, 3)
-    lift = per_block(eps, 3) * divisor
+    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1)
+    lift = eps * divisor
     unit = largest.clamp_min(0.0) + lift
     unit = torch.where(unit > 0.0, unit, 1.0)
-    scaled, ridge = matrices / unit, lift / unit
-    precise = Precise(scaled)
-    square = precise @ precise
+    a, ridge = matrices / per_block(unit, 3), lift / unit
+    square, norm = times(a, a, Sum(a.dtype), symmetric=True, norms=True)
     # Between the largest eigenvalue and that times the fourth root of how many are as large; the
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
-    scale = torch.linalg.matrix_norm(square, keepdim=True).sqrt_().mul_(1.0 + _SLACK) + ridge
-    chain = _SQUARE_ROOT if order == 2 else _FIRST_OF_TWO
-    # nu = a A + b I, and its square, a (a A^2 + 2 b A) + b^2 I.
-    a = 1.0 / (scale * chain.stages[0].half)
-    b = ridge * a - chain.stages[0].middle / chain.stages[0].half
-    nu = _plus_diagonal(scaled * a, b)
-    squared = _plus_diagonal(square.mul_(a.square()).addcmul_(scaled, 2.0 * a * b), b.square())
-    del scaled, square  # matrices are large
-    start = _from_a(precise, scale, ridge)
-    power = (scale * unit / divisor) ** (-1.0 / order)
+    scale = norm.sqrt_().mul_(1.0 + _SLACK) + ridge
+    power = per_block((scale * unit / divisor) ** (-1.0 / order), 3)
+
+    first, *others = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
+    dtype = rounded if order == 2 else a.dtype
+    inverse, root = _first_of_a(first, a, square, scale, ridge, dtype, times)
+    del a, square  # matrices are large
+    z = y = first.unit
     if order == 2:
-        inverse, factor, _ = _coupled(nu, squared, start, chain, tf32_product)
-        return (inverse + inverse.mT).mul_((0.5 * factor) * power)
-    _, _, root = _coupled(nu, squared, start, chain, split_product, keep_root=True)
-    assert root is not None
-    above = 1.0 + chain.error
-    chain = _SECOND_OF_TWO
-    middle, half = chain.stages[0].middle, chain.stages[0].half
-    nu = (root[0] + root[0].mT).mul_(0.5 * root[1] / (above * half))
-    nu.diagonal(dim1=-2, dim2=-1).sub_(middle / half)
-    precise = Precise(nu)
-    start = _from_nu(precise, chain.stages[0])
-    inverse, factor, _ = _coupled(nu, precise @ precise, start, chain, tf32_product)
-    return (inverse + inverse.mT).mul_((0.5 * above**-0.5 * factor) * power)
+        with products_in("high"):  # where there is no fp16
+            inverse, z, _, _ = _coupled(others, inverse, z, root, y, times)
+        return (inverse + inverse.mT).mul_((0.5 * z) * power)
+
+    _, _, root, y = _coupled(others, inverse, z, root, y, times, keep_root=True)
+    above = 1.0 + _FIRST_OF_TWO.error
+    first, *others = _SECOND_OF_TWO.stages
+    nu = (root + root.mT).mul_(0.5 * y / (above * first.half))
+    _plus(nu, -first.middle / first.half)
+    inverse, root = _first_of_nu(first, nu, rounded, times)
+    del nu
+    z, y = first.unit, first.unit * first.half
+    with products_in("high"):
+        inverse, z, _, _ = _coupled(others, inverse, z, root, y, times)
+    return (inverse + inverse.mT).mul_((0.5 * above**-0.5 * z) * power)
+
+
+def _first_of_a(
+    stage: Stage,
+    a: Tensor,
+    square: Tensor,
+    scale: Tensor,
+    ridge: Tensor,
+    dtype: torch.dtype,
+    times: Product,
+) -> tuple[Tensor, Tensor]:
+    """T / unit and (A + ridge I) / scale T / unit in this type, T being q of the latter.
+
+    Args:
+        square: A^2; may be changed.
+        scale, ridge: [B].
+    """
+    q = stage.divided
+    x = 1.0 / (scale * stage.half)
+    y = ridge * x - stage.middle / stage.half  # nu = x A + y I
+    if len(q) == 2:
+        t = low = _plus(_plus(a * per_block(x, 3), y), q[0])
+    else:
+        # nu^2, and then ((c2 + nu + c4 nu^2) nu^2 + c1 nu + c0) / c3.
+        squares = x.square(), 2.0 * x * y, y.square()
+        if times is product:
+            half_way = Sum(
+                a.dtype, q[4] * squares[0], q[4] * squares[1] + x, q[4] * squares[2] + y + q[2]
+            )
+            squared, inner = two_sums(square, a, Sum(a.dtype, *squares), half_way)
+            sum_, c = Sum(a.dtype, 1.0, q[1] * x, q[1] * y + q[0]), a
+        else:
+            c = nu = _plus(a * per_block(x, 3), y)
+            squared = square.mul_(per_block(squares[0], 3))
+            squared = _plus(squared.addcmul_(a, per_block(squares[1], 3)), squares[2])
+            inner = _plus(torch.add(nu, squared, alpha=q[4]), q[2])
+            sum_ = Sum(a.dtype, 1.0, q[1], q[0])
+        t, low = _in_both(sum_, dtype, times, inner, squared, c)
+        del inner, squared, c
+    if times is product:
+        sum_ = Sum(dtype, 1.0 / scale, ridge / scale)
+        (root,) = times(a, t, sum_, c=t, symmetric=True)
+    else:
+        (root,) = times(a, t, Sum(a.dtype), symmetric=True)
+        root.div_(per_block(scale, 3)).addcmul_(t, per_block(ridge / scale, 3))
+    return low, root.to(dtype)
+
+
+def _first_of_nu(
+    stage: Stage, nu: Tensor, dtype: torch.dtype, times: Product
+) -> tuple[Tensor, Tensor]:
+    """The same of nu, symmetric, but for a further `half` by which the second is divided."""
+    q = stage.divided
+    sums = Sum(nu.dtype), Sum(nu.dtype, q[4], 1.0, q[2])
+    squared, inner = times(nu, nu, *sums, c=nu, symmetric=True)
+    t, low = _in_both(Sum(nu.dtype, 1.0, q[1], q[0]), dtype, times, inner, squared, nu)
+    del squared, inner
+    (root,) = times(nu, t, Sum(dtype, 1.0, stage.middle / stage.half), c=t, symmetric=True)
+    return low, root
+
+
+def _in_both(
+    sum_: Sum, dtype: torch.dtype, times: Product, a: Tensor, b: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A sum of a symmetric product in its own type and in this one."""
+    types = dict.fromkeys((sum_.dtype, dtype))
+    results = times(a, b, *(sum_._replace(dtype=own) for own in types), c=c, symmetric=True)
+    return results[0], results[-1]
 
 
 def _coupled(
-    nu: Tensor,
-    squared: Tensor,
-    times_start: Callable[[Tensor], tuple[Tensor, float]],
-    chain: Chain,
-    product: Product,
+    stages: Sequence[Stage],
+    inverse: Tensor,
+    z: float,
+    root: Tensor,
+    y: float,
+    times: Product,
     *,
     keep_root: bool = False,
-) -> tuple[Tensor, float, tuple[Tensor, float] | None]:
-    """Z, and Y if it is wanted, each as a matrix and a number that it has to be multiplied by: what
-    can be a number in the next product takes no pass over the matrix.
-
-    Args:
-        nu, squared: of the first polynomial; symmetric.
-        times_start: multiplies the first Y with a matrix; of the result, too, a number is apart.
-        product: after the first polynomial.
-    """
-    first, *others = chain.stages
-    inverse, z = _evaluated(first, nu, squared, _precise_product)
-    root, y = inverse, 0.0
-    if others or keep_root:
-        root, y = times_start(inverse)
-        y *= z
-    for k, stage in enumerate(others):
-        nu = product(inverse, root, z * y / stage.half)
-        nu.diagonal(dim1=-2, dim2=-1).sub_(stage.middle / stage.half)
-        factor, t = _evaluated(stage, nu, product(nu, nu), product)
-        inverse, z = product(factor, inverse), t * z
-        if keep_root or k + 1 < len(others):
-            root, y = product(root, factor), t * y
-    return inverse, z, (root, y) if keep_root else None
+) -> tuple[Tensor, float, Tensor, float]:
+    """Z and Y, this one if it is wanted, after these polynomials; each as a matrix and a number
+    that it has to be multiplied by."""
+    low = inverse.dtype
+    for k, stage in enumerate(stages):
+        q, last = stage.divided, k + 1 == len(stages)
+        nu_of = Sum(low, z * y / stage.half, 0.0, -stage.middle / stage.half)
+        (nu,) = times(inverse, root, nu_of)
+        squared, inner = times(nu, nu, Sum(low), Sum(low, q[4], 1.0, q[2]), c=nu)
+        (factor,) = times(inner, squared, Sum(low, 1.0, q[1], q[0]), c=nu)
+        del nu, squared, inner
+        whole = torch.float32 if last and low == torch.float16 else low
+        (inverse,) = times(factor, inverse, Sum(whole))
+        if keep_root or not last:
+            (root,) = times(root, factor, Sum(low))
+        z, y = stage.unit * z, stage.unit * y
+    return inverse, z, root, y
 
 
-def _precise_product(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T."""
-    left = Precise(a)
-    del a
-    return left @ Precise(b)
-
-
-def _from_a(precise: Precise, scale: Tensor, ridge: Tensor) -> Callable[..., tuple[Tensor, float]]:
-    """Multiplies (A + ridge I) / scale with a matrix T."""
-
-    def times(t: Tensor) -> tuple[Tensor, float]:
-        return (precise @ Precise(t)).div_(scale).addcmul_(t, ridge / scale), 1.0
-
-    return times
-
-
-def _from_nu(precise: Precise, stage: Stage) -> Callable[..., tuple[Tensor, float]]:
-    """Multiplies half nu + middle I with a matrix T."""
-
-    def times(t: Tensor) -> tuple[Tensor, float]:
-        return (precise @ Precise(t)).add_(t, alpha=stage.middle / stage.half), stage.half
-
-    return times
-
-
-def _evaluated(stage: Stage, nu: Tensor, squared: Tensor, product: Product) -> tuple[Tensor, float]:
-    """q(nu), of two, three or five terms, as a matrix and a number; `squared` may be changed."""
-    c = stage.coefficients
-    if len(c) == 5:
-        # c3 ((c2/c3 + nu + c4/c3 nu^2) nu^2 + c1/c3 nu + c0/c3)
-        result = product(_two_terms(c[2] / c[3], nu, c[4] / c[3], squared), squared)
-        result, scale = result.add_(nu, alpha=c[1] / c[3]), c[3]
-    elif len(c) == 3:
-        result, scale = squared.add_(nu, alpha=c[1] / c[2]), c[2]
-    else:
-        result, scale = nu.clone(), c[1]
-    result.diagonal(dim1=-2, dim2=-1).add_(c[0] / scale)
-    return result, scale
-
-
-def _two_terms(value: float, nu: Tensor, factor: float, squared: Tensor) -> Tensor:
-    """value I + nu + factor nu^2."""
-    inner = torch.add(nu, squared, alpha=factor)
-    inner.diagonal(dim1=-2, dim2=-1).add_(value)
-    return inner
-
-
-def _plus_diagonal(matrices: Tensor, values: Tensor) -> Tensor:
-    """A + value I in place; values [B, 1, 1]."""
-    matrices.diagonal(dim1=-2, dim2=-1).add_(values.flatten(1))
+def _plus(matrices: Tensor, values: float | Tensor) -> Tensor:
+    """A + value I in place; a number or [B]."""
+    matrices.diagonal(dim1=-2, dim2=-1).add_(per_block(values, 2))
     return matrices

@@ -1,6 +1,5 @@
 """Arithmetic of the step, whatever the program around it has chosen for its model."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -8,16 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.kernels.language import sums_in_fp32
+
 __all__ = [
     "MatmulPrecision",
-    "Precise",
     "add_gram",
     "full_precision",
     "gram",
     "has_fast_bfloat16",
     "products_in",
-    "split_product",
-    "tf32_product",
     "torch_dtype",
 ]
 
@@ -29,6 +27,8 @@ _MATMULS: tuple[Any, ...] = (
     torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
 )
 
+_SUMS_OF_FP16 = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The type that a setting names."""
@@ -39,13 +39,17 @@ def torch_dtype(name: str) -> torch.dtype:
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Within it, matrix products are in fp32: no autocast, and no TF32, whose 10 bits are too few
-    for factors whose eigenvalues span many orders of magnitude.
+    for factors whose eigenvalues span many orders of magnitude; sums of fp16 are in fp32.
 
     torch has an older interface for the same choice, and refuses to read it where the two differ:
     both are set."""
     chosen = [matmul.fp32_precision for matmul in _MATMULS]
     for matmul in _MATMULS:
         matmul.fp32_precision = "ieee"
+    cuda = torch.backends.cuda.matmul
+    halves = [name for name in _SUMS_OF_FP16 if getattr(cuda, name, False)]
+    for name in halves:
+        setattr(cuda, name, False)
     chosen_before = torch.get_float32_matmul_precision()  # can be read only now
     if chosen_before != "highest":
         torch.set_float32_matmul_precision("highest")
@@ -53,6 +57,8 @@ def full_precision(device_type: str) -> Iterator[None]:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
+        for name in halves:
+            setattr(cuda, name, True)
         if chosen_before != "highest":
             torch.set_float32_matmul_precision(chosen_before)
         for matmul, precision in zip(_MATMULS, chosen, strict=True):
@@ -87,18 +93,12 @@ def products_in(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
-@functools.cache
-def _sums_in_fp32(device_type: str) -> bool:
-    """Whether it multiplies bf16 matrices, fast, with fp32 as what comes out; ROCm cannot."""
-    return device_type == "cuda" and not torch.version.hip and has_fast_bfloat16("cuda")
-
-
 def gram(blocks: Tensor) -> Tensor:
     """U U^T of blocks U [B, n, m], as fp32 [B, n, n].
 
     Sums that are rounded to bf16 would make factors indefinite.
     """
-    if blocks.dtype == torch.bfloat16 and _sums_in_fp32(blocks.device.type):
+    if blocks.dtype == torch.bfloat16 and sums_in_fp32(blocks.device.type):
         return torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
     blocks = blocks.float()
     return torch.bmm(blocks, blocks.mT)
@@ -130,45 +130,3 @@ def _add_gram_in_strips(factors: Tensor, blocks: Tensor, weight: float) -> Tenso
         strip.baddbmm_(blocks[:, rows], blocks[:, : rows.stop].mT, alpha=weight)
         factors[:, :start, rows].copy_(strip[:, :, :start].mT)
     return factors
-
-
-def tf32_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha a @ b of stacks of square matrices, within :func:`full_precision`: inputs are rounded
-    to the 10 bits of TF32 where the device has units for it."""
-    with products_in("high"):
-        return torch.bmm(a, b) if alpha == 1.0 else torch.baddbmm(a, a, b, beta=0.0, alpha=alpha)
-
-
-def split_product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """The same in 16 bits, where the device has units for it."""
-    precise = Precise(a) @ Precise(b.mT)
-    return precise if alpha == 1.0 else precise.mul_(alpha)
-
-
-class Precise:
-    """Stacks of square fp32 matrices [B, n, n], for products A B^T in 16 bits, sums in fp32. Where
-    the device has no such product it is in fp32; fp64 stays what it is."""
-
-    def __init__(self, matrices: Tensor) -> None:
-        units = _sums_in_fp32(matrices.device.type)
-        self._split = units and matrices.dtype == torch.float32
-        self._left, self._right = split(matrices) if self._split else (matrices, matrices)
-
-    def __matmul__(self, other: "Precise") -> Tensor:
-        """A B^T."""
-        if self._split:
-            return torch.bmm(self._left, other._right.mT, out_dtype=torch.float32)
-        return torch.bmm(self._left, other._right.mT)
-
-
-def split(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 matrices A = h + l, h being A in bf16, as [h, l, h] and [l, h, h], bf16 [B, n, 3n]: the
-    first of A times the other of B, transposed, is h l^T + l h^T + h h^T, the small ones first, and
-    nearly A B^T."""
-    n = matrices.shape[-1]
-    parts = matrices.new_empty(*matrices.shape[:-1], 4 * n, dtype=torch.bfloat16)
-    high, low, *_ = torch.split(parts, n, -1)
-    high.copy_(matrices)
-    torch.sub(matrices, high, out=low)
-    parts[..., 2 * n :].view(*matrices.shape[:-1], 2, n).copy_(high.unsqueeze(-2))
-    return parts[..., : 3 * n], parts[..., n:]

@@ -82,8 +82,15 @@ class RootRule(Rule):
             if self.config.basis_method == "qr":
                 roots, bad = self._roots_of_bases(sides, where, factors, cold, ridge, c)
             else:
-                method, resolution = self.config.basis_method, self.resolution
-                roots, bad = inverse_root(factors, self.exponent, ridge, method, resolution, c)
+                roots, bad = inverse_root(
+                    factors,
+                    self.exponent,
+                    ridge,
+                    self.config.basis_method,
+                    self.resolution,
+                    c,
+                    self.has_kernels,
+                )
             failed |= zip(sides, bad.chunk(len(sides)), strict=True)
             # A block that has seen no gradient has no scale: its roots would blow up the first.
             unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0

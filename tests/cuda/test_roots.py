@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from shampoo_fsdp.rules.precision import full_precision, gram, split_product, tf32_product
+from shampoo_fsdp.kernels.product import Sum, product_reference
+from shampoo_fsdp.rules.precision import full_precision, gram
 from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root
 from tests.shampoo_fsdp.rules.matrices import long_average, with_spectrum
 from tests.shampoo_fsdp.rules.test_polynomial import CASES, error_on_gradients
@@ -85,15 +86,16 @@ def test_a_gram_is_summed_in_fp32(device, n, m, dtype):
 
 
 @pytest.mark.parametrize("alpha", [1.0, -0.7])
-@pytest.mark.parametrize(("product", "bits"), [(split_product, 15), (tf32_product, 9)])
-def test_a_product_has_the_bits_that_it_promises(device, product, bits, alpha):
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 15), (torch.float16, 9)])
+def test_a_product_has_the_bits_that_it_promises(device, dtype, bits, alpha):
     """Even if the program has allowed TF32 for its model."""
     a, b = torch.randn(2, 3, 200, 200, generator=torch.Generator().manual_seed(0))
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         with full_precision(device.type):
-            found = product(a.to(device), b.to(device), alpha)
+            low = (m.to(device, dtype) for m in (a, b))
+            (found,) = product_reference(*low, Sum(torch.float32, alpha))
     finally:
         torch.set_float32_matmul_precision(chosen)
     error = (found.cpu().double() - alpha * a.double() @ b.double()).abs()

@@ -4,6 +4,9 @@ tests/cuda on a GPU.
 (Casts to bf16 truncate in the interpreter: hence 2^-7 for what is kept in it.)
 """
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +24,7 @@ from shampoo_fsdp.kernels.product import (
     two_sums,
     two_sums_reference,
 )
-from shampoo_fsdp.rules import polynomial
+from shampoo_fsdp.rules.polynomial import polynomial_root
 from shampoo_fsdp.rules.roots import root_residual
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -205,77 +208,47 @@ def test_product(n, dtype, outs, with_c, symmetric):
         a = b = a + a.mT
     c = c + c.mT if with_c else None
     factors = [(0.5, -1.0, 2.0), (torch.tensor([1.0, 2.0]), torch.tensor([3.0]), -1.0)]
-    memory = [[torch.full((2, n, n), torch.nan, dtype=out) for out in outs] for _ in range(2)]
-    fast, slow = ([Sum(m, *f) for m, f in zip(part, factors, strict=False)] for part in memory)
+    sums = [Sum(out, *f) for out, f in zip(outs, factors, strict=False)]
     arguments = {"c": c, "symmetric": symmetric, "norms": len(outs) == 1}
-    norms = product(a, b, *fast, **arguments)
-    expected = product_reference(a, b, *slow, **arguments)
-    for found, wanted in zip(*memory, strict=True):
+    results = product(a, b, *sums, **arguments)
+    for found, wanted in zip(results, product_reference(a, b, *sums, **arguments), strict=True):
         assert_close(found, wanted, dtype, split=True)
-        assert not symmetric or torch.equal(found, found.mT)
-    if expected is None:
-        assert norms is None
-    else:
-        assert_close(norms, expected, dtype, split=True)
+        assert not symmetric or found.ndim == 1 or torch.equal(found, found.mT)
 
 
 def test_two_sums_onto_what_is_summed():
-    fast, slow = (copies(*torch.linspace(-1.0, 1.0, 4 * 50 * 50).view(2, 2, 50, 50)) for _ in "ab")
-    for function, (p, c) in ((two_sums, fast), (two_sums_reference, slow)):
-        function(p, c, Sum(c, torch.tensor([1.0, 2.0]), 3.0, -1.0), Sum(p, 0.0, 2.0, 0.5))
-    for found, expected in zip(fast, slow, strict=True):
-        assert_close(found, expected)
-    assert not torch.equal(fast[0], fast[1])
+    p, c = torch.linspace(-1.0, 1.0, 4 * 50 * 50).view(2, 2, 50, 50)
+    sums = Sum(FP32, torch.tensor([1.0, 2.0]), 3.0, -1.0), Sum(FP32, 0.0, 2.0, 0.5)
+    expected = two_sums_reference(p.clone(), c, *sums)
+    for found, wanted in zip(two_sums(p, c, *sums), expected, strict=True):
+        assert_close(found, wanted)
 
 
-def inverse_square_root(matrices, ridge):
-    """(A + ridge I)^(-1/2) as polynomial_root does it, by the kernels, in fp16 after the first
-    polynomial."""
-    chain = polynomial._SQUARE_ROOT
-    unit = matrices.diagonal(dim1=1, dim2=2).amax(1) + ridge
-    a, ridge = matrices / unit.view(-1, 1, 1), ridge / unit
-    squared, inner, t, low, root, last = (torch.empty_like(a) for _ in range(6))
-    scale = product(a, a, Sum(squared), symmetric=True, norms=True).sqrt() * 1.001 + ridge
-    (c0, c1, c2, c3, c4), middle, half = chain.stages[0]
-    x = 1.0 / (scale * half)
-    y = ridge * x - middle / half
-    nu_squared = x.square(), 2.0 * x * y, y.square()
-    half_way = [factor * c4 / c3 for factor in nu_squared]
-    half_way = half_way[0], half_way[1] + x, half_way[2] + y + c2 / c3
-    two_sums(squared, a, Sum(squared, *nu_squared), Sum(inner, *half_way))
-    low, root = low.half(), root.half()
-    sums = (1.0, x * c1 / c3, y * c1 / c3 + c0 / c3)
-    product(inner, squared, Sum(t, *sums), Sum(low, *sums), a, symmetric=True)
-    product(a, t, Sum(root, 1.0 / scale, ridge / scale), None, t, symmetric=True)
-    inverse, z, y = low, c3, c3
-    for number, ((c0, c1, c2, c3, c4), middle, half) in enumerate(chain.stages[1:], 2):
-        nu, squared, inner, factor = (torch.empty_like(low) for _ in range(4))
-        product(inverse, root, Sum(nu, z * y / half, 0.0, -middle / half))
-        product(nu, nu, Sum(squared), Sum(inner, c4 / c3, 1.0, c2 / c3), nu)
-        product(inner, squared, Sum(factor, 1.0, c1 / c3, c0 / c3), None, nu)
-        final = number == len(chain.stages)
-        out = last if final else torch.empty_like(low)
-        product(factor, inverse, Sum(out))
-        if not final:
-            following = torch.empty_like(low)
-            product(root, factor, Sum(following))
-            root = following
-        inverse, z, y = out, z * c3, y * c3
-    return (inverse + inverse.mT) * (0.5 * z * (scale * unit).rsqrt()).view(-1, 1, 1)
+SPECTRA = {
+    "decaying": 10.0 ** torch.linspace(-5, 0, 72),
+    "squares": torch.linspace(0.0, 1.0, 72) ** 2,
+    "lacks rank": (torch.arange(72) < 18).float(),
+    **json.loads((Path(__file__).parents[1] / "rules" / "spectra.json").read_text()),
+}
 
 
-def test_a_root_by_kernels_passes_the_check_of_roots():
-    n = 72
-    spectra = torch.stack([10.0 ** torch.linspace(-5, 0, n), torch.linspace(0.0, 1.0, n) ** 2])
-    bases = torch.linalg.qr(torch.randn(2, n, n))[0]
-    matrices = (bases * spectra.unsqueeze(1)) @ bases.mT * 1e-9
-    ridge = torch.full((2,), 1e-15)
-    root = inverse_square_root(matrices, ridge)
-    expected = polynomial.polynomial_root(matrices, 2, ridge, 1.0)
-    residual, least = (root_residual(matrices, x, -0.5, ridge) for x in (root, expected))
+@pytest.mark.parametrize("order", [2, 4])
+@pytest.mark.parametrize("case", SPECTRA)
+def test_a_root_by_kernels_passes_the_check_of_roots(case, order):
+    """As it does with fp32 throughout; the two differ less than either errs."""
+    spectrum = torch.as_tensor(SPECTRA[case], dtype=FP32)
+    spectrum = spectrum[torch.linspace(0, len(spectrum) - 1, 72).long()]
+    bases = torch.linalg.qr(torch.randn(2, 72, 72))[0]
+    matrices = (bases * spectrum) @ bases.mT / spectrum.max() * 1e-9
+    ridge, divisor = torch.full((2,), 1e-15), torch.tensor([1.0, 0.5])
+    root = polynomial_root(matrices, order, ridge, divisor, kernels=True)
+    expected = polynomial_root(matrices.double(), order, ridge.double(), divisor.double())
+    arguments = (-1.0 / order, ridge, divisor)
+    residual = root_residual(matrices, root, *arguments)
+    least = root_residual(matrices, expected.float(), *arguments)
     assert (residual < 0.25).all() and (residual < least + 0.02).all()
     difference = torch.linalg.matrix_norm(root - expected) / torch.linalg.matrix_norm(expected)
-    assert (difference < 0.06).all()  # 0.042, as with TF32
+    assert (difference < 0.12).all()  # 0.042, as with TF32, but 0.1 where rank lacks
 
 
 @pytest.mark.parametrize(

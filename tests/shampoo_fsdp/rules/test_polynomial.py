@@ -7,46 +7,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from shampoo_fsdp.kernels import product
+from shampoo_fsdp.kernels.product import split
 from shampoo_fsdp.rules import polynomial
-from shampoo_fsdp.rules.precision import split
 from shampoo_fsdp.rules.roots import inverse_root, root_residual
 from tests.shampoo_fsdp.rules.matrices import long_average, with_spectrum
 
 SPECTRA = json.loads(Path(__file__).with_name("spectra.json").read_text())
 
 
-def cut(x: Tensor) -> Tensor:
-    """TF32, cut off as tensor cores may do."""
-    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+def emulate(monkeypatch, coarse: bool = False) -> None:
+    """Products as on a GPU, whose results are in fp32.
 
+    Args:
+        coarse: whether fp32 matrices are in fp16, too, not in two parts.
+    """
 
-class Emulated:
-    """The 16 bits of `Precise` on a GPU."""
+    def bmm(a: Tensor, b: Tensor) -> Tensor:
+        assert a.dtype == b.dtype != torch.float32
+        return a.float() @ b.float()
 
-    def __init__(self, matrices: Tensor) -> None:
-        self.left, self.right = split(matrices)
-
-    def __matmul__(self, other: "Emulated") -> Tensor:
-        return self.left.float() @ other.right.float().mT
-
-
-class Coarse:
-    """10 bits in its place."""
-
-    def __init__(self, matrices: Tensor) -> None:
-        self.matrices = cut(matrices)
-
-    def __matmul__(self, other: "Coarse") -> Tensor:
-        return self.matrices @ other.matrices.mT
-
-
-def emulate(monkeypatch, precise: type) -> None:
-    monkeypatch.setattr(polynomial, "Precise", precise)
-    product = lambda a, b, alpha=1.0: alpha * (precise(a) @ precise(b.mT))  # noqa: E731
-    monkeypatch.setattr(polynomial, "split_product", product)
-    monkeypatch.setattr(
-        polynomial, "tf32_product", lambda a, b, alpha=1.0: alpha * (cut(a) @ cut(b))
-    )
+    for module in (polynomial, product):
+        monkeypatch.setattr(module, "sums_in_fp32", lambda device_type: True)
+    monkeypatch.setattr(product, "bmm_in_fp32", bmm)
+    if coarse:
+        monkeypatch.setattr(product, "split", lambda a: (a.half(), a.half()))
 
 
 def synthetic() -> dict[str, Tensor]:
@@ -95,7 +80,7 @@ def test_a_gpus_units_are_precise_enough(case, exponent, resolution, monkeypatch
     """What the 12 products leave, 0.12 for -1/2, is hardly more for it: 0.12 to 0.16 on the CPUs
     that we saw, whose sums round differently."""
     matrix = with_spectrum(CASES[case], blocks=1)
-    emulate(monkeypatch, Emulated)
+    emulate(monkeypatch)
     root, failed = inverse_root(matrix.float(), exponent, 0.0, "polynomial", resolution)
     assert not failed.any()
     assert error_on_gradients(root, matrix, 1e-5, exponent) < 0.2
@@ -105,7 +90,7 @@ def test_a_gpus_units_are_precise_enough(case, exponent, resolution, monkeypatch
 def test_a_gpus_units_bear_what_rounding_makes_of_missing_directions(exponent, monkeypatch):
     """A long average whose gradients lack the same directions has slightly negative eigenvalues."""
     factors = long_average(8, 32, rank=2, steps=500, decay=0.99)
-    emulate(monkeypatch, Emulated)
+    emulate(monkeypatch)
     root, failed = inverse_root(factors, exponent, 1e-12, "polynomial")
     assert not failed.any()
     assert root_residual(factors, root, exponent, 1e-12).max() < 0.4
@@ -128,9 +113,9 @@ def test_a_matrix_of_zeros_has_the_root_of_any_ridge(eps):
 
 
 def test_the_first_polynomial_needs_its_precision(monkeypatch):
-    """Or small eigenvalues, which TF32 rounds away, would never come back."""
+    """Or small eigenvalues, which 10 bits round away, would never come back."""
     matrix = with_spectrum(CASES["rank n/4"] + 1e-4, blocks=1)
-    emulate(monkeypatch, Coarse)
+    emulate(monkeypatch, coarse=True)
     root, _ = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
     assert not error_on_gradients(root, matrix, 1e-5) < 0.2
 
