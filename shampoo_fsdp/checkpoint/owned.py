@@ -150,22 +150,20 @@ class OwnedBlocks(torch.Tensor):
         for offsets, mine in self.pieces.items():
             mine.copy_(saved.pieces[offsets] if same else saved[_slices(offsets, mine)])  # type: ignore[attr-defined]
 
-    def _map(self, function: Callable[[Tensor], Tensor], device: Any = None) -> "OwnedBlocks":
-        pieces = {offsets: function(values) for offsets, values in self.pieces.items()}
-        # Without memory: a dry run has no GPU.
-        dtype = function(torch.empty(0, dtype=self.dtype, device="meta")).dtype
-        device = torch.device(device or self.device)
-        return OwnedBlocks(self.shape, pieces, dtype, device, self.reading)
-
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in OF_EACH_PIECE:
-            given = kwargs.get("device")
-            mapped = args[0]._map(lambda values: func(values, *args[1:], **kwargs), given)
-            return args[0] if func._schema.is_mutable else mapped
+            self = args[0]
+            pieces = {at: func(piece, *args[1:], **kwargs) for at, piece in self.pieces.items()}
+            if func._schema.is_mutable:
+                return self
+            # Not from the pieces: there may be none.
+            dtype = kwargs.get("dtype") or self.dtype
+            device = torch.device(kwargs.get("device") or self.device)
+            return cls(self.shape, pieces, dtype, device, self.reading)
         if func is torch.ops.aten.new_empty.default:
             # Asynchronous saving makes an empty twin, then copies the attributes.
             return cls(args[1], {}, args[0].dtype, kwargs.get("device") or args[0].device)

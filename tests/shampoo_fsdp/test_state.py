@@ -38,7 +38,11 @@ def move(optimizer, to=torch.Tensor.clone):
                 entries[name] = to(value)
 
 
-def move_as_lightning(optimizer, to=torch.Tensor.clone):
+def to_a_device(value):
+    return value.to("cpu", copy=True)
+
+
+def move_as_lightning(optimizer, to=to_a_device):
     for parameter, entries in optimizer.state.items():
         optimizer.state[parameter] = {name: to(value) for name, value in entries.items()}
 
