@@ -37,6 +37,8 @@ _EMBEDDINGS_AND_OUTPUT = (
 )
 
 
+_DTYPES = ("factor_dtype", "root_dtype", "momentum_dtype", "second_moment_dtype")
+
 RULES: dict[str, Any] = {}
 """The rules, by the name that the setting `preconditioner` gives them: each class registers
 itself (see :class:`shampoo_fsdp.rules.Rule`)."""
@@ -164,9 +166,16 @@ class ShampooConfig:
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the momenta of blocks are kept."""
 
+    second_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the second moments of blocks are kept, those of the grafted method."""
+
     symmetric_packing: bool = False
     """Whether factors and inverse roots are kept as their upper triangles: half of the memory for
     a copy on every step."""
+
+    memory: Literal["normal", "low"] = "normal"
+    """'low': all of the above in bfloat16 and packed: square blocks have 8 bytes of state per
+    parameter, as with AdamW."""
 
     on_nonfinite: Literal["skip", "raise"] = "skip"
     """What a step does about a gradient with a NaN or infinity: leave such blocks out and count
@@ -222,6 +231,8 @@ class ShampooConfig:
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
+        if self.memory == "low":
+            vars(self).update({name: "bfloat16" for name in _DTYPES}, symmetric_packing=True)
         if self.nesterov and not (self.momentum > 0.0 and self.dampening == 0.0):
             refuse("nesterov", True, "false without a momentum > 0 or with dampening")
         if self.preconditioner not in RULES:

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "products in bf16": {"matmul_precision": "medium"},
     "GPU default, emulated": _EMULATED,
     "GPU default, emulated, momentum in bf16": _EMULATED | _BF16_MOMENTUM,
+    "GPU default, emulated, memory low": _EMULATED | {"memory": "low"},
     "fp32, roots kept in bf16": _FP32 | _BF16_ROOTS,
     "fp32, roots, momentum, factors kept in bf16": {
         **_FP32,

@@ -66,7 +66,7 @@ def momenta(
         gradient: G, [B, ...], fp32.
         usable: 1 or 0, [B], fp32.
         exp_avg: M, in any type.
-        moment: V, fp32, or None.
+        moment: V, in any of the types, or None.
         low: in any type, or None if it is not wanted. It or `mixed` may be the gradient's memory.
         mixed: in any type.
 
@@ -111,16 +111,15 @@ def momenta_reference(
     rate1, rate2, share, eps = (per_block(value, ndim) for value in rates)
     gradient = torch.where(each > 0.0, gradient, 0.0)
     exp_avg.copy_(exp_avg.float().lerp_(gradient, rate1 * each))
-    if moment is not None and sums:
-        moment.addcmul_(gradient, gradient)
-    elif moment is not None:
-        moment.mul_(1.0 - rate2 * each).add_(gradient.square().mul_(rate2))
+    if moment is not None:
+        kept = moment.float() * (1.0 if sums else 1.0 - rate2 * each)
+        moment.copy_(kept + gradient.square().mul_(1.0 if sums else rate2))
     mixed.copy_(gradient.lerp(exp_avg.float(), share))
     if low is not None:
         low.copy_(gradient)
     step = mixed.float()
     if moment is not None:
-        step = step / (moment.sqrt() + eps)
+        step = step / (moment.float().sqrt() + eps)
     norms: Tensor = torch.linalg.vector_norm(step, 2, tuple(range(1, ndim)))
     return norms
 
@@ -169,7 +168,7 @@ def _momenta(
             tl.store(low + at, g.to(low.dtype.element_ty), mask=inside)
         step = step.to(tl.float32)
         if moment is not None:
-            second = tl.load(moment + at, mask=inside, other=0.0)
+            second = tl.load(moment + at, mask=inside, other=0.0).to(tl.float32)
             new = second + g * g if SUMS else (1.0 - rate2) * second + rate2 * g * g
             second = tl.where(good, new, second)
             tl.store(moment + at, second, mask=changes)

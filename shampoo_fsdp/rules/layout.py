@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import RULES, ShampooConfig
@@ -95,7 +94,7 @@ def _moments(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntr
     momentum_dtype = torch_dtype(config.momentum_dtype)
     entries: dict[str, StateEntry] = {"exp_avg": (tuple(shape), momentum_dtype)}
     if second := second_moment_name(config.grafting):
-        entries[second] = (tuple(shape), torch.float32)
+        entries[second] = (tuple(shape), torch_dtype(config.second_moment_dtype))
     if config.momentum:
         entries["momentum_buffer"] = (tuple(shape), momentum_dtype)
     return entries

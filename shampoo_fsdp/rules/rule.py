@@ -130,6 +130,7 @@ class Rule(ABC):
         self.products_in = torch.bfloat16 if low else torch.float32
         """Type of what is multiplied on every step; what comes out is of it too, but for grams."""
         kinds = factor_kinds(shape, config)
+        self.rounded = config.factor_dtype == "bfloat16"
         self.has_kernels = config.kernels == "auto"
         self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
         """Dimensions that have a matrix as their factor."""

@@ -165,7 +165,10 @@ class BlockStack:
             graft_beta2 = step.group.graft_beta2
             decay = 1.0 - (1.0 - graft_beta2) * each
             method = self.config.grafting
-            update_second_moment(method, self._second_moment, gradient, decay, graft_beta2)
+            moment = self._second_moment.float()
+            update_second_moment(method, moment, gradient, decay, graft_beta2)
+            if moment is not self._second_moment:
+                self._second_moment.copy_(moment)
 
     def _direct(self, step: Step) -> None:
         """Put the preconditioned and grafted momentum, beta3 M' + (1 - beta3) G, into `gradient`.
@@ -250,7 +253,8 @@ class BlockStack:
         first = per_block(step.momentum_correction, momentum.ndim)
         second = per_block(step.graft_correction, momentum.ndim)
         method, eps = self.config.grafting, step.group.graft_eps
-        return graft_step(method, momentum, self._second_moment, first, second, eps)
+        moment = None if self._second_moment is None else self._second_moment.float()
+        return graft_step(method, momentum, moment, first, second, eps)
 
     def _accelerate(self, step: Step) -> None:
         weights = [1.0 if steps <= 1 else 1.0 - self.config.dampening for steps in step.steps]
