@@ -206,6 +206,7 @@ def _settings(dice: random.Random) -> dict[str, Any]:
         "factor_dtype": ("bfloat16",),
         "root_dtype": ("bfloat16",),
         "momentum_dtype": ("bfloat16",),
+        "second_moment_dtype": ("bfloat16",),
         "symmetric_packing": (True,),
         "on_nonfinite": ("raise",),
         "exclude": ([], ["w0", "emb"]),

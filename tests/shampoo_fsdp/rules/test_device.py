@@ -21,7 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ({"preconditioner": "soap"}, CUDA, "qr", "high", "float32"),
         ({"preconditioner": "soap", "matmul_precision": "medium"}, CUDA, "qr", "medium", "float32"),
         # Where products cannot take the roots they are decomposed.
-        ({"factor_dtype": "bfloat16"}, CUDA, "eigh", "medium", "bfloat16"),
+        ({"factor_dtype": "bfloat16"}, CUDA, "polynomial", "medium", "bfloat16"),
         (
             {"preconditioner": "shampoo", "root_exponents": [0.123]},
             CUDA,
