@@ -8,7 +8,6 @@ before a step, as Accelerate does when it shards a model.
 import functools
 import operator
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
-from shampoo_fsdp.plan.totals import Totals
+from shampoo_fsdp.plan.totals import Totals, summed
 from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.rules.precision import torch_dtype
@@ -103,29 +102,19 @@ class Built:
     def summary(self) -> dict[str, float]:
         """Figures about the plan, and load, state and traffic of the ranks that share blocks with
         this one; the same on all of these."""
-        sums: dict[str, dict[int, float]] = {
-            name: defaultdict(float) for name in ("load", "state", "sent")
-        }
-        costs, blocks = BlockCosts(self.config), 0
-        for team in self.parameters.teams:
-            specs = [member.spec for member in team.parts]
-            totals = Totals(Assignment(specs, self.config, costs, team.ranks.ranks[0]))
-            blocks += sum(totals.owned)
-            for name, of_ranks in sums.items():
-                for rank, value in zip(totals.ranks, getattr(totals, name), strict=True):
-                    of_ranks[rank] += value
-        load, state, sent = (list(of_ranks.values()) or [0.0] for of_ranks in sums.values())
+        teams, costs = self.parameters.teams, BlockCosts(self.config)
+        specs = [([member.spec for member in team.parts], team.ranks.ranks[0]) for team in teams]
+        plans = [Totals(Assignment(of, self.config, costs, rank)) for of, rank in specs]
+        load, state, sent = (summed(plans, name) for name in ("load", "state", "sent"))
         mean_load = sum(load) / len(load)
         mib = torch_dtype(self.config.communication_dtype).itemsize / 2**20
-        chosen = [
-            member.parameter.numel() for team in self.parameters.teams for member in team.parts
-        ]
+        chosen = [member.parameter.numel() for team in teams for member in team.parts]
         return {
             "parameters_preconditioned": len(chosen),
             "parameters_total": len(self.parameters.members),
             "elements_preconditioned": sum(chosen),
             "elements_total": sum(member.parameter.numel() for member in self.parameters.members),
-            "blocks": blocks,
+            "blocks": sum(sum(plan.owned) for plan in plans),
             "load_max_over_mean": max(load) / mean_load if mean_load else 1.0,
             "state_mib_max": max(state) / 2**20,
             "state_mib_mean": sum(state) / len(state) / 2**20,

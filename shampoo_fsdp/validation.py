@@ -22,23 +22,14 @@ __all__ = [
     "unmatched",
 ]
 
-TORCH_OPTIONS: dict[str, tuple[tuple[bool | int | None, ...], str]] = {
-    # These two choose between implementations of one update.
-    "foreach": ((None, False, True), ""),
-    "fused": ((None, False, True), ""),
-    "maximize": ((False,), "negate the loss instead"),
-    "amsgrad": ((False,), "no largest second moment is kept"),
-    "capturable": ((False,), "the step cannot be captured in a CUDA graph"),
-    "differentiable": ((False,), "no gradient flows through the step"),
-    "centered": ((False,), "see 'grafting' for the methods that there are"),
-    "decoupled_weight_decay": ((True,), "for another kind set 'weight_decay_type'"),
-    "lr_decay": ((0,), "use a learning-rate scheduler"),
-    "initial_accumulator_value": ((0,), "for a floor of the denominators set 'grafting_eps'"),
-    "beta1": ((), "give both to 'betas'"),
-    "beta2": ((), "give both to 'betas'"),
+TORCH_OPTIONS: dict[str, tuple[bool | int | None, ...]] = {
+    **dict.fromkeys(("foreach", "fused"), (None, False, True)),  # implementations of one update
+    **dict.fromkeys(("maximize", "amsgrad", "capturable", "differentiable", "centered"), (False,)),
+    "decoupled_weight_decay": (True,),
+    **dict.fromkeys(("lr_decay", "initial_accumulator_value"), (0,)),
+    **dict.fromkeys(("beta1", "beta2"), ()),
 }
-"""Options of torch.optim's optimizers: the values that change nothing here, and what to do instead
-of the others."""
+"""Options of torch.optim's optimizers, and their values that change nothing here."""
 
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:
@@ -67,14 +58,12 @@ def check_torch_options(options: Mapping[str, Any]) -> None:
         options: keyword arguments, or a parameter group; other entries may be anything.
 
     Raises:
-        ValueError: names the first option with another value, and what to do.
+        ValueError: names the first option with another value.
     """
-    for name, (harmless, instead) in TORCH_OPTIONS.items():
-        if name in options:
-            value = options[name]
-            if not (isinstance(value, Real | None) and value in harmless):
-                choices = " or ".join(map(repr, harmless)) or "nothing"
-                refuse(name, value, f"{choices} ({instead})" if instead else choices)
+    for name, harmless in TORCH_OPTIONS.items():
+        value = options.get(name)
+        if name in options and not (isinstance(value, Real | None) and value in harmless):
+            refuse(name, value, " or ".join(map(repr, harmless)) or "'betas' in its place")
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:

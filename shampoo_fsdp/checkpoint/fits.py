@@ -12,7 +12,7 @@ Factors of other settings cannot be used; moments of another optimizer can: Adam
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -171,16 +171,12 @@ def check_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         here: what shall be loaded, by key.
         saved: metadata of the checkpoint.
     """
-    if missing := [key for key in here if key not in saved]:
-        raise CheckpointMismatch(
-            f"the checkpoint lacks {name_some(missing)}; it is of another model or job, or holds "
-            "the model alone."
-        )
     for key, value in here.items():
-        if isinstance(value, Tensor) and not fits(value, saved[key]):
+        if key not in saved or (isinstance(value, Tensor) and not fits(value, saved[key])):
+            there = f"has shape {shape_of(saved[key])}" if key in saved else "has none"
             raise CheckpointMismatch(
-                f"'{key}' has shape {shape_of(saved[key])} in the checkpoint, but "
-                f"{shape_of(value)} here; it is of another model."
+                f"the checkpoint {there} for '{key}', which has shape {shape_of(value)} here; it "
+                "is of another model or job, or holds the model alone."
             )
         chunks = getattr(saved[key], "chunks", None)
         if chunks is not None and sum(math.prod(c.sizes) for c in chunks) < value.numel():
@@ -197,60 +193,46 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 
 def explanation(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
-    """What has changed since the state of a parameter was saved, and what to do.
+    """What has changed most since the state of a parameter was saved, and what to do.
 
     Args:
         name: of the parameter.
         here: its state, by the names of the entries.
         saved: metadata of its state in the checkpoint; it does not fit.
     """
-    return f"{next(_reasons(name, here, saved))} {_HINT}"
+    return f"{_reason(name, here, saved)} {_HINT}"
 
 
-def _reasons(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
-    """The most telling one first."""
+def _reason(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
     if not saved:
-        yield f"the checkpoint has no optimizer state for parameter '{name}'."
+        return f"the checkpoint has no optimizer state for parameter '{name}'."
     if (MARKER in here) != (MARKER in saved):
         then, now = ("is", "is not") if MARKER in saved else ("is not", "is")
-        yield (
+        return (
             f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
-            "settings 'exclude' (whose 'default' knows embeddings by their type too, and did not "
-            "always) and 'precondition_1d' (which counts a matrix of one row or column as one "
-            "dimension)."
+            "settings 'exclude' (whose 'default' knows embeddings by their type too) and "
+            "'precondition_1d' (which counts a matrix of one row or column as one dimension)."
         )
-    elif MARKER in here:
-        before, after = shape_of(saved[MARKER]), shape_of(here[MARKER])
+    if MARKER in here and (before := shape_of(saved[MARKER])) != (after := shape_of(here[MARKER])):
         if len(before) != len(after):
-            yield (
+            return (
                 f"the factors of parameter '{name}' were saved by an earlier version, in a form "
                 "that is not read any more."
             )
-        settings = {
-            MARKER: (before[0], after[0]),
-            "preconditioner": (preconditioner_of(before), preconditioner_of(after)),
-        }
-        for setting, (was, is_now) in settings.items():
+        rules = preconditioner_of(before), preconditioner_of(after)
+        for setting, (was, is_now) in ((MARKER, (before[0], after[0])), ("preconditioner", rules)):
             if was != is_now:
-                yield f"setting '{setting}' is {was!r} in the checkpoint, but {is_now!r} here."
-        if before != after:
-            yield (
-                f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
-                "'split_heads' with 'head_dim', 'large_dim', 'merge_dims' and 'block_alignment' "
-                "(batched_3d = false and merge_dims = 'none' have been removed)."
-            )
-    for entry, value in here.items():
-        if entry not in saved:
-            setting = "root_method" if entry in factor_entries() else "grafting"
-            yield (
-                f"the checkpoint has no '{entry}' for parameter '{name}', only "
-                f"{', '.join(sorted(saved))}; see the setting '{setting}'."
-            )
-        elif shape_of(value) != shape_of(saved[entry]):
-            setting = "merge_dims"
-            if entry in factor_entries():
-                setting = "max_factor_ratio' or 'symmetric_packing"
-            yield (
-                f"'{entry}' of parameter '{name}' has shape {shape_of(saved[entry])} in the "
-                f"checkpoint, but {shape_of(value)} here; see the setting '{setting}'."
-            )
+                return f"setting '{setting}' is {was!r} in the checkpoint, but {is_now!r} here."
+        return (
+            f"parameter '{name}' is cut into other blocks in the checkpoint; see the settings "
+            "'split_heads' with 'head_dim', 'large_dim', 'merge_dims' and 'block_alignment'."
+        )
+    entry = next(entry for entry, value in here.items() if not fits(value, saved.get(entry)))
+    found = f"shape {shape_of(saved[entry])}" if entry in saved else "none"
+    settings = "'grafting' and 'merge_dims'"
+    if entry in factor_entries():
+        settings = "'root_method', 'max_factor_ratio' and 'symmetric_packing'"
+    return (
+        f"'{entry}' of parameter '{name}' has {found} in the checkpoint, but shape "
+        f"{shape_of(here[entry])} here; see the settings {settings}."
+    )

@@ -1,11 +1,12 @@
 """What each rank owns, computes and sends: for reports, which look at all ranks."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ShardMap, Site, volume
 
-__all__ = ["Totals"]
+__all__ = ["Totals", "summed"]
 
 
 class Totals:
@@ -77,3 +78,11 @@ class Totals:
             self.across[rank] += elements * (wanted[replica] - wanted_near[replica, node[rank]])
         least = everywhere + size - 2 * max(held.values())
         self.least_sent += least * owners.total()
+
+
+def summed(plans: Sequence[Totals], name: str) -> list[float]:
+    """What each rank of these plans has of a quantity in all of them; [0] if there are none."""
+    of_ranks: Counter[int] = Counter()
+    for plan in plans:
+        of_ranks.update(dict(zip(plan.ranks, getattr(plan, name), strict=True)))
+    return list(map(float, of_ranks.values())) or [0.0]

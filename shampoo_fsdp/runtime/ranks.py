@@ -2,7 +2,6 @@
 error on each of them, never a hang."""
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,7 +10,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = ["RankSet", "Replicas", "group_of", "tell_all"]
@@ -99,18 +97,6 @@ class RankSet:
                     f"{self.ranks[odd]} has {there}."
                 )
 
-    def make_count(self) -> Callable[[int], bool]:
-        """A function that adds to a number that these ranks have in common, and says whether it is
-        that of the ranks; none waits for another one. All ranks must call this in the same order.
-        """
-        key = f"shampoo_fsdp/{self.ranks}/{_counts[self.ranks]}"
-        _counts[self.ranks] += 1
-        return lambda change: _get_default_store().add(key, change) == len(self.ranks)
-
-
-_counts: Counter[tuple[int, ...]] = Counter()
-"""How many of them each set of ranks has."""
-
 
 def tell_all(rank_sets: Sequence[RankSet], mine: _T | None) -> _T | None:
     """What the first rank has that has anything, of these sets and sets that are linked by them."""
@@ -137,13 +123,9 @@ def find_group(
     # Not a set: every rank must find the same one first.
     meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
     groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
-    if replicas is not None:
-        groups.append(replicas)
-    for existing in groups:
-        if tuple(dist.get_process_group_ranks(existing)) == ranks:
-            return existing
-    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
-    return made
+    groups += [] if replicas is None else [replicas]
+    found = (g for g in groups if tuple(dist.get_process_group_ranks(g)) == ranks)
+    return next(found, None) or dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def group_of(replicas: Any) -> dist.ProcessGroup | None:

@@ -41,8 +41,6 @@ QUANTITIES = {
 _GIB = 2**30
 _PHASE = "gflop_in_phase_"
 _COSTS = ("flop", "refresh_flop", "state_bytes")
-# Rows below this cost over 1 byte per element.
-_NARROW = 16
 # Up to this ratio of the largest load to the mean the work counts as even.
 _EVEN = 1.05
 
@@ -57,9 +55,7 @@ def plan_figures(
 
     GiB are 2^30 bytes, GFLOP 10^9 operations. "ranks" share blocks; where replicas repeat the work
     they are those of the first one, as others are alike. "least_gib_sent_by_all_ranks" is what
-    would be sent if every block were owned by a rank that holds most of it. Parameters in
-    "narrow_rows", by width, cost 16 / width bytes per element (see
-    :class:`shampoo_fsdp.plan.shards.ShardMap`).
+    would be sent if every block were owned by a rank that holds most of it.
 
     Args:
         title: what the job is, for the head of the report.
@@ -113,7 +109,6 @@ def plan_figures(
             {"blocks_refreshed": sum(plan.refreshed[i] for plan in plans), "gflop": spreads[name]}
             for i, name in enumerate(phases)
         ],
-        "narrow_rows": _narrow_rows(assignments),
         "gib_sent_by_all_ranks": sum(sum(plan.sent) for plan in plans) / numbers,
         "least_gib_sent_by_all_ranks": sum(plan.least_sent for plan in plans) / numbers,
         "imbalance": ratios,
@@ -179,15 +174,6 @@ def _adam_bytes(specs: Sequence[ParameterSpec]) -> Iterator[tuple[Sequence[int],
         yield ranks, [2 * torch.float32.itemsize * number * volume(shard) for shard in shards]
 
 
-def _narrow_rows(assignments: Sequence[Assignment]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = defaultdict(list)
-    for assignment in assignments:
-        for spec, shard_map in zip(assignment.parameters, assignment.maps, strict=True):
-            if shard_map.row_width < _NARROW:
-                names[str(shard_map.row_width)].append(spec.name)
-    return dict(names)
-
-
 def _reason(figures: dict[str, Any], plans: Sequence[Totals]) -> str:
     """Why the rank with the most work has that much, and what can be done about it."""
     worst, settings = figures["worst_rank"], figures["settings"]
@@ -199,18 +185,16 @@ def _reason(figures: dict[str, Any], plans: Sequence[Totals]) -> str:
         f"rank {worst['rank']} has {worst['load_over_mean']:.3f} x the mean load {when}; it owns "
         f"{worst['blocks']:,} of {blocks:,} blocks, {blocks / ranks:,.2f} per rank"
     )
-    more = (
-        f"a smaller max_preconditioner_dim (now {settings['max_preconditioner_dim']}) makes more "
-        "and smaller blocks"
-    )
     groups = len({plan.ranks for plan in plans})  # as many as stages of a pipeline
     loads = [load for plan in plans for load in (plan.load, *zip(*plan.phase_load, strict=True))]
     inside = max(map(_max_over_mean, loads))
+    why = (
+        f"Blocks are whole: a smaller max_preconditioner_dim (now "
+        f"{settings['max_preconditioner_dim']}) makes more and smaller ones, a smaller "
+        f"precondition_frequency (now {settings['precondition_frequency']}) more refreshes per step"
+    )
     if blocks < ranks:
-        why = (
-            f"There are fewer blocks than ranks, so that {ranks - blocks:,} ranks or more own "
-            f"none; {more}"
-        )
+        why = f"At least {ranks - blocks:,} ranks own none. {why}"
     elif figures["even"]:
         why = f"That is even: within {_EVEN}"
     elif groups > 1 and inside <= _EVEN:
@@ -220,16 +204,6 @@ def _reason(figures: dict[str, Any], plans: Sequence[Totals]) -> str:
         )
     elif settings["block_alignment"] == "shard":
         why = "With block_alignment = 'shard' blocks stay where they lie"
-    elif phase is None:
-        why = f"Blocks are whole; {more}"
-    else:
-        refreshed = figures["phases"][phase]["blocks_refreshed"]
-        why = (
-            f"A step of this phase refreshes {refreshed:,} blocks, {refreshed / ranks:,.2f} per "
-            f"rank, and blocks are whole: some ranks refresh {math.ceil(refreshed / ranks):,} or "
-            f"more; {more}, or a smaller precondition_frequency (now "
-            f"{settings['precondition_frequency']}) more refreshes per step"
-        )
     return f"{said}. {why}"
 
 

@@ -43,13 +43,6 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
             f"Sides without a factor, by the shape of the block ({named}); see the settings "
             "max_factor_ratio and large_dim."
         )
-    for width, names in sorted(plan["narrow_rows"].items()):
-        say(
-            f"{names[0]}{f' and {len(names) - 1:,} others' if len(names) > 1 else ''} travel in "
-            f"rows of {width} elements, since blocks and shards have no longer one in common: the "
-            f"numbers of the rows add {16 / int(width):.3g} bytes per element, in memory and to be "
-            "read on each step."
-        )
     sent, least = plan["gib_sent_by_all_ranks"], plan["least_gib_sent_by_all_ranks"]
     say(
         f"All ranks send {four_digits(sent)} GiB per step, "

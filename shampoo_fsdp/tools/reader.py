@@ -83,11 +83,11 @@ class CheckpointReader:
 def _for_people(value: Any) -> Any:
     """What can be shown of a value: few bytes can be lists of any size, or steer a terminal."""
     parts = value if isinstance(value, list | tuple) else [value]
-    if not all(part is None or type(part) in (bool, int, float, str) for part in parts):
+    plain = all(part is None or type(part) in (bool, int, float, str) for part in parts)
+    letters = sum(len(part) for part in parts if type(part) is str)
+    if not plain or len(parts) + letters > _LONGEST or not str(value).isprintable():
         return _NO_VALUE
-    if sum(len(repr(part)) for part in parts[:_LONGEST]) > _LONGEST or len(parts) > _LONGEST:
-        return _NO_VALUE
-    return value if all(part.isprintable() for part in parts if type(part) is str) else repr(value)
+    return value
 
 
 def _what_is_wrong(folder: Path) -> str:

@@ -74,8 +74,8 @@ class TestOptionsOfTorch:
     @pytest.mark.parametrize(
         ("option", "what_to_do"),
         [
-            ({"maximize": True}, r"'maximize' is True; allowed: False .*negate the loss"),
-            ({"decoupled_weight_decay": False}, "'decoupled_weight_decay'.*weight_decay_type"),
+            ({"maximize": True}, "'maximize' is True; allowed: False"),
+            ({"decoupled_weight_decay": False}, "'decoupled_weight_decay' is False"),
             ({"beta1": 0.9}, r"'beta1' is 0\.9; .*betas"),
             ({"fused": "yes"}, "'fused' is 'yes'"),
         ],

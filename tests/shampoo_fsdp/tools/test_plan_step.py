@@ -77,11 +77,3 @@ def test_what_is_printed_of_it():
     less = (step["ms"] - step["parts"]["roots"] / 2) / step["training_ms"]
     assert f"{less:.2%} with precondition_frequency = 8" in text
     assert "tokens 8,192" in text
-
-
-def test_narrow_rows_are_named_with_what_they_cost():
-    odd = specs(0, (0, 1), rows=131)
-    text = printed([odd])
-    assert "layers.0.wq.weight and 3 others travel in rows of 1" in text
-    assert "16 bytes per element" in text
-    assert "travel in rows" not in printed([specs(0, (0, 1))])
