@@ -19,13 +19,14 @@ from shampoo_fsdp.runtime.groups import (
     check_entries,
     check_group,
     contents_of,
+    find_saved,
+    settings_to_load,
     take_types,
 )
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, group_of
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
-from shampoo_fsdp.state import load_settings
 
 __all__ = ["Shampoo"]
 
@@ -302,8 +303,10 @@ class Shampoo(torch.optim.Optimizer):
             (g.get("initial_lr"), float(g["lr"])) for g in self.param_groups
         ]
         if self._waits and state_dict.get("state") == {}:
-            given = contents_of(self.param_groups)
-            load_settings(given, self.param_groups, self.config, read())
+            _, saved = find_saved(contents_of(self.param_groups), read()["param_groups"])
+            loaded = settings_to_load(self.config, self.param_groups, saved)
+            for group, settings in zip(self.param_groups, loaded, strict=True):
+                group.update(settings)
         else:
             built = self._ready()
             built.whole = None
@@ -311,10 +314,10 @@ class Shampoo(torch.optim.Optimizer):
             built.streaks = Streaks(built.parameters)  # they begin anew
         self._loaded_lrs = [float(group["lr"]) for group in self.param_groups]
         for group, (initial, lr) in zip(self.param_groups, self._own_lrs, strict=True):
-            own, saved = lr if initial is None else initial, group.get("initial_lr", group["lr"])
-            if saved != own and self.config.weight_decay_type == "independent":
+            own, then = lr if initial is None else initial, group.get("initial_lr", group["lr"])
+            if then != own and self.config.weight_decay_type == "independent":
                 _logger.warning(
-                    f"The initial lr is {saved} in the checkpoint and {own} here. Independent "
+                    f"The initial lr is {then} in the checkpoint and {own} here. Independent "
                     "weight decay is relative to this job's if the first step has another lr than "
                     "the checkpoint, else to the checkpoint's."
                 )

@@ -30,7 +30,6 @@ from shampoo_fsdp.runtime.groups import (
     GroupContents,
     find_saved,
     settings_to_load,
-    take_over,
 )
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import tell_all
@@ -199,7 +198,7 @@ class State:
             state = state_dict["state"]
             keys, saved_groups = find_saved(given, state_dict["param_groups"])
             entries = {m.name: state.get(keys.get(m.name), {}) for m in members}
-            groups = _settings(self.config, param_groups, saved_groups)
+            settings = settings_to_load(self.config, param_groups, saved_groups)
             saved = flat(entries)
             decision = decide(here, saved, self.config.on_mismatch)
             other = other_pieces(here, saved, decision)
@@ -214,7 +213,8 @@ class State:
         if said := str(decision.report):
             _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
 
-        take_over(param_groups, groups)
+        for group, loaded in zip(param_groups, settings, strict=True):
+            group.update(loaded)
         carry_out(here, saved, decision, set(other))
         self._start_factors()
         self._reading.begun = False
@@ -271,25 +271,3 @@ def _take(name: str, entries: Mapping[str, Tensor], found: Mapping[str, Any]) ->
                 "of its entries."
             )
     return problem
-
-
-def load_settings(
-    given: GroupContents,
-    param_groups: list[dict[str, Any]],
-    config: ShampooConfig,
-    state_dict: Mapping[str, Any],
-) -> None:
-    """Take over the settings of a state dict, as :meth:`State.load` does; nothing is exchanged."""
-    _, saved_groups = find_saved(given, state_dict["param_groups"])
-    take_over(param_groups, _settings(config, param_groups, saved_groups))
-
-
-def _settings(
-    config: ShampooConfig,
-    param_groups: list[dict[str, Any]],
-    saved_groups: list[Mapping[str, Any] | None],
-) -> list[dict[str, Any]]:
-    return [
-        settings_to_load(config, group, saved_group)
-        for group, saved_group in zip(param_groups, saved_groups, strict=True)
-    ]

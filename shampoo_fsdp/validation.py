@@ -7,7 +7,6 @@ import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -89,20 +88,12 @@ def name_some(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What the values of an annotated type must be beside their type."""
-
-    words: str
-    """What is allowed, as it stands in a message."""
-    holds: Callable[[Any], bool]
-
-
-PositiveInt = Annotated[int, Bound("an integer >= 1", lambda n: n >= 1)]
-NonNegativeInt = Annotated[int, Bound("an integer >= 0", lambda n: n >= 0)]
-PositiveFloat = Annotated[float, Bound("a positive number", lambda x: 0.0 < x < math.inf)]
-NonNegativeFloat = Annotated[float, Bound("a number >= 0", lambda x: 0.0 <= x < math.inf)]
-Share = Annotated[float, Bound("0 <= {name} < 1", lambda x: 0.0 <= x < 1.0)]
+# What the values must be beside their type: in words, as they stand in a message, and the check.
+PositiveInt = Annotated[int, ("an integer >= 1", lambda n: n >= 1)]
+NonNegativeInt = Annotated[int, ("an integer >= 0", lambda n: n >= 0)]
+PositiveFloat = Annotated[float, ("a positive number", lambda x: 0.0 < x < math.inf)]
+NonNegativeFloat = Annotated[float, ("a number >= 0", lambda x: 0.0 <= x < math.inf)]
+Share = Annotated[float, ("0 <= {name} < 1", lambda x: 0.0 <= x < 1.0)]
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -144,9 +135,10 @@ def _meaning(annotation: Any, name: str) -> tuple[str, Callable[[Any], bool]]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         words, fits = _meaning(arguments[0], name)
-        bounds = [bound for bound in arguments[1:] if isinstance(bound, Bound)]
-        words = bounds[0].words.format(name=name) if bounds else words
-        return words, lambda value: fits(value) and all(bound.holds(value) for bound in bounds)
+        if not isinstance(arguments[1], tuple):  # of others
+            return words, fits
+        words, holds = arguments[1]
+        return words.format(name=name), lambda value: fits(value) and holds(value)
     if origin in (typing.Union, types.UnionType):
         choices = [_meaning(argument, name) for argument in arguments]
         words = " or ".join(words for words, _ in choices if words)

@@ -51,9 +51,8 @@ def state_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     `torch.distributed.checkpoint.state_dict` and those that were not.
     """
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    known = {*_MOMENTS, _MOMENTUM, *factor_entries()}
     for key in keys:
-        if (match := _STATE.fullmatch(key)) and match["entry"] in known:
+        if (match := _STATE.fullmatch(key)) and is_state_entry(match["entry"]):
             found[match["parameter"]][match["entry"]] = key
     return dict(found)
 

@@ -22,10 +22,6 @@ __all__ = [
 ]
 
 
-class UnsupportedPlacement(ValueError):
-    """A placement for which a rank does not hold one rectangle of the parameter."""
-
-
 @dataclass(frozen=True)
 class Sharded:
     """The ranks of a mesh dimension share a dimension of the tensor."""
@@ -169,7 +165,7 @@ def shard_maps(parameters: Sequence[ParameterSpec], config: ShampooConfig) -> li
         if layout not in known:
             try:
                 known[layout] = ShardMap(parameter, config, head)
-            except UnsupportedPlacement as error:
+            except ValueError as error:
                 raise ValueError(
                     f"parameter '{parameter.name}' cannot be planned: {error}."
                 ) from None
@@ -198,7 +194,7 @@ def shard_rectangle(
     may hold less or nothing.
 
     Raises:
-        UnsupportedPlacement: for a placement that is a text, or a `split` that cannot be.
+        ValueError: for a placement that is a text, or a `split` that cannot be.
     """
     rectangle = [(0, size) for size in shape]
     for dim in range(len(shape)):
@@ -223,7 +219,7 @@ def _sharding_order(
         if isinstance(placement, Sharded):
             position = _position_after(placement.split, order, mesh_shape)
         if position is None:
-            raise UnsupportedPlacement(
+            raise ValueError(
                 f"placement {placement}; supported: Replicate, Shard, and "
                 "_StridedShard whose split_factor is the size of the mesh dimensions after it"
             )
@@ -249,14 +245,14 @@ def view_rectangle(
         dims: for each dimension of the view the tensor dimensions that it merges.
 
     Raises:
-        UnsupportedPlacement: if the rectangle is not one in the view, because a dimension is
+        ValueError: if the rectangle is not one in the view, because a dimension is
             sharded that follows another one in its group.
     """
     result = []
     for group in dims:
         inner = math.prod(shape[d] for d in group[1:])
         if any(rectangle[d] != (0, shape[d]) for d in group[1:]):
-            raise UnsupportedPlacement(
+            raise ValueError(
                 f"dimension {group[0]} of {tuple(shape)} is merged with those after it, one of "
                 "which is sharded; shard the first dimension or exclude the parameter"
             )

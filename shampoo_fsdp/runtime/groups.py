@@ -25,7 +25,6 @@ __all__ = [
     "find_saved",
     "plain_name",
     "settings_to_load",
-    "take_over",
     "take_types",
 ]
 
@@ -164,25 +163,23 @@ def find_saved(
 
 
 def settings_to_load(
-    config: ShampooConfig, group: Mapping[str, Any], saved: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Copies of the saved settings that a parameter group takes over.
+    config: ShampooConfig,
+    groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """Copies of the saved settings that each parameter group takes over.
 
     Raises:
         ValueError: names a setting whose saved value is not allowed.
     """
-    saved = saved or {}
-    check_torch_options(saved)
-    left_out = {"params", *(TORCH_OPTIONS.keys() - group.keys())}  # AdamW's groups have these
-    settings = {k: copy.deepcopy(v) for k, v in saved.items() if k not in left_out}
-    if "param_names" in group or len(settings.get("param_names", ())) != len(group["params"]):
-        settings.pop("param_names", None)
-    # (lr is what a schedule has made of it, negative after its end.)
-    check_group(config, {**group, **settings, "lr": 0.0})
-    return settings
-
-
-def take_over(groups: Sequence[dict[str, Any]], settings: Sequence[Mapping[str, Any]]) -> None:
-    """Put what :func:`settings_to_load` gave into the groups."""
-    for group, loaded in zip(groups, settings, strict=True):
-        group.update(loaded)
+    result = []
+    for group, saved in zip(groups, saved_groups, strict=True):
+        check_torch_options(saved or {})
+        left_out = {"params", *(TORCH_OPTIONS.keys() - group.keys())}  # AdamW's groups have these
+        settings = {k: copy.deepcopy(v) for k, v in (saved or {}).items() if k not in left_out}
+        if "param_names" in group or len(settings.get("param_names", ())) != len(group["params"]):
+            settings.pop("param_names", None)
+        # (lr is what a schedule has made of it, negative after its end.)
+        check_group(config, {**group, **settings, "lr": 0.0})
+        result.append(settings)
+    return result

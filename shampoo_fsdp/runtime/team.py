@@ -199,7 +199,7 @@ def _facts(specs: Sequence[ParameterSpec], config: ShampooConfig) -> dict[str, S
 
 def _agreed_plan(members: Sequence[Member], ranks: RankSet, config: ShampooConfig) -> Plan:
     """Raise a ValueError on every rank if one of them cannot take part."""
-    plan, problem = None, None
+    problem = None
     try:
         rank = dist.get_rank() if len(ranks.ranks) > 1 else ranks.ranks[0]
         specs = [member.spec for member in members]
@@ -209,7 +209,6 @@ def _agreed_plan(members: Sequence[Member], ranks: RankSet, config: ShampooConfi
     except Exception as error:
         problem = str(error) or repr(error)
     ranks.agree(problem, {})
-    assert plan is not None
     return plan
 
 
