@@ -27,7 +27,6 @@ from shampoo_fsdp.runtime.groups import plain_name
 from shampoo_torchtitan.checkpoint_folders import (
     complete_checkpoints,
     find_steps,
-    is_remote,
     lock_folder,
 )
 from shampoo_torchtitan.container import JobError, ShampooContainer, alike_on_all_ranks
@@ -90,7 +89,7 @@ class ShampooCheckpoints(CheckpointManager):
             _asked_of_rank_0(self._lock, "Cannot use the folder of checkpoints: ")
 
     def _lock(self) -> None:
-        if is_remote(self.folder):
+        if "://" in self.folder:
             if not titan().loads_remote_folders:
                 raise ValueError(
                     f"checkpoint.folder is {self.folder}, and TorchTitan 0.2 never loads from it; "

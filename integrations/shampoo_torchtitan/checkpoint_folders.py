@@ -10,14 +10,9 @@ from typing import IO
 
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 
-__all__ = ["complete_checkpoints", "find_steps", "is_remote", "lock_folder"]
+__all__ = ["complete_checkpoints", "find_steps", "lock_folder"]
 
 _WRITTEN_LAST = (".metadata", "model.safetensors.index.json")
-
-
-def is_remote(folder: str | Path) -> bool:
-    """Whether it is not a path of this machine, but `s3://...` or the like."""
-    return "://" in str(folder)
 
 
 def find_steps(folder: str | Path) -> dict[int, bool]:
@@ -32,17 +27,16 @@ def find_steps(folder: str | Path) -> dict[int, bool]:
     except FileNotFoundError:
         return {}
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
-    return {step: _is_complete(os.path.join(folder, f"step-{step}")) for step in steps}
+    readers = {step: SafeFileSystemReader(os.path.join(folder, f"step-{step}")) for step in steps}
+    return {
+        step: any(reader.size(name) is not None for name in _WRITTEN_LAST)
+        for step, reader in readers.items()
+    }
 
 
 def complete_checkpoints(folder: str | Path) -> list[str]:
     """The names of the checkpoints in a job's folder that were saved to the end, oldest first."""
     return [f"step-{step}" for step, complete in sorted(find_steps(folder).items()) if complete]
-
-
-def _is_complete(folder: str) -> bool:
-    reader = SafeFileSystemReader(folder)
-    return any(reader.size(name) is not None for name in _WRITTEN_LAST)
 
 
 def lock_folder(folder: str) -> IO[bytes]:

@@ -16,14 +16,14 @@ from shampoo_fsdp.validation import check_fields, field_types
 from shampoo_torchtitan import demo, job_config
 from shampoo_torchtitan.container import hyperparameters
 from shampoo_torchtitan.demo import cpu, models_02
-from shampoo_torchtitan.generation import Titan
 from shampoo_torchtitan.optimizer import refuse_unsupported, settings_of
 from shampoo_torchtitan.optimizer import register as register_optimizer
 
-__all__ = ["Titan02"]
+loads_remote_folders = False
+"""Whether a job goes on from checkpoints in `s3://...` and the like."""
 
 
-class _Reader(ConfigManager):
+class Reader(ConfigManager):
     """Reads a job as TorchTitan does, with our settings in it even if it does not ask for them."""
 
     def _maybe_add_custom_config(self, args: list[str], toml_values: Any) -> Any:
@@ -41,73 +41,87 @@ class _Reader(ConfigManager):
             validate_hyperparameters(settings_of(optimizer), **hyperparameters(optimizer))
 
 
-class Titan02(Titan):
-    """TorchTitan 0.2."""
+def register() -> None:
+    """Make Shampoo, and what the demo trains, known to TorchTitan."""
+    register_optimizer()
+    demo.register(models_02)
 
-    Reader = _Reader
-    loads_remote_folders = False
 
-    def register(self) -> None:
-        register_optimizer()
-        demo.register(models_02)
+def parallel_dims(config: Any, world_size: int) -> ParallelDims:
+    """A job's ParallelDims; an AssertionError if its degrees do not fit."""
+    degrees = config.parallelism
+    return ParallelDims(
+        dp_replicate=degrees.data_parallel_replicate_degree,
+        dp_shard=degrees.data_parallel_shard_degree,
+        cp=degrees.context_parallel_degree,
+        tp=degrees.tensor_parallel_degree,
+        pp=degrees.pipeline_parallel_degree,
+        ep=degrees.expert_parallel_degree,
+        etp=degrees.expert_tensor_parallel_degree,
+        world_size=world_size,
+    )
 
-    def parallel_dims(self, config: Any, world_size: int) -> ParallelDims:
-        degrees = config.parallelism
-        return ParallelDims(
-            dp_replicate=degrees.data_parallel_replicate_degree,
-            dp_shard=degrees.data_parallel_shard_degree,
-            cp=degrees.context_parallel_degree,
-            tp=degrees.tensor_parallel_degree,
-            pp=degrees.pipeline_parallel_degree,
-            ep=degrees.expert_parallel_degree,
-            etp=degrees.expert_tensor_parallel_degree,
-            world_size=world_size,
+
+def fit_to_cpu(config: Any) -> list[str]:
+    """Change what cannot work without a GPU; one `table.key = value` for each change."""
+    wanted = {
+        ("activation_checkpoint", "mode"): "none",  # it saves GPU memory and costs time
+        ("profiling", "enable_memory_snapshot"): False,  # of the GPU's allocator
+    }
+    return cpu.fit(config, wanted)
+
+
+def with_trainer(config: Any, trainer: type[Any]) -> Any:
+    """The job, for this trainer in the place of TorchTitan's own."""
+    return config
+
+
+def main(trainer: type[Any]) -> None:
+    """Run TorchTitan's launcher."""
+    from torchtitan.train import main  # here: it may be `__main__`
+
+    main(trainer)
+
+
+def model_of(config: Any) -> str:
+    """The name and flavor of the model."""
+    return f"{config.model.name} {config.model.flavor}"
+
+
+def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
+    """The settings that parameters of these names get."""
+    return settings_of(config.optimizer)
+
+
+def keep_parameters_alone(config: Any) -> None:
+    """Do what the trainer does first, and switch off what changes no parameter."""
+    config.compile.enable = False
+    config.activation_checkpoint.mode = "none"
+    config.model.converters = []
+
+
+def model_parts(config: Any, dims: ParallelDims) -> list[nn.Module]:
+    """The parts of the model on this rank, parallelized, without memory."""
+    train_spec: Any = get_train_spec(config.model.name)
+    if config.model.flavor not in train_spec.model_args:
+        raise ValueError(
+            f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
+            f"{', '.join(train_spec.model_args)}."
         )
-
-    def fit_to_cpu(self, config: Any) -> list[str]:
-        wanted = {
-            ("activation_checkpoint", "mode"): "none",  # it saves GPU memory and costs time
-            ("profiling", "enable_memory_snapshot"): False,  # of the GPU's allocator
-        }
-        return cpu.fit(config, wanted)
-
-    def main(self, trainer: type[Any]) -> None:
-        from torchtitan.train import main  # here: it may be `__main__`
-
-        main(trainer)
-
-    def model_of(self, config: Any) -> str:
-        return f"{config.model.name} {config.model.flavor}"
-
-    def shampoo_of(self, config: Any, names: Sequence[str]) -> ShampooConfig:
-        return settings_of(config.optimizer)
-
-    def keep_parameters_alone(self, config: Any) -> None:
-        config.compile.enable = False
-        config.activation_checkpoint.mode = "none"
-        config.model.converters = []
-
-    def model_parts(self, config: Any, dims: ParallelDims) -> list[nn.Module]:
-        train_spec: Any = get_train_spec(config.model.name)
-        if config.model.flavor not in train_spec.model_args:
-            raise ValueError(
-                f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
-                f"{', '.join(train_spec.model_args)}."
-            )
-        model_args = train_spec.model_args[config.model.flavor]
-        model_args.update_from_config(config)
-        dtype = TORCH_DTYPE_MAP[config.training.dtype]
-        with torch.device("meta"), utils.set_default_dtype(dtype):
-            model: Any = train_spec.model_cls(model_args)
-        if not dims.pp_enabled:
-            return [train_spec.parallelize_fn(model, dims, config)]
-        _, parts, _, _ = train_spec.pipelining_fn(
-            model,
-            dims,
-            config,
-            torch.device("cpu"),
-            model_args,
-            train_spec.parallelize_fn,
-            train_spec.build_loss_fn(config, parallel_dims=dims),
-        )
-        return parts  # type: ignore[no-any-return]
+    model_args = train_spec.model_args[config.model.flavor]
+    model_args.update_from_config(config)
+    dtype = TORCH_DTYPE_MAP[config.training.dtype]
+    with torch.device("meta"), utils.set_default_dtype(dtype):
+        model: Any = train_spec.model_cls(model_args)
+    if not dims.pp_enabled:
+        return [train_spec.parallelize_fn(model, dims, config)]
+    _, parts, _, _ = train_spec.pipelining_fn(
+        model,
+        dims,
+        config,
+        torch.device("cpu"),
+        model_args,
+        train_spec.parallelize_fn,
+        train_spec.build_loss_fn(config, parallel_dims=dims),
+    )
+    return parts  # type: ignore[no-any-return]

@@ -22,12 +22,12 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.runtime.choice import exactly
 from shampoo_torchtitan import configs, demo, toml
 from shampoo_torchtitan.demo import cpu, models_03
-from shampoo_torchtitan.generation import Titan
 
-__all__ = ["Titan03"]
+loads_remote_folders = True
+"""Whether a job goes on from checkpoints in `s3://...` and the like."""
 
 
-class _Reader(ConfigManager):
+class Reader(ConfigManager):
     """Reads a job as TorchTitan does, and TOML files under the name that they have in 0.2."""
 
     def _load_config(self, args: list[str]) -> tuple[Any, list[str]]:
@@ -53,92 +53,104 @@ def _optimizer_of(name: str, groups: Sequence[Any]) -> Any:
     return next((g.optimizer_name for g in groups if re.search(g.pattern, name)), configs.NAME)
 
 
-class Titan03(Titan):
-    """TorchTitan 0.3."""
+def register() -> None:
+    """Make Shampoo, and what the demo trains, known to TorchTitan."""
+    demo.register(models_03)
 
-    Reader = _Reader
 
-    def register(self) -> None:
-        demo.register(models_03)
+def parallel_dims(config: Any, world_size: int) -> ParallelDims:
+    """A job's ParallelDims; an AssertionError if its degrees do not fit."""
+    return ParallelDims.from_config(config.parallelism, world_size)
 
-    def parallel_dims(self, config: Any, world_size: int) -> ParallelDims:
-        return ParallelDims.from_config(config.parallelism, world_size)
 
-    def fit_to_cpu(self, config: Any) -> list[str]:
-        wanted = {
-            ("training", "disable_cuda_graphs"): True,
-            ("profiler", "enable_memory_snapshot"): False,
-            ("debug", "enable_structured_logging"): False,
-        }
-        if not cpu.AT_LEAST_2_14:
-            wanted["parallelism", "spmd_backend"] = "partial_dtensor"  # the others need 2.14
-        changes = cpu.fit(config, wanted)
-        if config.activation_checkpoint is not None:
-            config.activation_checkpoint = None
-            changes.append("activation_checkpoint.mode = none")
-        for kind in (FlexAttention.Config, VarlenAttention.Config):
-            for _, _, parent, name in list(config.model_spec.model.traverse(kind)):
-                setattr(parent, name, ScaledDotProductAttention.Config())
-        return changes
-
-    def with_trainer(self, config: Any, trainer: type[Any]) -> Any:
-        if type(config) is not Trainer.Config:
-            return config  # a user's own trainer
-
-        @dataclass(kw_only=True, slots=True)
-        class Config(Trainer.Config):
-            """A configuration builds the class that it is a part of."""
-
-        Config._owner = trainer
-        return derive(config, Config)
-
-    def main(self, trainer: type[Any]) -> None:
-        from torchtitan.train import main  # here: it may be `__main__`
-
-        main()
-
-    def model_of(self, config: Any) -> str:
-        return f"{config.model_spec.name} {config.model_spec.flavor}"
-
-    def shampoo_of(self, config: Any, names: Sequence[str]) -> ShampooConfig:
-        optimizer = config.optimizer
-        if not isinstance(optimizer, configs.ShampooOptimizers.Config):
-            return ShampooConfig()
-        others = [n for n in names if _optimizer_of(n, optimizer.param_groups) != configs.NAME]
-        exclude = [*optimizer.shampoo.exclude, *map(exactly, others)]
-        return optimizer.shampoo.completed(exclude=exclude)
-
-    def keep_parameters_alone(self, config: Any) -> None:
-        if config.override.imports:
-            apply_overrides(config.override, config)
-            config.override.imports = []
-        config.compile.enable = False
+def fit_to_cpu(config: Any) -> list[str]:
+    """Change what cannot work without a GPU; one `table.key = value` for each change."""
+    wanted = {
+        ("training", "disable_cuda_graphs"): True,
+        ("profiler", "enable_memory_snapshot"): False,
+        ("debug", "enable_structured_logging"): False,
+    }
+    if not cpu.AT_LEAST_2_14:
+        wanted["parallelism", "spmd_backend"] = "partial_dtensor"  # the others need 2.14
+    changes = cpu.fit(config, wanted)
+    if config.activation_checkpoint is not None:
         config.activation_checkpoint = None
-        if not cpu.AT_LEAST_2_14:
-            config.parallelism.spmd_backend = "partial_dtensor"  # others need newer ones
+        changes.append("activation_checkpoint.mode = none")
+    for kind in (FlexAttention.Config, VarlenAttention.Config):
+        for _, _, parent, name in list(config.model_spec.model.traverse(kind)):
+            setattr(parent, name, ScaledDotProductAttention.Config())
+    return changes
 
-    def model_parts(self, config: Any, dims: ParallelDims) -> list[nn.Module]:
-        spec = config.model_spec
-        spec.model.update_from_config(config=config)
-        dtype = TORCH_DTYPE_MAP[config.training.dtype]
-        with torch.device("meta"), utils.set_default_dtype(dtype):
-            model: Any = spec.model.build()
-        common = {
-            "parallel_dims": dims,
-            "training": config.training,
-            "parallelism": config.parallelism,
-            "compile_config": config.compile,
-            "ac_config": config.activation_checkpoint,
-            "dump_folder": config.dump_folder,
-        }
-        if not dims.pp_enabled:
-            return [spec.parallelize_fn(model, **common)]
-        _, parts, _, _ = spec.pipelining_fn(
-            model,
-            **common,
-            device=torch.device("cpu"),
-            model_config=spec.model,
-            parallelize_fn=spec.parallelize_fn,
-            loss_fn=config.loss.build(compile_config=config.compile),
-        )
-        return parts  # type: ignore[no-any-return]
+
+def with_trainer(config: Any, trainer: type[Any]) -> Any:
+    """The job, for this trainer in the place of TorchTitan's own."""
+    if type(config) is not Trainer.Config:
+        return config  # a user's own trainer
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        """A configuration builds the class that it is a part of."""
+
+    Config._owner = trainer
+    return derive(config, Config)
+
+
+def main(trainer: type[Any]) -> None:
+    """Run TorchTitan's launcher."""
+    from torchtitan.train import main  # here: it may be `__main__`
+
+    main()
+
+
+def model_of(config: Any) -> str:
+    """The name and flavor of the model."""
+    return f"{config.model_spec.name} {config.model_spec.flavor}"
+
+
+def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
+    """The settings that parameters of these names get."""
+    optimizer = config.optimizer
+    if not isinstance(optimizer, configs.ShampooOptimizers.Config):
+        return ShampooConfig()
+    others = [n for n in names if _optimizer_of(n, optimizer.param_groups) != configs.NAME]
+    exclude = [*optimizer.shampoo.exclude, *map(exactly, others)]
+    return optimizer.shampoo.completed(exclude=exclude)
+
+
+def keep_parameters_alone(config: Any) -> None:
+    """Do what the trainer does first, and switch off what changes no parameter."""
+    if config.override.imports:
+        apply_overrides(config.override, config)
+        config.override.imports = []
+    config.compile.enable = False
+    config.activation_checkpoint = None
+    if not cpu.AT_LEAST_2_14:
+        config.parallelism.spmd_backend = "partial_dtensor"  # others need newer ones
+
+
+def model_parts(config: Any, dims: ParallelDims) -> list[nn.Module]:
+    """The parts of the model on this rank, parallelized, without memory."""
+    spec = config.model_spec
+    spec.model.update_from_config(config=config)
+    dtype = TORCH_DTYPE_MAP[config.training.dtype]
+    with torch.device("meta"), utils.set_default_dtype(dtype):
+        model: Any = spec.model.build()
+    common = {
+        "parallel_dims": dims,
+        "training": config.training,
+        "parallelism": config.parallelism,
+        "compile_config": config.compile,
+        "ac_config": config.activation_checkpoint,
+        "dump_folder": config.dump_folder,
+    }
+    if not dims.pp_enabled:
+        return [spec.parallelize_fn(model, **common)]
+    _, parts, _, _ = spec.pipelining_fn(
+        model,
+        **common,
+        device=torch.device("cpu"),
+        model_config=spec.model,
+        parallelize_fn=spec.parallelize_fn,
+        loss_fn=config.loss.build(compile_config=config.compile),
+    )
+    return parts  # type: ignore[no-any-return]
