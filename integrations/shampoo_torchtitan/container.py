@@ -15,10 +15,7 @@ __all__ = ["JobError", "ShampooContainer", "alike_on_all_ranks", "hyperparameter
 # What groups of AdamW have beside ours: TorchTitan asks every checkpoint for all of them, so that a
 # job of AdamW can go on from one of Shampoo.
 _OF_ADAMW = {
-    "amsgrad": False,
-    "maximize": False,
-    "capturable": False,
-    "differentiable": False,
+    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
     "decoupled_weight_decay": True,
 }
 

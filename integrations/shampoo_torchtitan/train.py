@@ -31,10 +31,7 @@ _titan.register()
 
 __all__ = ["BAD_SETTINGS", "JobReader", "Trainer", "main"]
 
-BAD_SETTINGS = (
-    *(AssertionError, ImportError, NotImplementedError),
-    *(OSError, TypeError, ValueError),
-)
+BAD_SETTINGS = (AssertionError, ImportError, NotImplementedError, OSError, TypeError, ValueError)
 """What reading a job raises, here and in TorchTitan."""
 _BAD_SETTING = 2  # exit code, that of argparse; launch.py knows it
 

@@ -3,7 +3,6 @@ type of their module."""
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from shampoo_fsdp.config import DEFAULT_EXCLUDE, ShampooConfig
@@ -54,12 +53,9 @@ def refuse_nameless(shapes: Mapping[str, tuple[int, ...]], config: ShampooConfig
     """Raise a ValueError where embeddings cannot be told, because no parameter has a name."""
     matrices = [s for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, config)]
     if matrices:
-        # The largest are said: embeddings are among them.
-        kinds = sorted(Counter(matrices).items(), key=lambda kind: -math.prod(kind[0]))
-        said = ", ".join(f"{shape} x {number}" for shape, number in kinds[:4])
         raise ValueError(
             f"{len(shapes)} parameters have no names, so that Shampoo cannot tell which of "
-            f"{len(matrices)} matrices are embeddings and the output layer ({said}, ...). Give it "
+            f"{len(matrices)} matrices are embeddings and the output layer. Give it "
             "shampoo_fsdp.param_groups(model) or model.named_parameters(), or groups with "
             "'param_names'; or set exclude = [] to precondition all matrices."
         )

@@ -28,7 +28,6 @@ class TestNames:
             Shampoo(model.parameters())
         said = str(refused.value)
         assert "12 parameters have no names" in said and "9 matrices" in said
-        assert "(20, 12) x 2" in said and "(16, 12) x 2" in said
         assert "model.named_parameters()" in said and "exclude = []" in said
 
     @pytest.mark.parametrize(
