@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from studies import plots
+from studies.pretrain.summary import reached
 
 _RUNS = Path("studies/pretrain/results/batches/runs.jsonl")
 _SIZE, _BASELINE = "1M-full-8k", "AdamW"
@@ -27,11 +28,11 @@ def main() -> None:
         runs = sorted((r for r in final if r["contestant"] == name), key=_seed)
         steps, seeds = runs[0]["step"], [r["loss"] for r in runs]
         plots.band(axis, steps, seeds, name, plots.color_of(name))
-        curves[name] = np.array(seeds)
-    end, ends = steps[-1], curves[_BASELINE][:, -1]
-    pairs = zip(ends, curves["KL-Shampoo"], strict=True)
-    there = np.mean([np.interp(-aim, -losses, steps) for aim, losses in pairs])
-    aim = ends.mean()
+        curves[name] = runs
+    end, aims = steps[-1], [run["loss"][-1] for run in curves[_BASELINE]]
+    pairs = zip(curves["KL-Shampoo"], aims, strict=True)
+    there = np.mean([found[0] for run, aim in pairs if (found := reached(run, aim))])
+    aim = np.mean(aims)
     plots.reference(axis, aim)
     arrow = {"arrowstyle": "->", "color": "0.3", "lw": 1.2}
     axis.annotate("", (there, aim), (end, aim), arrowprops=arrow)
