@@ -91,11 +91,11 @@ class KLShampooRule(RootRule):
             mean = mean_eigenvalue(factors)
             bounded = mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN)
             scale = torch.where(mean > 0.0, bounded / mean, 1.0)
-            scaled = factors * per_block(scale, factors.ndim)
+            factors.mul_(per_block(scale, factors.ndim))
             if diagonal is None:
-                self.factors[i].write(scaled, where)
-            else:
-                diagonal[where] = scaled
+                self.factors[i].keep(factors, where)
+            elif isinstance(where, Tensor):
+                diagonal[where] = factors
         return super().refresh(where, cold, correction)
 
     def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:

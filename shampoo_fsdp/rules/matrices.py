@@ -98,10 +98,11 @@ class MatrixStack:
         kept = self.storage[where].to(dtype)
         return unpacked(kept, self.size) if self._packed else kept
 
-    def keep(self, matrices: Tensor) -> None:
-        """Keep the change of what :meth:`read` gave of all positions."""
-        if self._packed or self.storage.dtype != torch.float32:
-            self.write(matrices)
+    def keep(self, matrices: Tensor, where: Positions = slice(None)) -> None:
+        """Keep the change of what :meth:`read` gave of these positions."""
+        copied = self._packed or self.storage.dtype != torch.float32 or isinstance(where, Tensor)
+        if copied:
+            self.write(matrices, where)
 
     def write(self, matrices: Tensor, where: Positions = slice(None)) -> None:
         """Keep these matrices."""

@@ -135,7 +135,7 @@ def polynomial_root(
     # Between the largest eigenvalue and that times the fourth root of how many are as large; the
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
     scale = norm.sqrt_().mul_(1.0 + _SLACK) + ridge
-    power = per_block((scale * unit / divisor) ** (-1.0 / order), 3)
+    power = (scale * unit / divisor) ** (-1.0 / order)
 
     first, *others = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
     dtype = rounded if order == 2 else a.dtype
@@ -143,11 +143,9 @@ def polynomial_root(
     del a, square  # matrices are large
     z = y = first.unit
     if order == 2:
-        with products_in("high"):  # where there is no fp16
-            inverse, z, _, _ = _coupled(others, inverse, z, root, y, times)
-        return (inverse + inverse.mT).mul_((0.5 * z) * power)
+        return _inverse(others, inverse, z, root, y, 0.5, power, times)
 
-    _, _, root, y = _coupled(others, inverse, z, root, y, times, keep_root=True)
+    root, y = _root(others, inverse, z, root, y, times)
     above = 1.0 + _FIRST_OF_TWO.error
     first, *others = _SECOND_OF_TWO.stages
     nu = (root + root.mT).mul_(0.5 * y / (above * first.half))
@@ -155,9 +153,7 @@ def polynomial_root(
     inverse, root = _first_of_nu(first, nu, rounded, times)
     del nu
     z, y = first.unit, first.unit * first.half
-    with products_in("high"):
-        inverse, z, _, _ = _coupled(others, inverse, z, root, y, times)
-    return (inverse + inverse.mT).mul_((0.5 * above**-0.5 * z) * power)
+    return _inverse(others, inverse, z, root, y, 0.5 * above**-0.5, power, times)
 
 
 def _first_of_a(
@@ -228,32 +224,53 @@ def _in_both(
     return results[0], results[-1]
 
 
-def _coupled(
+def _factor(stage: Stage, inverse: Tensor, root: Tensor, zy: float, times: Product) -> Tensor:
+    """T / unit, T being q of nu, of Z Y, which is this number times that of the matrices."""
+    q, dtype = stage.divided, inverse.dtype
+    (nu,) = times(inverse, root, Sum(dtype, zy / stage.half, 0.0, -stage.middle / stage.half))
+    squared, inner = times(nu, nu, Sum(dtype), Sum(dtype, q[4], 1.0, q[2]), c=nu)
+    return times(inner, squared, Sum(dtype, 1.0, q[1], q[0]), c=nu)[0]
+
+
+def _root(
+    stages: Sequence[Stage], inverse: Tensor, z: float, root: Tensor, y: float, times: Product
+) -> tuple[Tensor, float]:
+    """Y after these polynomials. Z and Y are each a matrix and a number that it has to be
+    multiplied by."""
+    for k, stage in enumerate(stages):
+        factor = _factor(stage, inverse, root, z * y, times)
+        if k + 1 < len(stages):
+            (inverse,) = times(factor, inverse, Sum(inverse.dtype))
+        (root,) = times(root, factor, Sum(root.dtype))
+        z, y = stage.unit * z, stage.unit * y
+    return root, y
+
+
+def _inverse(
     stages: Sequence[Stage],
     inverse: Tensor,
     z: float,
     root: Tensor,
     y: float,
+    share: float,
+    power: Tensor,
     times: Product,
-    *,
-    keep_root: bool = False,
-) -> tuple[Tensor, float, Tensor, float]:
-    """Z and Y, this one if it is wanted, after these polynomials; each as a matrix and a number
-    that it has to be multiplied by."""
-    low = inverse.dtype
-    for k, stage in enumerate(stages):
-        q, last = stage.divided, k + 1 == len(stages)
-        nu_of = Sum(low, z * y / stage.half, 0.0, -stage.middle / stage.half)
-        (nu,) = times(inverse, root, nu_of)
-        squared, inner = times(nu, nu, Sum(low), Sum(low, q[4], 1.0, q[2]), c=nu)
-        (factor,) = times(inner, squared, Sum(low, 1.0, q[1], q[0]), c=nu)
-        del nu, squared, inner
-        whole = torch.float32 if last and low == torch.float16 else low
+) -> Tensor:
+    """share (Z + Z^T) after these polynomials, times power, [B]."""
+    with products_in("high"):  # where there is no fp16
+        for stage in stages[:-1]:
+            factor = _factor(stage, inverse, root, z * y, times)
+            (inverse,) = times(factor, inverse, Sum(inverse.dtype))
+            (root,) = times(root, factor, Sum(root.dtype))
+            z, y = stage.unit * z, stage.unit * y
+        factor = _factor(stages[-1], inverse, root, z * y, times)
+        power = (share * (stages[-1].unit * z)) * power
+        whole = torch.promote_types(inverse.dtype, torch.float32)
+        if times is product:
+            (inverse,) = times(factor, inverse, Sum(whole, power))
+            return inverse + inverse.mT
         (inverse,) = times(factor, inverse, Sum(whole))
-        if keep_root or not last:
-            (root,) = times(root, factor, Sum(low))
-        z, y = stage.unit * z, stage.unit * y
-    return inverse, z, root, y
+    return (inverse + inverse.mT).mul_(per_block(power, 3))
 
 
 def _plus(matrices: Tensor, values: float | Tensor) -> Tensor:

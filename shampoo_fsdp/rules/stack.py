@@ -23,9 +23,9 @@ from shampoo_fsdp.rules.step import Step, Tally
 
 __all__ = ["BlockStack"]
 
-# Elements of factors whose roots are taken in one call: some ten times their memory is needed for
-# it, and while all roots are refreshed on each step, as at the start, all would be many.
-_AT_ONCE = 2**24
+# Elements of factors whose roots are taken in one call: five to ten times their memory is needed,
+# and while all roots are refreshed on each step, as at the start, all would be many.
+_AT_ONCE = 2**25
 
 
 class BlockStack:
