@@ -31,6 +31,7 @@ from shampoo_fsdp.checkpoint.owned import OwnedBlocks
 from shampoo_fsdp.checkpoint.sharded import ShardedBlocks, local_parts, local_tensor
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 from shampoo_fsdp.rules.layout import factor_entries
+from shampoo_fsdp.validation import refuse
 
 __all__ = [
     "ShampooLoadPlanner",
@@ -186,9 +187,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
     def __init__(self, on_mismatch: OnMismatch = "refuse") -> None:
         super().__init__()
         if on_mismatch not in ("refuse", "rebuild"):
-            raise ValueError(
-                f"setting 'on_mismatch' is {on_mismatch!r}; allowed: 'refuse' or 'rebuild'."
-            )
+            refuse("on_mismatch", on_mismatch, "'refuse' or 'rebuild'")
         self.on_mismatch: OnMismatch = on_mismatch
         self.report = LoadReport()
         self._decision = LoadDecision()
@@ -210,14 +209,12 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         plan: LoadPlan = create_default_local_load_plan(
             wanted, replace(self.metadata, state_dict_metadata=saved)
         )
-        items = [self._from_its_key(item) for item in plan.items]
+        items = []
+        for item in plan.items:
+            index = item.storage_index
+            index = replace(index, fqn=decision.renamed.get(index.fqn, index.fqn))
+            items.append(replace(item, storage_index=index))
         return LoadPlan(items, planner_data=self.report)
-
-    def _from_its_key(self, item: ReadItem) -> ReadItem:
-        other = self._decision.renamed.get(item.storage_index.fqn)
-        if other is None:
-            return item
-        return replace(item, storage_index=replace(item.storage_index, fqn=other))
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         for plan in global_plan:

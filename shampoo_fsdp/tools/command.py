@@ -10,12 +10,10 @@ import os
 import sys
 import typing
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
@@ -64,10 +62,7 @@ def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) ->
 
 
 def _inspect(*, checkpoint: str, json: bool, parameter: str, blocks: int | None) -> None:
-    errors = Console(stderr=True)
-    hidden = not errors.is_terminal
-    watched = partial(track, description="Reading", console=errors, transient=True, disable=hidden)
-    found = inspect_checkpoint(Path(checkpoint), parameter, blocks, watched)
+    found = inspect_checkpoint(Path(checkpoint), parameter, blocks)
     if json:
         _print_json(found)
     else:

@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ def inspect_checkpoint(
     folder: Path,
     pattern: str = "",
     most_blocks: int | None = None,
-    watched: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> dict[str, Any]:
     """Read a checkpoint.
 
@@ -53,7 +52,6 @@ def inspect_checkpoint(
         folder: the checkpoint.
         pattern: regular expression; only parameters whose name contains a match.
         most_blocks: factors of so many blocks of each parameter are looked at, evenly spread.
-        watched: is given the names of the parameters, and goes through them while each is read.
 
     Returns:
         plain dicts, lists, strings and numbers.
@@ -77,7 +75,7 @@ def inspect_checkpoint(
     }
     settings = reader.settings()
     parameters = []
-    for name in watched(chosen):
+    for name in chosen:
         try:
             group = settings.get(name, {})
             parameters.append(_parameter(reader, name, found[name], group, most_blocks))
