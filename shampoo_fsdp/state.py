@@ -57,6 +57,9 @@ class State:
     _reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
+        self._reading.counts = [
+            r.make_count() for r in self.parameters.rank_sets if r.group is not None
+        ]
         # All state exists from the start: loading a checkpoint into an optimizer without state
         # would make torch.distributed.checkpoint run a step with gradients of zero first.
         for stacks, made in self._make_entries():
@@ -217,7 +220,7 @@ class State:
             group.update(loaded)
         carry_out(here, saved, decision, set(other))
         self._start_factors()
-        self._reading.begun = False
+        self._reading.set(False)
 
         # Others may have put more there, also into a state dict that is the optimizer's own.
         known = {key for group in state_dict["param_groups"] for key in group["params"]}

@@ -1,6 +1,6 @@
 """A tensor of which a rank holds some rectangles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -30,20 +30,37 @@ OF_EACH_PIECE = (
 
 @dataclass
 class Reading:
-    """Whether a checkpoint is read into the state of an optimizer, and has not been loaded; torch
-    plans to read on all ranks or none."""
+    """Whether a checkpoint is read into the state of an optimizer, and has not been loaded."""
 
-    begun: bool = False
+    counts: Sequence[Callable[[int], bool]] = ()
+    """Each adds to the number of ranks, of some, where it has begun, and says whether it has on all
+    of these."""
+    _begun: bool = False
+
+    def set(self, begun: bool) -> None:
+        """This rank plans to read, or what was read has been loaded."""
+        if begun != self._begun:
+            self._begun = begun
+            self._count(1 if begun else -1)
+
+    def is_open(self) -> bool:
+        """Whether values may have come, here or on another rank; all ranks find the same."""
+        if self._begun and not self._count(0):
+            self.set(False)  # no rank reads before all have planned to
+        return self._begun
 
     def check(self) -> None:
-        """Raise a RuntimeError if the state may be of two checkpoints."""
-        if self.begun:
+        """Raise a RuntimeError, on all ranks alike, if the state may be of two checkpoints."""
+        if self.is_open():
             raise RuntimeError(
                 "a checkpoint was read into the state of this optimizer, or a part of it, and "
                 "load_state_dict() has not taken it over. If reading it went well, call "
                 "load_state_dict() with what was read, as set_optimizer_state_dict() does; if "
                 "not, load another checkpoint, or start anew with an optimizer that is built again."
             )
+
+    def _count(self, change: int) -> bool:
+        return all([count(change) for count in self.counts])
 
 
 class OwnedBlocks(torch.Tensor):
@@ -103,7 +120,7 @@ class OwnedBlocks(torch.Tensor):
 
     def check_read(self, name: str) -> None:
         """Raise a ValueError if a checkpoint was read into the pieces and did not fill them."""
-        if self.unread and self.reading.begun:
+        if self.unread and self.reading.is_open():
             raise ValueError(
                 f"{name} was not read completely: the checkpoint lacks the block at "
                 f"{min(self.unread)}, one of {len(self.unread)}. Was it saved by one of several "
@@ -203,7 +220,7 @@ class OwnedBlocks(torch.Tensor):
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         # Only for reading.
         self.unread = {at for at, values in self.pieces.items() if values.numel()}
-        self.reading.begun = True
+        self.reading.set(True)
         return self._chunks()
 
     def _chunks(self) -> list[ChunkStorageMetadata]:

@@ -2,6 +2,7 @@
 error on each of them, never a hang."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = ["RankSet", "Replicas", "group_of", "tell_all"]
@@ -96,6 +98,18 @@ class RankSet:
                     f"ranks disagree about {fact}: rank {self.ranks[0]} has {here}, rank "
                     f"{self.ranks[odd]} has {there}."
                 )
+
+    def make_count(self) -> Callable[[int], bool]:
+        """A function that adds to a number that these ranks have in common, and says whether it is
+        that of the ranks; none waits for another one. All ranks must call this in the same order.
+        """
+        key = f"shampoo_fsdp/{self.ranks}/{_counts[self.ranks]}"
+        _counts[self.ranks] += 1
+        return lambda change: _get_default_store().add(key, change) == len(self.ranks)
+
+
+_counts: Counter[tuple[int, ...]] = Counter()
+"""How many of them each set of ranks has."""
 
 
 def tell_all(rank_sets: Sequence[RankSet], mine: _T | None) -> _T | None:
