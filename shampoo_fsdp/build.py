@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.totals import Totals, summed
-from shampoo_fsdp.rules.device import on_device, reasons
+from shampoo_fsdp.rules.device import kernels_used, on_device, reasons
 from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.bucket import Stopwatch
@@ -185,7 +185,7 @@ def build(
     return Built(
         given,
         chosen,
-        reasons(config, device),
+        "; ".join(filter(None, (reasons(config, device), kernels_used(config, device)))),
         parameters,
         excluded,
         Streaks(parameters),

@@ -25,6 +25,7 @@ __all__ = [
     "large_tiles",
     "launch",
     "lerp",
+    "missing",
     "number",
     "observed_by",
     "of_block",
@@ -109,9 +110,14 @@ def large_tiles(device: torch.device) -> bool:
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and (
-        interpreted() or _generation(device) >= 80
-    )
+    return not missing(device)
+
+
+def missing(device: torch.device) -> str:
+    """What kernels lack on a device; "" if it is nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return "" if interpreted() or _generation(device) >= 80 else "no NVIDIA GPU from 2020 on"
 
 
 @functools.cache

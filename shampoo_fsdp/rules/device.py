@@ -5,11 +5,12 @@ import dataclasses
 import torch
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.kernels.language import missing
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
 from shampoo_fsdp.rules.roots import check_exponent
 from shampoo_fsdp.rules.rule import rule_of
 
-__all__ = ["on_device", "reasons"]
+__all__ = ["kernels_used", "on_device", "reasons"]
 
 
 def on_device(config: ShampooConfig, device: torch.device) -> ShampooConfig:
@@ -47,3 +48,11 @@ def reasons(config: ShampooConfig, device: torch.device) -> str:
         names.append("root_dtype")
     chosen = ", ".join(f"{name} = '{getattr(filled, name)}'" for name in names)
     return chosen and f"{chosen} (the default on {device.type})"
+
+
+def kernels_used(config: ShampooConfig, device: torch.device) -> str:
+    """Whose kernels a step takes on a GPU, and why; "" where there is no choice."""
+    if device.type != "cuda":
+        return ""
+    lack = "kernels = 'off'" if config.kernels == "off" else missing(device)
+    return f"PyTorch's kernels alone ({lack})" if lack else "kernels of its own"

@@ -5,7 +5,7 @@ import torch
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.rules import device as production
-from shampoo_fsdp.rules.device import on_device, reasons
+from shampoo_fsdp.rules.device import kernels_used, on_device, reasons
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -111,3 +111,10 @@ def test_products_in_bf16_change_little_and_something(preconditioner):
     exact, _ = trained(range(20), preconditioner=preconditioner, matmul_precision="highest")
     rounded, _ = trained(range(20), preconditioner=preconditioner, matmul_precision="medium")
     assert 0.0 < (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_whose_kernels_a_gpu_takes_and_why():
+    lacking = kernels_used(ShampooConfig(), CUDA)
+    assert lacking.startswith("PyTorch's kernels alone (") or lacking == "kernels of its own"
+    assert kernels_used(ShampooConfig(kernels="off"), CUDA).endswith("(kernels = 'off')")
+    assert kernels_used(ShampooConfig(), CPU) == ""
