@@ -34,13 +34,13 @@ class _Route:
     """From the memory of one side to that of the other, for one rank."""
 
     leaving: Tensor
-    """Numbers of the rows: first those whose other side is on this rank as well, then the others,
-    in the order of the ranks that they go to; int32."""
-    staying: int
-    """How many of them stay on this rank."""
-    arrived: Tensor
-    """For each row of the memory where they arrive its number among those that do, in an order as
-    that of `leaving`; int32."""
+    """Numbers of the rows that go to other ranks, in the order of these; int32."""
+    staying: Tensor | None
+    """Numbers of the rows that stay and are picked beforehand; int32. None: all are kept, as they
+    lie, until the others arrive."""
+    order: Tensor | None
+    """For each row of the memory where they arrive its number among those that are kept and, behind
+    them, those from other ranks in the order of these; int32. None: it is that order."""
     sent: list[int]
     """Rows that go to each rank, to this one none."""
     received: list[int]
@@ -51,10 +51,10 @@ class Exchange:
     """Moves some parameters' gradients and updates between the shards and the blocks of ranks.
 
     In memory the shards of a rank, one after the other, are rows of one width that no piece cuts,
-    and so are its blocks. Rows are picked in the order of the ranks that they go to, travel in one
-    all-to-all, during which the caller may compute, and are picked again in the order of the memory
-    where they arrive, together with those that stayed on their rank. So the kernels of a GPU are as
-    few as that, whatever the number of pieces.
+    and so are its blocks. Rows that leave are picked in the order of the ranks that they go to, and
+    travel in one all-to-all, during which the caller may compute. What arrives is picked in the
+    order of its memory, together with what stays, which was picked before only where its memory
+    is wanted in between. So the kernels of a GPU are as few as that, whatever the number of pieces.
     """
 
     def __init__(
@@ -99,13 +99,17 @@ class Exchange:
                 if (block := t.block) is not None
             ]
 
-        self._gather = _find_route(in_shards("gather_out"), in_blocks("gather_in"), ranks, device)
+        self._rows = sum(map(math.prod, self._shapes)) // self._width
+        """Of all shards."""
+        self._gather = _find_route(
+            in_shards("gather_out"), in_blocks("gather_in"), ranks, device, self._rows
+        )
         self._scatter = _find_route(
             in_blocks("scatter_out"), in_shards("scatter_in"), ranks, device
         )
         self._wait: Callable[[], object] | None = None
         self._leaving = self._arriving = torch.empty(0, device="cpu")
-        """What travels, and the rows that stay with memory for those that come after them."""
+        """What travels, and the rows that are kept with memory for those that come after them."""
 
     def send_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Let gradients set out for the owners of their blocks.
@@ -117,20 +121,24 @@ class Exchange:
         """
         # An interrupted step may have left something in flight.
         self._finish()
-        self._pack(self._staged(gradients), self._gather)
-        self._set_out(self._gather, "gradients")
+        route = self._gather
+        room = sum(route.received) if route.staying is None else 0
+        rows = self._make_rows(self._rows + room)
+        self._stage(gradients, rows[: self._rows].view(-1))
+        self._pack(rows, route)
+        self._set_out(route, "gradients")
 
     def receive_gradients(self, blocks: Tensor) -> None:
         """Fill the memory of all blocks with their gradients."""
-        arrived, order = self._arrived(), self._gather.arrived
-        if blocks.dtype == arrived.dtype:
+        arrived, order = self._arrived(), self._gather.order
+        if order is not None and blocks.dtype == arrived.dtype:
             torch.index_select(arrived, 0, order, out=blocks.view(-1, self._width))
         else:
-            blocks.copy_(self._pick(arrived, order))
+            blocks.copy_(_pick(arrived, order).view(-1))
 
     def pack_updates(self, blocks: Tensor) -> None:
         """Take the updates, which have replaced the gradients, out of the memory of all blocks."""
-        self._pack(blocks.to(self._dtype), self._scatter)
+        self._pack(blocks.to(self._dtype).view(-1, self._width), self._scatter)
 
     def send_updates(self) -> None:
         """Let them set out for the shards."""
@@ -138,13 +146,10 @@ class Exchange:
 
     def receive_updates(self) -> list[Tensor]:
         """The update of each parameter's shard, in the shape of the view."""
-        updates = self._pick(self._arrived(), self._scatter.arrived)
-        return self._shards_in(updates)
+        updates = _pick(self._arrived(), self._scatter.order)
+        return self._shards_in(updates.view(-1))
 
-    def _staged(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        memory = torch.empty(
-            sum(map(math.prod, self._shapes)), dtype=self._dtype, device=self._device
-        )
+    def _stage(self, gradients: Sequence[Tensor | None], memory: Tensor) -> None:
         targets, sources = [], []
         for target, gradient in zip(self._shards_in(memory), gradients, strict=True):
             if gradient is None:
@@ -154,25 +159,27 @@ class Exchange:
                 sources.append(gradient)
         if targets:
             torch._foreach_copy_(targets, sources)
-        return memory
 
     def _shards_in(self, memory: Tensor) -> list[Tensor]:
         parts = torch.split(memory, [math.prod(shape) for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def _pick(self, memory: Tensor, rows: Tensor) -> Tensor:
-        return memory.view(-1, self._width).index_select(0, rows).view(-1)
+    def _make_rows(self, number: int) -> Tensor:
+        return torch.empty(number, self._width, dtype=self._dtype, device=self._device)
 
-    def _pack(self, memory: Tensor, route: _Route) -> None:
-        rows = memory.view(-1, self._width)
-        stay = route.staying
-        self._leaving = rows.index_select(0, route.leaving[stay:])
-        self._arriving = rows.new_empty(len(route.arrived), self._width)
-        torch.index_select(rows, 0, route.leaving[:stay], out=self._arriving[:stay])
+    def _pack(self, rows: Tensor, route: _Route) -> None:
+        if self._travels:
+            self._leaving = rows.index_select(0, route.leaving)
+        if route.staying is None:
+            self._arriving = rows
+        else:
+            stay = len(route.staying)
+            self._arriving = self._make_rows(stay + sum(route.received))
+            torch.index_select(rows, 0, route.staying, out=self._arriving[:stay])
 
     def _set_out(self, route: _Route, what: str) -> None:
         if self._travels:
-            arriving = self._arriving[route.staying :]
+            arriving = self._arriving[len(self._arriving) - sum(route.received) :]
             self._wait = self._ranks.all_to_all(
                 arriving, self._leaving, route.received, route.sent, what
             )
@@ -211,7 +218,11 @@ def _rows_of(start: int, sizes: Sequence[int], slices: Slices, width: int) -> _R
 
 
 def _find_route(
-    sources: Sequence[_Piece], targets: Sequence[_Piece], ranks: RankSet, device: torch.device
+    sources: Sequence[_Piece],
+    targets: Sequence[_Piece],
+    ranks: RankSet,
+    device: torch.device,
+    rows: int = 0,
 ) -> _Route:
     """The route of this rank's pieces.
 
@@ -220,18 +231,34 @@ def _find_route(
             the same in the same order. What arrives fills its memory.
         ranks: those that the pieces go to and come from.
         device: where the numbers are needed.
+        rows: of the sources' memory, if all of it may be kept until the others arrive. (It is if
+            at least half of it stays: what leaves takes memory twice until then.)
     """
-    leaving, sent = _in_order(sources, ranks)
-    order, received = _in_order(targets, ranks)
-    arrived = torch.empty_like(order)
-    arrived[order.long()] = torch.arange(len(order), dtype=order.dtype, device="cpu")
+    numbers, sent = _in_order(sources, ranks)
+    places, received = _in_order(targets, ranks)
+    stay, come = len(numbers) - sum(sent), sum(received)
+    whole = 0 < rows <= 2 * stay
+    kept, behind = (numbers[:stay], rows) if whole else (_count(stay), stay)
+    order = torch.empty_like(places)
+    order[places.long()] = torch.cat([kept, behind + _count(come)])
+    staying, in_order = numbers[:stay], not whole and not come
+    if in_order:
+        staying = staying[order.long()]
     return _Route(
-        to_device(leaving, device),
-        len(leaving) - sum(sent),
-        to_device(arrived, device),
+        to_device(numbers[stay:], device),
+        None if whole else to_device(staying, device),
+        None if in_order else to_device(order, device),
         sent,
         received,
     )
+
+
+def _count(number: int) -> Tensor:
+    return torch.arange(number, dtype=torch.int32, device="cpu")
+
+
+def _pick(rows: Tensor, order: Tensor | None) -> Tensor:
+    return rows if order is None else rows.index_select(0, order)
 
 
 def _in_order(pieces: Sequence[_Piece], ranks: RankSet) -> tuple[Tensor, list[int]]:
