@@ -172,7 +172,7 @@ def _first_of_a(
         scale, ridge: [B].
     """
     q = stage.divided
-    x = 1.0 / (scale * stage.half)
+    x = (scale * stage.half).reciprocal()
     y = ridge * x - stage.middle / stage.half  # nu = x A + y I
     if len(q) == 2:
         t = low = _plus(_plus(a * per_block(x, 3), y), q[0])
@@ -180,9 +180,9 @@ def _first_of_a(
         # nu^2, and then ((c2 + nu + c4 nu^2) nu^2 + c1 nu + c0) / c3.
         squares = x.square(), 2.0 * x * y, y.square()
         if times is product:
-            half_way = Sum(
-                a.dtype, q[4] * squares[0], q[4] * squares[1] + x, q[4] * squares[2] + y + q[2]
-            )
+            linear = torch.add(x, squares[1], alpha=q[4])
+            constant = torch.add(y, squares[2], alpha=q[4]) + q[2]
+            half_way = Sum(a.dtype, q[4] * squares[0], linear, constant)
             squared, inner = two_sums(square, a, Sum(a.dtype, *squares), half_way)
             sum_, c = Sum(a.dtype, 1.0, q[1] * x, q[1] * y + q[0]), a
         else:
@@ -194,7 +194,7 @@ def _first_of_a(
         t, low = _in_both(sum_, dtype, times, inner, squared, c)
         del inner, squared, c
     if times is product:
-        sum_ = Sum(dtype, 1.0 / scale, ridge / scale)
+        sum_ = Sum(dtype, scale.reciprocal(), ridge / scale)
         (root,) = times(a, t, sum_, c=t, symmetric=True)
     else:
         (root,) = times(a, t, Sum(a.dtype), symmetric=True)

@@ -101,7 +101,8 @@ def product_case(generation, dtype, symmetric, second):
         "b": rows if symmetric else f"tensordesc<{name}[1,{depth},{tile}]>",
         "c": f"tensordesc<{name}[1,{tile},{tile}]>",
         "out": f"tensordesc<{name}[1,{tile},{tile}]>",
-        "second": f"tensordesc<fp16[1,{tile},{tile}]>",
+        # The first polynomial gives a symmetric one in fp16, too.
+        "second": f"tensordesc<{'fp16' if symmetric else name}[1,{tile},{tile}]>",
         "squares": "*fp32",
     }
     known = {} if second else {"c": None, "second": None}
@@ -120,6 +121,7 @@ CASES = {
     "two_sums": two_sums_case,
     "product_split": partial(product_case, dtype=torch.float32, symmetric=True, second=False),
     "product_split_two": partial(product_case, dtype=torch.float32, symmetric=True, second=True),
+    "product_split_whole": partial(product_case, dtype=torch.float32, symmetric=False, second=True),
     "product": partial(product_case, dtype=torch.float16, symmetric=False, second=True),
 }
 
