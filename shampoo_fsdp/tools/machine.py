@@ -27,7 +27,7 @@ class Machine:
     """... and of a QR decomposition."""
     training: float = 400.0
     """TFLOP/s of forward and backward, 6 per parameter and token."""
-    memory: float = 2.4
+    bandwidth: float = 2.4
     """TB/s of device memory."""
     node: float = 300.0
     """GB/s that a rank sends to ranks of its node."""
@@ -49,7 +49,7 @@ class Machine:
         rates = {"bf16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}
         products = 1e-9 * sum(work.get(kind, 0) / rate for kind, rate in rates.items())
         decomposed = (self.eigh * work.get("eigh", 0) + self.qr * work.get("qr", 0)) / 2**15
-        moved = 1e-9 * work.get("bytes", 0) / self.memory
+        moved = 1e-9 * work.get("bytes", 0) / self.bandwidth
         return max(products + decomposed, moved, 1e-3 * self.launch * work.get("launches", 0))
 
     def transfer(self, near: float, far: float) -> float:

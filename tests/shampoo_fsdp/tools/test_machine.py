@@ -4,7 +4,7 @@ import pytest
 
 from shampoo_fsdp.tools.machine import Machine
 
-MACHINE = Machine(bf16=500.0, tf32=250.0, memory=2.0, launch=4.0, node=200.0, network=50.0)
+MACHINE = Machine(bf16=500.0, tf32=250.0, bandwidth=2.0, launch=4.0, node=200.0, network=50.0)
 
 
 @pytest.mark.parametrize(
