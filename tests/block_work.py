@@ -12,8 +12,6 @@ from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
-__all__ = ["work_of_block"]
-
 
 def work_of_block(shape: Sequence[int], config: ShampooConfig) -> tuple[Counter[str], Counter[str]]:
     """FLOPs by precision, decompositions and bytes (see :class:`Work`), of a step without a refresh

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-__all__ = ["PICKLES", "Calls", "put_entry", "saved_as"]
-
 
 class Calls:
     """Pickles as a call."""

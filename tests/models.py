@@ -13,7 +13,7 @@ an optimizer needs.
 
 import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,17 +30,6 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-__all__ = [
-    "LAYOUTS",
-    "Built",
-    "TinyLlama",
-    "build",
-    "deterministic_gradients",
-    "full_parameters",
-    "local_part",
-    "set_gradients",
-]
-
 LAYOUTS = ("single", "fsdp", "hsdp", "tp_fsdp", "tp", "ddp")
 """Names for `build`. hsdp and tp_fsdp need an even number of ranks, tp 2; the others any."""
 
@@ -48,30 +37,20 @@ LAYOUTS = ("single", "fsdp", "hsdp", "tp_fsdp", "tp", "ddp")
 # ------------------------------------------------------------------------------- model
 
 
-class _Attention(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.wq = nn.Linear(dim, dim, bias=False)
-        self.wk = nn.Linear(dim, dim // 2, bias=False)  # grouped queries
-        self.wv = nn.Linear(dim, dim // 2, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-
-
 class _TransformerBlock(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.attention = _Attention(dim)
-        self.feed_forward = _FeedForward(dim, hidden)
+        half = dim // 2  # grouped queries
+        shapes = {"wq": (dim, dim), "wk": (dim, half), "wv": (dim, half), "wo": (dim, dim)}
+        self.attention = _linears(shapes)
+        up, down = (dim, hidden), (hidden, dim)
+        self.feed_forward = _linears({"w1": up, "w2": down, "w3": up})
         self.attention_norm = nn.RMSNorm(dim)
         self.ffn_norm = nn.RMSNorm(dim)
+
+
+def _linears(shapes: dict[str, tuple[int, int]]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
 
 
 class TinyLlama(nn.Module):
@@ -129,23 +108,18 @@ def build(
     if layout == "single":
         return Built(model, None)
     world = dist.get_world_size()
-    if layout == "ddp":
-        return Built(model, init_device_mesh("cpu", (world,), mesh_dim_names=("replica",)))
-    if layout == "fsdp":
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
-        _apply_fsdp(model, mesh)
-    elif layout == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "fsdp"))
-        _apply_fsdp(model, mesh)
-    elif layout == "tp":
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-        _apply_tp(model, mesh)
-    elif layout == "tp_fsdp":
-        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("fsdp", "tp"))
+    shape, names = {
+        "ddp": ((world,), ("replica",)),
+        "fsdp": ((world,), ("fsdp",)),
+        "hsdp": ((2, world // 2), ("replica", "fsdp")),
+        "tp": ((world,), ("tp",)),
+        "tp_fsdp": ((world // 2, 2), ("fsdp", "tp")),
+    }[layout]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    if "tp" in names:
         _apply_tp(model, mesh["tp"])
-        _apply_fsdp(model, mesh["fsdp"])
-    else:
-        raise ValueError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if "fsdp" in names:
+        _apply_fsdp(model, mesh["fsdp"] if "tp" in names else mesh)
     return Built(model, mesh)
 
 
@@ -250,6 +224,13 @@ def set_gradients(
             )
         else:
             p.grad = gradient.clone()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+    """Take these steps, with the gradients of their numbers."""
+    for step in steps:
+        set_gradients(model, deterministic_gradients(model, step))
+        optimizer.step()
 
 
 def local_part(full: Tensor, like: DTensor) -> Tensor:

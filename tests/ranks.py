@@ -23,7 +23,6 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import sys
 import tempfile
@@ -42,8 +41,6 @@ import torch
 import torch.distributed as dist
 
 import tests.arithmetic  # noqa: F401
-
-__all__ = ["RanksError", "preload", "ranks", "run_ranks"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PROCESS_GROUP_TIMEOUT_S = 60.0
@@ -133,7 +130,8 @@ def run_ranks(
             arguments=pickle.dumps(kwargs),  # multiprocessing's own shares tensors' memory
             world_size=n,
             init=init,
-            process_group_timeout_s=min(_PROCESS_GROUP_TIMEOUT_S, timeout),
+            timeout=timeout,
+            end=time.time() + timeout,
             folder=folder,
             port=_free_port(),
             environment=dict(os.environ),
@@ -151,7 +149,8 @@ class _Call:
     arguments: bytes
     world_size: int
     init: bool
-    process_group_timeout_s: float
+    timeout: float
+    end: float
     folder: str
     port: int
     environment: dict[str, str]
@@ -159,7 +158,7 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Report:
-    """What a rank says at the end: kind is "returned", "raised" or "skipped"."""
+    """What a rank says at the end: kind is "returned" or "raised"."""
 
     kind: str
     time: float
@@ -214,6 +213,7 @@ def _started(n: int, call: _Call) -> Iterator[list[_Worker]]:
             ours, theirs = context.Pipe()
             process = context.Process(target=_rank_main, args=(rank, call, theirs))
             stacks = Path(call.folder) / f"stacks_{rank}"
+            stacks.touch()
             process.start()
             theirs.close()  # or the end of the rank would not end the pipe
             workers.append(_Worker(rank=rank, process=process, pipe=ours, stacks=stacks))
@@ -235,7 +235,7 @@ def _started(n: int, call: _Call) -> Iterator[list[_Worker]]:
 def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
     """Wait for all ranks' reports and return their values, or raise what they amount to."""
     __tracebackhide__ = True
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout + 1.0  # by then those that hang have written their stacks
     failed = False
     while any(worker.report is None for worker in workers):
         pipes = {worker.pipe: worker for worker in workers if worker.report is None}
@@ -259,13 +259,10 @@ def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
         if unfinished:
             message += f" ({_name([w.rank for w in unfinished])} had not finished)"
         raise RanksError(f"{message}; rank {first} was the first:\n\n{report.text}")
-    skipped = [report for _, report in reports if report.kind == "skipped"]
-    if skipped:
-        pytest.skip(skipped[0].text)
     if unfinished:
         numbers = [worker.rank for worker in unfinished]
         message = f"{_name(numbers)} of {len(workers)} did not finish within {timeout:g} s"
-        stacks = "\n\n".join(f"rank {w.rank}:\n{text}" for w, text in _dump(unfinished))
+        stacks = "\n\n".join(f"rank {w.rank}:\n{w.stacks.read_text()}" for w in unfinished)
         raise RanksError(f"{message}; where they are:\n\n{stacks}")
     return [pickle.loads(report.value) for _, report in reports]
 
@@ -284,23 +281,6 @@ def _receive(worker: _Worker) -> _Report:
         return _Report(kind="raised", time=0.0, text=text)
 
 
-def _dump(workers: list[_Worker]) -> list[tuple[_Worker, str]]:
-    """Have ranks that hang write their stacks, and read them."""
-    for worker in workers:
-        # The file exists once the rank handles the signal, which would kill it otherwise.
-        if worker.stacks.exists() and worker.process.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(worker.process.pid, signal.SIGUSR1)
-    deadline = time.monotonic() + _GRACE_S
-    sizes: list[int] | None = None
-    while time.monotonic() < deadline:  # until nothing more is written
-        time.sleep(0.3)
-        before, sizes = sizes, [w.stacks.stat().st_size for w in workers if w.stacks.exists()]
-        if sizes == before and all(sizes):
-            break
-    return [(w, w.stacks.read_text() if w.stacks.exists() else "not started") for w in workers]
-
-
 def _name(numbers: list[int]) -> str:
     return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"
 
@@ -313,13 +293,11 @@ def _rank_main(rank: int, call: _Call, pipe: "connection.Connection[Any, Any]") 
 
     A rank that left while others still communicate would fail them with secondary errors.
     """
-    _open_stacks_file(Path(call.folder), rank)
+    _open_stacks_file(Path(call.folder), rank, call.end)
     try:
         _set_environment(rank, call)
         value = _call_function(rank, call)
         report = _Report(kind="returned", time=time.time(), value=pickle.dumps(value))
-    except pytest.skip.Exception as skip:
-        report = _Report(kind="skipped", time=time.time(), text=str(skip))
     except BaseException:
         report = _Report(kind="raised", time=time.time(), text=traceback.format_exc())
     sys.stdout.flush()
@@ -331,15 +309,13 @@ def _rank_main(rank: int, call: _Call, pipe: "connection.Connection[Any, Any]") 
         dist.destroy_process_group()
 
 
-def _open_stacks_file(folder: Path, rank: int) -> None:
-    # Left open for the life of the rank. It gets its name when the signal has its handler.
-    path = folder / f"stacks_{rank}"
-    file = path.with_suffix(".tmp").open("w")
+def _open_stacks_file(folder: Path, rank: int, end: float) -> None:
+    # Left open for the life of the rank.
+    file = (folder / f"stacks_{rank}").open("w")
     faulthandler.enable(file)
-    faulthandler.register(signal.SIGUSR1, file)
+    faulthandler.dump_traceback_later(max(0.1, end - time.time()), file=file)
     # torchelastic's `record`, around TorchTitan's trainer, would send a crash's stacks to stderr.
     faulthandler.enable = lambda *args, **kwargs: None  # type: ignore[assignment]
-    path.with_suffix(".tmp").rename(path)
 
 
 def _set_environment(rank: int, call: _Call) -> None:
@@ -367,7 +343,7 @@ def _call_function(rank: int, call: _Call) -> object:
             init_method=f"file://{call.folder}/rendezvous",
             rank=rank,
             world_size=call.world_size,
-            timeout=timedelta(seconds=call.process_group_timeout_s),
+            timeout=timedelta(seconds=min(_PROCESS_GROUP_TIMEOUT_S, call.timeout)),
         )
     _rewrite_assertions()
     function: Any = importlib.import_module(call.module)

@@ -26,13 +26,6 @@ def test_parameters_fixtures_and_an_environment_arrive(value: int, tmp_path: Pat
     assert torch.get_num_threads() == 1
 
 
-@ranks(2, init=False)
-def test_function_may_initialise_the_process_group() -> None:
-    assert not dist.is_initialized()
-    dist.init_process_group("gloo")  # from the environment
-    assert dist.get_world_size() == 2
-
-
 def scaled_rank(factor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return factor * dist.get_rank(), os.getpid()
 
@@ -104,13 +97,3 @@ def test_hang_ends_and_names_the_rank_and_its_place() -> None:
     message = str(failure.value)
     assert message.startswith("rank 1 of 2 did not finish within 4 s")
     assert re.search(r"test_ranks.py.*in hang_on_rank_1", message)
-
-
-@ranks(2)
-def skip_everywhere() -> None:
-    pytest.skip("not here")
-
-
-def test_skip_on_a_rank_skips_the_test() -> None:
-    with pytest.raises(pytest.skip.Exception, match="not here"):
-        skip_everywhere()

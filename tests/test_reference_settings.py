@@ -130,42 +130,6 @@ def test_grafting_gives_the_norm_of_the_other_method(grafting: str) -> None:
         assert not torch.allclose(our, their)
 
 
-@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
-def test_momentum_is_that_of_sgd_on_the_directions(preconditioner: str) -> None:
-    settings = {"preconditioner": preconditioner, "precondition_frequency": 2}
-    gradients = random_gradients(6, (4, 5))
-    plain = updates(gradients, **settings)
-    for kind in ({}, {"nesterov": True}, {"dampening": 0.4}):
-        ours = updates(gradients, **settings, momentum=0.8, **kind)
-        weight = torch.zeros(4, 5, dtype=torch.float64, requires_grad=True)
-        sgd = torch.optim.SGD([weight], lr=1.0, momentum=0.8, **kind)
-        for direction, our in zip(plain, ours, strict=True):
-            before = weight.detach().clone()
-            weight.grad = direction
-            sgd.step()
-            torch.testing.assert_close(our, before - weight.detach())
-
-
-def test_without_bias_correction_averages_stay_small() -> None:
-    gradients = random_gradients(1, (3, 4))
-    corrected, plain = (
-        updates(
-            gradients,
-            betas=(0.75, 0.9),
-            grafting="sgd",
-            start_preconditioning_step=9,
-            use_bias_correction=correct,
-        )[0]
-        for correct in (True, False)
-    )
-    torch.testing.assert_close(plain, corrected * 0.25)
-    settings = {"betas": (0.0, 0.75), "grafting": "none"}
-    corrected, plain = (
-        updates(gradients, use_bias_correction=correct, **settings)[0] for correct in (True, False)
-    )
-    torch.testing.assert_close(plain, corrected * 2)  # 0.25^(-1/4) on either side
-
-
 # ------------------------------------------------------------------------------- weight decay
 
 

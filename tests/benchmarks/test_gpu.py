@@ -16,21 +16,20 @@ def test_a_tiny_model_on_the_cpu(tmp_path):
     printed = benchmark(
         "gpu",
         *("--device", "cpu", "--dim", "64", "--layers", "1", "--ffn", "160", "--vocab", "100"),
-        *("--rows", "fused|^ours", "--seconds", "0", "--root-sizes", "24"),
+        *("--rows", "fused|kl_shampoo$", "--seconds", "0", "--root-sizes", "24"),
         *("--tokens", "64"),
         *("--json", str(file)),
     )
     found = json.loads(file.read_text())
     assert not [line for line in found["left_out"] if not line.startswith("No rows for")]
-    adamw, *ours = found["steps"]
-    assert [row["row"] for row in ours] == ["ours: kl_shampoo", "ours: shampoo", "ours: soap"]
+    adamw, ours = found["steps"]
+    assert ours["row"] == "ours: kl_shampoo" and ours["row"] in printed
     assert adamw["timed_steps"] == 1 and adamw["dry_kernels"] < 10
     assert adamw["state_bytes_per_parameter"] == pytest.approx(8.0, rel=0.05)
-    for row in ours:
-        assert row["row"] in printed and row["timed_steps"] == 10  # a period
-        assert 0.0 < row["median_ms"] <= row["slowest_ms"]
-        assert row["dry_kernels"] > 100 and row["model_ms"] > 0.0 and row["dry_peak_mb"] > 0.0
-        assert row["kernels"] is None and row["peak_mb"] is None
+    assert ours["timed_steps"] == 10  # a period
+    assert 0.0 < ours["median_ms"] <= ours["slowest_ms"]
+    assert ours["dry_kernels"] > 100 and ours["model_ms"] > 0.0 and ours["dry_peak_mb"] > 0.0
+    assert ours["kernels"] is None and ours["peak_mb"] is None
     assert [row["row"] for row in found["training"]] == [row["row"] for row in found["steps"]]
     for row in found["training"]:
         assert row["tokens"] == 64

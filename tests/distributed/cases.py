@@ -12,8 +12,6 @@ from torch import Tensor
 from shampoo_fsdp import Shampoo, ShampooConfig
 from tests.models import deterministic_gradients
 
-__all__ = ["LAYOUTS", "Case", "draw"]
-
 LAYOUTS = {
     "single": ("single", (1,)),
     "fsdp 2": ("fsdp", (2,)),

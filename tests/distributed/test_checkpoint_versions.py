@@ -30,7 +30,7 @@ from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
 from shampoo_fsdp.checkpoint.fits import explanation
 from shampoo_fsdp.rules.layout import MARKER
-from tests.models import deterministic_gradients, full_parameters, set_gradients
+from tests.models import deterministic_gradients, full_parameters, train
 from tests.ranks import run_ranks
 
 DATA = Path(__file__).parent.parent / "data"
@@ -62,12 +62,6 @@ def make(member: str, sharded: bool) -> tuple[Model, Shampoo]:
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     return model, Shampoo(model.named_parameters(), **COMMON, **FAMILY[member])
-
-
-def train(model: Model, optimizer: Shampoo, steps: range) -> None:
-    for step in steps:
-        set_gradients(model, deterministic_gradients(model, step))
-        optimizer.step()
 
 
 def state(model: Model, optimizer: Shampoo) -> dict[str, Any]:

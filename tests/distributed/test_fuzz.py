@@ -177,11 +177,7 @@ def train(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> Result:
 
 
 def build(
-    case: Case,
-    weights: dict[str, Tensor],
-    layout: str,
-    mesh: DeviceMesh,
-    settings: dict[str, Any],
+    case: Case, weights: dict[str, Tensor], layout: str, mesh: DeviceMesh, settings: dict[str, Any]
 ) -> tuple[nn.Module, Shampoo]:
     model, kind = nn.Module(), LAYOUTS[layout][0]
     for name, value in weights.items():

@@ -14,10 +14,7 @@ from tests.ranks import run_ranks
 
 # In the first of them rank 2 waits for updates that rank 3 must not hold back until it has the
 # gradients of rank 2.
-OVERLAPPING = [
-    ((0, 1, 2, 3), (0, 2), (2, 3)),
-    ((0, 1, 2, 3), (0, 1), (0, 2), (1, 3), (2, 3)),
-]
+OVERLAPPING = [((0, 1, 2, 3), (0, 2), (2, 3)), ((0, 1, 2, 3), (0, 1), (0, 2), (1, 3), (2, 3))]
 
 
 def steps_on_overlapping_meshes(meshes: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from shampoo_fsdp import Shampoo, param_groups
-from tests.models import TinyLlama, deterministic_gradients, full_parameters, set_gradients
+from tests.models import TinyLlama, deterministic_gradients, full_parameters, set_gradients, train
 from tests.ranks import ranks
 
 SMALL = {"dim": 12, "hidden": 20, "vocab": 16}
@@ -31,12 +31,6 @@ def put_in(optimizer, model):
     now = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [now[name] for name in group["param_names"]]
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        set_gradients(model, deterministic_gradients(model, step))
-        optimizer.step()
 
 
 @ranks(2)

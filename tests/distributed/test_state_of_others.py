@@ -132,6 +132,8 @@ def test_one_rank_that_can_read_nothing_stops_all_ranks_or_none(tmp_path):
         dcp.load(states(built, optimizer, True), storage_reader=Gone(tmp_path, "data"))
     with pytest.raises(RuntimeError, match="load another checkpoint"):
         optimizer.consolidate_state_dict()
+    with pytest.raises(dcp.api.CheckpointException, match="a checkpoint was read"):
+        dcp.save(states(built, optimizer, True), checkpoint_id=tmp_path / "half")
     with pytest.raises(ValueError, match="not read completely"):
         optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(RuntimeError, match="load another checkpoint"):

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tests.reference.rule import Settings
 
-__all__ = ["GraftedMethod", "Moments"]
-
 
 @dataclass
 class Moments:

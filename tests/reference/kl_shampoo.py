@@ -17,8 +17,6 @@ from tests.reference.algebra import LARGEST_GRADIENT, along, gram
 from tests.reference.rule import Settings
 from tests.reference.shampoo import ShampooRule
 
-__all__ = ["KLShampooRule"]
-
 
 class KLShampooRule(ShampooRule):
     """S_i is the average of the gradient's second moment along i, whitened along all others.

@@ -30,8 +30,6 @@ from tests.reference.shampoo import ShampooRule
 from tests.reference.soap import SoapRule
 from tests.reference.views import blocks_of, view_shape
 
-__all__ = ["ReferenceShampoo"]
-
 _RULES = {"shampoo": ShampooRule, "soap": SoapRule, "kl_shampoo": KLShampooRule}
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tests.reference.algebra import eigenbasis, gram, kept_in, warm_qr_step
 
-__all__ = ["GramFactors", "Settings", "new_basis"]
-
 
 @dataclass(kw_only=True)
 class Settings:

@@ -12,8 +12,6 @@ from torch import Tensor
 from tests.reference.algebra import inverse_root, kept_in, polynomial_root, precondition, raised
 from tests.reference.rule import GramFactors, Settings, new_basis
 
-__all__ = ["ShampooRule"]
-
 
 class ShampooRule(GramFactors):
     """P = M times L_i^(-1/(2k)) along each of the k dimensions that have a factor."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from tests.reference.algebra import FLOORS, along, complete_basis, kept_in
 from tests.reference.rule import GramFactors, Settings, new_basis
 
-__all__ = ["SoapRule"]
-
 RESOLUTION = 1e-5
 """Eigenvalues up to this, relative to the largest, count as zero."""
 ITERATIONS = 2

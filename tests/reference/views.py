@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from tests.reference.rule import Settings
 
-__all__ = ["BlockView", "blocks_of", "view_shape"]
-
 
 def tile_sizes(size: int, cap: int) -> list[int]:
     """Cut a dimension in ceil(size / cap) tiles; the first ones are one longer, if it does not come

@@ -10,6 +10,7 @@ summed up. (What holds for other gradients is the subject of test_bad_numbers.py
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -87,6 +88,16 @@ def reference_for(
     )
 
 
+def beginning(
+    shapes: Mapping[str, tuple[int, ...]], options: dict[str, object]
+) -> tuple[dict[str, Tensor], Shampoo]:
+    """Values of parameters, and an optimizer of parameters that have them."""
+    generator = torch.Generator().manual_seed(0)
+    start = {n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    named = [(n, nn.Parameter(p.clone())) for n, p in start.items()]
+    return start, Shampoo(named, **DEFAULTS | options)
+
+
 def relative_error(
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
     change: Callable[[int, dict[str, Tensor | None]], object] = lambda step, gradients: None,
@@ -96,12 +107,9 @@ def relative_error(
 
     `change` may alter the gradients of a step.
     """
-    options = DEFAULTS | options
-    generator = torch.Generator().manual_seed(0)
-    start = {n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()}
-    parameters = {n: nn.Parameter(p.clone()) for n, p in start.items()}
+    start, optimizer = beginning(shapes, options)
+    parameters = dict(zip(shapes, optimizer.param_groups[0]["params"], strict=True))
     exact = {n: p.double() for n, p in start.items()}
-    optimizer = Shampoo(parameters.items(), **options)
     vectors = {n for n, s in shapes.items() if sum(side > 1 for side in s) < 2}
     if options.get("precondition_1d"):
         vectors = set()
@@ -125,10 +133,7 @@ def relative_error(
 def effect_of_rounding(shapes: Mapping[str, tuple[int, ...]], **options) -> float:
     """How far the reference's update moves, relatively, if its state is rounded to fp32: the
     largest of several roundings. It is large where a factor has a large condition number."""
-    options = DEFAULTS | options
-    generator = torch.Generator().manual_seed(0)
-    start = {n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()}
-    optimizer = Shampoo([(n, nn.Parameter(p.clone())) for n, p in start.items()], **options)
+    start, optimizer = beginning(shapes, options)
 
     def update() -> dict[str, Tensor]:
         found = {n: p.double() for n, p in start.items()}
@@ -155,6 +160,9 @@ MOMENTA = {
     "dampened": {"momentum": 0.8, "dampening": 0.3},
 }
 DECAYS = ["decoupled", "l2", "independent"]
+GRAFTING = ["adam", "rmsprop", "adagrad", "sgd", "none"]
+SCHEDULES = ["together", "staggered"]
+BOTH = [False, True]
 ROOTS = [
     ("shampoo", "eigh"),
     ("shampoo", "eigh_pseudo_inverse"),
@@ -177,20 +185,67 @@ def tolerance(preconditioner: str, root_method: str) -> float:
     return 3e-4 if (preconditioner, root_method) == ("kl_shampoo", "qr") else 1e-4
 
 
-@pytest.mark.parametrize("grafting", ["adam", "rmsprop", "adagrad", "sgd", "none"])
-@pytest.mark.parametrize("preconditioner", RULES)
-def test_grafting(preconditioner, grafting):
-    error = relative_error(preconditioner=preconditioner, grafting=grafting)
-    assert error <= 1e-4
+def every(**choices) -> list[dict[str, object]]:
+    """Settings for each combination of choices; a choice that is no list is the same for all."""
+    lists = [value if isinstance(value, list) else [value] for value in choices.values()]
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*lists)]
 
 
-@pytest.mark.parametrize(("preconditioner", "root_method"), ROOTS)
-@pytest.mark.parametrize("schedule", ["together", "staggered"])
-def test_root_method(preconditioner, root_method, schedule):
-    error = relative_error(
-        preconditioner=preconditioner, root_method=root_method, refresh_schedule=schedule
-    )
-    assert error <= tolerance(preconditioner, root_method)
+BLOCKS_OF_6 = {"layers.0.w": (6, 6), "layers.1.w": (6, 12), "layers.2.w": (12, 6)}
+VECTORS_TOO = {"precondition_1d": True, "merge_dims": "small", "grafting": "none"}
+CASES = [
+    *every(preconditioner=RULES, grafting=GRAFTING),
+    *every(rule=ROOTS, refresh_schedule=SCHEDULES),
+    *every(refresh_schedule=SCHEDULES, refresh_warmup_steps=[15, 40], precondition_frequency=4),
+    *every(
+        shapes=BLOCKS_OF_6,
+        preconditioner=RULES,
+        large_dim=["block", "one_sided", "diagonal"],
+        max_preconditioner_dim=6,
+        start_preconditioning_step=1,
+    ),
+    *every(
+        shapes=SHAPES | {"layers.1.w": (6, 12)},
+        preconditioner=RULES,
+        grafting=["adam", "none"],
+        beta3=[0.0, 0.95],
+        large_dim="one_sided",
+    ),
+    *every(preconditioner=RULES, weight_decay_type="independent", weight_decay=0.01),
+    *every(preconditioner=RULES, weight_decay_type=["decoupled", "l2"], weight_decay=0.5),
+    *every(
+        preconditioner=["shampoo", "soap"],
+        grafting=["adagrad", "none"],
+        betas=(0.9, 1.0),
+        grafting_beta2=0.9,
+    ),
+    *(
+        {"shapes": SHAPES | ORDER_3, "rule": rule, "root_exponents": exponents, **VECTORS_TOO}
+        for rule, exponents in (
+            (("shampoo", "eigh"), [0.75, 0.5, 0.25]),
+            (("shampoo", "eigh"), [0.0, 0.3]),
+            (("shampoo", "qr"), [0.0, 0.3]),
+            (("shampoo", "coupled_newton"), [0.25, 0.5]),
+            (("shampoo", "polynomial"), [0.25, 0.5, 0.125]),
+        )
+    ),
+    *every(base_width=8, weight_decay_type=DECAYS, weight_decay=0.1),
+    *every(preconditioner=RULES, symmetric_packing=BOTH, factor_dtype="bfloat16", most=1e-3),
+    *every(preconditioner=RULES, symmetric_packing=BOTH, root_dtype="bfloat16", most=1e-3),
+    *every(preconditioner=RULES, momentum_dtype="bfloat16", most=1e-3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_member_equals_the_reference(case):
+    assert error_of_rule(**case) <= 1.0
+
+
+def error_of_rule(rule=None, most=None, **settings) -> float:
+    """Of a preconditioner with a root method, in multiples of what is allowed."""
+    if rule:
+        settings |= zip(("preconditioner", "root_method"), rule, strict=True)
+    return relative_error(**settings) / (most or tolerance(*(rule or ("", ""))))
 
 
 @pytest.mark.parametrize("root_method", ["eigh", "qr"])
@@ -212,84 +267,6 @@ def test_soap_of_gradients_that_lack_rank(root_method, grafting):
         start_preconditioning_step=2,
     )
     assert error <= 1e-3
-
-
-@pytest.mark.parametrize("schedule", ["together", "staggered"])
-@pytest.mark.parametrize("warmup", [0, 15, 40])
-def test_warmup_of_the_frequency(schedule, warmup):
-    error = relative_error(
-        refresh_schedule=schedule, refresh_warmup_steps=warmup, precondition_frequency=4
-    )
-    assert error <= 1e-4
-
-
-@pytest.mark.parametrize("preconditioner", RULES)
-@pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
-def test_first_refresh_on_the_first_step(preconditioner, large_dim):
-    error = relative_error(
-        {"layers.0.w": (6, 6), "layers.1.w": (6, 12), "layers.2.w": (12, 6)},
-        preconditioner=preconditioner,
-        large_dim=large_dim,
-        max_preconditioner_dim=6,
-        start_preconditioning_step=1,
-    )
-    assert error <= 1e-4
-
-
-@pytest.mark.parametrize("preconditioner", RULES)
-@pytest.mark.parametrize("grafting", ["adam", "sgd", "none"])
-@pytest.mark.parametrize("beta3", [0.0, 0.81, 0.95])
-def test_beta3(preconditioner, grafting, beta3):
-    error = relative_error(
-        SHAPES | {"layers.1.w": (6, 12)},
-        preconditioner=preconditioner,
-        grafting=grafting,
-        beta3=beta3,
-        large_dim="one_sided",
-    )
-    assert error <= 1e-4
-
-
-@pytest.mark.parametrize("preconditioner", RULES)
-@pytest.mark.parametrize("decay", DECAYS)
-def test_weight_decay(preconditioner, decay):
-    strength = 0.01 if decay == "independent" else 0.5
-    error = relative_error(
-        preconditioner=preconditioner, weight_decay_type=decay, weight_decay=strength
-    )
-    assert error <= 1e-4
-
-
-@pytest.mark.parametrize("grafting", ["adagrad", "none"])
-@pytest.mark.parametrize("preconditioner", ["shampoo", "soap"])
-def test_sums_instead_of_averages(preconditioner, grafting):
-    error = relative_error(
-        preconditioner=preconditioner, grafting=grafting, betas=(0.9, 1.0), grafting_beta2=0.9
-    )
-    assert error <= 1e-4
-
-
-@pytest.mark.parametrize(
-    ("preconditioner", "root_method", "exponents"),
-    [
-        ("shampoo", "eigh", [0.75, 0.5, 0.25]),
-        ("shampoo", "eigh", [0.0, 0.3]),
-        ("shampoo", "qr", [0.0, 0.3]),
-        ("shampoo", "coupled_newton", [0.25, 0.5]),
-        ("shampoo", "polynomial", [0.25, 0.5, 0.125]),
-    ],
-)
-def test_root_exponents(preconditioner, root_method, exponents):
-    error = relative_error(
-        SHAPES | ORDER_3,
-        preconditioner=preconditioner,
-        root_method=root_method,
-        root_exponents=exponents,
-        precondition_1d=True,
-        merge_dims="small",
-        grafting="none",
-    )
-    assert error <= 1e-4
 
 
 @pytest.mark.parametrize("preconditioner", RULES)
@@ -316,29 +293,16 @@ def test_steps_without_a_gradient_and_with_bad_ones(preconditioner, decay, momen
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize(("preconditioner", "root_method"), ROOTS)
+@pytest.mark.parametrize("rule", ROOTS)
 @pytest.mark.parametrize("grafting", ["adam", "none"])
-def test_gradients_that_are_zero_until_after_the_first_refresh(
-    preconditioner, root_method, grafting
-):
+def test_gradients_that_are_zero_until_after_the_first_refresh(rule, grafting):
     def change(step: int, gradients: dict[str, Tensor | None]) -> None:
         if step < START + 1:
             gradients["layers.0.w"][:6].zero_()  # upper blocks
             gradients["layers.0.experts"].zero_()
 
-    error = relative_error(
-        change=change,
-        preconditioner=preconditioner,
-        root_method=root_method,
-        grafting=grafting,
-        refresh_schedule="together",
-    )
-    assert error <= tolerance(preconditioner, root_method)
-
-
-@pytest.mark.parametrize("decay", DECAYS)
-def test_lr_by_width(decay):
-    assert relative_error(base_width=8, weight_decay_type=decay, weight_decay=0.1) <= 1e-4
+    settings = {"grafting": grafting, "refresh_schedule": "together"}
+    assert error_of_rule(rule, change=change, **settings) <= 1.0
 
 
 def test_lr_by_width_is_that_of_the_width_for_all_matrices_as_wide():
@@ -355,16 +319,6 @@ def test_lr_by_width_is_that_of_the_width_for_all_matrices_as_wide():
     assert found[0].any()
 
 
-@pytest.mark.parametrize("preconditioner", RULES)
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("what", ["factor_dtype", "root_dtype", "momentum_dtype"])
-def test_bf16_state(preconditioner, what, packing):
-    error = relative_error(
-        preconditioner=preconditioner, symmetric_packing=packing, **{what: "bfloat16"}
-    )
-    assert error <= 1e-3
-
-
 @st.composite
 def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
     """A shape and settings that are allowed together."""
@@ -377,7 +331,7 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
         "root_method": root_method,
         "betas": (beta1, beta2),
         "beta3": draw(st.sampled_from([None, beta1, beta1 / 2])),
-        "grafting": draw(st.sampled_from(["adam", "rmsprop", "adagrad", "sgd", "none"])),
+        "grafting": draw(st.sampled_from(GRAFTING)),
         "grafting_beta2": 0.9,
         "use_bias_correction": draw(st.booleans()),
         "weight_decay_type": draw(st.sampled_from(DECAYS)),
@@ -386,7 +340,7 @@ def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
         "max_preconditioner_dim": draw(st.integers(3, 9)),
         "precondition_frequency": draw(st.integers(1, 5)),
         "start_preconditioning_step": draw(st.integers(10, 15)),
-        "refresh_schedule": draw(st.sampled_from(["together", "staggered"])),
+        "refresh_schedule": draw(st.sampled_from(SCHEDULES)),
         "symmetric_packing": draw(st.booleans()),
         "precondition_1d": True,
         **MOMENTA[draw(st.sampled_from(list(MOMENTA)))],

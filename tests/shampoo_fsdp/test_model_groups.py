@@ -132,10 +132,7 @@ def test_heads_are_found_from_the_config(config):
     model = Model()
     model.config = SimpleNamespace(**config)
     settings = head_settings(model)
-    assert settings == {
-        "split_heads": [r"(^|\.)q_proj\.", r"(^|\.)v_proj\."],
-        "head_dim": 2,
-    }
+    assert settings == {"split_heads": [r"(^|\.)q_proj\.", r"(^|\.)v_proj\."], "head_dim": 2}
     optimizer = Shampoo(param_groups(model), exclude=["words"], **settings)
     # Four heads and two, and `down`.
     assert optimizer.summary()["blocks"] == 7

@@ -37,14 +37,6 @@ EQUAL = {
         {"betas": (0.9, 0.99), "weight_decay": 0.3, "weight_decay_type": "l2"},
         (torch.optim.Adam, {"betas": (0.9, 0.99), "weight_decay": 0.3}),
     ),
-    "adam without momentum": (
-        {"betas": (0.0, 0.99), "weight_decay": 0.0},
-        (torch.optim.Adam, {"betas": (0.0, 0.99)}),
-    ),
-    "rmsprop": (
-        {"grafting": "rmsprop", "betas": (0.0, 0.97), "weight_decay": 0.0},
-        (torch.optim.RMSprop, {"alpha": 0.97}),
-    ),
     "rmsprop with momentum and weight decay": (
         {
             "grafting": "rmsprop",
@@ -55,10 +47,6 @@ EQUAL = {
         },
         (torch.optim.RMSprop, {"alpha": 0.97, "momentum": 0.7, "weight_decay": 0.2}),
     ),
-    "adagrad": (
-        {"grafting": "adagrad", "betas": (0.0, 0.9), "eps": 1e-10, "weight_decay": 0.0},
-        (torch.optim.Adagrad, {"eps": 1e-10}),
-    ),
     "adagrad with weight decay and sums in the factors": (
         {
             "grafting": "adagrad",
@@ -68,20 +56,6 @@ EQUAL = {
             "weight_decay_type": "l2",
         },
         (torch.optim.Adagrad, {"eps": 1e-10, "weight_decay": 0.2}),
-    ),
-    "sgd": (
-        {"grafting": "sgd", "betas": (0.0, 0.9), "weight_decay": 0.0},
-        (torch.optim.SGD, {}),
-    ),
-    "sgd with momentum": (
-        {
-            "grafting": "sgd",
-            "betas": (0.0, 0.9),
-            "momentum": 0.9,
-            "weight_decay": 0.2,
-            "weight_decay_type": "l2",
-        },
-        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.2}),
     ),
     "sgd with nesterov momentum": (
         {
@@ -167,51 +141,28 @@ def test_before_the_start_it_is_the_optimizer_of_torch(preconditioner, case):
     check(ours, train_with_torch(case))
 
 
-def test_independent_weight_decay_is_that_of_adamw_over_the_first_lr():
-    def ours(parameters):
-        return Shampoo(
-            parameters.items(),
-            lr=LR,
-            weight_decay=0.2 * LR,
-            weight_decay_type="independent",
-            beta3=0.9,
-            start_preconditioning_step=1000,
-        )
+OF_EXCLUDED = {"exclude": ["."], "excluded_lr_factor": 0.25, "weight_decay": 0.01}
+INDEPENDENT = {"weight_decay_type": "independent"}
+SCHEDULED = {
+    "independent decay is that of AdamW over the first lr": (
+        {"weight_decay": 0.2 * LR, "beta3": 0.9, "start_preconditioning_step": 1000, **INDEPENDENT},
+        {"lr": LR, "weight_decay": 0.2},
+    ),
+    "a smaller lr": (OF_EXCLUDED, {"lr": 0.25 * LR, "weight_decay": 0.01}),
+    "a smaller lr does not shrink independent decay": (
+        OF_EXCLUDED | INDEPENDENT,
+        {"lr": 0.25 * LR, "weight_decay": 0.01 / (0.25 * LR)},
+    ),
+}
 
-    def theirs(parameters):
-        return torch.optim.AdamW(parameters.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.2)
 
+@pytest.mark.parametrize("case", SCHEDULED)
+def test_a_schedule_of_lr_acts_as_on_adamw(case):
+    ours, theirs = SCHEDULED[case]
+    betas = {"betas": (0.9, 0.95)}
     check(
-        train(lambda parameters: Scheduled(ours(parameters))),
-        train(lambda parameters: Scheduled(theirs(parameters))),
-    )
-
-
-@pytest.mark.parametrize("decay", ["decoupled", "independent"])
-def test_excluded_parameters_can_have_a_smaller_lr(decay):
-    """Independent weight decay does not shrink with it."""
-
-    def ours(parameters):
-        return Shampoo(
-            parameters.items(),
-            lr=LR,
-            betas=(0.9, 0.95),
-            weight_decay=0.01,
-            weight_decay_type=decay,
-            exclude=["."],
-            excluded_lr_factor=0.25,
-        )
-
-    def theirs(parameters):
-        lr = 0.25 * LR
-        strength = 0.01 if decay == "decoupled" else 0.01 / lr
-        return torch.optim.AdamW(
-            parameters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=strength
-        )
-
-    check(
-        train(lambda parameters: Scheduled(ours(parameters))),
-        train(lambda parameters: Scheduled(theirs(parameters))),
+        train(lambda named: Scheduled(Shampoo(named.items(), lr=LR, **betas, **ours))),
+        train(lambda named: Scheduled(torch.optim.AdamW(named.values(), **betas, **theirs))),
     )
 
 
@@ -237,36 +188,18 @@ def test_soap_is_adam_before_its_first_refresh():
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-7)
 
 
-LR_OPTIONS = {
-    "decoupled": {},
-    "l2": {"weight_decay_type": "l2"},
-    "independent": {"weight_decay_type": "independent"},
-    "a smaller lr of excluded parameters": {"excluded_lr_factor": 0.5},
-    "other grafting": {"grafting": "rmsprop", "weight_decay_type": "independent"},
-}
-
-
-def train_with_lr(lr: float | Tensor, options: dict) -> list[Tensor]:
-    parameters = {
-        name: nn.Parameter(torch.ones(shape, dtype=torch.float32)) for name, shape in SHAPES.items()
-    }
-    optimizer = Shampoo(parameters.items(), lr=lr, **options)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    for step in range(6):
-        set_gradients(parameters, deterministic_gradients(SHAPES, step))
-        optimizer.step()
-        schedule.step()
-    return [p.detach() for p in parameters.values()]
-
-
-@pytest.mark.parametrize("options", LR_OPTIONS)
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay_type": "l2"}, INDEPENDENT | {"excluded_lr_factor": 0.5}]
+)
 def test_lr_may_be_a_tensor(options):
     """Which schedulers then change in place."""
     lr = torch.tensor(LR, dtype=torch.float64)
-    found = train_with_lr(lr, LR_OPTIONS[options])
+    found, expected = (
+        train(lambda named, lr=lr: Scheduled(Shampoo(named.items(), lr=lr, **options)))
+        for lr in (lr, LR)
+    )
     assert lr != LR
-    expected = train_with_lr(LR, LR_OPTIONS[options])
-    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
 
 
 def test_a_state_dict_keeps_lr_as_a_tensor():

@@ -13,8 +13,6 @@ import torchtitan.components.metrics
 from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
 
-__all__ = ["Outcome", "logged_lines", "run"]
-
 
 @dataclasses.dataclass
 class Outcome:

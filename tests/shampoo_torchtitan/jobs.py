@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from shampoo_torchtitan.demo import BYTE_TOKENIZER, cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.train import JobReader, Trainer
-from tests.models import full_parameters
+from tests.models import deterministic_gradients, full_parameters, local_part
 
 if JOBS_ARE_FUNCTIONS:
     from tests.shampoo_torchtitan import tiny_moe_03  # noqa: F401  registers it
@@ -23,6 +25,8 @@ else:
 # TorchTitan 0.3 needs torch 2.14 for pipelines, and has no tensor parallelism of experts alone.
 PIPELINES = not JOBS_ARE_FUNCTIONS or cpu.AT_LEAST_2_14
 EXPERT_TENSORS = not JOBS_ARE_FUNCTIONS
+
+on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
 
 TINY_JOB = """
 [model]
@@ -129,6 +133,16 @@ def give_batches(trainer: Trainer, sequences: int = 8) -> None:
             yield {"input": taken[:, :-1].contiguous()}, taken[:, 1:].contiguous()
 
     trainer.batch_generator = batches
+
+
+def put_weights(parts: list[torch.nn.Module]) -> None:
+    """The same on every mesh: TorchTitan draws other weights for each pipeline stage."""
+    for part in parts:
+        values = deterministic_gradients(part, -1)
+        with torch.no_grad():
+            for name, p in part.named_parameters():
+                value = local_part(values[name], p) if isinstance(p, DTensor) else values[name]
+                (p.to_local() if isinstance(p, DTensor) else p).copy_(value)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torchtitan.components.metrics
 
 from shampoo_torchtitan.checkpoint import complete_checkpoints
-from shampoo_torchtitan.demo import cpu
-from tests.ranks import RanksError, preload, run_ranks
+from tests.ranks import RanksError, run_ranks
 from tests.shampoo_torchtitan import jobs
 
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
-
-pytestmark = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+pytestmark = jobs.on_cpu
 
 INTERVAL = 3
 

@@ -1,10 +1,11 @@
 """What one mesh has saved, any other loads and goes on with, through TorchTitan's checkpoints.
 
-By default a path through all meshes, and each to itself; with --all-pairs all pairs, saved both
-synchronously and asynchronously.
+By default a path through all meshes, and each to itself; with --all-pairs all pairs. Meshes with
+FSDP save asynchronously.
 """
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import AsyncMode
 
-from shampoo_torchtitan.demo import cpu
-from tests.models import deterministic_gradients, local_part, set_gradients
-from tests.ranks import preload, run_ranks
+from tests.models import deterministic_gradients, set_gradients
+from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
 
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3", "torchtitan.models.deepseek_v3")
-
-pytestmark = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+pytestmark = jobs.on_cpu
 
 SETTINGS = [
     "--optimizer.lr=1e-2",
@@ -64,29 +61,6 @@ MESHES = {"llama3": DENSE, "deepseek_v3": EXPERTS}
 BY_DEFAULT = {"llama3": list(DENSE), "deepseek_v3": ["FSDP2", "EP2"]}
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    everything = metafunc.config.getoption("--all-pairs")
-    cases = []
-    for model, meshes in MESHES.items():
-        names = list(meshes) if everything else BY_DEFAULT[model]
-        for i, source in enumerate(names):
-            targets = names if everything else [source, names[(i + 1) % len(names)]]
-            ways = ("sync", "async")
-            for way in ways if everything else (ways[i % 2],):
-                cases += [(model, way, source, target) for target in targets]
-    metafunc.parametrize(("model", "way", "source", "target"), cases, scope="module")
-
-
-def put_weights(trainer: Any) -> None:
-    """The same on every mesh: TorchTitan draws other weights for each pipeline stage."""
-    for part in trainer.model_parts:
-        values = deterministic_gradients(part, -1)
-        with torch.no_grad():
-            for name, p in part.named_parameters():
-                value = local_part(values[name], p) if isinstance(p, DTensor) else values[name]
-                (p.to_local() if isinstance(p, DTensor) else p).copy_(value)
-
-
 def go_on(trainer: Any, step: int) -> None:
     """Train to a step with given gradients, as TorchTitan's trainer would."""
     while trainer.step < step:
@@ -97,84 +71,34 @@ def go_on(trainer: Any, step: int) -> None:
         trainer.lr_schedulers.step()
 
 
-def save_and_go_on(trainer: Any, folders: dict[str, Path]) -> None:
-    """Save in a folder for each way of saving, and again at the end."""
+def save_and_go_on(trainer: Any, folder: Path, mode: AsyncMode) -> None:
+    """Save in a folder, and again at the end."""
     checkpoints = trainer.checkpointer
-    for way, folder in folders.items():
-        checkpoints.folder = str(folder)
-        checkpoints.async_mode = AsyncMode.ASYNC if way == "async" else AsyncMode.DISABLED
-        checkpoints.save(trainer.step)
+    checkpoints.folder, checkpoints.async_mode = str(folder), mode
+    checkpoints.save(trainer.step)
     go_on(trainer, END)  # must not leak into what is being saved
     checkpoints.async_mode = AsyncMode.ASYNC  # waits for it
-    for folder in folders.values():
-        checkpoints.folder = str(folder)
-        checkpoints.save(trainer.step, last_step=True)
+    checkpoints.save(trainer.step, last_step=True)
 
 
-def visit(
-    job: Path, arguments: list[str], homes: dict[str, Path], moves: list[tuple[str, Path, Path]]
-) -> None:
-    """What a mesh does: train, and save in its own folders; load what others have saved, save it
-    again as it is, and go on with it.
-
-    Args:
-        homes: folder for each way of saving, "async" last.
-        moves: way of saving, from where, to where.
-    """
+def visit(job: Path, arguments: list[str], folder: Path, mesh: str, sources: list[str]) -> None:
+    """What a mesh does: train, and save in its own folder; load what others have saved, save it
+    again as it is, and go on with it."""
     trainer = jobs.make_trainer(job, "--checkpoint.async_mode=async", *SETTINGS, *arguments)
-    if homes:
-        put_weights(trainer)
+    if not (folder / mesh).exists():
+        jobs.put_weights(trainer.model_parts)
         go_on(trainer, SAVED_AT)
-        save_and_go_on(trainer, homes)
-    for way, source, target in moves:
-        trainer.checkpointer.folder = str(source)
+        save_and_go_on(trainer, folder / mesh, way(mesh))
+    for source in sources:
+        trainer.checkpointer.folder = str(folder / source)
         trainer.checkpointer.load(step=SAVED_AT)
         assert trainer.step == SAVED_AT
-        save_and_go_on(trainer, {way: target})
+        save_and_go_on(trainer, folder / f"{source} on {mesh}", way(source))
     trainer.close()
 
 
-class Travels:
-    """Checkpoints of all models and where they went; a mesh is started once or twice."""
-
-    def __init__(self, folder: Path, cases: list[tuple[str, str, str, str]]) -> None:
-        self.folder, self.cases = folder, cases
-        self.moved: set[tuple[str, str]] = set()
-
-    def home(self, model: str, way: str, mesh: str) -> Path:
-        return self.folder / f"{model}-{way}-{mesh}"
-
-    def target(self, model: str, way: str, source: str, mesh: str) -> Path:
-        return self.folder / f"{model}-{way}-{source}-on-{mesh}"
-
-    def start(self, model: str, mesh: str, sources: list[tuple[str, str]]) -> None:
-        n, degrees = MESHES[model][mesh]
-        ways = {way for m, way, source, _ in self.cases if (m, source) == (model, mesh)}
-        homes = {way: self.home(model, way, mesh) for way in sorted(ways, reverse=True)}
-        run_ranks(
-            n,
-            visit,
-            init=False,
-            timeout=240,
-            job=jobs.write_job(self.folder),
-            arguments=[f"--model.name={model}", *degrees],
-            homes={way: home for way, home in homes.items() if not home.exists()},
-            moves=[
-                (way, self.home(model, way, source), self.target(model, way, source, mesh))
-                for way, source in sources
-            ],
-        )
-
-    def go(self, model: str, mesh: str) -> None:
-        """Have a mesh load all that it shall load."""
-        if (model, mesh) in self.moved:
-            return
-        self.moved.add((model, mesh))
-        sources = [(w, s) for m, w, s, target in self.cases if (m, target) == (model, mesh)]
-        for way, source in sources:
-            if source != mesh and not self.home(model, way, source).exists():
-                self.start(model, source, [])
-        self.start(model, mesh, sources)
+def way(mesh: str) -> AsyncMode:
+    return AsyncMode.ASYNC if "FSDP" in mesh else AsyncMode.DISABLED
 
 
 @functools.cache
@@ -195,37 +119,38 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float
     assert ours.keys() == theirs.keys()
     found = {}
     for key, mine in ours.items():
-        if isinstance(mine, Tensor) and mine.is_floating_point():
-            norm = theirs[key].double().norm().item()
-            found[key] = (mine.double() - theirs[key].double()).norm().item() / max(norm, 1e-30)
+        if isinstance(mine, Tensor):
+            mine, other = mine.double(), theirs[key].double()
+            found[key] = (mine - other).norm().item() / max(other.norm().item(), 1e-30)
         else:
-            same = (
-                torch.equal(mine, theirs[key]) if isinstance(mine, Tensor) else mine == theirs[key]
-            )
-            found[key] = 0.0 if same else float("inf")
+            found[key] = 0.0 if mine == theirs[key] else float("inf")
     return found
 
 
-@pytest.fixture(scope="module")
-def travels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Travels:
-    cases = [c for item in request.session.items if (c := getattr(item, "callspec", None))]
-    mine = [c.params for c in cases if {"model", "way", "source", "target"} <= c.params.keys()]
-    every = [(p["model"], p["way"], p["source"], p["target"]) for p in mine]
-    return Travels(tmp_path_factory.mktemp("travels"), every)
-
-
-def test_a_checkpoint_moves(
-    travels: Travels, model: str, way: str, source: str, target: str
-) -> None:
-    travels.go(model, target)
-    home, there = travels.home(model, way, source), travels.target(model, way, source, target)
-    saved, as_loaded = contents(home, SAVED_AT), contents(there, SAVED_AT)
-    assert set(differences(as_loaded, saved).values()) == {0.0}
-    uninterrupted, continued = contents(home, END), contents(there, END)
-    different = differences(continued, uninterrupted)
-    if source == target:
-        assert set(different.values()) == {0.0}
-        return
-    for key, value in different.items():
-        # Roots of matrices that are nearly singular enlarge the rounding of sums.
-        assert value <= (1e-3 if key.endswith("inverse_roots") else 1e-5), key
+@pytest.mark.parametrize("model", MESHES)
+def test_checkpoints_move(tmp_path: Path, model: str, request: pytest.FixtureRequest) -> None:
+    everything = request.config.getoption("--all-pairs")
+    names = list(MESHES[model]) if everything else BY_DEFAULT[model]
+    pairs = (
+        itertools.product(names, names) if everything else itertools.pairwise([*names, names[0]])
+    )
+    pairs = dict.fromkeys([*((name, name) for name in names), *pairs])
+    job, done = jobs.write_job(tmp_path), set()
+    for mesh in [*names, *names]:  # the second time for what had not been saved yet
+        loads = [s for s, target in pairs if target == mesh and (s, mesh) not in done]
+        loads = [s for s in loads if s == mesh or (tmp_path / s).exists()]
+        if loads:
+            n, degrees = MESHES[model][mesh]
+            given = {"folder": tmp_path, "mesh": mesh, "sources": loads}
+            arguments = [f"--model.name={model}", *degrees]
+            run_ranks(n, visit, init=False, timeout=240, job=job, arguments=arguments, **given)
+            done |= {(source, mesh) for source in loads}
+    assert done == pairs.keys()
+    for source, target in pairs:
+        home, there = tmp_path / source, tmp_path / f"{source} on {target}"
+        saved, as_loaded = contents(home, SAVED_AT), contents(there, SAVED_AT)
+        assert set(differences(as_loaded, saved).values()) == {0.0}, (source, target)
+        for key, value in differences(contents(there, END), contents(home, END)).items():
+            # Roots of matrices that are nearly singular enlarge the rounding of sums.
+            allowed = 1e-3 if key.endswith("inverse_roots") else 1e-5
+            assert value <= (0.0 if source == target else allowed), (source, target, key)

@@ -1,15 +1,19 @@
-"""Resuming with other settings, and with another optimizer."""
+"""Resuming with other settings, with another optimizer, and from folders that are far away."""
 
+import shutil
+
+import fsspec
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
-from shampoo_torchtitan.demo import cpu
-from tests.ranks import preload
+from shampoo_torchtitan.checkpoint_folders import complete_checkpoints
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import run
+from tests.shampoo_torchtitan.test_checkpoint_trouble import hostile_metadata
 
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
-
-pytestmark = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+pytestmark = jobs.on_cpu
 
 COMMON = ["--checkpoint.enable", "--checkpoint.interval=3", "--lr_scheduler.total_steps=9"]
 
@@ -43,7 +47,7 @@ def test_data_loaders_of_another_number_of_ranks_are_refused_with_what_to_do(tmp
     assert outcome.step == 4 and len(outcome.losses) == 1
 
 
-def test_another_block_size_is_refused_or_starts_new_factors(tmp_path):
+def test_another_block_size_is_refused(tmp_path):
     job = jobs.write_job(tmp_path)
     run(2, job, *COMMON, "--training.steps=3")
     smaller = [*COMMON, "--training.steps=6", "--optimizer.shampoo.max_preconditioner_dim=32"]
@@ -52,6 +56,45 @@ def test_another_block_size_is_refused_or_starts_new_factors(tmp_path):
         assert f"{tmp_path}/checkpoint/step-3 does not fit this job" in outcome.logged
         assert "'max_preconditioner_dim' is 1024 in the checkpoint, but 32 here" in outcome.logged
         assert 'on_mismatch = "rebuild"' in outcome.logged
-    outcome = run(2, job, *smaller, "--optimizer.shampoo.on_mismatch=rebuild")[0]
-    assert outcome.step == 6 and outcome.losses[-1] < outcome.losses[0]
-    assert "factors start anew for 'layers.0." in outcome.logged
+
+
+# --------------- folders that are reached through fsspec (s3://, gs://), here file:// and memory://
+
+
+@pytest.mark.skipif(not JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.2 does not look there")
+def test_a_job_goes_on_and_is_looked_after(tmp_path):
+    job, far = jobs.write_job(tmp_path), tmp_path / "far"
+    common = ["--checkpoint.enable", f"--checkpoint.folder=file://{far}", "--checkpoint.interval=1"]
+    run(2, job, *common, "--training.steps=3")
+    (far / "step-5").mkdir()  # of a job that was killed while it saved
+    later = [f"--checkpoint.initial_load_path=file://{far}/step-2", "--checkpoint.keep_latest_k=2"]
+    after = run(2, job, *common, *later, "--training.steps=5")[0]
+    assert after.step == 5 and len(after.losses) == 2
+    # What is older than the newest two was deleted when step 4 had been saved.
+    assert complete_checkpoints(f"file://{far}") == ["step-3", "step-4", "step-5"]
+
+    whole = shutil.copytree(far / "step-5", tmp_path / "whole")
+    hostile_metadata(whole, far / "step-5", f"touch {tmp_path}/ran")
+    for outcome in run(2, job, *common, "--training.steps=6"):
+        assert outcome.exit_code == 2
+        assert f"file://{far}/step-5 is damaged or incomplete: .metadata is" in outcome.logged
+        assert "there are: step-3, step-4." in outcome.logged
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.3 looks there")
+def test_a_folder_that_torchtitan_never_loads_from_is_refused(tmp_path):
+    job = jobs.write_job(tmp_path)
+    arguments = [f"--job.dump_folder=file://{tmp_path}/far", "--training.steps=1"]
+    for outcome in run(2, job, "--checkpoint.enable", *arguments):
+        assert outcome.exit_code == 2 and outcome.losses == []
+        assert "TorchTitan 0.2 never loads from it" in outcome.logged
+
+
+def test_what_is_complete_is_found_anywhere():
+    folder = "memory://job"
+    assert complete_checkpoints(folder) == []
+    for step in (2, 10):
+        dcp.save({"x": torch.ones(2)}, checkpoint_id=f"{folder}/step-{step}")
+    fsspec.filesystem("memory").pipe("/job/step-11/__0_0.distcp", b"of a job that was killed")
+    assert complete_checkpoints(folder) == ["step-2", "step-10"]

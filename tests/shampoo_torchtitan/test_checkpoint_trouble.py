@@ -27,16 +27,13 @@ from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 from shampoo_torchtitan import checkpoint
 from shampoo_torchtitan.checkpoint_folders import lock_folder
 from shampoo_torchtitan.container import JobError
-from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.hostile import PICKLES, Calls, put_entry
-from tests.ranks import preload, ranks, run_ranks
+from tests.ranks import ranks, run_ranks
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import run
 
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
-
-pytestmark = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+pytestmark = jobs.on_cpu
 
 SETTINGS = [
     "--checkpoint.enable",

@@ -10,12 +10,9 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_torchtitan import checkpoint
 from shampoo_torchtitan.checkpoint import CheckpointManager
 from shampoo_torchtitan.container import JobError, alike_on_all_ranks, with_heads
-from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-from tests.ranks import preload, run_ranks
+from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
-
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
 
 
 class Attention(nn.Module):
@@ -46,7 +43,7 @@ def blocks(job, arguments) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+@jobs.on_cpu
 def test_attention_of_a_job_is_cut_between_heads(tmp_path):
     arguments = ["--optimizer.shampoo.split_heads", r"\.w[qkv]\.,wqkv"]
     found = run_ranks(2, blocks, init=False, job=jobs.write_job(tmp_path), arguments=arguments)[0]

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.shampoo_torchtitan import jobs
 
-pytestmark = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+pytestmark = jobs.on_cpu
 
 functions = pytest.mark.skipif(not JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.2 has TOML files alone")
 files = pytest.mark.skipif(JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.3 imports nothing for a file")

@@ -59,17 +59,14 @@ def test_a_users_own_config_module_keeps_working(tmp_path, monkeypatch):
 BAD = {
     "unknown key": ("optimizer.shampoo.precondition_freq = 5", ["precondition_freq", "grafting"]),
     "unknown key, close": ("training.steppes = 5", ["training.steppes", "'steps'"]),
-    "unknown table": ("optimiser.lr = 1.0", ["optimiser", "'optimizer'"]),
     "string for a number": ('optimizer.lr = "fast"', ["optimizer.lr", "'fast'", "a number"]),
     "true for an integer": ("training.steps = true", ["training.steps", "an integer"]),
     "value for a table": ("optimizer.shampoo = 3", ["optimizer.shampoo", "table"]),
-    "not a choice": ('optimizer.shampoo.grafting = "x"', ["optimizer.shampoo.grafting", "'x'"]),
     "impossible": (
         "optimizer.shampoo.precondition_frequency = 0",
         ["optimizer.shampoo", "precondition_frequency", "0"],
     ),
     "impossible lr": ('optimizer.name = "shampoo"\noptimizer.lr = -1.0', ["lr", "-1.0"]),
-    "impossible beta2": ('optimizer.name = "shampoo"\noptimizer.beta2 = 1.5', ["beta2", "1.5"]),
     "step in backward": (
         'optimizer.name = "Shampoo"\noptimizer.early_step_in_backward = true',
         ["optimizer.early_step_in_backward"],

@@ -33,10 +33,7 @@ def test_figures_of_the_step_reach_the_metrics_and_its_times_the_log(caplog):
         optimizer.zero_grad()
         model(torch.randn(16, 12)).square().mean().backward()
         optimizer.step()
-    with (
-        mock.patch.object(logging.getLogger(), "disabled", False),
-        caplog.at_level(logging.INFO),
-    ):
+    with mock.patch.object(logging.getLogger(), "disabled", False), caplog.at_level(logging.INFO):
         figures = logged(Container(torch.optim.SGD(model.parameters()), optimizer))
     assert figures["theirs"] == 2.0
     assert figures["shampoo/root_refreshes"] >= 4  # two factors of each matrix

@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.names import name_in_03
-from tests.ranks import preload
 from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import run
-
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +49,7 @@ def as_02_would_name_it(checkpoint: Path) -> None:
     file.write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
+@jobs.on_cpu
 @pytest.mark.skipif(not JOBS_ARE_FUNCTIONS, reason="0.2 has its own names")
 def test_a_job_goes_on_with_what_fits_of_a_checkpoint_of_02(tmp_path):
     job = jobs.write_job(tmp_path)

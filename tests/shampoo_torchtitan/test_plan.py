@@ -15,15 +15,10 @@ from shampoo_fsdp.rules.device import on_device
 from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.tools.models import model_specs
 from shampoo_torchtitan import plan
-from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.plan import job_figures, job_specs, main, read_job
-from tests.ranks import preload, run_ranks
+from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
-
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3")
-
-on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
 
 
 def specs_of(world_size: int, model: str, flavor: str, *settings: str, **degrees: int):
@@ -71,7 +66,7 @@ def fingerprint_of_training(job: Path, arguments: list[str]) -> str:
     return team.plan.fingerprint
 
 
-@on_cpu
+@jobs.on_cpu
 @pytest.mark.parametrize(
     "degrees",
     [

@@ -10,14 +10,9 @@ import pytest
 import torch
 import torchtitan.components.metrics
 
-from shampoo_torchtitan.demo import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-from tests.ranks import preload, run_ranks
+from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import checkpointing, jobs
-
-preload("shampoo_torchtitan.train", "torchtitan.models.llama3", "torchtitan.models.deepseek_v3")
-
-on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
 
 
 @dataclasses.dataclass
@@ -53,7 +48,7 @@ def losses(run: Run) -> list[float]:
     return [m["loss_metrics/global_avg_loss"] for m in run.logged]
 
 
-@on_cpu
+@jobs.on_cpu
 def test_shampoo_learns_and_its_counters_are_summed_over_ranks(tmp_path):
     job = jobs.write_job(tmp_path)
     first, second = run(2, job, "--training.steps=12")
@@ -68,15 +63,7 @@ def test_shampoo_learns_and_its_counters_are_summed_over_ranks(tmp_path):
     assert first.logged[-1]["shampoo/failed_roots"] == 0
 
 
-@on_cpu
-def test_adamw_is_titans_own(tmp_path):
-    job = jobs.write_job(tmp_path)
-    (run_,) = run(1, job, "--optimizer.name=AdamW")
-    assert run_.optimizer == "AdamW"
-    assert not any(key.startswith("shampoo") for key in run_.logged[-1])
-
-
-@on_cpu
+@jobs.on_cpu
 def test_a_moe_model_trains_and_its_experts_are_kept_in_balance(tmp_path):
     job = jobs.write_job(tmp_path)
     moe = ["--model.name=deepseek_v3", "--parallelism.expert_parallel_degree=2"]
@@ -84,18 +71,6 @@ def test_a_moe_model_trains_and_its_experts_are_kept_in_balance(tmp_path):
     assert first.optimizer == "Shampoo"
     assert losses(first)[-1] < losses(first)[0]
     assert len(first.expert_biases) == 2 and all(bias.any() for bias in first.expert_biases)
-
-
-@on_cpu
-def test_a_resumed_job_continues_as_if_never_stopped(tmp_path):
-    job = jobs.write_job(tmp_path)
-    at_once = run(2, job, "--training.steps=6")[0]
-    schedule = ["--checkpoint.enable", "--lr_scheduler.total_steps=6"]
-    run(2, job, *schedule, "--training.steps=3")
-    resumed = run(2, job, *schedule, "--training.steps=6")[0]
-    assert losses(resumed) == losses(at_once)[3:]
-    for name in at_once.weights:
-        assert torch.equal(resumed.weights[name], at_once.weights[name]), name
 
 
 MESHES = {
@@ -118,7 +93,7 @@ def on_two_ranks(tmp_path_factory):
     return job, folder / "checkpoint" / "step-7", run(2, job, *LONG, *saving, same_batches=True)[0]
 
 
-@on_cpu
+@jobs.on_cpu
 @pytest.mark.parametrize("mesh", ["HSDP2x2", "FSDP2xTP2", "DDP2"])
 def test_losses_are_the_same_to_four_digits_on_every_mesh(on_two_ranks, mesh):
     job, _, on_two = on_two_ranks
@@ -128,7 +103,7 @@ def test_losses_are_the_same_to_four_digits_on_every_mesh(on_two_ranks, mesh):
     assert found == pytest.approx(losses(on_two), rel=1e-4)
 
 
-@on_cpu
+@jobs.on_cpu
 @pytest.mark.parametrize("mesh", ["1", "FSDP2xTP2"])
 def test_a_run_saved_on_two_ranks_goes_on_alike_on_any_mesh(on_two_ranks, mesh):
     job, saved, on_two = on_two_ranks

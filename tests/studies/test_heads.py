@@ -6,7 +6,6 @@ import pytest
 
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from studies.heads import __main__ as heads
-from studies.pretrain.results import Results
 
 if not JOBS_ARE_FUNCTIONS:
     pytest.skip("TorchTitan 0.2 has no fused projections", allow_module_level=True)
@@ -41,17 +40,3 @@ def test_cut_at_heads_fused_projections_are_the_separate_ones(small):
     assert losses("fused, a head", shampoo=cut) == pytest.approx(separate, abs=2e-3)
     found = [losses(variant)[-1] for variant in heads.VARIANTS if "both" not in variant]
     assert min(abs(a - b) for a, b in itertools.combinations(found, 2)) > 4e-3
-
-
-def test_the_table_has_differences_of_the_same_seeds(tmp_path):
-    results = Results(tmp_path / "runs.jsonl")
-    for variant, shift in (("separate", 0.0), ("fused", 0.01)):
-        for seed in (1, 2, 3):
-            run = heads.run_of("3M", variant, 240, seed)
-            results.add(run, {"step": [120, 240], "loss": [2.0, 1.0 + 0.1 * seed + shift]})
-    lines = heads.markdown(results, [240, 720]).splitlines()
-    assert lines[0] == "| wq, wk, wv | 3M, 240 steps |"
-    assert lines[2:4] == ["| separate | 1.2000 |", "| fused | 1.2100 (+0.010, +0.010, +0.010) |"]
-    assert lines[4].endswith("| - |")
-    heads.draw(results, tmp_path / "heads.png")
-    assert (tmp_path / "heads.png").stat().st_size > 5_000

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run without a GPU
 
@@ -17,7 +16,6 @@ import torchtitan.models.llama3 as llama3
 
 from shampoo_torchtitan.demo import BYTE_TOKENIZER
 from studies.pretrain import data, job
-from studies.pretrain.flops import flops_of_a_step
 from studies.pretrain.plan import Study
 
 _STUDY = Path(job.__file__).parent / "study.toml"
@@ -122,40 +120,6 @@ def test_a_killed_run_goes_on_where_it_was(small, contestant, tmp_path, monkeypa
     for name in ("step", "loss", "training_loss"):
         assert again[name] == whole[name]
     assert not folder.exists()
-
-
-def test_flops_are_those_of_the_matrices(small):
-    passes, nothing = flops_of_a_step({**Study(_STUDY).job("1M", "AdamW"), **small})
-    # 5 layers of 4 matrices of 128 x 128 and 3 of 128 x 352, and the output layer: 2 FLOPs for a
-    # weight and token in forward and 4 in backward.
-    matrices = 5 * (4 * 128**2 + 3 * 128 * 352) + 128 * 260
-    assert passes == 6 * matrices * 2 * 16
-    assert nothing == 0
-    same, muon = flops_of_a_step({**Study(_STUDY).job("1M", "Muon"), **small})
-    # Five times the Gram matrix, its square, and its product with the matrix.
-    square, long = 128**3, 128**2 * 352
-    assert muon == 2 * 5 * 5 * (4 * 3 * square + 3 * (2 * long + square))
-    again, ours = flops_of_a_step({**Study(_STUDY).job("1M", "KL-Shampoo"), **small})
-    # On each step two products for the factors of each side and two for the direction; every ten
-    # steps a root of each side, by 9 products in TF32 and 3 in 16 bits, each of which is 3 in bf16.
-    each_step = 2 * 5 * (4 * 6 * square + 3 * 3 * (long + 128 * 352**2))
-    roots = 2 * 5 * ((2 * 4 + 3) * square + 3 * 352**3) * (9 + 3 * 3) / 10
-    assert ours == pytest.approx(each_step + roots, rel=1e-3)
-    assert passes == same == again
-
-
-def test_batches_are_an_epoch_in_an_order_that_the_seed_decides():
-    text = torch.arange(101)
-    stream = data.batches(text, batch=2, length=10, seed=3)
-    epoch = [next(stream) for _ in range(5)]
-    firsts = sorted(x for inputs, _ in epoch for x in inputs["input"][:, 0].tolist())
-    assert firsts == list(range(0, 100, 10))
-    inputs, labels = epoch[0]
-    assert torch.equal(inputs["input"] + 1, labels)
-    same = next(data.batches(text, batch=2, length=10, seed=3))
-    other = next(data.batches(text, batch=2, length=10, seed=4))
-    assert torch.equal(same[1], labels)
-    assert not torch.equal(other[1], labels)
 
 
 def test_text_that_is_trained_on_is_not_validated_on(small):

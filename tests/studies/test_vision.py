@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from studies.pretrain.results import Results
 from studies.vision import __main__ as study
 from studies.vision import training
 
@@ -27,30 +26,3 @@ def test_every_contestant_trains_and_repeats_itself(few_images, contestant):
     assert found["training_loss"][-1] < found["training_loss"][0] - 0.05
     assert len(found["accuracy"]) == 6 and "commit" in found["versions"]
     assert training.train(settings)["loss"] == found["loss"]
-
-
-def test_seeds_are_compared_once_all_values_of_lr_have_been_tried(tmp_path, monkeypatch):
-    asked = []
-
-    def train(settings):
-        asked.append(settings)
-        lr = settings["options"]["lr"]
-        best = study.CONTESTANTS["AdamW"][2][1]
-        losses = [2.0, 1.0 + abs(lr - best)]
-        return {"training_loss": losses, "loss": losses, "accuracy": [0.5, 0.5, 0.9]}
-
-    monkeypatch.setattr(training, "train", train)
-    results = Results(tmp_path / "runs.jsonl")
-    assert study.best_lr("AdamW", results) is None and study.finals(results) == {}
-    study.run(results)
-    assert study.best_lr("AdamW", results) == study.CONTESTANTS["AdamW"][2][1]
-    number = len(asked)
-    study.run(Results(tmp_path / "runs.jsonl"))  # nothing is missing
-    assert len(asked) == number == len(study.CONTESTANTS) * 9
-    final = [s for s in asked if s["images"] == "test"]
-    assert {s["seed"] for s in final} == {1, 2, 3}
-    text = study.markdown(results)
-    assert "| AdamW | 0.002 | 90.0% | 90.0% | 1.0000 | 1.0000 |" in text
-    pytest.importorskip("matplotlib")
-    study.draw(results, tmp_path / "digits.png")
-    assert (tmp_path / "digits.png").stat().st_size > 10_000

@@ -98,13 +98,6 @@ def test_no_block_has_rows_of_two_heads(
             assert grid.cuts[-2] == tuple(range(0, shape[-2] + 1, head_dim))
 
 
-def test_each_head_of_a_fused_matrix_is_cut_as_if_it_were_alone():
-    config = ShampooConfig(split_heads=["qkv"], head_dim=10, max_preconditioner_dim=4)
-    rows, columns = make_grid((10, 6), config).cuts
-    fused = [0, *(start + stop for start in (0, 10, 20) for stop in rows[1:])]
-    assert make_grid((30, 6), config, head=10).cuts == (tuple(fused), columns)
-
-
 def test_names_decide_where_heads_are():
     config = ShampooConfig(split_heads=[r"\.w[qk]\.", "q_proj"], head_dim=4)
     assert head_rows("layers.0.attention.wq.weight", (8, 6), config) == 4
@@ -133,10 +126,3 @@ def test_phases_spread_like_parameters_evenly_over_a_period():
             for index in range(5)
         )
         assert set(phases.values()) == {3} and len(phases) == 10
-
-
-def test_a_phase_does_not_depend_on_other_parameters():
-    alone = refresh_phase("layers.3.attention.wq.weight", 2, 5, 10)
-    assert alone == refresh_phase("layers.3.attention.wq.weight", 2, 5, 10)
-    assert 0 <= alone < 10
-    assert refresh_phase("layers.4.attention.wq.weight", 2, 5, 10) == (alone + 5) % 10

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -59,11 +59,6 @@ def test_shards_cover_the_tensor_once_per_replica(layout):
     for row, column in itertools.product(range(13), range(7)):
         holders = [1 for (r, c) in held if r[0] <= row < r[1] and c[0] <= column < c[1]]
         assert len(holders) == replicas
-
-
-def test_partial_sums_are_refused_with_the_placement():
-    with pytest.raises(ValueError, match=r"Partial\(sum\).*supported: Replicate, Shard"):
-        shard_rectangle((4, 4), (2,), (Partial(),), (0,))
 
 
 def test_a_view_may_not_split_merged_dimensions():

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["long_average", "with_spectrum"]
-
 
 def with_spectrum(eigenvalues: Tensor, blocks: int = 3, seed: int = 0) -> Tensor:
     """[blocks, n, n] in fp64 with the given eigenvalues."""

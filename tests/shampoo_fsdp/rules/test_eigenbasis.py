@@ -36,16 +36,6 @@ def assert_orthonormal(vectors: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------ anew
 
 
-def test_an_eigenbasis_is_one_and_ascends():
-    matrices = from_basis(torch.logspace(-3, 1, 20), random_basis(20))
-    eigenvalues, vectors = eigenbasis(matrices)
-    torch.testing.assert_close(
-        eigenvalues, torch.logspace(-3, 1, 20).expand(3, -1), rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close((vectors * eigenvalues.unsqueeze(1)) @ vectors.mT, matrices)
-    assert_orthonormal(vectors)
-
-
 def test_a_matrix_that_is_not_finite_gives_nan_and_spoils_no_other():
     matrices = torch.diag(torch.tensor([1.0, 2.0, 3.0])).repeat(4, 1, 1)
     matrices[1, 0, 1] = torch.nan
@@ -54,12 +44,6 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_spoils_no_other():
     assert eigenvalues[1:3].isnan().all()
     torch.testing.assert_close(eigenvalues[[0, 3]], torch.tensor([[1.0, 2.0, 3.0]]).expand(2, -1))
     assert_orthonormal(vectors[[0, 3]])
-
-
-def test_large_matrices_are_finite_although_their_sums_are_not():
-    matrices = torch.full((1, 64, 64), 3e38)
-    eigenvalues, _ = eigenbasis(matrices * 1e-3)
-    assert eigenvalues.isfinite().all()
 
 
 @pytest.mark.parametrize("failing", ["first", "fp32", "one"])
@@ -111,25 +95,6 @@ def test_columns_follow_their_eigenvectors_whatever_their_order(n, seed):
     assert_orthonormal(after)
 
 
-def test_steps_converge_to_the_eigenbasis():
-    eigenvalues = 2.0 ** -torch.arange(10.0)
-    vectors = random_basis(10)
-    matrices = from_basis(eigenvalues, vectors)
-    turned = torch.linalg.qr(vectors + 0.05 * random_basis(10, seed=1)).Q.float()
-    before = turned * (turned * vectors.float()).sum(-2, keepdim=True).sign()
-    first = offdiagonal(matrices, before)
-    found, after = warm_eigenbasis(matrices, before)
-    # Each step shrinks a mixture of neighbours by the ratio of their eigenvalues, 1/2.
-    assert (offdiagonal(matrices, after) < 0.55 * first).all()
-    found, after = warm_eigenbasis(matrices, before, iterations=16)
-    assert (offdiagonal(matrices, after) < 1e-4).all()
-    torch.testing.assert_close(found, eigenvalues.expand(3, -1), rtol=1e-3, atol=0.0)
-    repeated = before
-    for _ in range(16):
-        _, repeated = warm_eigenbasis(matrices, repeated)
-    torch.testing.assert_close(after, repeated)
-
-
 def test_a_basis_that_is_good_already_is_left_alone():
     eigenvalues = torch.tensor([3.0, 1.0, 2.0, 0.5])
     q = torch.eye(4)[[2, 0, 3, 1]].repeat(2, 1, 1) * torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -138,12 +103,6 @@ def test_a_basis_that_is_good_already_is_left_alone():
     found, after = warm_eigenbasis(matrices, q)
     assert torch.equal(after[0], q[0]) and torch.equal(found[0], eigenvalues)
     assert not torch.equal(after[1], q[1])
-
-
-def test_a_matrix_of_zeros_keeps_its_basis():
-    before = random_basis(6).float()
-    found, after = warm_eigenbasis(torch.zeros(3, 6, 6), before)
-    assert torch.equal(after, before) and torch.equal(found, torch.zeros(3, 6))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -183,13 +142,6 @@ def test_what_is_not_finite_gives_nan_wherever_it_is(bad, zero):
     assert found[9].isfinite().all() and after[9].isfinite().all()
 
 
-def test_a_basis_that_was_kept_in_16_bits_becomes_orthonormal():
-    vectors = random_basis(30)
-    matrices = from_basis(torch.logspace(0, -4, 30), vectors)
-    _, after = warm_eigenbasis(matrices, vectors.bfloat16().float())
-    assert_orthonormal(after)
-
-
 # ----------------------------------------------------------------- what a matrix lacks
 
 
@@ -215,20 +167,3 @@ def test_what_a_matrix_lacks_follows_from_what_it_has(axes):
         two[..., places.argsort()][..., ~null], one[..., ~null], rtol=0.0, atol=1e-5
     )
     torch.testing.assert_close(*projected, rtol=0.0, atol=1e-5)
-
-
-def test_a_basis_is_complete_where_a_matrix_has_all_or_nothing():
-    q = random_basis(5).float()
-    matrices = from_basis(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), random_basis(5))
-    matrices[1] = 0.0
-    values, _ = warm_eigenbasis(matrices, q)
-    found, after = complete_basis(matrices, values, q, 1e-5)
-    assert torch.equal(after, q) and torch.equal(found, values)
-
-
-def test_failed_eigenvalues_stay_nan():
-    values = torch.tensor([[torch.nan] * 4, [2.0, 1.0, 0.0, 0.0]])
-    found, after = complete_basis(
-        torch.eye(4).repeat(2, 1, 1), values, torch.eye(4).repeat(2, 1, 1), 1e-5
-    )
-    assert found[0].isnan().all() and found[1].isfinite().all() and after[1].isfinite().all()

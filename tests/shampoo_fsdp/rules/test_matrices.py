@@ -14,7 +14,6 @@ from shampoo_fsdp.rules.matrices import factor_kinds
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_tables import print_plan
-from tests.shampoo_fsdp.test_family import relative_error
 
 
 def factors(shape: tuple[int, ...], **settings) -> set[tuple[int, ...]]:
@@ -75,15 +74,6 @@ def test_state_is_in_proportion_to_the_parameter(shape):
     optimizer = Shampoo([("w", parameter)])
     entries = [t for t in optimizer.state_dict()["state"][0].values() if torch.is_tensor(t)]
     assert sum(t.numel() for t in entries) <= 10 * math.prod(shape)
-
-
-@pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
-@pytest.mark.parametrize("large_dim", ["block", "one_sided", "diagonal"])
-def test_the_update_without_some_factors_equals_the_reference(preconditioner, large_dim):
-    shapes = {"long": (2, 20), "tall": (21, 3), "experts": (2, 18, 3)}
-    settings = {"preconditioner": preconditioner, "large_dim": large_dim}
-    assert relative_error(shapes, max_preconditioner_dim=32, **settings) < 1e-4
-    assert relative_error(shapes, max_preconditioner_dim=12, **settings) < 1e-4
 
 
 def test_the_plan_and_the_optimizer_say_which_sides_have_no_factor(capsys):

@@ -14,16 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
+from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from shampoo_fsdp.rules import Health, Rule, register
 from shampoo_fsdp.tools.command import main
+from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.validation import refuse
-from tests.models import (
-    TinyLlama,
-    build,
-    deterministic_gradients,
-    full_parameters,
-    set_gradients,
-)
+from tests.models import TinyLlama, build, full_parameters, train
 from tests.ranks import run_ranks
 
 
@@ -69,12 +65,6 @@ class Rows(Rule):
 SETTINGS = {"preconditioner": "rows", "max_preconditioner_dim": 16, "precondition_frequency": 2}
 
 
-def steps(model: nn.Module, optimizer: Shampoo, first: int, last: int) -> None:
-    for step in range(first, last):
-        set_gradients(model, deterministic_gradients(model, step))
-        optimizer.step()
-
-
 def test_its_direction_is_its_own():
     parameter = nn.Parameter(torch.zeros(3, 2))
     optimizer = Shampoo(
@@ -114,7 +104,7 @@ def trained_and_resumed(folder: str) -> tuple[list[torch.Tensor], list[torch.Ten
     for resumed in (False, True):
         built = build("fsdp")
         optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-        steps(built.model, optimizer, 0, 3)
+        train(built.model, optimizer, range(3))
         if resumed:
             state = get_optimizer_state_dict(built.model, optimizer)
             dcp.save(state, checkpoint_id=folder)
@@ -122,7 +112,7 @@ def trained_and_resumed(folder: str) -> tuple[list[torch.Tensor], list[torch.Ten
             state = get_optimizer_state_dict(built.model, optimizer)
             dcp.load(state, checkpoint_id=folder, planner=ShampooLoadPlanner())
             set_optimizer_state_dict(built.model, optimizer, state)
-        steps(built.model, optimizer, 3, 6)
+        train(built.model, optimizer, range(3, 6))
         result.append([*full_parameters(built.model).values()])
     return tuple(result)
 
@@ -146,9 +136,7 @@ def test_a_checkpoint_of_another_rule_is_refused_by_name():
         other.load_state_dict(saved)
 
 
-def test_it_is_planned(capsys):
-    command = "plan --model llama3-8b --mesh dp_shard=8 --preconditioner rows --json"
-    assert main(command.split()) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["settings"]["preconditioner"] == "rows"
-    assert report["even"]
+def test_it_is_planned():
+    spec = ParameterSpec("w", (64, 64), (0, 1), (2,), (Sharded(0),))
+    report = plan_figures("a matrix", [[spec]], ShampooConfig(**SETTINGS))
+    assert report["settings"]["preconditioner"] == "rows" and report["even"]

@@ -41,15 +41,16 @@ def test_figures_of_llama3_8b_on_64_ranks(capsys):
     assert report["even"]
 
 
-def test_blocks_of_single_heads_lack_their_long_factor_and_those_of_two_heads_do_not(capsys):
-    arguments = ["--model", "llama3-8b", "--mesh", "dp_shard=8", "--split_heads", r"\.w[qkv]\."]
-    one = as_json(capsys, *arguments, "--head_dim", "128")
+@pytest.mark.parametrize(
+    ("head_dim", "blocks", "without"),
     # 4096 + 2 * 1024 rows in 32 layers.
-    assert one["blocks_by_shape"] == {"128 x 1024": 48 * 4 * 32, "1024 x 1024": 5888}
-    assert one["sides_without_factor"] == {"128 x 1024": [1024]}
-    two = as_json(capsys, *arguments, "--head_dim", "256")
-    assert two["blocks_by_shape"] == {"256 x 1024": 24 * 4 * 32, "1024 x 1024": 5888}
-    assert two["sides_without_factor"] == {}
+    [(128, {"128 x 1024": 48 * 4 * 32}, {"128 x 1024": [1024]}), (256, {"256 x 1024": 3072}, {})],
+)
+def test_blocks_of_single_heads_lack_their_long_factor(head_dim, blocks, without):
+    heads = {"split_heads": [r"\.w[qkv]\."], "head_dim": head_dim}
+    report = report_of("llama3-8b", {"dp_shard": 8}, **heads)
+    assert report["blocks_by_shape"] == blocks | {"1024 x 1024": 5888}
+    assert report["sides_without_factor"] == without
 
 
 def test_fewer_blocks_than_ranks_are_the_reason_given():
@@ -96,13 +97,6 @@ def test_a_model_without_matrices_is_reported():
     assert report["worst_rank"]["reason"] == "nothing is preconditioned"
     assert report["per_rank"]["state_gib"] == report["per_rank"]["adamw_state_gib"]
     assert not math.isnan(sum(report["imbalance"].values()))
-
-
-def test_gpus_of_tensor_parallelism_share_the_tokens_of_a_sequence(capsys):
-    model = ("--model", "llama3-8b", "--tokens", "8192", "--mesh")
-    alone, shared = (as_json(capsys, *model, mesh) for mesh in ("dp_shard=16", "dp_shard=4,tp=4"))
-    assert alone["step"]["sharing"] == 1 and shared["step"]["sharing"] == 4
-    assert 4 * shared["step"]["training_ms"] == pytest.approx(alone["step"]["training_ms"])
 
 
 def test_tables_for_people(capsys):
