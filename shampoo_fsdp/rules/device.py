@@ -19,7 +19,7 @@ def on_device(config: ShampooConfig, device: torch.device) -> ShampooConfig:
     rule, cpu = rule_of(config), device.type == "cpu"
     method = config.root_method or rule.root_methods[0]
     if config.root_method is None and not cpu and rule.root_method_by_products:
-        try:  # factors in bf16, and some exponents, are refused
+        try:  # some exponents are refused
             method = rule.root_method_by_products
             products = dataclasses.replace(config, root_method=method)
             for exponent in filter(None, config.root_exponents):

@@ -158,7 +158,8 @@ class Rule(ABC):
         """Add a gradient to the factors.
 
         Args:
-            gradient: [B, d_1, ..., d_k]; zero where it is not usable.
+            gradient: [B, d_1, ..., d_k]; zero where it is not usable, or as it came if
+                :meth:`skips_blocks`.
         """
 
     def skips_blocks(self, gradient: Tensor) -> bool:
