@@ -1,26 +1,31 @@
 """What a step asks of one GPU of many, without any of them, beside AdamW's and Muon's.
 
     python -m benchmarks.dry_run --model llama3-8b --mesh dp_shard=64
-    python -m benchmarks.dry_run --model llama3-405b --mesh dp_shard=128,tp=8 --json
+    python -m benchmarks.dry_run 405b-on-1024 --json
+    python -m benchmarks.dry_run 665m --by-line --set kernels=off
 
 The optimizer is built for one rank as a job would build it, of tensors without memory on a GPU that
 is not there, and takes a step; ranks do not answer, but what is sent to them is known. Counts are
-exact; times follow from the rates below, which are assumed. In the timeline a GPU's kernels follow
-each other, and so do the network's transfers.
+exact; times follow from the rates below. In the timeline a GPU's kernels follow each other, and so
+do the network's transfers. All cases, and how far the model is off: benchmarks.dry_run_tables.
 """
 
 import dataclasses
 import json
+import linecache
 import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from benchmarks import llama
 from benchmarks.command import console, parser_of, table
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
@@ -38,7 +43,33 @@ from shampoo_fsdp.tools.models import MODELS, model_specs
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
-__all__ = ["dry_run", "main"]
+__all__ = ["CASES", "dry_run", "dry_run_of", "main"]
+
+CASES = {
+    "8b-on-8": ("llama3-8b", "dp_shard=8"),
+    "665m": ("665m", "dp_shard=1"),
+    "8b-on-64": ("llama3-8b", "dp_shard=64"),
+    "70b-on-256": ("llama3-70b", "dp_shard=256"),
+    "405b-on-1024": ("llama3-405b", "dp_shard=128,tp=8"),
+}
+"""Models and their meshes. Steps of that of 665 million parameters were measured on one GPU."""
+
+
+def dry_run_of(
+    model: str,
+    mesh: str,
+    config: ShampooConfig,
+    machine: Machine,
+    rank: int | None = None,
+    *,
+    by_line: bool = False,
+) -> dict[str, Any]:
+    """A dry run of a well-known model on a mesh such as "dp_shard=64,tp=8", of the rank with the
+    most work unless another is given."""
+    sizes = mesh_of(mesh)
+    specs = llama.specs(llama.MEASURED) if model == "665m" else model_specs(model, sizes)
+    rank = _busiest(specs, config) if rank is None else rank
+    return dry_run(specs, config, machine, rank, sizes.get("tp", 1), by_line=by_line)
 
 
 def dry_run(
@@ -47,22 +78,27 @@ def dry_run(
     machine: Machine,
     rank: int = 0,
     sharing: int = 1,
+    *,
+    by_line: bool = False,
 ) -> dict[str, Any]:
-    """Figures of a step of one rank in the long run.
+    """Figures of a step of one rank in the long run; "elements" are those of its blocks.
 
     Args:
         specs: parameters of a model; all are on the same ranks.
         rank: whose step it is.
         sharing: GPUs of a data-parallel rank, see `Machine.training_step`.
+        by_line: whether "lines" are wanted: the same by line of our code, the dearest first.
     """
     with dry_optimizer(specs, config, rank) as optimizer:
-        work = dry_step(optimizer, machine)
+        work = dry_step(optimizer, machine, by_line=by_line)
+        stacks = [owned.stack for b in optimizer._ready().parameters.buckets for owned in b.stacks]
         parameters_here = [local_shard(p) for p in optimizer.param_groups[0]["params"]]
         baseline = _adamw_step(parameters_here, machine)
     training = machine.training_step(sum(math.prod(spec.shape) for spec in specs), sharing)
     muon = _muon_step(specs, machine)
     return {
         "rank": rank,
+        "elements": sum(stack.gradient.numel() for stack in stacks),
         "parts": {part: dict(counts) for part, counts in work.counts.items()},
         "total": dict(work.total),
         "ms of parts": dict(work.busy),
@@ -74,6 +110,11 @@ def dry_run(
         "AdamW": {**baseline.total, "ms": baseline.now, "peak bytes": baseline.peak},
         "Muon": muon,
         "training step, ms": training,
+        "lines": [
+            {"file": Path(file).name, "number": number, "source": source.strip(), **done}
+            for (file, number), done in sorted(work.lines.items(), key=lambda of: -of[1]["ms"])
+            for source in [linecache.getline(file, number)]
+        ],
         "share": work.now / training,
         "AdamW's share": baseline.now / training,
         "Muon's share": muon["ms"] / training,
@@ -120,32 +161,61 @@ def _is_muons(spec: ParameterSpec) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print."""
     parser = parser_of("benchmarks.dry_run", __doc__)
+    parser.add_argument("case", nargs="?", choices=CASES, help="in the place of model and mesh")
     parser.add_argument("--model", default="llama3-8b", choices=MODELS)
     parser.add_argument("--mesh", default="dp_shard=8", help="as in dp_shard=64,tp=8")
     parser.add_argument("--rank", type=int, help="default: the one with the most work")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings")
+    parser.add_argument(
+        "--by-line", action="store_true", help="what each line of our code asks for, per element"
+    )
     parser.add_argument("--json", action="store_true")
     add_rates(parser)
     options = vars(parser.parse_args(arguments))
     machine = machine_of(options)
     settings = dict(pair.split("=", 1) for pair in options["set"])
     config = settings_from_keywords({name: value_of(text) for name, text in settings.items()})
-    mesh = mesh_of(options["mesh"])
-    specs = model_specs(options["model"], mesh)
-    rank = _busiest(specs, config) if options["rank"] is None else options["rank"]
-    figures = dry_run(specs, config, machine, rank, mesh.get("tp", 1))
+    model, mesh = CASES.get(options["case"], (options["model"], options["mesh"]))
+    by_line = options["by_line"]
+    figures = dry_run_of(model, mesh, config, machine, options["rank"], by_line=by_line)
     if options["json"]:
         print(json.dumps(figures, indent=2))
         return
     say = console().print
-    say(table(f"{options['model']} on {options['mesh']}, rank {rank}", list(_rows(figures))))
-    say(table("What is on its way: bytes in the node and to others, ms", figures["timeline"]))
+    title = f"{model} on {mesh}, rank {figures['rank']}"
+    if by_line:
+        title += f": bytes and FLOPs per preconditioned element, of {figures['elements']:,}"
+        lines = [line for line in figures["lines"] if line["ms"] >= _LEAST * figures["ms"]]
+        say(table(title, [_line(line, figures["elements"]) for line in lines]))
+        return
+    say(table(title, list(_rows(figures))))
+    if timeline := figures["timeline"]:
+        say(table("What is on its way: bytes in the node and to others, ms", timeline))
     shares = {"Shampoo": "share", "AdamW": "AdamW's share", "Muon": "Muon's share"}
     shown = ", ".join(f"{name} {figures[key]:.2%}" for name, key in shares.items())
     say(
         f"Of a training step of {figures['training step, ms']:,.0f} ms: {shown} (without its "
         f"communication). The GPU waits for {figures['ms waited']:.2f} ms. Assumed: {machine}."
     )
+
+
+_LEAST = 0.001
+"""Lines that take less of a step are not shown."""
+
+
+def _line(line: Mapping[str, Any], elements: int) -> dict[str, Any]:
+    per_element = {
+        f"{kind} FLOP": f"{line.get(kind, 0) / elements:,.0f}" for kind in ("bf16", "tf32", "fp32")
+    }
+    return {
+        "line": f"{line['file']}:{line['number']}",
+        "": escape(line["source"][:60]),
+        "kernels": f"{line['launches']:,}",
+        "bytes": f"{line.get('bytes', 0) / elements:.2f}",
+        "operands": f"{line.get('operands', 0) / elements:.2f}",
+        **per_element,
+        "ms": f"{line['ms']:.2f}",
+    }
 
 
 def _rows(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -163,6 +233,7 @@ def _row(name: str, counts: Mapping[str, float], took: float, peak: float) -> di
         "kernels": f"{counts.get('launches', 0):,.0f}",
         **{f"{kind}, TFLOP": counts.get(kind, 0) / 1e12 for kind in ("bf16", "tf32", "fp32")},
         "memory moved, GB": counts.get("bytes", 0) / 1e9,
+        "operands, GB": counts.get("operands", 0) / 1e9,
         "peak, MiB": f"{peak / 2**20:,.1f}",
         "ms": f"{took:.2f}",
     }

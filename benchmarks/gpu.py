@@ -39,7 +39,6 @@ from shampoo_fsdp.tools.machine import Machine
 
 __all__ = ["main"]
 
-_SIZES = llama.Sizes(dim=1536, layers=20, ffn=4096, vocab=32000)  # 665 M parameters
 _ROWS = "^AdamW, fused|Muon|^ours"  # decompositions of the others would take all of the time
 _ROOT_ELEMENTS = 2**24  # of a stack, as the optimizer takes them at once
 _SPECTRA = ("condition 1e4", "condition 1e12")
@@ -119,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("benchmarks.gpu", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    llama.add_size_arguments(parser, _SIZES)
+    llama.add_size_arguments(parser, llama.MEASURED)
     parser.add_argument("--rows", default=_ROWS, help="regular expression: which optimizers")
     parser.add_argument("--seconds", type=float, default=15.0, help="timing of a row, about")
     parser.add_argument(

@@ -16,6 +16,7 @@ from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from tests.models import deterministic_gradients, set_gradients
 
 __all__ = [
+    "MEASURED",
     "Sizes",
     "add_size_arguments",
     "build",
@@ -34,6 +35,10 @@ class Sizes:
     layers: int = 4
     ffn: int = 704
     vocab: int = 2048
+
+
+MEASURED = Sizes(dim=1536, layers=20, ffn=4096, vocab=32000)
+"""665 million parameters, of which benchmarks/results/h100.json is."""
 
 
 def add_size_arguments(parser: argparse.ArgumentParser, default: Sizes) -> None:

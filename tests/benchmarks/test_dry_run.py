@@ -1,6 +1,9 @@
 """What a GPU would do on a step, counted without one."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -60,7 +63,7 @@ def test_no_setting_makes_kernels_of_pieces(settings):
 
 
 def test_llama3_8b_on_64_gpus(capsys, monkeypatch):
-    main(["--model", "llama3-8b", "--mesh", "dp_shard=64", "--json"])
+    main(["--model", "llama3-8b", "--mesh", "dp_shard=64", "--json", "--by-line"])
     found = json.loads(capsys.readouterr().out)
     assert found["total"]["launches"] <= 430
     assert sum(found["parts"][part]["launches"] for part in ("exchange", "apply")) <= 30
@@ -69,9 +72,27 @@ def test_llama3_8b_on_64_gpus(capsys, monkeypatch):
     assert names == ["gradients 0", "gradients 1", "updates 0", "updates 1"]
     begins = [transfer["begins"] for transfer in found["timeline"]]
     assert begins == sorted(begins)
+    for kind in ("bytes", "bf16", "operands"):
+        assert sum(line.get(kind, 0) for line in found["lines"]) == found["total"][kind]
 
 
 def test_a_table(capsys):
     main(["--model", "llama3-8b", "--mesh", "dp_shard=64", "--launch", "5"])
     printed = capsys.readouterr().out
     assert "launch 5" in printed and "updates 1" in printed and "Muon" in printed
+
+
+def test_lines_are_printed_with_their_source(capsys):
+    main(["8b-on-64", "--by-line"])
+    printed = capsys.readouterr().out
+    assert "excluded.py" in printed and "adamw_masked(" in printed
+
+
+def test_kernels_of_a_dry_run_are_those_that_a_step_launches():
+    command = [sys.executable, "-m", "tests.benchmarks.launches"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    real, dry = json.loads(done.stdout)
+    assert real == dry
+    assert {name for name, _, _ in real} >= {"_adamw_masked", "_momenta", "_product", "_update_factors"}
