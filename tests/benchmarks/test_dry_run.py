@@ -95,4 +95,9 @@ def test_kernels_of_a_dry_run_are_those_that_a_step_launches():
     assert done.returncode == 0, done.stdout + done.stderr
     real, dry = json.loads(done.stdout)
     assert real == dry
-    assert {name for name, _, _ in real} >= {"_adamw_masked", "_momenta", "_product", "_update_factors"}
+    assert {name for name, _, _ in real} >= {
+        "_adamw_masked",
+        "_momenta",
+        "_product",
+        "_update_factors",
+    }
