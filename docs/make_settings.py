@@ -5,12 +5,11 @@ With --check it writes nothing and fails if the file is out of date.
 
 import ast
 import inspect
-import itertools
 import re
 import sys
 from pathlib import Path
 
-from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.config import FIELD_TEXTS, ShampooConfig
 
 FILE = Path(__file__).with_name("settings.md")
 _TYPES = {
@@ -41,10 +40,10 @@ _HEAD = """# Settings
 def settings_page() -> str:
     """The text of the file."""
     config, rows = ShampooConfig(), []
-    for field, text in itertools.pairwise(ast.parse(inspect.getsource(ShampooConfig)).body[0].body):
+    for field in ast.parse(inspect.getsource(ShampooConfig)).body[0].body:
         if isinstance(field, ast.AnnAssign):
             name = field.target.id
-            meaning = " ".join(text.value.value.split())
+            meaning = FIELD_TEXTS[name]
             default = repr(getattr(config, name)).replace("'", '"').replace("\\\\", "\\")
             cells = f"`{name}`", _values(field.annotation), f"`{default}`", meaning
             rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n")

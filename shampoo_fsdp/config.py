@@ -4,7 +4,11 @@
 ``[optimizer.shampoo]`` table of a TorchTitan job file.
 """
 
+import ast
+import inspect
+import itertools
 import math
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +25,7 @@ from shampoo_fsdp.validation import (
 
 __all__ = [
     "DEFAULT_EXCLUDE",
+    "FIELD_TEXTS",
     "RULES",
     "ShampooConfig",
 ]
@@ -282,3 +287,32 @@ class ShampooConfig:
         least = max(1, warmup // frequency)
         period = step // least if step <= least**2 else math.isqrt(2 * step - least**2)
         return min(max(1, period), frequency)
+
+
+def _texts() -> dict[str, str]:
+    """What stands below each field; {} where there is no source, as in a frozen program."""
+    try:
+        (of_class,) = ast.parse(inspect.getsource(ShampooConfig)).body
+    except OSError:
+        return {}
+    assert isinstance(of_class, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(of_class.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
+FIELD_TEXTS = _texts()
+"""What each setting means, by its name: for `help(ShampooConfig)`, commands and docs."""
+
+ShampooConfig.__doc__ = "\n\n".join(
+    [ShampooConfig.__doc__ or "", "Fields:"]
+    + [
+        textwrap.fill(f"{name}: {text}", 96, initial_indent="    ", subsequent_indent=" " * 8)
+        for name, text in FIELD_TEXTS.items()
+    ]
+)

@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp import __version__
+from shampoo_fsdp.config import FIELD_TEXTS, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
 from shampoo_fsdp.tools.compare.command import add_options, compare
 from shampoo_fsdp.tools.dry_step import model_step
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", argument_default=argparse.SUPPRESS, help="show a plan")
     plan.set_defaults(run=_plan)
@@ -93,10 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     add_rates(plan)
     settings = plan.add_argument_group("settings of Shampoo")
     for name, annotation in typing.get_type_hints(ShampooConfig).items():
+        text = FIELD_TEXTS.get(name, "").replace("%", "%%")
         if annotation == list[str]:
-            settings.add_argument(f"--{name}", nargs="+")
+            settings.add_argument(f"--{name}", nargs="+", metavar="X", help=text)
         else:
-            settings.add_argument(f"--{name}", type=value_of)
+            settings.add_argument(f"--{name}", type=value_of, metavar="X", help=text)
     comparison = commands.add_parser("compare", help="train with AdamW, Muon and Shampoo")
     comparison.set_defaults(run=compare)
     add_options(comparison)

@@ -1,9 +1,13 @@
 """Settings are refused by name, with what was found and what is allowed."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.config import FIELD_TEXTS
+from shampoo_fsdp.tools.command import main
 
 
 def build(**settings):
@@ -102,3 +106,14 @@ def test_embeddings_and_the_output_layer_are_left_to_adam(name, excluded):
     parameter = torch.nn.Parameter(torch.zeros(4, 4))
     state = Shampoo([(name, parameter)]).state_dict()["state"][0]
     assert ("factors" not in state) == excluded
+
+
+def test_help_explains_every_setting(capsys):
+    names = {field.name for field in dataclasses.fields(ShampooConfig)}
+    assert FIELD_TEXTS.keys() == names
+    assert all(f"\n    {name}: {FIELD_TEXTS[name][:20]}" in ShampooConfig.__doc__ for name in names)
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name} " in told for name in names)
+    assert "Steps between two refreshes" in told
