@@ -13,17 +13,18 @@ _PRODUCTS = ("bf16", "tf32", "fp32")
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (96, 32)])
 def test_the_products_of_a_step_and_of_a_refresh(m, n):
     """Tensors without values: reading one on the host would raise."""
-    every, refresh = work_of_block((m, n), on_device(ShampooConfig(), CUDA))
+    every, refresh = work_of_block((m, n), on_device(ShampooConfig(kernels="off"), CUDA))
     # Whitening, grams, direction.
     assert {kind: every[kind] for kind in _PRODUCTS if every[kind]} == {
         "bf16": 3 * 2 * m * n * (m + n)
     }
     cubes = m**3 + n**3
     vectors = 2 * 2 * 4 * (m**2 + n**2)  # the check of the roots: 4 products with 2 vectors
-    # The first polynomial, with the square for the norm: 3 products, each as 3 of bf16.
+    # The first polynomial, with the square for the norm: 3 products, each as 3 of bf16. The others
+    # are in fp16, at the same rate.
     assert {kind: refresh[kind] for kind in _PRODUCTS} == {
-        "bf16": 3 * 3 * 2 * cubes,
-        "tf32": 9 * 2 * cubes,
+        "bf16": (3 * 3 + 9) * 2 * cubes,
+        "tf32": 0,
         "fp32": vectors,
     }
     assert not refresh["decompositions"]
@@ -41,6 +42,14 @@ def test_passes_over_a_block():
     """Bytes that move per parameter: what is no product costs a GPU more time than the products."""
     every, refresh = work_of_block((256, 256), on_device(ShampooConfig(kernels="off"), CUDA))
     assert every["bytes"] - every["operands"] <= 140 * 256**2
-    assert refresh["bytes"] - refresh["operands"] <= 580 * 256**2
+    assert refresh["bytes"] - refresh["operands"] <= 830 * 256**2
     assert every["launches"] <= 55
-    assert refresh["launches"] <= 135
+    assert refresh["launches"] <= 165
+
+
+def test_passes_of_our_kernels_over_a_block():
+    every, refresh = work_of_block((256, 256), on_device(ShampooConfig(), CUDA))
+    assert every["bytes"] <= 100 * 256**2
+    assert refresh["bytes"] <= 400 * 256**2
+    assert every["launches"] <= 45
+    assert refresh["launches"] <= 115
