@@ -1,14 +1,13 @@
 """Reports as one HTML file each, which needs no network: light and dark, to print as well."""
 
 import html
-import importlib.util
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["curves", "need_matplotlib", "paragraph", "table", "write_page"]
+__all__ = ["curves", "paragraph", "table", "write_page"]
 
 COLORS = {"AdamW": "#1f77b4", "Muon": "#ff7f0e", "Shampoo": "#9467bd"}
 """Of the optimizers, as in all figures of the project."""
@@ -28,16 +27,6 @@ th:first-child, td:first-child { text-align: left; }
 svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 @media print { body { max-width: none; margin: 0; } h2, figure, table { break-inside: avoid; } }
 """
-
-
-def need_matplotlib(option: str) -> None:
-    """Refuse an option whose page needs drawings.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{option} needs matplotlib: pip install matplotlib")
 
 
 def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
@@ -89,7 +78,7 @@ def curves(
 
 def figure(x: str, y: str) -> tuple[Any, Any]:
     """A drawing and its axes, in ink that suits light and dark pages."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here: it takes a second
 
     drawing = Figure(figsize=(6.5, 3.4), layout="tight")
     axis = drawing.add_subplot()

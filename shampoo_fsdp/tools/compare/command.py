@@ -23,11 +23,11 @@ _BASELINE = "AdamW"
 _HEADS = (
     "optimizer",
     "lr",
-    "loss at the end",
-    f"steps to {_BASELINE}'s end",
-    f"seconds to {_BASELINE}'s end",
-    "seconds in all",
-    "optimizer, ms per step",
+    "loss",
+    f"steps to {_BASELINE}'s",
+    "seconds to it",
+    "in all",
+    "ms a step",
     "state",
 )
 
@@ -67,7 +67,6 @@ def compare(
     """
     if (model is None) != (data is None):
         raise ValueError("--model and --data: give both, or neither for the small Llama.")
-    page.need_matplotlib("--html")
     rates = {name: contestant.lr for name, contestant in CONTESTANTS.items()} | _rates(lr)
     build = _function("--model", model) if model else small_llama.build
     batches = _function("--data", data) if data else small_llama.batches
@@ -112,7 +111,10 @@ def _report(runs: Sequence[Run], what: str, path: Path) -> None:
         path,
         "AdamW, Muon and Shampoo",
         [
-            page.paragraph(f"{title}. One seed; the dotted line is where {_BASELINE} ends."),
+            page.paragraph(
+                f"{title}. One seed. The dotted line is the loss at which {_BASELINE} ends; 'ms a "
+                "step' are the optimizer's part."
+            ),
             page.table("In numbers", _HEADS, rows),
             "<h2>Loss against steps</h2>" + page.curves(by_step, "steps", "loss", end),
             "<h2>Loss against time</h2>" + page.curves(by_time, "seconds", "loss", end),
@@ -123,18 +125,26 @@ def _report(runs: Sequence[Run], what: str, path: Path) -> None:
 
 def _row(run: Run, baseline: Run) -> list[str]:
     end = baseline.losses[-1]
-    steps, seconds = run.reached(end, run.steps), run.reached(end, run.seconds)
     whole = run.steps[-1], run.seconds[-1]
+    steps, seconds = run.reached(end, run.steps), run.reached(end, run.seconds)
+    if run is baseline:
+        steps, seconds = whole
     return [
         run.name,
         f"{run.lr:g}",
         f"{run.losses[-1]:.3f}",
-        "-" if steps is None else f"{steps:,.0f} ({steps / baseline.steps[-1] - 1:+.0%})",
-        "-" if seconds is None else f"{seconds:,.0f} ({seconds / baseline.seconds[-1] - 1:+.0%})",
+        _beside(steps, baseline.steps[-1]),
+        _beside(seconds, baseline.seconds[-1]),
         f"{whole[1]:,.0f}",
         f"{1e3 * run.optimizer_seconds / max(1, whole[0] - 1):,.1f}",
         by_size(run.state_bytes),
     ]
+
+
+def _beside(value: float | None, baseline: float) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value == baseline else f"{value:,.0f} ({value / baseline - 1:+.0%})"
 
 
 def _said_lr() -> str:
