@@ -129,13 +129,13 @@ def _generation(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@functools.cache
 def sums_in_fp32(device_type: str) -> bool:
     """Whether it multiplies bf16 and fp16 matrices, fast, with fp32 as what comes out; ROCm cannot.
 
     Of a GPU that this process has not used so far it is assumed: to ask it would be to use it."""
     if device_type != "cuda" or torch.version.hip:
         return False
+    # (Not kept: the answer may change when the GPU is used for the first time.)
     known = torch.cuda.is_initialized()
     return not known or bool(torch.cuda.is_bf16_supported(including_emulation=False))
 

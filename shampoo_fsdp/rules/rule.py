@@ -205,7 +205,8 @@ class Rule(ABC):
         of diagonals_i what is on the diagonal.
 
         Args:
-            blocks: [B, d_1, ..., d_k], zero where the decay is 1.
+            blocks: [B, d_1, ..., d_k], zero where the decay is 1; as they are if
+                `step.in_one_pass`.
             decay: [B].
         """
         if i not in self.full:
@@ -220,6 +221,8 @@ class Rule(ABC):
         if self.has_kernels and unfolded.dtype != torch.float32 and can_update(kept, unfolded):
             weight = step.usable if step.sums else 1.0 - decay
             return update_factors(kept, unfolded, decay, weight * share)
+        if step.in_one_pass:  # the gradient is as it came, and nothing else leaves blocks out
+            unfolded = unfolded.masked_fill(per_block(step.usable == 0.0, 3), 0.0)
         factor, decay = self.factors[i].read(), per_block(decay, 3)
         whole = unfolded.dtype == torch.float32 or unfolded.device.type == "cpu"
         if whole or step.sums or share != 1.0:

@@ -73,6 +73,14 @@ def test_what_it_asked_for_is_named(folder, tmp_path):
         SafeFileSystemReader(folder).read_metadata()
 
 
+def test_no_mesh_is_made_which_other_ranks_would_have_to_join(folder):
+    mesh = b"ctorch.distributed.device_mesh\nDeviceMesh\n(Vcpu\n(lI0\natR."
+    (folder / ".metadata").write_bytes(mesh)
+    with pytest.raises(UnsafeCheckpoint, match=r"asks for 'torch\.distributed\.device_mesh\.Dev"):
+        SafeFileSystemReader(folder).read_metadata()
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize("data", [b"", b"\x80\x04.", b"not a pickle", pickle.dumps({"a": 1})])
 def test_damaged_metadata_is_said(data, folder):
     (folder / ".metadata").write_bytes(data)

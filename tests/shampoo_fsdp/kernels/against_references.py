@@ -302,3 +302,18 @@ def test_a_step_with_kernels_is_the_step_without(rule, grafting, settings, expec
     assert used >= expected
     assert same.equal(counts) and same[2:].tolist() == [1, 1]
     torch.testing.assert_close(weights, without, rtol=0, atol=2e-3)  # of steps of 0.01
+
+
+def test_blocks_are_left_out_where_the_kernel_of_factors_does_not_run(monkeypatch):
+    """Their gradients are as they came, as the momenta's kernel leaves them out by itself."""
+    monkeypatch.setattr("shampoo_fsdp.rules.rule.can_update", lambda *_: False)
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(32, 32))
+    optimizer = Shampoo([("w", weight)], matmul_precision="medium", root_method="eigh")
+    for step in range(6):
+        weight.grad = torch.randn(32, 32)
+        if step == 4:
+            weight.grad[0, 0] = torch.nan
+        optimizer.step()
+    assert weight.isfinite().all() and optimizer.state[weight]["factors"].isfinite().all()
+    assert optimizer.counters()[1:3].tolist() == [0, 1]
