@@ -246,9 +246,16 @@ _titan_init = CheckpointManager.__init__
 
 @functools.wraps(_titan_init)
 def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
+    optimizers = kwargs.get("optimizers")
+    ours = isinstance(optimizers, ShampooContainer) and optimizers.shampoos
+    if ours and any(".torchft." in kind.__module__ for kind in type(self).__mro__):
+        raise JobError(
+            f"the job's checkpoints are of {type(self).__qualname__}, TorchFT's, which Shampoo "
+            "does not support; allowed: TorchTitan's own Trainer.Config and "
+            "CheckpointManager.Config, or AdamW"
+        )
     _titan_init(self, *args, **kwargs)
-    optimizers = getattr(self, "states", {}).get(OPTIMIZER)
-    if isinstance(optimizers, ShampooContainer) and optimizers.shampoos:
+    if ours and hasattr(self, "states"):  # not if checkpoints are switched off
         self.__class__ = _class_for(type(self))
         self.lock_folder()
 

@@ -87,10 +87,13 @@ def what_names_miss(
                 f"setting '{setting}' has {name_some(found)}, which the name of no {kind} matches "
                 "(or of none in this part of the model)."
             )
-    everything = config.completed(exclude=[])
-    matrices = [n for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, everything)]
-    if matrices and not chosen:
-        yield f"setting 'exclude' matches every matrix ({len(matrices)}): none is preconditioned."
+    if shapes and not chosen:
+        everything = config.completed(exclude=[])
+        matrices = sum(is_preconditioned(name, shape, everything) for name, shape in shapes.items())
+        why = f"setting 'exclude' matches every matrix ({matrices})"
+        if not matrices:
+            why = f"none of {len(shapes)} parameters is a matrix ({name_some(list(shapes))})"
+        yield f"{why}: none is preconditioned, and Shampoo is {config.elementwise_method} here."
     if config.exclude and (found := _doubtful(shapes, embeddings, chosen)):
         yield (
             f"{name_some(found)}: preconditioned, but by type, shape or place embeddings or the "

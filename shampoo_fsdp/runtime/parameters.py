@@ -198,6 +198,11 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
             problem = "is there twice; names must be unique"
         elif parameter in name_of:
             problem = f"is '{name_of[parameter]}' as well (tied); give it once, under one name"
+        elif getattr(parameter, "_fsdp_flattened", False):
+            problem = (
+                "is in a flat shard of FullyShardedDataParallel (FSDP1), which has no matrices; "
+                "shard the model by fully_shard (FSDP2), or train it under DDP with `replicas`"
+            )
         elif not parameter.is_floating_point():
             problem = f"is of type {parameter.dtype}; only real floating-point ones can be trained"
         elif parameter.device != named[0][1].device:

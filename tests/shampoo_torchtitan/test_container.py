@@ -108,3 +108,19 @@ def test_a_users_own_checkpoint_manager_stays_one():
     assert issubclass(found, Mine) and issubclass(found, checkpoint.ShampooCheckpoints)
     assert found is checkpoint._class_for(Mine)
     assert checkpoint._class_for(CheckpointManager) is checkpoint.ShampooCheckpoints
+
+
+@pytest.mark.skipif(not JOBS_ARE_FUNCTIONS, reason="0.2 says so in the job file")
+def test_torchft_is_refused():
+    """Its trainer always has this manager, and would step Shampoo without TorchFT."""
+    from torchtitan.experiments.torchft.checkpoint import TorchFTCheckpointManager
+
+    from shampoo_torchtitan.configs import ShampooOptimizers
+
+    model = Stage()
+    optimizers = ShampooOptimizers(ShampooOptimizers.Config(), model_parts=[model])
+    with pytest.raises(JobError, match="TorchFTCheckpointManager, TorchFT's, .*not support"):
+        TorchFTCheckpointManager.Config(enable=False).build(
+            dataloader=None, model_parts=[model], optimizers=optimizers, lr_schedulers=None,
+            states={}, sd_adapter=None, ft_manager=None,
+        )  # fmt: skip

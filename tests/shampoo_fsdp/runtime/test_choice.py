@@ -70,6 +70,12 @@ def test_what_matches_nothing_or_everything(exclude, said):
     )
 
 
+def test_where_there_are_no_matrices_it_is_said():
+    (said,) = told({"flat": (4096,), "norm.weight": (8,)}, grafting="rmsprop")
+    assert "none of 2 parameters is a matrix ('flat', 'norm.weight')" in said and "rmsprop" in said
+    assert told({"flat": (4096,)}, precondition_1d=True) == told({}) == []
+
+
 class Renamed(nn.Module):
     def __init__(self):
         super().__init__()

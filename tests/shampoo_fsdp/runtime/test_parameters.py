@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 
 from shampoo_fsdp import Shampoo
@@ -35,7 +37,6 @@ class TestNames:
         [
             lambda model: Shampoo(model.named_parameters()),
             lambda model: Shampoo(model.parameters(), exclude=[]),  # names would change nothing
-            lambda model: Shampoo(model.norm.parameters()),
         ],
     )
     def test_nothing_is_said_where_names_make_no_difference(self, make):
@@ -164,6 +165,21 @@ def test_gradients_may_be_of_another_type_than_their_parameters():
         two.step()
     for (name, expected), found in zip(rounded.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(found, expected) and found.dtype == torch.float32, name
+
+
+@ranks(2)
+def test_flat_shards_of_fsdp1_are_refused_by_name():
+    for offered in (True, False):
+        model = FullyShardedDataParallel(
+            nn.Sequential(nn.Linear(4, 6)), use_orig_params=offered, device_id=torch.device("cpu")
+        )
+        name = next(name for name, _ in model.named_parameters())
+        for make in (
+            lambda: Shampoo(model.named_parameters()),  # noqa: B023
+            lambda: Shampoo(model.named_parameters(), replicas=dist.group.WORLD),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=rf"'{name}' is in a flat shard .*fully_shard"):
+                make()
 
 
 class ShardOrderEntry(NamedTuple):
