@@ -119,7 +119,7 @@ def test_torchft_is_refused():
 
     model = Stage()
     optimizers = ShampooOptimizers(ShampooOptimizers.Config(), model_parts=[model])
-    with pytest.raises(JobError, match="TorchFTCheckpointManager, TorchFT's, .*not support"):
+    with pytest.raises(JobError, match=r"TorchFTCheckpointManager, TorchFT's, .*not support"):
         TorchFTCheckpointManager.Config(enable=False).build(
             dataloader=None, model_parts=[model], optimizers=optimizers, lr_schedulers=None,
             states={}, sd_adapter=None, ft_manager=None,
