@@ -130,6 +130,8 @@ def _bytes_sent(func: Any, args: tuple[Any, ...]) -> int:
         source, rows = (args[1], args[4]) if name == "alltoall_base" else (args[0], args[2])
         rows = rows or [source.shape[0] // n] * n
         return _bytes(source) * (sum(rows) - rows[rank]) // max(sum(rows), 1)
+    if name == "alltoall":  # of lists
+        return sum(_bytes(tensor) for i, tensor in enumerate(args[1]) if i != rank)
     argument, times = _SENT[name]
     return int(sum(map(_bytes, _tensors(args[argument]))) * times(n))
 
