@@ -1,21 +1,23 @@
 """What all commands of the benchmarks and studies share: their parser, and tables for people."""
 
-import argparse
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from shampoo_fsdp.tools.parser import Parser
+
 __all__ = ["console", "parser_of", "table"]
 
 
-def parser_of(module: str, text: str | None) -> argparse.ArgumentParser:
+def parser_of(module: str, text: str | None) -> Parser:
     """A parser for `python -m module`, whose help begins with this text."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"python -m {module}",
         description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
 
 

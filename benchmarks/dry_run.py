@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, help="default: the one with the most work")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings")
     parser.add_argument(
-        "--by-line", action="store_true", help="what each line of our code asks for, per element"
+        "--by_line", action="store_true", help="what each line of our code asks for, per element"
     )
     parser.add_argument("--json", action="store_true")
     add_rates(parser)

@@ -124,7 +124,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=[16384], help="of whole training steps"
     )
-    parser.add_argument("--root-sizes", type=int, nargs="*", default=[256, 1024])
+    parser.add_argument("--root_sizes", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing is begun after that")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file as well")
     return parser.parse_args(arguments)

@@ -102,6 +102,7 @@ def settings_from_keywords(keywords: Mapping[str, Any]) -> ShampooConfig:
         return config
     check_torch_options(keywords)
     keywords = {name: value for name, value in keywords.items() if name not in TORCH_OPTIONS}
+    known = [f.name for f in dataclasses.fields(ShampooConfig)]
     for name in keywords:
-        refuse_unknown(name, [f.name for f in dataclasses.fields(ShampooConfig)])
+        refuse_unknown(name, known, everywhere=("lr", "betas", "eps", "weight_decay", *known))
     return ShampooConfig(**keywords)

@@ -36,8 +36,19 @@ _logger = getLogger(__name__)
 class Shampoo(torch.optim.Optimizer):
     """Shampoo on FSDP2, HSDP, tensor-parallel, replicated or plain parameters.
 
-    Shi et al. 2023 (arXiv 2309.06497). A parameter is cut into blocks; each block has one owner
-    among the ranks of the parameter's mesh, which keeps all of its state. On a step
+    A language model, once it is sharded; embeddings and the output layer take AdamW's step:
+
+        optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=1e-3)
+
+    Any module, each matrix and convolution of it:
+
+        optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=1e-3, exclude=[])
+
+    Set lr to two or three times AdamW's (once, for convolutions), and keep betas, eps, weight
+    decay, schedule and clipping. Then `step()` and `zero_grad()` as with any optimizer.
+
+    How it works (Shi et al. 2023, arXiv 2309.06497): a parameter is cut into blocks; each block has
+    one owner among the ranks of the parameter's mesh, which keeps all of its state. On a step
 
     1. the pieces of each gradient block travel to its owner, in one all-to-all per bucket;
     2. the owner updates factors and momentum, refreshes the inverse roots that are due,
@@ -70,8 +81,7 @@ class Shampoo(torch.optim.Optimizer):
                 Parameters without names are refused where embeddings among them could not be told,
                 unless `exclude` is [].
             lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor, on the CPU. betas[1] also
-                averages the factors; 1.0 sums them. For the kind of weight decay see
-                `weight_decay_type`.
+                averages the factors. For the kind of weight decay see `weight_decay_type`.
             replicas: the mesh (of one dimension) or process group on which plain tensors are
                 replicated, as with DDP; its ranks share the work. Without it plain tensors are
                 trained by this process alone.

@@ -6,7 +6,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -18,6 +18,7 @@ __all__ = [
     "name_some",
     "refuse",
     "refuse_unknown",
+    "setting_names",
     "unmatched",
 ]
 
@@ -30,24 +31,32 @@ TORCH_OPTIONS: dict[str, tuple[bool | int | None, ...]] = {
 }
 """Options of torch.optim's optimizers, and their values that change nothing here."""
 
+# What others call ours.
+_OF_OTHERS = {"epsilon": ("eps", "preconditioner_eps"), "learning_rate": ("lr",)}
+
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:
     raise ValueError(f"setting '{name}' is {value!r}; allowed: {allowed}.")
 
 
-def refuse_unknown(key: str, known: Collection[str], name: str = "") -> None:
-    """Raise a TypeError for a setting that does not exist.
+def refuse_unknown(
+    key: str, known: Collection[str], name: str = "", everywhere: Iterable[str] = ()
+) -> None:
+    """Raise a TypeError for a setting that does not exist: with what may be meant, or all allowed.
 
     Args:
         known: those that do.
         name: the setting's in the message, where it is not the key alone.
+        everywhere: names, with dots, of what there is in this table and in others.
     """
     if key in known:
         return
-    name = name or key
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise TypeError(f"unknown setting '{name}'.{hint} Allowed: {', '.join(known)}.")
+    wanted = [word.lower() for word in _OF_OTHERS.get(key, (key,))]
+    meant = [path for path in everywhere if path.rpartition(".")[2].lower() in wanted][:3]
+    meant = meant or [word for word in known if word.lower() in wanted]
+    meant = meant or difflib.get_close_matches(key.lower(), known, n=1)
+    hint = f"Did you mean {' or '.join(map(repr, meant))}?" if meant else "Allowed: {}."
+    raise TypeError(f"unknown setting '{name or key}'. {hint.format(', '.join(known))}")
 
 
 def check_torch_options(options: Mapping[str, Any]) -> None:
@@ -102,7 +111,17 @@ def field_types(cls: type) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if not name.startswith("_")}
 
 
-def check_fields(cls: type, values: Mapping[str, Any], table: str = "") -> None:
+def setting_names(cls: type, table: str = "") -> Iterator[str]:
+    """With dots, of the fields of a dataclass, and of those in its tables."""
+    for key, kind in field_types(cls).items():
+        yield (name := f"{table}.{key}" if table else key)
+        if dataclasses.is_dataclass(kind):
+            yield from setting_names(typing.cast(type, kind), name)
+
+
+def check_fields(
+    cls: type, values: Mapping[str, Any], table: str = "", everywhere: Iterable[str] = ()
+) -> None:
     """Check the names, types and bounds of what the fields of a dataclass are given.
 
     Keywords, TOML files and configurations come here. Types that are not known here allow
@@ -111,21 +130,23 @@ def check_fields(cls: type, values: Mapping[str, Any], table: str = "") -> None:
     Args:
         values: by name; fields that are dataclasses have tables.
         table: what they are in, with dots, for messages.
+        everywhere: see :func:`refuse_unknown`; by default what the fields have.
 
     Raises:
         TypeError: a name that does not exist.
         ValueError: a value that is not allowed.
     """
     known = field_types(cls)
+    everywhere = everywhere or setting_names(cls, table)
     for key, value in values.items():
         name = f"{table}.{key}" if table else key
-        refuse_unknown(key, known, name)
+        refuse_unknown(key, known, name, everywhere)
         if not dataclasses.is_dataclass(known[key]):
             words, fits = _meaning(known[key], key)
             if not fits(value):
                 refuse(name, value, words)
         elif isinstance(value, Mapping):
-            check_fields(typing.cast(type, known[key]), value, name)
+            check_fields(typing.cast(type, known[key]), value, name, everywhere)
         else:
             refuse(name, value, f"a table, [{name}]")
 

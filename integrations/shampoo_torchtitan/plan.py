@@ -30,6 +30,7 @@ from shampoo_fsdp.runtime.groups import FromEmbedding, plain_name
 from shampoo_fsdp.runtime.parameters import describe
 from shampoo_fsdp.tools.dry_step import model_step
 from shampoo_fsdp.tools.machine import add_rates, machine_of
+from shampoo_fsdp.tools.parser import Parser
 from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_torchtitan.container import with_heads
@@ -42,7 +43,7 @@ _DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line about what is wrong with the job."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shampoo_torchtitan.plan",
         usage="%(prog)s --job.config_file FILE --world-size N [--device cpu] [--json] "
         "[what is assumed of a GPU] [any setting of the job]",
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--world-size", "--world_size", type=int, required=True, help="ranks")
+    parser.add_argument("--world_size", type=int, required=True, help="ranks")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--json", action="store_true", help="figures as JSON instead of tables")
     add_rates(parser)

@@ -1,18 +1,20 @@
 """TorchTitan 0.2, whose jobs are TOML files."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
 from torchtitan.distributed import ParallelDims
+from torchtitan.models import _supported_models
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools import utils
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
-from shampoo_fsdp.validation import check_fields, field_types
+from shampoo_fsdp.validation import check_fields, field_types, refuse
 from shampoo_torchtitan import demo, job_config
 from shampoo_torchtitan.container import hyperparameters
 from shampoo_torchtitan.demo import cpu, models_02
@@ -35,8 +37,13 @@ class Reader(ConfigManager):
 
     def _validate_config(self) -> None:
         super()._validate_config()
+        if self.config.experimental.custom_import in ("", "shampoo_torchtitan"):
+            _model_args(self.config)  # (what others import may add models)
         optimizer = self.config.optimizer
-        if optimizer.name.lower() == "shampoo":
+        if optimizer.name.lower() != "shampoo":
+            if get_close_matches(optimizer.name.lower(), ["shampoo"]):
+                refuse("optimizer.name", optimizer.name, "'shampoo', 'Adam' or 'AdamW'")
+        else:
             refuse_unsupported(optimizer, self.config.fault_tolerance.enable)
             validate_hyperparameters(settings_of(optimizer), **hyperparameters(optimizer))
 
@@ -100,15 +107,21 @@ def keep_parameters_alone(config: Any) -> None:
     config.model.converters = []
 
 
+def _model_args(config: Any) -> Any:
+    try:
+        flavors = get_train_spec(config.model.name).model_args
+    except ValueError:
+        refuse("model.name", config.model.name, " or ".join(map(repr, sorted(_supported_models))))
+    if config.model.flavor not in flavors:
+        allowed = f"{' or '.join(map(repr, flavors))} of {config.model.name}"
+        refuse("model.flavor", config.model.flavor, allowed)
+    return flavors[config.model.flavor]
+
+
 def model_parts(config: Any, dims: ParallelDims) -> list[nn.Module]:
     """The parts of the model on this rank, parallelized, without memory."""
     train_spec: Any = get_train_spec(config.model.name)
-    if config.model.flavor not in train_spec.model_args:
-        raise ValueError(
-            f"model.flavor = {config.model.flavor!r}: {config.model.name} has "
-            f"{', '.join(train_spec.model_args)}."
-        )
-    model_args = train_spec.model_args[config.model.flavor]
+    model_args = _model_args(config)
     model_args.update_from_config(config)
     dtype = TORCH_DTYPE_MAP[config.training.dtype]
     with torch.device("meta"), utils.set_default_dtype(dtype):

@@ -18,12 +18,19 @@ from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import OptimizersContainer, default_adamw
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+from torchtitan.models import _supported_models
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.validation import check_fields, field_types, refuse_unknown
+from shampoo_fsdp.validation import (
+    check_fields,
+    field_types,
+    refuse,
+    refuse_unknown,
+    setting_names,
+)
 from shampoo_torchtitan import demo
 from shampoo_torchtitan.configs import ADAM, ShampooOptimizers
 from shampoo_torchtitan.demo import models_03
@@ -78,6 +85,16 @@ _OF_FILES = (
     *("job.config_file", "job.description", "model.name", "model.flavor", _IMPORT),
     *(f"optimizer.{key}" for key in _OF_OPTIMIZER),
     *(*_MOVED, *_GONE, *_LEFT_OUT),
+)
+# All that a file may say, for whoever looks for it elsewhere.
+_EVERYWHERE = tuple(
+    dict.fromkeys(
+        (
+            *_OF_FILES,
+            *setting_names(ShampooOptimizers.Config, "optimizer"),
+            *setting_names(Trainer.Config),
+        )
+    )
 )
 # What 0.3's own jobs turn CUDA graphs off for, which 0.2 did not have.
 _NO_GRAPHS_WITH = ("parallelism.expert_parallel_degree", "parallelism.pipeline_parallel_degree")
@@ -159,7 +176,12 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
 
 def _model(name: Any, flavor: Any) -> Trainer.Config:
     """A job of this model, whose other settings are defaults."""
+    if name not in _supported_models:
+        refuse("model.name", name, " or ".join(map(repr, sorted(_supported_models))))
     registry = importlib.import_module(f"torchtitan.models.{name}")
+    flavors = next((there for key, there in vars(registry).items() if key.endswith("_configs")), ())
+    if flavors and flavor not in flavors:
+        refuse("model.flavor", flavor, f"{' or '.join(map(repr, flavors))} of {name}")
     try:
         spec = registry.model_registry(flavor)
         loss = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
@@ -177,13 +199,17 @@ def _model(name: Any, flavor: Any) -> Trainer.Config:
 
 def _optimizer(settings: dict[str, Any]) -> OptimizersContainer.Config:
     """What `[optimizer]` says; what is used is taken out."""
+    known = [key[10:] for key in _EVERYWHERE if key[:10] == "optimizer." and key.count(".") == 1]
+    for key in settings:
+        if key.startswith("optimizer."):
+            refuse_unknown(key.split(".")[1], known, key, _EVERYWHERE)
     table = {key: settings.pop(key) for key in list(settings) if key.startswith(_SHAMPOO)}
     own = {key.removeprefix(_SHAMPOO): value for key, value in table.items()}
     known = [key for key in _OF_OPTIMIZER if f"optimizer.{key}" in settings]
     given = {key: settings.pop(f"optimizer.{key}") for key in known}
     name = given.pop("name", "AdamW")
     given["shampoo"] = settings.pop("optimizer.shampoo", own)
-    check_fields(ShampooOptimizers.Config, given, "optimizer")
+    check_fields(ShampooOptimizers.Config, given, "optimizer", _EVERYWHERE)
     given["shampoo"] = ShampooConfig(**own)
     if isinstance(name, str) and name.lower() == "shampoo":
         return ShampooOptimizers.Config(**given)
@@ -201,9 +227,9 @@ def _set(config: Any, key: str, value: Any) -> None:
     prefix = next((prefix for prefix in _MOVED if _is_in(key, prefix)), "")
     *tables, last = (_MOVED.get(prefix, "") + key.removeprefix(prefix)).split(".")
     for table in tables:
-        refuse_unknown(table, field_types(type(config)), key)
+        refuse_unknown(table, field_types(type(config)), key, _EVERYWHERE)
         config = getattr(config, table)
-    check_fields(type(config), {last: value}, key.rpartition(".")[0])
+    check_fields(type(config), {last: value}, key.rpartition(".")[0], _EVERYWHERE)
     of_tables = isinstance(value, list) and any(isinstance(item, dict) for item in value)
     if dataclasses.is_dataclass(getattr(config, last)) or of_tables:
         raise TypeError(f"{key} = {value!r}: a file cannot say it; start from a Python function")

@@ -24,8 +24,10 @@ from shampoo_fsdp.tools.inspection import inspect_checkpoint
 from shampoo_fsdp.tools.inspection_report import print_report
 from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
+from shampoo_fsdp.tools.parser import Parser
 from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_tables import print_plan
+from shampoo_fsdp.validation import refuse_unknown
 
 __all__ = ["main", "mesh_of", "value_of"]
 
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(namespace)
     command, run = options.pop("command"), options.pop("run")
     try:
+        if command == "plan" and unknown and unknown[0].startswith("--"):
+            refuse_unknown(unknown[0][2:].partition("=")[0], [*FIELD_TEXTS, *options])
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         run(**options)
@@ -76,8 +80,8 @@ def _print_json(report: dict[str, Any]) -> None:
     print(json.dumps(report, indent=2), flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m shampoo_fsdp",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

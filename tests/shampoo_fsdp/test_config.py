@@ -50,9 +50,29 @@ def test_impossible_values_are_named(settings, message):
         build(**settings)
 
 
-def test_an_unknown_setting_is_named_with_the_closest_one():
-    with pytest.raises(TypeError, match=r"'preconditioner_frequency'.*'precondition_frequency'"):
-        build(preconditioner_frequency=5)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("preconditioner_frequency", "Did you mean 'precondition_frequency'?"),
+        ("epsilon", "Did you mean 'eps' or 'preconditioner_eps'?"),
+        ("xyzzy", "Allowed: max_preconditioner_dim, large_dim,"),
+    ],
+)
+def test_an_unknown_setting_is_named_with_what_may_be_meant(name, said):
+    with pytest.raises(TypeError) as error:
+        build(**{name: 5})
+    assert f"'{name}'. {said}" in str(error.value)
+    assert ("Did you" in said) == ("Allowed" not in str(error.value))
+
+
+def test_dashes_and_underscores_are_alike_in_commands(capsys):
+    plan = ["plan", "--model", "llama3-8b", "--mesh", "dp_shard=2", "--device", "cpu", "--json"]
+    assert main([*plan, "--max-preconditioner-dim=512"]) == 0
+    dashes = capsys.readouterr().out
+    assert main([*plan, "--max_preconditioner_dim", "512"]) == 0
+    assert dashes == capsys.readouterr().out
+    assert main([*plan, "--epsilon", "1e-8"]) == 2
+    assert "Did you mean 'preconditioner_eps'?" in capsys.readouterr().err
 
 
 def test_a_group_is_checked_as_well():

@@ -57,7 +57,24 @@ def test_a_users_own_config_module_keeps_working(tmp_path, monkeypatch):
 
 
 BAD = {
-    "unknown key": ("optimizer.shampoo.precondition_freq = 5", ["precondition_freq", "grafting"]),
+    "unknown key": ("optimizer.shampoo.xyzzy = 5", ["optimizer.shampoo.xyzzy", "grafting"]),
+    "another case": (
+        "optimizer.Shampoo.precondition_frequency = 5",
+        ["Did you mean 'optimizer.shampoo'?"],
+    ),
+    "another table": ("shampoo.precondition_frequency = 5", ["Did you mean 'optimizer.shampoo'?"]),
+    "the table above": (
+        "optimizer.precondition_frequency = 5",
+        ["Did you mean 'optimizer.shampoo.precondition_frequency'?"],
+    ),
+    "the table below": ("optimizer.shampoo.lr = 1e-3", ["Did you mean 'optimizer.lr'?"]),
+    "a name of others": (
+        "optimizer.epsilon = 1e-8",
+        ["Did you mean 'optimizer.eps' or 'optimizer.shampoo.preconditioner_eps'?"],
+    ),
+    "model": ('model.name = "lama3"', ["'lama3'", "'llama3'"]),
+    "flavor": ('model.flavor = "8b"', ["model.flavor", "'8b'", "'8B'"]),
+    "optimizer": ('optimizer.name = "shampo"', ["optimizer.name", "'shampo'", "AdamW"]),
     "unknown key, close": ("training.steppes = 5", ["training.steppes", "'steps'"]),
     "string for a number": ('optimizer.lr = "fast"', ["optimizer.lr", "'fast'", "a number"]),
     "true for an integer": ("training.steps = true", ["training.steps", "an integer"]),

@@ -84,7 +84,7 @@ def _shampoo(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 CONTESTANTS = {
     "AdamW": Contestant(8e-3, _adamw),
     "Muon": Contestant(3.2e-2, _muon),
-    "Shampoo": Contestant(1.6e-2, _shampoo),
+    "KL-Shampoo": Contestant(1.6e-2, _shampoo),
 }
 
 
