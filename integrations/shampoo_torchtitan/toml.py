@@ -176,9 +176,10 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
 
 def _model(name: Any, flavor: Any) -> Trainer.Config:
     """A job of this model, whose other settings are defaults."""
-    if name not in _supported_models:
+    try:
+        registry = importlib.import_module(f"torchtitan.models.{name}")
+    except ModuleNotFoundError:
         refuse("model.name", name, " or ".join(map(repr, sorted(_supported_models))))
-    registry = importlib.import_module(f"torchtitan.models.{name}")
     flavors = next((there for key, there in vars(registry).items() if key.endswith("_configs")), ())
     if flavors and flavor not in flavors:
         refuse("model.flavor", flavor, f"{' or '.join(map(repr, flavors))} of {name}")
