@@ -16,7 +16,9 @@ __all__ = [
     "Positions",
     "StateEntry",
     "along",
+    "blank",
     "condition_number",
+    "extremes",
     "factor_kinds",
     "is_matrix",
     "matrix_entry",
@@ -195,3 +197,21 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return values
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest entry of each row, NaN if one is; in one pass where memory is
+    what takes the time. (On CPUs PyTorch's is 16 times slower than two.)"""
+    if rows.device.type == "cpu":
+        return rows.amin(1), rows.amax(1)
+    least, largest = rows.aminmax(dim=1)
+    return least, largest
+
+
+def blank(gradient: Tensor, usable: Tensor) -> None:
+    """Set to zero, in place, the blocks where this is 0 and not 1; in one pass but on CPUs, where
+    that one is 5 times slower."""
+    if gradient.device.type == "cpu":
+        gradient.nan_to_num_().mul_(usable)
+    else:
+        gradient.masked_fill_(usable == 0.0, 0.0)

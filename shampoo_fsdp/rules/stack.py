@@ -16,7 +16,7 @@ from shampoo_fsdp.rules.grafting import (
     update_second_moment,
 )
 from shampoo_fsdp.rules.layout import saved_entries, split_rows
-from shampoo_fsdp.rules.matrices import per_block, to_device
+from shampoo_fsdp.rules.matrices import blank, extremes, per_block, to_device
 from shampoo_fsdp.rules.precision import products_in
 from shampoo_fsdp.rules.rule import rule_of
 from shampoo_fsdp.rules.step import Step, Tally
@@ -144,14 +144,14 @@ class BlockStack:
 
     def _accumulate(self, step: Step) -> None:
         gradient, beta2 = self.gradient, step.group.betas[1]
-        # Comparisons with NaN are false. (The infinity norm is far slower on CPUs.)
-        least, largest = gradient.flatten(1).aminmax(dim=1)
+        least, largest = extremes(gradient.flatten(1))
+        # (Comparisons with NaN are false.)
         step.idle = (largest == 0.0) & (least == 0.0)
         step.usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
         step.decay = 1.0 - (1.0 - beta2) * step.usable
         step.in_one_pass = all(step.refreshed) and self.rule.skips_blocks(gradient)
         if not step.in_one_pass:
-            gradient.masked_fill_(per_block(step.usable == 0.0, gradient.ndim), 0.0)
+            blank(gradient, per_block(step.usable, gradient.ndim))
         self.rule.accumulate(gradient, step)
         if not step.in_one_pass:
             self._average(step)
