@@ -5,7 +5,9 @@ import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run wi
 # isort: split
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,11 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from studies.pretrain import peers
 
-__all__ = ["Muon", "MuonContainer", "ShardedShampooContainer"]
+__all__ = ["Muon", "MuonContainer", "Peer", "PeerContainer", "ShardedShampooContainer"]
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -43,14 +47,26 @@ class Muon:
     emulate it, 20 times as slow."""
 
 
-class MuonContainer(OptimizersContainer):  # type: ignore[type-arg]
-    """`torch.optim.Muon` for the hidden matrices, `torch.optim.AdamW` for all other parameters."""
+@dataclass
+class Peer:
+    """The table `[optimizer.peer]`; lr, betas, eps and weight_decay are those of `[optimizer]`."""
 
-    def __init__(self, model_parts: list[nn.Module], config: Any) -> None:
-        in_fp32 = config.muon.dtype == "float32"
-        torch.optim._muon._zeropower_via_newtonschulz = (
-            _orthogonalize_in_fp32_on_cpu if in_fp32 else _orthogonalize
-        )
+    code: str = ""
+    """One of `peers.BUILDERS`."""
+    adamw_lr: float = 1.0
+    """lr of AdamW, for embeddings, output layer and vectors, relative to the peer's."""
+
+
+class _WithAdamW(OptimizersContainer):  # type: ignore[type-arg]
+    """An optimizer for the hidden matrices, `torch.optim.AdamW` for all other parameters."""
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        config: Any,
+        of_matrices: Callable[[list[nn.Parameter]], Optimizer],
+        adamw_lr: float,
+    ) -> None:
         self.model_parts = model_parts
         self.optimizers = []
         for part in model_parts:
@@ -58,25 +74,15 @@ class MuonContainer(OptimizersContainer):  # type: ignore[type-arg]
             for name, parameter in part.named_parameters():
                 matrix = parameter.ndim == 2 and name.startswith("layers.")
                 (hidden if matrix else others).append(parameter)
-            muon, decay = config.muon, config.weight_decay
-            self.optimizers += [
-                torch.optim.Muon(
-                    hidden,
-                    lr=config.lr,
-                    weight_decay=decay,
-                    momentum=muon.momentum,
-                    nesterov=muon.nesterov,
-                    adjust_lr_fn=muon.adjust_lr,
-                ),
-                torch.optim.AdamW(
-                    others,
-                    lr=config.lr * muon.adamw_lr,
-                    betas=(config.beta1, config.beta2),
-                    eps=config.eps,
-                    weight_decay=decay,
-                    fused=True,
-                ),
-            ]
+            adamw = torch.optim.AdamW(
+                others,
+                lr=config.lr * adamw_lr,
+                betas=(config.beta1, config.beta2),
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+            self.optimizers += [of_matrices(hidden), adamw]
         self._post_init([p for part in model_parts for p in part.parameters()], {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,6 +92,33 @@ class MuonContainer(OptimizersContainer):  # type: ignore[type-arg]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         (part,) = self.model_parts
         set_optimizer_state_dict(part, tuple(self.optimizers), state_dict, options=_FLAT)
+
+
+class MuonContainer(_WithAdamW):
+    """`torch.optim.Muon` for the hidden matrices."""
+
+    def __init__(self, model_parts: list[nn.Module], config: Any) -> None:
+        muon = config.muon
+        torch.optim._muon._zeropower_via_newtonschulz = (
+            _orthogonalize_in_fp32_on_cpu if muon.dtype == "float32" else _orthogonalize
+        )
+        of_matrices = partial(
+            torch.optim.Muon,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=muon.momentum,
+            nesterov=muon.nesterov,
+            adjust_lr_fn=muon.adjust_lr,
+        )
+        super().__init__(model_parts, config, of_matrices, muon.adamw_lr)
+
+
+class PeerContainer(_WithAdamW):
+    """A peer's own code for the hidden matrices."""
+
+    def __init__(self, model_parts: list[nn.Module], config: Any) -> None:
+        of_matrices = partial(peers.build, config.peer.code, config)
+        super().__init__(model_parts, config, of_matrices, config.peer.adamw_lr)
 
 
 class ShardedShampooContainer(OptimizersContainer):  # type: ignore[type-arg]

@@ -19,7 +19,13 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from shampoo_fsdp import ShampooConfig
 from studies.pretrain import data
-from studies.pretrain.contestants import Muon, MuonContainer, ShardedShampooContainer
+from studies.pretrain.contestants import (
+    Muon,
+    MuonContainer,
+    Peer,
+    PeerContainer,
+    ShardedShampooContainer,
+)
 
 __all__ = ["JobConfig", "Optimizer", "register"]
 
@@ -32,6 +38,7 @@ class Optimizer:
 
     shampoo: ShampooConfig = field(default_factory=ShampooConfig)
     muon: Muon = field(default_factory=Muon)
+    peer: Peer = field(default_factory=Peer)
     simulated_shards: int = 1
     """For Shampoo in one process: every parameter is cut into this many pieces along its first
     dimension, and no block crosses a cut, as with block_alignment = "shard" on as many ranks."""
@@ -87,6 +94,8 @@ def _build_optimizers(
 ) -> Any:
     if config.name.lower() == "muon":
         return MuonContainer(model_parts, config)
+    if config.name.lower() == "peer":
+        return PeerContainer(model_parts, config)
     if config.name.lower() == "shampoo" and config.simulated_shards > 1:
         return ShardedShampooContainer(model_parts, config)
     return _others[0](model_parts, config, parallel_dims, ft_manager)

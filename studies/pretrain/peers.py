@@ -1,0 +1,110 @@
+"""Peers' own optimizers of matrices, as they are; their code must be on the path.
+
+| code | from | where |
+|---|---|---|
+| meta_kl_shampoo, meta_soap | facebookresearch/optimizers | a clone |
+| heavyball_kl_shampoo, heavyball_soap | heavyball | the package index |
+| nvidia_kl_soap | NVIDIA-NeMo/Emerging-Optimizers | a clone, with Python 3.12 |
+| tilde_kl_shampoo | tilde-research/online-kl-shampoo-release | a clone |
+
+Settings that a job has are the job's; all others are the peer's defaults, but for blocks and how
+often roots are taken, which Meta's leaves to the user and which are ours: 1024 and 10.
+"""
+
+import importlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["BUILDERS", "build"]
+
+
+def build(code: str, config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    """Make the optimizer of these matrices.
+
+    Args:
+        code: one of BUILDERS.
+        config: TorchTitan's `[optimizer]`.
+    """
+    if code not in BUILDERS:
+        raise ValueError(f"optimizer.peer.code = {code!r}; allowed are {', '.join(BUILDERS)}.")
+    return BUILDERS[code](config, parameters)
+
+
+def _meta(method: str, config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    meta = importlib.import_module("distributed_shampoo")
+    soap = "SOAP" in method
+    adam = meta.AdamPreconditionerConfig(beta2=config.beta2, epsilon=config.eps)
+    optimizer: Optimizer = meta.DistributedShampoo(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        # Its SOAP uses this one as Adam's; the others as the ridge.
+        epsilon=config.eps if soap else 1e-12,
+        weight_decay=config.weight_decay,
+        weight_decay_type=meta.WeightDecayType.DECOUPLED,
+        max_preconditioner_dim=1024,
+        precondition_frequency=10,
+        grafting_config=None if soap else adam,
+        preconditioner_config=meta.DefaultSOAPConfig if soap else getattr(meta, method)(),
+    )
+    return optimizer
+
+
+def _heavyball(method: str, config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    heavyball = importlib.import_module("heavyball")
+    heavyball.utils.compile_mode = None
+    optimizer: Optimizer = getattr(heavyball, method)(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    return optimizer
+
+
+def _nvidia(config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    soap = importlib.import_module("emerging_optimizers.shampoo.soap_v3")
+    optimizer: Optimizer = soap.KlSoapV3(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    return optimizer
+
+
+def _tilde(config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    okls = importlib.import_module("okls")
+    roots = importlib.import_module("okls.scaled_cans_coupled_ns")
+    roots.torch = types.SimpleNamespace(**vars(torch) | {"baddbmm": _baddbmm})
+    optimizer: Optimizer = okls.OnlineKLShampoo(
+        parameters,
+        lr=config.lr,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+    )
+    return optimizer
+
+
+def _baddbmm(start: Tensor, a: Tensor, b: Tensor, out_dtype: Any = None, **factors: Any) -> Tensor:
+    """Of fp16 with sums in fp32, also on CPUs, where PyTorch has none."""
+    result = torch.baddbmm(start.float(), a.float(), b.float(), **factors)
+    return result.to(out_dtype or a.dtype)
+
+
+BUILDERS: dict[str, Callable[[Any, list[nn.Parameter]], Optimizer]] = {
+    "meta_kl_shampoo": lambda *of: _meta("RootInvKLShampooPreconditionerConfig", *of),
+    "meta_soap": lambda *of: _meta("DefaultSOAPConfig", *of),
+    "heavyball_kl_shampoo": lambda *of: _heavyball("KLShampoo", *of),
+    "heavyball_soap": lambda *of: _heavyball("SOAP", *of),
+    "nvidia_kl_soap": _nvidia,
+    "tilde_kl_shampoo": _tilde,
+}
