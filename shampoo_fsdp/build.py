@@ -27,7 +27,7 @@ from shampoo_fsdp.runtime.bucket import Stopwatch
 from shampoo_fsdp.runtime.choice import refuse_nameless, what_names_miss, with_embeddings
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import GroupContents, contents_of
-from shampoo_fsdp.runtime.parameters import check_parameters
+from shampoo_fsdp.runtime.parameters import check_parameters, refuse_offloaded
 from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import Parameters, make_parameters
@@ -142,6 +142,8 @@ def check(groups: Groups, config: ShampooConfig) -> GroupContents:
     """What the groups have; a ValueError names what cannot be trained, or what needs a name."""
     given = contents_of(groups)
     check_parameters(given.parameters)
+    if config.root_method is None:
+        refuse_offloaded([(name, parameter) for name, parameter, _ in given.trained])
     if config.exclude and not given.named:
         refuse_nameless({name: tuple(p.shape) for name, p, _ in given.trained}, config)
     return given

@@ -226,13 +226,19 @@ class ShampooConfig:
     """'auto': kernels of our own, in Triton, on the NVIDIA GPUs that have what they need; 'off':
     PyTorch's operators alone."""
 
-    owner_scope: Literal["all", "shard"] = "all"
+    owner_scope: Literal["all", "near", "shard"] = "all"
     """Where the owners of a block may be. 'all': on all ranks of the parameter, so that replicas
-    share the work; 'shard': within each replica, so that every replica repeats the work of all
-    blocks and nothing is sent between replicas."""
+    share the work; 'near': on those that hold a part of the block, chosen so that a rank has few
+    others to exchange anything with, for less even work; 'shard': within each replica, so that
+    every replica repeats the work of all blocks and nothing is sent between replicas."""
 
     ranks_per_node: PositiveInt = 8
     """Ranks with a fast connection: r and s are on one node if r // ranks_per_node is equal."""
+
+    stall_warning_seconds: PositiveFloat = 120.0
+    """After how long a rank that waits for gradients or updates of others logs a warning with the
+    step, the bucket and the ranks, and goes on waiting; at most half of the process group's own
+    timeout."""
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))

@@ -25,6 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--crash-saving", choices=("async", "disabled"), help="how it saves; else one or the other"
     )
 
+    group.addoption(
+        "--starts", type=int, default=3, help="take so many first steps beside other traffic"
+    )
+
     group = parser.getgroup("random search")
     group.addoption(
         "--random-search",

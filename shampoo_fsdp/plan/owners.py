@@ -45,6 +45,8 @@ def choose_owners(
     for block, phase in enumerate(phases):
         in_phase[phase].append(block)
     order = [sorted(in_phase[p], key=lambda b: kinds[b].urgency) for p in sorted(in_phase)]
+    if config.owner_scope == "near":
+        return _deal_near(sites, kinds, order, ranks, config)
     limits: list[tuple[float, float]] = [(math.inf, math.inf)] * len(order)
     if config.block_alignment != "shard":
         limits = _limits(kinds, order, len(ranks))
@@ -146,3 +148,43 @@ def _deal(
             mean[owner] += kind.mean
         largest.append((max(load), max(mean)))
     return owners, largest
+
+
+def _deal_near(
+    sites: Sequence[Site],
+    kinds: Sequence[_Kind],
+    order: Sequence[Sequence[int]],
+    ranks: Sequence[int],
+    config: ShampooConfig,
+) -> list[int]:
+    """The owners of the blocks, each a rank that holds a part of it, with few ranks to send to.
+
+    Of the holders whose work stays within the limits the one owns a block for which it has to know
+    the fewest ranks of other nodes that it does not know yet; if there is none, the one with the
+    least work. Blocks that many ranks hold come first: few ranks own them all.
+    """
+    nodes = [rank // config.ranks_per_node for rank in ranks]
+    # A set of ranks is a number, with a bit for each.
+    known = [sum(1 << r for r, other in enumerate(nodes) if other == node) for node in nodes]
+    holders = {site: sum(1 << r for r in site.held) for site in set(sites)}
+    scattered = [r * 0x9E3779B1 % 2**32 for r in range(len(ranks))]  # of alike ranks, far ones
+    owners, every, mean = [-1] * len(kinds), [0.0] * len(ranks), [0.0] * len(ranks)
+    for blocks, limits in zip(order, _limits(kinds, order, len(ranks)), strict=True):
+        load = list(every)
+        for block in sorted(blocks, key=lambda block: -len(sites[block].held)):  # stable
+            kind, held, all_holders = kinds[block], sites[block].held, holders[sites[block]]
+            choices = [
+                ((all_holders & ~known[r]).bit_count(), load[r], scattered[r], r)
+                for r in held
+                if load[r] + kind.step <= limits[0] and mean[r] + kind.mean <= limits[1]
+            ]
+            owner = min(choices or [(0, load[r], scattered[r], r) for r in held])[-1]
+            if all_holders & ~known[owner]:
+                known[owner] |= all_holders
+                for r in held:
+                    known[r] |= 1 << owner
+            owners[block] = owner
+            load[owner] += kind.step
+            every[owner] += kind.every
+            mean[owner] += kind.mean
+    return owners

@@ -28,6 +28,7 @@ class Totals:
         """For each rank the numbers it sends per step, gradients and updates."""
         self.across = [0] * n
         """Of these the ones that go to another node."""
+        self._peers = [0] * n  # a set of ranks is a number, with a bit for each
         self.least_sent = 0
         """What all ranks together would send if each block were owned by a rank that holds most of
         it, whatever the work of that rank."""
@@ -53,6 +54,16 @@ class Totals:
         for shard_map in {id(shard_map): shard_map for shard_map in assignment.maps}.values():
             for site in shard_map.sites:
                 self._add_sent(site, shard_map, owners_of[site])
+        on_node: Counter[int] = Counter()
+        for rank, node in enumerate(self._node):
+            on_node[node] += 1 << rank
+        near = [on_node[node] & peers for node, peers in zip(self._node, self._peers, strict=True)]
+        self.peers = [
+            (inside.bit_count(), (peers - inside).bit_count())
+            for inside, peers in zip(near, self._peers, strict=True)
+        ]
+        """For each rank the number of those that it exchanges something with, on its node and on
+        others."""
 
     def _add_sent(self, site: Site, shard_map: ShardMap, owners: Counter[int]) -> None:
         """Add what the blocks of one site send, given how many each owner has."""
@@ -62,6 +73,11 @@ class Totals:
         held_in: Counter[int] = Counter()
         for rank, elements in held.items():
             held_in[node[rank]] += elements
+        holders, owning = (sum(1 << rank for rank in ranks) for ranks in (held, owners))
+        for rank in owners:
+            self._peers[rank] |= holders & ~(1 << rank)
+        for rank in held:
+            self._peers[rank] |= owning & ~(1 << rank)
         wanted: Counter[int] = Counter()  # by replica: blocks whose owner is there
         wanted_near: Counter[tuple[int, int]] = Counter()  # and by node of the owner
         for owner, count in owners.items():

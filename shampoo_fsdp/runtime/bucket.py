@@ -109,6 +109,7 @@ class Bucket:
         workspace: Tensor,
         *,
         travels: bool,
+        name: str = "",
     ) -> None:
         """
         Args:
@@ -116,6 +117,7 @@ class Bucket:
             ranks: those of the plan.
             workspace: that all buckets compute in; fp32, of :func:`elements` numbers at least.
             travels: whether any rank of the plan sends anything.
+            name: for warnings.
         """
         self.members = list(parts)
         self.ranks = ranks.ranks
@@ -135,7 +137,9 @@ class Bucket:
             for block in stack.blocks:
                 starts[block] = start
                 start += math.prod(shape)
-        self._exchange = Exchange(parts, starts, ranks, config, workspace.device, travels=travels)
+        self._exchange = Exchange(
+            parts, starts, ranks, config, workspace.device, travels=travels, name=name
+        )
 
     def saved(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
         """The state of each block that this rank owns, by name, as checkpoints have it; made anew

@@ -66,6 +66,7 @@ class Exchange:
         device: torch.device,
         *,
         travels: bool,
+        name: str = "",
     ) -> None:
         """
         Args:
@@ -74,7 +75,9 @@ class Exchange:
             ranks: those of the plan.
             config: says in which type everything travels, and what does not is rounded to.
             travels: whether any rank sends anything: all of them take part then, or none.
+            name: for warnings.
         """
+        self._members, self._name = list(parts), name
         self._ranks = ranks
         self._travels = travels
         self._dtype = torch_dtype(config.communication_dtype)
@@ -110,6 +113,8 @@ class Exchange:
         self._wait: Callable[[], object] | None = None
         self._leaving = self._arriving = torch.empty(0, device="cpu")
         """What travels, and the rows that are kept with memory for those that come after them."""
+        for route in (self._gather, self._scatter) if travels else ():
+            ranks.connect(device, route.received, route.sent)
 
     def send_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Let gradients set out for the owners of their blocks.
@@ -180,8 +185,11 @@ class Exchange:
     def _set_out(self, route: _Route, what: str) -> None:
         if self._travels:
             arriving = self._arriving[len(self._arriving) - sum(route.received) :]
+            active = (member for member in self._members if member.gradient is not None)
+            step = next(active, self._members[0]).step
+            where = f"of {self._name} on step {step}"
             self._wait = self._ranks.all_to_all(
-                arriving, self._leaving, route.received, route.sent, what
+                arriving, self._leaving, route.received, route.sent, what, where
             )
 
     def _arrived(self) -> Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "find_gradients",
     "local_shard",
     "refuse_moved",
+    "refuse_offloaded",
 ]
 
 
@@ -214,6 +215,21 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
             raise ValueError(f"parameter '{name}' {problem}.")
         names.add(name)
         name_of[parameter] = name
+
+
+def refuse_offloaded(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError that names the first parameter that FSDP2 keeps on the CPU beside GPUs."""
+    for name, parameter in named:
+        if not isinstance(parameter, DTensor) or parameter.device.type != "cpu":
+            continue
+        if (device := parameter.device_mesh.device_type) != "cpu":
+            raise ValueError(
+                f"parameter '{name}' is on the CPU and its mesh on '{device}' (CPU offload): all "
+                "of Shampoo's work would be done on the CPU. Write "
+                "fully_shard(..., offload_policy=OffloadPolicy()), in TorchTitan "
+                "training.enable_cpu_offload = false; with memory = 'low' state is as large as "
+                "AdamW's. To work on the CPU all the same say how: root_method = 'eigh'."
+            )
 
 
 def refuse_moved(members: Iterable[Member], device: torch.device) -> None:

@@ -2,17 +2,22 @@
 error on each of them, never a hang."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Replicate
+
+from shampoo_fsdp.runtime.stalls import told_if_long
 
 __all__ = ["RankSet", "Replicas", "group_of", "tell_all"]
 
@@ -30,6 +35,8 @@ class RankSet:
     """Global, ascending."""
     group: dist.ProcessGroup | None
     """None for one rank."""
+    stall_warning_seconds: float = field(default=math.inf, kw_only=True)
+    """The setting."""
 
     @property
     def position(self) -> int:
@@ -44,6 +51,27 @@ class RankSet:
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
 
+    def connect(
+        self, device: torch.device, received: Sequence[int] = (), sent: Sequence[int] = ()
+    ) -> None:
+        """Open the connections that steps use, and no others.
+
+        NCCL opens each on its first use, for which both ranks wait. On a first step that would be
+        beside the collectives of other groups, which may be waiting the other way round.
+
+        Args:
+            received, sent: how much comes from each rank and goes to it.
+        """
+        if self.group is None:
+            return
+        numbers = [min(number, 1) for number in received], [min(number, 1) for number in sent]
+        arriving, leaving = (torch.zeros(sum(of), 1, device=device) for of in numbers)
+        if received:
+            self.all_to_all(arriving, leaving, *numbers, "connections", "of a new optimizer")()
+        maximum = torch.zeros(1, device=device)
+        self.maximum(maximum)
+        maximum.tolist()  # the host waits, also for what set out before
+
     def maximum(self, values: Tensor) -> None:
         """Replace each value by the largest one of any rank, in place."""
         if self.group is not None:
@@ -56,20 +84,46 @@ class RankSet:
         received: Sequence[int],
         sent: Sequence[int],
         what: str,
+        where: str = "",
     ) -> Callable[[], object]:
         """Let rows set out for other ranks; returns the function that waits for those of others.
+
+        If it waits long a warning says so; on CUDA the current stream waits, not the host.
 
         Args:
             arriving: is filled with rows, in the order of the ranks that they come from.
             leaving: the rows, in the order of the ranks that they go to.
             received, sent: how many, of each rank.
-            what: "gradients" or "updates".
+            what: "gradients", "updates" or "connections".
+            where: of which step and bucket, for the warning.
         """
         work = dist.all_to_all_single(
             arriving, leaving, received, sent, group=self.group, async_op=True
         )
-        wait: Callable[[], object] = work.wait
+
+        def message(seconds: float) -> str:
+            rows = map(max, received, sent)
+            peers = [rank for rank, number in zip(self.ranks, rows, strict=True) if number]
+            return (
+                f"{what} {where}: the exchange with ranks {in_runs(peers)} (of "
+                f"{in_runs(self.ranks)}, which share blocks) has taken {seconds:.0f} s so far. "
+                "This rank goes on waiting. One that does not say this is late, or waits for "
+                "something else."
+            )
+
+        def wait() -> None:
+            with told_if_long(arriving.device, partial(self._patience, arriving.device), message):
+                work.wait()
+
         return wait
+
+    def _patience(self, device: torch.device) -> float:
+        """Before the group itself gives up; its timeout may change while a job runs."""
+        try:
+            limit = self.group._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
+        except (AttributeError, RuntimeError):  # a backend without
+            limit = math.inf
+        return min(self.stall_warning_seconds, limit / 2)
 
     def agree(self, problem: str | None, facts: Mapping[str, Sequence[object]]) -> None:
         """Raise the same on every rank if one of them has a problem or other facts.
@@ -121,15 +175,60 @@ def tell_all(rank_sets: Sequence[RankSet], mine: _T | None) -> _T | None:
     return mine
 
 
-def find_group(
-    ranks: tuple[int, ...], parameters: Iterable[Tensor], replicas: dist.ProcessGroup | None
-) -> dist.ProcessGroup | None:
-    """The process group of these ranks, an existing one where there is one; None for one rank.
+def in_runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: 0-7, 12."""
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{of[0]}-{of[-1]}" if len(of) > 1 else f"{of[0]}" for of in ends)
+
+
+def find_groups(
+    wanted: Mapping[tuple[int, ...], Iterable[Tensor]], replicas: dist.ProcessGroup | None
+) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
+    """The process group of each of these sets of ranks, an existing one where there is one; None
+    for one rank.
+
+    A default group that is bound to a device makes others by splitting itself, for which it needs
+    all ranks: these make all that any of them wants, in one order. Elsewhere members make theirs
+    alone, as there may be ranks without such an optimizer.
 
     Args:
-        parameters: their meshes have groups.
+        wanted: with parameters, whose meshes have groups.
         replicas: another one.
+
+    Raises:
+        ValueError: a group has no backend for the device of the parameters.
     """
+    found = {ranks: _existing_group(ranks, on, replicas) for ranks, on in wanted.items()}
+    missing = sorted(ranks for ranks, group in found.items() if group is None and len(ranks) > 1)
+    together = dist.is_initialized() and splits_groups()
+    if together:
+        everyone = [missing] * dist.get_world_size()
+        dist.all_gather_object(everyone, missing)
+        missing = sorted(set(itertools.chain.from_iterable(everyone)))
+    for ranks in missing:
+        group = dist.new_group(list(ranks), use_local_synchronization=not together)
+        if dist.get_rank() in ranks:
+            found[ranks] = group
+    for ranks, on in wanted.items():
+        device = next(iter(on)).device.type
+        if (group := found[ranks]) and f"{device}:" not in (has := dist.get_backend_config(group)):
+            raise ValueError(
+                f"parameters are on '{device}', for which the process group of ranks "
+                f"{in_runs(ranks)} has no backend ('{has}'): name one for each kind of device, as "
+                'in init_process_group("cpu:gloo,cuda:nccl").'
+            )
+    return found
+
+
+def splits_groups() -> bool:
+    """Whether PyTorch makes groups out of that of all ranks."""
+    return dist.group.WORLD is not None and dist.group.WORLD.bound_device_id is not None
+
+
+def _existing_group(
+    ranks: tuple[int, ...], parameters: Iterable[Tensor], replicas: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
     if len(ranks) == dist.get_world_size():
@@ -139,7 +238,7 @@ def find_group(
     groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
     groups += [] if replicas is None else [replicas]
     found = (g for g in groups if tuple(dist.get_process_group_ranks(g)) == ranks)
-    return next(found, None) or dist.new_group(list(ranks), use_local_synchronization=True)
+    return next(found, None)
 
 
 def group_of(replicas: Any) -> dist.ProcessGroup | None:

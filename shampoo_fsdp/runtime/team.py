@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from shampoo_fsdp.runtime.exchange import allocate, release
 from shampoo_fsdp.runtime.parameters import Member, describe
 from shampoo_fsdp.runtime.ranks import (
     RankSet,
-    find_group,
+    find_groups,
     is_first_replica,
     tell_all,
 )
@@ -148,28 +149,35 @@ def make_parameters(
         )
         for name, parameter, group in named
     ]
+    rank_set = partial(rank_set, stall_warning_seconds=config.stall_warning_seconds)
     living_on: dict[tuple[int, ...], list[Member]] = defaultdict(list)
     for member in members:
         living_on[tuple(sorted(member.spec.ranks))].append(member)
-    rank_sets, plans = [], []
-    # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
-    for all_ranks, living in sorted(living_on.items(), key=lambda entry: entry[0]):
-        tensors = [member.parameter for member in living]
-        ranks = rank_set(all_ranks, find_group(all_ranks, tensors, replicas))
-        ranks.agree(None, _facts([member.spec for member in living], config))
-        rank_sets.append(ranks)
-        chosen = [m for m in living if is_preconditioned(m.name, m.spec.shape, config)]
-        if chosen:
-            plan = _agreed_plan(chosen, ranks, config)
-            # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
-            if plan.ranks != all_ranks:
-                ranks = rank_set(plan.ranks, find_group(plan.ranks, tensors, replicas))
-            ranks.agree(None, {"the plan of blocks": [plan.fingerprint]})
-            parts = dict(zip(chosen, plan.parts, strict=True))
-            for member, part in parts.items():
-                member.precondition(part)
-            plans.append((parts, plan, ranks, fill_buckets(parts, ranks, config)))
     device = members[0].parameter.device if members else torch.device("cpu")
+    tensors = {ranks: [m.parameter for m in living] for ranks, living in living_on.items()}
+    rank_sets, agreed, plans = [], [], []
+    groups = find_groups(tensors, replicas)
+    try:
+        # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
+        for all_ranks, living in sorted(living_on.items(), key=lambda entry: entry[0]):
+            ranks = rank_set(all_ranks, groups[all_ranks])
+            ranks.agree(None, _facts([member.spec for member in living], config))
+            ranks.connect(device)
+            rank_sets.append(ranks)
+            chosen = [m for m in living if is_preconditioned(m.name, m.spec.shape, config)]
+            if chosen:
+                agreed.append((chosen, _agreed_plan(chosen, ranks, config)))
+    finally:  # all ranks take part, wherever something has failed
+        # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
+        fewer = {plan.ranks: [m.parameter for m in chosen] for chosen, plan in agreed}
+        groups |= find_groups({r: on for r, on in fewer.items() if r not in groups}, replicas)
+    for chosen, plan in agreed:
+        ranks = rank_set(plan.ranks, groups[plan.ranks])
+        ranks.agree(None, {"the plan of blocks": [plan.fingerprint]})
+        parts = dict(zip(chosen, plan.parts, strict=True))
+        for member, part in parts.items():
+            member.precondition(part)
+        plans.append((parts, plan, ranks, fill_buckets(parts, ranks, config)))
     size = max((elements(bucket) for *_, filled in plans for bucket in filled), default=0)
     workspace = torch.empty(size, dtype=torch.float32, device=device)
     teams = [
@@ -178,7 +186,17 @@ def make_parameters(
             plan,
             ranks,
             None if ranks.group is None else DeviceMesh.from_group(ranks.group, device.type),
-            [Bucket(bucket, ranks, config, workspace, travels=plan.travels) for bucket in filled],
+            [
+                Bucket(
+                    bucket,
+                    ranks,
+                    config,
+                    workspace,
+                    travels=plan.travels,
+                    name=f"bucket {number} of {len(filled)}",
+                )
+                for number, bucket in enumerate(filled, start=1)
+            ],
         )
         for parts, plan, ranks, filled in plans
     ]

@@ -147,8 +147,17 @@ class _DryRanks(RankSet):
     def gather(self, mine: _T) -> list[_T]:
         return [mine] * len(self.ranks)
 
+    def connect(self, *_: object) -> None:
+        pass
+
     def all_to_all(
-        self, arriving: Any, leaving: Tensor, received: Any, sent: Sequence[int], what: str
+        self,
+        arriving: Any,
+        leaving: Tensor,
+        received: Any,
+        sent: Sequence[int],
+        what: str,
+        where: str = "",
     ) -> Callable[[], object]:
         work, node = self.of.work, self.of.config.ranks_per_node
         mine = dist.get_rank() // node

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from operator import sub
 from typing import Any
 
@@ -35,6 +36,8 @@ QUANTITIES = {
     "adamw_state_gib": "state with AdamW, GiB",
     "gib_sent_inside_node": "sent within node, GiB a step",
     "gib_sent_across_nodes": "sent to other nodes, GiB a step",
+    "peers": "ranks it exchanges with",
+    "connections_mib": "their connections (NCCL), MiB",
 }
 """What each rank has, in words."""
 
@@ -151,6 +154,8 @@ def _values_of(
             ("state_gib", _GIB, plan.ranks, plan.state),
             ("gib_sent_inside_node", numbers, plan.ranks, map(sub, plan.sent, plan.across)),
             ("gib_sent_across_nodes", numbers, plan.ranks, plan.across),
+            ("peers", 1, plan.ranks, map(sum, plan.peers)),
+            ("connections_mib", 1, plan.ranks, map(_connections_mib, plan.peers, repeat(plan))),
         ]
         loads = zip(*plan.phase_load, strict=True)
         parts += [(f"{_PHASE}{i}", 1e9, plan.ranks, load) for i, load in enumerate(loads)]
@@ -163,6 +168,26 @@ def _values_of(
             if rank in sums[name]:
                 sums[name][rank] += value / unit
     return {name: list(of_ranks.values()) for name, of_ranks in sums.items()}
+
+
+def _connections_mib(peers: tuple[int, int], plan: Totals) -> float:
+    """Memory that NCCL 2.30 takes on a GPU for what a rank exchanges with others, by its sources.
+
+    For each channel to a rank on its node it is 12 MiB (transport/p2p.cc), for ranks on others two
+    buffers of 64 MiB (transport/net.cc), however many there are. Assumed are 32 channels, of which
+    a pair of ranks has all in a single node, and across nodes 4, or fewer so that those to all
+    ranks are no more than 32 * 8 (graph/paths.cc).
+
+    Args:
+        peers: on its node and on others.
+    """
+    inside, across = peers
+    channels = 32
+    if across:
+        channels = 4
+        while channels > 1 and channels * math.ceil(len(plan.ranks) / 8) > 32:
+            channels //= 2
+    return 12.0 * channels * inside + (128.0 if across else 0.0)
 
 
 def _adam_bytes(specs: Sequence[ParameterSpec]) -> Iterator[tuple[Sequence[int], list[int]]]:

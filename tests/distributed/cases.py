@@ -33,7 +33,7 @@ _ROOT_METHODS = {
 }
 _ANYWHERE: dict[str, tuple[Any, ...]] = {
     "buckets": (1, 2, 3, 5),
-    "owner_scope": ("shard",),
+    "owner_scope": ("near", "shard"),
     "ranks_per_node": (1, 2),
 }
 

@@ -113,6 +113,25 @@ def shards_of(plans: list[Plan], mesh: str, full: dict[str, Tensor]) -> list[lis
     return [[shard(p, coordinate) for p in parameters] for coordinate in coordinates]
 
 
+def test_with_owners_nearby_ranks_know_few_others():
+    """Counted by hand from the transfers; what many ranks hold has few owners."""
+    parameters = model_specs("llama3-8b", {"dp_shard": 64})[:40]
+    parameters = [spec for spec in parameters if is_preconditioned(spec.name, spec.shape, CONFIG)]
+    found = {}
+    for scope in ("all", "near"):
+        config = ShampooConfig(owner_scope=scope)
+        plans = [plan_of(parameters, config, rank) for rank in range(64)]
+        kinds = ("gather_out", "gather_in", "scatter_out", "scatter_in")
+        peers = [{t.peer for kind in kinds for _, t in moves(plan, kind)} for plan in plans]
+        counted = [len(of - {rank}) for rank, of in enumerate(peers)]
+        totals = totals_of(parameters, config)
+        assert counted == [sum(of) for of in totals.peers]
+        inside = [sum(p // 8 == rank // 8 for p in of - {rank}) for rank, of in enumerate(peers)]
+        assert inside == [inside for inside, _ in totals.peers]
+        found[scope] = sum(counted) / 64, max(totals.load) / (sum(totals.load) / 64)
+    assert found["near"][0] < 0.5 * found["all"][0] and found["near"][1] < 1.2
+
+
 @pytest.mark.parametrize("alignment", ["logical", "shard"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_piece_arrives_at_its_place_and_back(mesh, alignment):

@@ -2,13 +2,14 @@
 
 import warnings
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from shampoo_fsdp import Shampoo
@@ -165,6 +166,26 @@ def test_gradients_may_be_of_another_type_than_their_parameters():
         two.step()
     for (name, expected), found in zip(rounded.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(found, expected) and found.dtype == torch.float32, name
+
+
+@ranks(2)
+def test_what_fsdp_keeps_on_the_cpu_is_refused_with_what_to_write():
+    """As CPUOffloadPolicy does; a mesh that says it is of GPUs is all that can be had here."""
+    model = nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), offload_policy=CPUOffloadPolicy(False))
+    Shampoo(model.named_parameters())  # there are no GPUs
+    with mock.patch.object(DeviceMesh, "device_type", "cuda"):
+        with pytest.raises(ValueError, match=r"'weight' is on the CPU .*_policy=OffloadPolicy\(\)"):
+            Shampoo(model.named_parameters())
+        Shampoo(model.named_parameters(), root_method="eigh")
+
+
+@ranks(3)
+def test_a_group_without_a_backend_for_the_parameters_is_refused():
+    group = dist.new_group([0, 1], backend="cuda:gloo")
+    if dist.get_rank() < 2:
+        with pytest.raises(ValueError, match=r"ranks 0-1 has no backend .*cpu:gloo,cuda:nccl"):
+            Shampoo([("w", matrix())], replicas=group)
 
 
 @ranks(2)
