@@ -22,12 +22,12 @@ def main() -> None:
     seed by seed."""
     records = [json.loads(line) for line in _RUNS.read_text().splitlines()]
     final = [r for r in records if r["size"] == _SIZE and r["stage"] == "final"]
-    figure, ((axis,),) = plots.panels(1, 1, (7.5, 3.6))
+    figure, (axis,) = plots.panels(1, 1, 3.4)
     curves = {}
     for name in (_BASELINE, "Muon", "KL-Shampoo"):
         runs = sorted((r for r in final if r["contestant"] == name), key=_seed)
         steps, seeds = runs[0]["step"], [r["loss"] for r in runs]
-        plots.band(axis, steps, seeds, name, plots.color_of(name))
+        plots.band(axis, steps, seeds, name, **plots.style_of(name))
         curves[name] = runs
     end, aims = steps[-1], [run["loss"][-1] for run in curves[_BASELINE]]
     pairs = zip(curves["KL-Shampoo"], aims, strict=True)
@@ -38,10 +38,11 @@ def main() -> None:
     axis.annotate("", (there, aim), (end, aim), arrowprops=arrow)
     axis.text(there - 15, aim - 0.004, f"{1 - there / end:.0%} fewer steps ", ha="right", va="top")
     axis.set(ylim=(0.85, 1.45), xlim=(0, end + 40))
-    axis.set(xlabel="steps of 8,192 tokens", ylabel="held-out loss, nats per byte")
-    axis.spines[["top", "right"]].set_visible(False)
     plots.finish(
-        axis, "Llama, 1 M parameters, 20 tokens per parameter; two seeds, lr tuned for each"
+        axis,
+        "Llama of 1 M parameters, 20 tokens per parameter; two seeds, lr tuned for each",
+        xlabel="steps of 8,192 tokens",
+        ylabel="held-out loss, nats per token",
     )
     plots.save(figure, Path("docs/loss.png"))
 

@@ -1,4 +1,4 @@
-"""How the figures of the studies look: every optimizer has one colour, in all of them."""
+"""How the figures of the studies look: one color for each optimizer, all as wide as a page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,40 +11,47 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-__all__ = ["band", "color_of", "finish", "panels", "reference", "save"]
+from shampoo_fsdp.tools.page import COLORS
 
-_COLORS = {
-    "AdamW": "C0",
-    "Muon": "C1",
-    "Shampoo": "C2",
-    "SOAP": "C3",
-    "KL-Shampoo": "C4",
-    "SGD": "C5",
-    # Variants that are shown beside these.
-    "KL-Shampoo, fp32": "C6",
-    "KL-Shampoo, base_width 64": "C6",
-    "Shampoo, SGD's size": "C8",
+__all__ = ["band", "finish", "panels", "reference", "save", "shade", "style_of"]
+
+plt.rcParams |= {
+    **{"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 9, "legend.frameon": False},
+    **{"axes.spines.top": False, "axes.spines.right": False},
 }
 
-
-def color_of(name: str) -> str:
-    """Of an optimizer, or of one with settings of its own after a comma."""
-    return _COLORS.get(name) or _COLORS[name.split(",")[0]]
-
-
-def panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Any, Any]:
-    """A figure and its panels, [rows, columns], each of this size in inches."""
-    shape = (size[0] * columns, size[1] * rows)
-    return plt.subplots(rows, columns, figsize=shape, squeeze=False, **shared)
+_WIDTH = 8.0  # inches, 960 pixels: at 700 letters are 11 high
+# Shown beside the one of the same color.
+_DASHED = ("KL-Shampoo, fp32", "KL-Shampoo, base_width 64", "Shampoo, SGD's size")
 
 
-def band(
-    axis: Any, x: Any, seeds: Sequence[Sequence[float]], label: str, color: Any = None
-) -> None:
+def style_of(name: str) -> dict[str, Any]:
+    """Color and line of an optimizer, or of one with settings of its own after a comma."""
+    return {"color": COLORS[name.split(",")[0]], "ls": "--" if name in _DASHED else "-"}
+
+
+def shade(number: int, of: int) -> Any:
+    """The color of one of several in an order, which are no optimizers."""
+    return plt.get_cmap("viridis")(0.9 * number / max(1, of - 1))
+
+
+def panels(count: int, columns: int, height: float = 2.8, **shared: Any) -> tuple[Any, list[Any]]:
+    """A figure as wide as a page, and its panels, so many in a row, of this height in inches."""
+    rows = -(-count // columns)
+    size = (_WIDTH, height * rows + 0.4)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **shared
+    )
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def band(axis: Any, x: Any, seeds: Sequence[Sequence[float]], label: str, **style: Any) -> None:
     """The mean of the seeds, and their range."""
     values = np.array(seeds, dtype=float)
-    (line,) = axis.plot(x, values.mean(0), color=color, label=label, lw=1.2)
-    axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, lw=0)
+    axis.plot(x, values.mean(0), label=label, lw=1.5, **style)
+    axis.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.15, lw=0)
 
 
 def reference(axis: Any, value: float, label: str | None = None) -> None:
@@ -52,14 +59,18 @@ def reference(axis: Any, value: float, label: str | None = None) -> None:
     axis.axhline(value, color="0.4", lw=0.8, ls=":", label=label)
 
 
-def finish(axis: Any, title: str) -> None:
-    """Title and legend."""
-    axis.set_title(title, size=10)
-    axis.legend(fontsize=8)
+def finish(axis: Any, title: str, **labels: Any) -> None:
+    """Title and labels."""
+    axis.set(**labels)
+    axis.set_title(title)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure."""
-    figure.tight_layout()
+    """Write the figure, with one legend for all panels below them."""
+    pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in figure.axes]
+    found = {label: handle for handles in pairs for handle, label in handles}
+    if found:
+        columns = 3 if sum(map(len, found)) > 75 else len(found)
+        figure.legend(found.values(), found, loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=120)
     plt.close(figure)

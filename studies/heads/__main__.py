@@ -102,9 +102,9 @@ def draw(results: Results, path: Path) -> None:
     from studies import plots
 
     settings = sorted({(record["size"], record["settings"]["steps"]) for record in results})
-    figure, axes = plots.panels(1, len(settings), (4.5, 3.6))
-    for axis, (size, steps) in zip(axes[0], settings, strict=True):
-        for variant in VARIANTS:
+    figure, axes = plots.panels(len(settings), len(settings))
+    for axis, (size, steps) in zip(axes, settings, strict=True):
+        for number, variant in enumerate(VARIANTS):
             pairs = [
                 (results[own], results[other])
                 for seed in _SEEDS
@@ -116,10 +116,10 @@ def draw(results: Results, path: Path) -> None:
                     [x - y for x, y in zip(own["loss"], other["loss"], strict=True)]
                     for own, other in pairs
                 ]
-                plots.band(axis, pairs[0][0]["step"], over, variant)
-        axis.set(xlabel="step")
-        plots.finish(axis, f"{size}, {steps} steps; mean, and range of the seeds")
-    axes[0][0].set_ylabel("held-out loss above separate, uncut")
+                color = plots.shade(number, len(VARIANTS))
+                plots.band(axis, pairs[0][0]["step"], over, variant, color=color)
+        plots.finish(axis, f"{size}, {steps} steps", xlabel="step")
+    axes[0].set_ylabel("held-out loss above separate, uncut")
     plots.save(figure, path)
 
 

@@ -1,12 +1,17 @@
 """The figures of the study, PNG files beside the results."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.patches import Patch
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FormatStrFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 
 from studies import plots
 from studies.pretrain.plan import Study
@@ -25,6 +30,8 @@ from studies.pretrain.summary import (
 __all__ = ["draw"]
 
 _SHOWN = 0.7  # nats above the best; ablations beyond are written at the edge
+_LOSS = "held-out loss, nats per token"
+_TUNING_LOSS = "final loss, tuning text"
 
 
 def draw(
@@ -38,6 +45,7 @@ def draw(
     if done:
         _loss(done, folder / "loss.png")
         _ratio(done, folder / "ratio.png")
+    if len(done) > 1:  # else the table says it
         _to_target(done, folder / "to_target.png")
     _lr(study, list(by_size), contestants, results, folder / "lr.png")
     _lr_by_size(study, list(by_size), contestants, results, folder / "lr_by_size.png")
@@ -46,8 +54,9 @@ def draw(
 
 
 def _loss(done: dict[str, list[Summary]], path: Path) -> None:
-    figure, axes = plots.panels(len(done), 2, (5.5, 3.6))
-    for row, (size, found) in zip(axes, done.items(), strict=True):
+    figure, axes = plots.panels(2 * len(done), 2)
+    rows = zip(axes[::2], axes[1::2], done.items(), strict=True)
+    for *row, (size, found) in rows:
         aim = target(found)
         assert aim is not None
         for summary in found:
@@ -57,18 +66,16 @@ def _loss(done: dict[str, list[Summary]], path: Path) -> None:
             times = np.mean([seconds(record)[:length] for record in summary.final], axis=0)
             tokens = np.multiply(summary.final[0]["step"][:length], _tokens(summary.settings))
             for axis, x in zip(row, (tokens, times), strict=True):
-                plots.band(axis, x, losses, summary.contestant, _color(summary))
+                style = plots.style_of(summary.contestant)
+                plots.band(axis, x, losses, summary.contestant, **style)
+        title = f"{size}; mean, and range of {len(found[0].final)} seeds"
         for axis, label in zip(row, ("tokens", "seconds of training"), strict=True):
             plots.reference(axis, aim, f"{BASELINE}'s best seed")
-            axis.set_ylim(_lowest(found) - 0.03, aim + 0.8)
-            axis.set(xscale="log", xlabel=label, ylabel="held-out loss, nats per token")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            plots.finish(axis, f"{size}; mean, and range of {len(found[0].final)} seeds")
+            axis.set(ylim=(_lowest(found) - 0.03, aim + 0.6), xlim=(0, None))
+            plots.finish(axis, title, xlabel=label, ylabel=_LOSS if axis is row[0] else "")
+        row[0].xaxis.set_major_locator(MaxNLocator(5))
+        row[0].xaxis.set_major_formatter(EngFormatter(sep=" "))
     plots.save(figure, path)
-
-
-def _color(summary: Summary) -> str:
-    return plots.color_of(summary.contestant)
 
 
 def _tokens(settings: dict[str, Any]) -> int:
@@ -78,8 +85,8 @@ def _tokens(settings: dict[str, Any]) -> int:
 
 def _ratio(done: dict[str, list[Summary]], path: Path) -> None:
     """Steps to a loss as a part of the baseline's steps to the same: how an early lead shrinks."""
-    figure, axes = plots.panels(1, len(done), (5.5, 3.9))
-    for axis, (size, found) in zip(axes[0], done.items(), strict=True):
+    figure, axes = plots.panels(len(done), min(2, len(done)))
+    for axis, (size, found) in zip(axes, done.items(), strict=True):
         aim = target(found)
         baseline = next(summary for summary in found if summary.contestant == BASELINE)
         first = max(record["loss"][1] for record in baseline.final)
@@ -88,12 +95,17 @@ def _ratio(done: dict[str, list[Summary]], path: Path) -> None:
         for summary in found:
             if summary is not baseline:
                 ratio = _steps_to(losses, summary) / of_baseline
-                axis.plot(losses, ratio, color=_color(summary), label=summary.contestant)
+                style = plots.style_of(summary.contestant)
+                axis.plot(losses, ratio, label=summary.contestant, **style)
         plots.reference(axis, 1.0)
-        axis.set(ylim=(0, 1.1), xlabel="held-out loss, nats per token (training goes to the right)")
-        axis.set_ylabel(f"steps to it, {BASELINE} = 1")
+        axis.set_ylim(0, 1.1)
         axis.invert_xaxis()
-        plots.finish(axis, f"{size}; mean of {len(baseline.final)} seeds")
+        plots.finish(
+            axis,
+            f"{size}; mean of {len(baseline.final)} seeds",
+            xlabel=f"{_LOSS} (training goes to the right)",
+            ylabel=f"steps to it, {BASELINE} = 1",
+        )
     plots.save(figure, path)
 
 
@@ -109,9 +121,9 @@ def _lowest(found: list[Summary]) -> float:
 
 
 def _to_target(done: dict[str, list[Summary]], path: Path) -> None:
-    figure, axes = plots.panels(1, 2, (5.5, 3.9), sharey=True)
+    figure, axes = plots.panels(2, 2, sharey=True)
     places = 2 + max(map(len, done.values()))
-    for column, (axis, what) in enumerate(zip(axes[0], ("steps", "time"), strict=True)):
+    for column, (axis, what) in enumerate(zip(axes, ("steps", "time"), strict=True)):
         middles = []
         for group, found in enumerate(done.values()):
             aim = target(found)
@@ -123,18 +135,15 @@ def _to_target(done: dict[str, list[Summary]], path: Path) -> None:
             for x, summary in enumerate(others, first):
                 values = [r[column] / whole for r in summary.to_target(aim) if r is not None]
                 if values:
-                    axis.bar(x, np.mean(values), color=_color(summary), alpha=0.6)
+                    color = plots.style_of(summary.contestant)["color"]
+                    axis.bar(x, np.mean(values), color=color, label=summary.contestant)
                     axis.plot(x + np.linspace(-0.2, 0.2, len(values)), values, "k.", ms=4)
                 if len(values) < len(summary.final):
                     axis.text(x, 1.02, "never" if not values else "not all", ha="center", size=7)
         plots.reference(axis, 1.0)
         axis.set_xticks(middles, list(done))
-        axis.set_title(f"{what} to {BASELINE}'s best final loss (dots: seeds)", size=10)
-        shown = dict.fromkeys(s.contestant for found in done.values() for s in found)
-        del shown[BASELINE]
-        bars = [Patch(color=plots.color_of(name), alpha=0.6) for name in shown]
-        axis.legend(bars, shown, fontsize=8)
-    axes[0][0].set_ylabel(f"1 = {BASELINE}'s full run")
+        plots.finish(axis, f"{what} to {BASELINE}'s best final loss (dots: seeds)")
+    axes[0].set_ylabel(f"1 = {BASELINE}'s full run")
     plots.save(figure, path)
 
 
@@ -147,19 +156,20 @@ def _lr(
         }
         for size in sizes
     }
-    curves = {size: found for size, found in curves.items() if found}
+    curves = {size: found for size, found in curves.items() if len(found) > 1}
     if not curves:
         return
-    figure, axes = plots.panels(1, len(curves), (4.5, 3.6))
-    for axis, (size, found) in zip(axes[0], curves.items(), strict=True):
+    figure, axes = plots.panels(len(curves), min(2, len(curves)))
+    for axis, (size, found) in zip(axes, curves.items(), strict=True):
         for name, points in found.items():
-            color = plots.color_of(name)
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, ms=3)
-        lowest = min(loss for points in found.values() for _, loss in points)
-        axis.set_ylim(lowest - 0.03, lowest + 0.8)
-        axis.set(xscale="log", xlabel="lr", ylabel="final loss, tuning text")
+            style = plots.style_of(name)
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, ms=3, **style)
+        losses = [loss for points in found.values() for _, loss in points]
+        axis.set_ylim(*_limits(losses))
+        axis.set_xscale("log")
         _lr_ticks(axis)
-        plots.finish(axis, f"{size}, before the other settings are chosen")
+        title = f"{size}, before the other settings are chosen"
+        plots.finish(axis, title, xlabel="lr", ylabel=_TUNING_LOSS)
     plots.save(figure, path)
 
 
@@ -174,18 +184,27 @@ def _lr_by_size(
     curves = {name: found for name, found in curves.items() if len(found) > 1}
     if not curves:
         return
-    figure, axes = plots.panels(1, len(curves), (4.5, 3.6), sharey=True)
-    for axis, (name, found) in zip(axes[0], curves.items(), strict=True):
-        for size, points in found.items():
+    figure, axes = plots.panels(len(curves), 2, sharey=True)
+    for axis, (name, found) in zip(axes, curves.items(), strict=True):
+        for number, (size, points) in enumerate(found.items()):
             lr, losses = zip(*points, strict=True)
             above = np.subtract(losses, min(losses))
-            (line,) = axis.plot(lr, above, "o-", label=size, ms=3)
-            axis.plot(lr[losses.index(min(losses))], 0.0, "*", color=line.get_color(), ms=12)
-        axis.set(xscale="log", xlabel="lr", ylim=(-0.02, 0.3))
+            color = plots.shade(number, len(found))
+            axis.plot(lr, above, "o-", color=color, label=size, ms=3)
+            axis.plot(lr[losses.index(min(losses))], 0.0, "*", color=color, ms=11)
+        axis.set(xscale="log", ylim=(-0.02, 0.3))
         _lr_ticks(axis)
-        plots.finish(axis, f"{name} (stars: the best)")
-    axes[0][0].set_ylabel("final loss above the lowest of that size")
+        plots.finish(axis, f"{name} (stars: the best)", xlabel="lr")
+    for axis in axes[::2]:
+        axis.set_ylabel("final loss above the lowest")
     plots.save(figure, path)
+
+
+def _limits(losses: Sequence[float]) -> tuple[float, float]:
+    """Of an axis: what is far above the best is beyond it."""
+    lowest = min(losses)
+    margin = 0.08 * (min(max(losses), lowest + _SHOWN) - lowest)
+    return lowest - margin, min(max(losses), lowest + _SHOWN) + margin
 
 
 def _lr_ticks(axis: Any) -> None:
@@ -199,31 +218,26 @@ def _ablations(study: Study, size: str, results: Results, path: Path) -> None:
     found = [(ablation, rows) for ablation, rows in found if len(rows) > 1]
     if not found:
         return
-    columns = 3
-    rows_of_axes = -(-len(found) // columns)
-    figure, axes = plots.panels(rows_of_axes, columns, (4, 3), sharey=True)
-    lowest = min(loss for _, rows in found for _, _, loss in rows)
-    for axis in axes.flat[len(found) :]:
-        axis.remove()
-    for axis, (ablation, rows) in zip(axes.flat, found, strict=False):
+    figure, axes = plots.panels(len(found), 3, 2.2, sharey=True)
+    limits = _limits([loss for _, rows in found for _, _, loss in rows])
+    for axis, (ablation, rows) in zip(axes, found, strict=True):
         labels, losses = [_label(value) for value, _, _ in rows], [loss for _, _, loss in rows]
         ordered = all(isinstance(value, int | float) for value in ablation["values"])
-        color = plots.color_of(ablation["contestant"])
-        style = "o-" if ordered else "o"
-        axis.plot(labels, np.minimum(losses, lowest + _SHOWN), style, color=color)
+        color = plots.style_of(ablation["contestant"])["color"]
+        top = limits[0] + 0.95 * (limits[1] - limits[0])
+        axis.plot(labels, np.minimum(losses, top), "o-" if ordered else "o", color=color, ms=4)
         for x, loss in enumerate(losses):
-            if loss > lowest + _SHOWN:
-                text = "diverged" if np.isinf(loss) else f"{loss:.2f}"
-                axis.text(x, lowest + _SHOWN - 0.05, text, ha="center", size=8)
-        axis.set_ylim(lowest - 0.03, lowest + _SHOWN + 0.03)
-        plots.reference(axis, lowest)
-        setting = ablation["setting"].rsplit(".", 1)[-1]
-        axis.set_title(f"{ablation['contestant']}: {setting}", size=10)
-        axis.tick_params(axis="x", labelsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("final loss, tuning text")
+            if loss > limits[1]:
+                axis.text(x, top, "diverged " if np.isinf(loss) else f"{loss:.2f} ", ha="right")
+        axis.set_ylim(*limits)
+        plots.reference(axis, min(loss for _, rows in found for _, _, loss in rows))
+        plots.finish(axis, ablation["setting"].rsplit(".", 1)[-1])
+        slanted = {"labelrotation": 15} if max(map(len, labels)) > 8 else {}
+        axis.tick_params(axis="x", labelsize=8, **slanted)
+    for axis in axes[::3]:
+        axis.set_ylabel(_TUNING_LOSS)
     plots.save(figure, path)
 
 
 def _label(value: Any) -> str:
-    return "\n".join(value) or "none" if isinstance(value, list) else str(value)
+    return ", ".join(value).replace("^", "") or "none" if isinstance(value, list) else str(value)

@@ -108,24 +108,30 @@ def draw(results: Results, path: Path) -> None:
     """Accuracy and training loss by epoch, and the final loss by lr."""
     from studies import plots
 
-    figure, axes = plots.panels(1, 3, (4.7, 4))
-    errors, training, tuning = axes[0]
+    figure, (errors, training, tuning) = plots.panels(3, 3, 3.2)
     for contestant, (_, records) in finals(results).items():
         wrong = [[100 * (1 - right) for right in record["accuracy"]] for record in records]
         losses = [record["training_loss"] for record in records]
         for axis, seeds in ((errors, wrong), (training, losses)):
             epochs = range(1, len(seeds[0]) + 1)
-            plots.band(axis, epochs, seeds, contestant, plots.color_of(contestant))
+            plots.band(axis, epochs, seeds, contestant, **plots.style_of(contestant))
     for contestant, (_, _, values) in CONTESTANTS.items():
         found = [results.loss(run_of(contestant, lr, 0, "tuning")) for lr in values]
         losses = [math.nan if loss is None else loss for loss in found]
         relative = [lr / values[0] for lr in values]
-        tuning.plot(relative, losses, "o-", color=plots.color_of(contestant), label=contestant)
-    errors.set(xlabel="epoch", ylabel="errors on the test images, %", yscale="log")
-    training.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    tuning.set(xlabel="lr over the smallest that was tried", ylabel="tuning loss", xscale="log")
-    for axis in axes[0]:
-        axis.legend(fontsize=8)
+        style = plots.style_of(contestant)
+        tuning.plot(relative, losses, marker="o", ms=3, label=contestant, **style)
+    errors.set_yscale("log")
+    errors.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
+    errors.set_yticks([], minor=True)
+    training.set_yscale("log")
+    for axis in (errors, training):
+        axis.set_xticks(range(2, 13, 2))
+    tuning.set_xscale("log", base=2)
+    tuning.xaxis.set_major_formatter("{x:g}")
+    plots.finish(errors, "errors on the test images, %", xlabel="epoch")
+    plots.finish(training, "training loss", xlabel="epoch")
+    plots.finish(tuning, "tuning loss", xlabel="lr over the smallest tried")
     plots.save(figure, path)
 
 
