@@ -15,7 +15,7 @@ unasked:
 From 0.3 on a job is a function; see `shampoo_torchtitan.configs`.
 
 Jobs of other optimizers are TorchTitan's alone, whatever has been imported. What helps the demo job
-alone is in `demo`.
+alone is in `demo`, which wheels are without.
 """
 
 import sys
@@ -30,7 +30,7 @@ def register() -> None:
 
     Calling it again changes nothing.
     """
-    # Here: without a GPU TorchTitan cannot be imported before `demo.cpu` is enabled.
+    # Here: without a GPU TorchTitan cannot be imported before `cpu` is enabled.
     from shampoo_torchtitan.generation import titan
 
     titan().register()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JOBS_ARE_FUNCTIONS", "need_02", "parallel_dims", "titan"]
+__all__ = ["JOBS_ARE_FUNCTIONS", "need_02", "parallel_dims", "register_demo", "titan"]
 
 
 def _jobs_are_functions() -> bool:
@@ -22,9 +22,15 @@ kind of them here; before, a job is a TOML file."""
 
 def titan() -> Any:
     """All that differs between the two: the module `titan_02` or `titan_03`, whose names are the
-    same. (Without a GPU it needs `demo.cpu` to be enabled first.)"""
+    same. (Without a GPU it needs `cpu` to be enabled first.)"""
     module = "titan_03" if JOBS_ARE_FUNCTIONS else "titan_02"
     return importlib.import_module(f"shampoo_torchtitan.{module}")
+
+
+def register_demo() -> None:
+    """Makes known to TorchTitan what the demo job trains, in a clone; wheels are without it."""
+    if importlib.util.find_spec("shampoo_torchtitan.demo"):
+        importlib.import_module("shampoo_torchtitan.demo").register()
 
 
 def parallel_dims(config: Any, world_size: int) -> Any:

@@ -15,9 +15,9 @@ from torchtitan.tools import utils
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
 from shampoo_fsdp.validation import check_fields, field_types, refuse
-from shampoo_torchtitan import demo, job_config
+from shampoo_torchtitan import cpu, job_config
 from shampoo_torchtitan.container import hyperparameters
-from shampoo_torchtitan.demo import cpu, models_02
+from shampoo_torchtitan.generation import register_demo
 from shampoo_torchtitan.optimizer import refuse_unsupported, settings_of
 from shampoo_torchtitan.optimizer import register as register_optimizer
 
@@ -51,7 +51,7 @@ class Reader(ConfigManager):
 def register() -> None:
     """Make Shampoo, and what the demo trains, known to TorchTitan."""
     register_optimizer()
-    demo.register(models_02)
+    register_demo()
 
 
 def parallel_dims(config: Any, world_size: int) -> ParallelDims:

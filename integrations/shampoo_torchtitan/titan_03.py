@@ -20,8 +20,8 @@ from torchtitan.trainer import Trainer
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.runtime.choice import exactly
-from shampoo_torchtitan import configs, demo, toml
-from shampoo_torchtitan.demo import cpu, models_03
+from shampoo_torchtitan import configs, cpu, toml
+from shampoo_torchtitan.generation import register_demo
 
 loads_remote_folders = True
 """Whether a job goes on from checkpoints in `s3://...` and the like."""
@@ -55,7 +55,7 @@ def _optimizer_of(name: str, groups: Sequence[Any]) -> Any:
 
 def register() -> None:
     """Make Shampoo, and what the demo trains, known to TorchTitan."""
-    demo.register(models_03)
+    register_demo()
 
 
 def parallel_dims(config: Any, world_size: int) -> ParallelDims:

@@ -31,13 +31,12 @@ from shampoo_fsdp.validation import (
     refuse_unknown,
     setting_names,
 )
-from shampoo_torchtitan import demo
 from shampoo_torchtitan.configs import ADAM, ShampooOptimizers
-from shampoo_torchtitan.demo import models_03
+from shampoo_torchtitan.generation import register_demo
 
 __all__ = ["is_of_files", "read", "value_of"]
 
-demo.register(models_03)  # files may name what is in it
+register_demo()  # files may name what is in it
 
 # What 0.2 calls so has another name in 0.3; keys, and tables with all that is in them.
 _MOVED = {

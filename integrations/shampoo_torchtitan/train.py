@@ -1,8 +1,6 @@
 """TorchTitan's training, with Shampoo known, on GPUs or on the CPU.
 
 torchrun --nproc_per_node 2 -m shampoo_torchtitan.train --job.config_file my.toml
-
-Of `demo` it uses `cpu` where there is no GPU.
 """
 
 import contextlib
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shampoo_torchtitan.demo import cpu
+from shampoo_torchtitan import cpu
 
 if cpu.needed():
     cpu.enable()  # first: TorchTitan reads the device when it is imported

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from shampoo_torchtitan.demo import BYTE_TOKENIZER, cpu
+from shampoo_torchtitan import cpu
+from shampoo_torchtitan.demo import BYTE_TOKENIZER
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.train import JobReader, Trainer
 from tests.models import deterministic_gradients, full_parameters, local_part

@@ -20,7 +20,7 @@ files = pytest.mark.skipif(JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.3 imports no
 _TITAN = """
 import json, sys
 from unittest import mock
-from shampoo_torchtitan.demo import cpu
+from shampoo_torchtitan import cpu
 file = sys.argv.pop(1)
 cpu.enable()
 import torchtitan.train

@@ -1,13 +1,15 @@
-"""What the demo job needs; a job of your own on GPUs uses nothing of it.
+"""What the demo job needs; it is in clones alone, not in wheels.
 
 `configs/llama3_small_cpu.toml`, and the tests and the study as well, train a small Llama (`models`)
 on text that is on every machine (`data`), with a tokenizer that needs no download
-(`byte_tokenizer`), and where there is no GPU, on the CPU (`cpu`). All but the last have names of
-their own, so that a job which names none of them is TorchTitan's and Shampoo's alone.
+(`byte_tokenizer`). They have names of their own, so that a job which names none of them is
+TorchTitan's and Shampoo's alone.
 """
 
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 
 __all__ = ["BYTE_TOKENIZER", "VOCABULARY", "register"]
 
@@ -18,13 +20,9 @@ VOCABULARY = 260
 """Of a model for it: divisible by 4, for tensor parallelism."""
 
 
-def register(models: ModuleType) -> None:
-    """Makes our data sets and models known to TorchTitan. Calling it again changes nothing.
-
-    Args:
-        models: `models_02` or `models_03`.
-    """
-    from shampoo_torchtitan.demo import data  # here: `cpu` must come before TorchTitan
-
-    data.register()
-    models.register()
+def register() -> None:
+    """Makes our data sets and models known to TorchTitan. Calling it again changes nothing."""
+    # Here: `cpu` must come before TorchTitan.
+    models = "models_03" if JOBS_ARE_FUNCTIONS else "models_02"
+    for name in ("data", models):
+        import_module(f"shampoo_torchtitan.demo.{name}").register()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shampoo_torchtitan.demo import cpu
+from shampoo_torchtitan import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
