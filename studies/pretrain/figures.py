@@ -45,7 +45,6 @@ def draw(
     if done:
         _loss(done, folder / "loss.png")
         _ratio(done, folder / "ratio.png")
-    if len(done) > 1:  # else the table says it
         _to_target(done, folder / "to_target.png")
     _lr(study, list(by_size), contestants, results, folder / "lr.png")
     _lr_by_size(study, list(by_size), contestants, results, folder / "lr_by_size.png")
