@@ -86,15 +86,8 @@ _OF_FILES = (
     *(*_MOVED, *_GONE, *_LEFT_OUT),
 )
 # All that a file may say, for whoever looks for it elsewhere.
-_EVERYWHERE = tuple(
-    dict.fromkeys(
-        (
-            *_OF_FILES,
-            *setting_names(ShampooOptimizers.Config, "optimizer"),
-            *setting_names(Trainer.Config),
-        )
-    )
-)
+_EVERYWHERE = dict.fromkeys([*_OF_FILES, *setting_names(ShampooOptimizers.Config, "optimizer")])
+_EVERYWHERE |= dict.fromkeys(setting_names(Trainer.Config))
 # What 0.3's own jobs turn CUDA graphs off for, which 0.2 did not have.
 _NO_GRAPHS_WITH = ("parallelism.expert_parallel_degree", "parallelism.pipeline_parallel_degree")
 _RECOMPUTE: dict[str, Any] = {

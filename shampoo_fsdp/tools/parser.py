@@ -1,6 +1,7 @@
 """The parser of all commands: dashes and underscores are alike in the names of options."""
 
 import argparse
+import re
 import sys
 from typing import Any
 
@@ -13,9 +14,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As that of argparse."""
         given = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_underscored(word) for word in given], namespace)
+        known = [re.sub("^--[^=]+", _underscored, word) for word in given]
+        return super().parse_known_args(known, namespace)
 
 
-def _underscored(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name[:2] == "--" else word
+def _underscored(option: re.Match[str]) -> str:
+    return "--" + option[0][2:].replace("-", "_")
