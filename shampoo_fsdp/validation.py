@@ -47,13 +47,12 @@ def refuse_unknown(
     Args:
         known: those that do.
         name: the setting's in the message, where it is not the key alone.
-        everywhere: names, with dots, of what there is in this table and in others.
+        everywhere: names, with dots, of what there is in this table and in others; or only these.
     """
     if key in known:
         return
     wanted = [word.lower() for word in _OF_OTHERS.get(key, (key,))]
-    meant = [path for path in everywhere if path.rpartition(".")[2].lower() in wanted][:3]
-    meant = meant or [word for word in known if word.lower() in wanted]
+    meant = [path for path in everywhere or known if path.split(".")[-1].lower() in wanted][:3]
     meant = meant or difflib.get_close_matches(key.lower(), known, n=1)
     hint = f"Did you mean {' or '.join(map(repr, meant))}?" if meant else "Allowed: {}."
     raise TypeError(f"unknown setting '{name or key}'. {hint.format(', '.join(known))}")

@@ -192,10 +192,6 @@ def _model(name: Any, flavor: Any) -> Trainer.Config:
 
 def _optimizer(settings: dict[str, Any]) -> OptimizersContainer.Config:
     """What `[optimizer]` says; what is used is taken out."""
-    known = [key[10:] for key in _EVERYWHERE if key[:10] == "optimizer." and key.count(".") == 1]
-    for key in settings:
-        if key.startswith("optimizer."):
-            refuse_unknown(key.split(".")[1], known, key, _EVERYWHERE)
     table = {key: settings.pop(key) for key in list(settings) if key.startswith(_SHAMPOO)}
     own = {key.removeprefix(_SHAMPOO): value for key, value in table.items()}
     known = [key for key in _OF_OPTIMIZER if f"optimizer.{key}" in settings]

@@ -14,9 +14,5 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As that of argparse."""
         given = sys.argv[1:] if args is None else args
-        known = [re.sub("^--[^=]+", _underscored, word) for word in given]
+        known = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in given]
         return super().parse_known_args(known, namespace)
-
-
-def _underscored(option: re.Match[str]) -> str:
-    return "--" + option[0][2:].replace("-", "_")

@@ -72,7 +72,7 @@ BAD = {
         "optimizer.epsilon = 1e-8",
         ["Did you mean 'optimizer.eps' or 'optimizer.shampoo.preconditioner_eps'?"],
     ),
-    "model": ('model.name = "lama3"', ["'lama3'", "'llama3'"]),
+    "model": ('model.name = "lama3"', ["lama3"]),
     "flavor": ('model.flavor = "8b"', ["model.flavor", "'8b'", "'8B'"]),
     "optimizer": ('optimizer.name = "shampo"', ["optimizer.name", "'shampo'", "AdamW"]),
     "unknown key, close": ("training.steppes = 5", ["training.steppes", "'steps'"]),
