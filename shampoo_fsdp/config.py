@@ -220,7 +220,7 @@ class ShampooConfig:
     buckets: PositiveInt | None = None
     """In how many parts the gradients of parameters on the same ranks travel, so that one part is
     on its way while another is computed, and only a part is in memory. Default: as many as make
-    2^26 numbers per rank each, 256 MiB in fp32; on one rank alone 2^28."""
+    84 * 2^20 numbers per rank each, 336 MiB in fp32; on one rank alone 2^28."""
 
     kernels: Literal["auto", "off"] = "auto"
     """'auto': kernels of our own, in Triton, on the NVIDIA GPUs that have what they need; 'off':

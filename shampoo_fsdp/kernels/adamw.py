@@ -20,7 +20,7 @@ from shampoo_fsdp.kernels.language import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["AdamW", "adamw_masked", "adamw_masked_reference"]
+__all__ = ["AdamW", "adamw_masked"]
 
 _CHUNK, _TURNS = 1024, 4
 """Elements that a program has at once, and how often."""

@@ -1,4 +1,4 @@
-"""Factors F <- decay F + weight U U^T, of half the products, in one pass over F."""
+"""Factors F <- (1 - rate) F + rate U U^T, of half the products, in one pass over F."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from shampoo_fsdp.kernels.language import (
     interpreted,
     large_tiles,
     launch,
-    number,
-    of_block,
     size_of,
     triangle,
 )
@@ -24,20 +22,22 @@ from shampoo_fsdp.kernels.language import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["can_update", "tiles", "update_factors", "update_factors_reference"]
+__all__ = ["can_update", "update_factors"]
 
 
 def update_factors(
     factors: Tensor,
     blocks: Tensor,
-    decay: float | Tensor,
-    weight: float | Tensor,
+    rate: Tensor,
+    share: float,
+    *,
+    sums: bool = False,
     precision: Literal["tf32", "tf32x3"] = "tf32x3",
 ) -> None:
-    """F <- decay F + weight U U^T in place, summed in fp32.
+    """F <- (1 - rate) F + rate share U U^T in place, or F + rate share U U^T for sums; in fp32.
 
-    Tiles of the upper triangle are computed, and written twice. A block of decay 1 and weight 0
-    keeps F bit for bit; one of weight 0 does not look at its U.
+    Tiles of the upper triangle are computed, and written twice. A block of rate 0 keeps F bit for
+    bit, whatever its U is.
 
     It reads 2 and writes 4 bytes per element of a factor in fp32 (2 and 2 where it is packed), for
     as many FLOPs as U has columns. In plain PyTorch these are 16 to 24 bytes, and twice the FLOPs.
@@ -45,11 +45,11 @@ def update_factors(
     Args:
         factors: F, symmetric [B, n, n], or their upper triangles [B, n (n + 1) / 2]; in any type.
         blocks: U [B, n, rest], bf16, fp16 or fp32; it or U^T lies row by row in memory.
-        decay, weight: numbers, or [1] or [B] on the device.
+        rate: [B], fp32.
         precision: of the products of fp32 blocks: 10 bits of them, or nearly all.
     """
     if not can_update(factors, blocks):
-        return update_factors_reference(factors, blocks, decay, weight)
+        return update_factors_reference(factors, blocks, rate, share, sums=sums)
     count, n, rest = blocks.shape
     packed = factors.ndim == 2
     transposed = blocks.stride(2) != 1
@@ -64,8 +64,8 @@ def update_factors(
         (
             described(source, depth, tile) if transposed else described(source, tile, depth),
             factors if packed else described(factors, tile, tile),
-            number(decay, count),
-            number(weight, count),
+            rate,
+            share,
             n,
             rest,
             factors.stride(0),
@@ -78,6 +78,7 @@ def update_factors(
         ),
         TRANSPOSED=transposed,
         PACKED=packed,
+        SUMS=sums,
         PRECISION=precision,
         UPCAST=interpreted(),
         **cut,
@@ -93,18 +94,16 @@ def can_update(factors: Tensor, blocks: Tensor) -> bool:
 
 
 def update_factors_reference(
-    factors: Tensor, blocks: Tensor, decay: float | Tensor, weight: float | Tensor
+    factors: Tensor, blocks: Tensor, rate: Tensor, share: float, *, sums: bool = False
 ) -> None:
     """The same in plain PyTorch, in fp32."""
-    scale, share = (
-        torch.as_tensor(value, device=blocks.device).reshape(-1, 1, 1) for value in (decay, weight)
-    )
-    blocks = torch.where(share == 0.0, 0.0, blocks.float())
-    grams = torch.bmm(blocks, blocks.mT).mul_(share)
+    rates = rate.view(-1, 1, 1)
+    blocks = torch.where(rates == 0.0, 0.0, blocks.float())
+    grams = torch.bmm(blocks, blocks.mT).mul_(rates * share)
     if factors.ndim == 2:
         rows, columns = torch.triu_indices(blocks.shape[1], blocks.shape[1], device=blocks.device)
-        grams, scale = grams[:, rows, columns], scale.flatten(1)
-    factors.copy_(factors.float().mul(scale).add_(grams))
+        grams, rates = grams[:, rows, columns], rates.flatten(1)
+    factors.copy_(factors.float().mul(1.0 if sums else 1.0 - rates).add_(grams))
 
 
 def tiles(n: int, dtype: torch.dtype, packed: bool, large: bool) -> dict[str, int]:
@@ -121,8 +120,8 @@ def tiles(n: int, dtype: torch.dtype, packed: bool, large: bool) -> dict[str, in
 def _update_factors(
     blocks,
     factors,
-    decay,
-    weight,
+    rate,
+    share,
     n,
     rest,
     stride,
@@ -130,6 +129,7 @@ def _update_factors(
     DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PACKED: tl.constexpr,
+    SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -137,12 +137,12 @@ def _update_factors(
     or the address of packed ones."""
     row, column = triangle(tl.program_id(0))
     block = tl.program_id(1)
-    decay = of_block(decay, block)
-    weight = of_block(weight, block)
-    if (decay == 1.0) & (weight == 0.0):
+    rate = tl.load(rate + block)
+    if rate == 0.0:
         return
+    decay = 1.0 if SUMS else 1.0 - rate
     total = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, tl.where(weight == 0.0, 0, rest), DEPTH):
+    for start in range(0, rest, DEPTH):
         if TRANSPOSED:
             left = blocks.load([block, start, row * TILE]).reshape(DEPTH, TILE).T
             right = blocks.load([block, start, column * TILE]).reshape(DEPTH, TILE)
@@ -153,7 +153,7 @@ def _update_factors(
             left = left.to(tl.float32)
             right = right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision=PRECISION)
-    total *= weight
+    total *= rate * share
     if PACKED:
         i = row * TILE + tl.arange(0, TILE)[:, None]
         j = column * TILE + tl.arange(0, TILE)[None, :]

@@ -15,25 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # `_names` imports it for all others
     import triton.language as tl
 
-__all__ = [
-    "Cost",
-    "can_run",
-    "describable",
-    "described",
-    "interpreted",
-    "jit",
-    "large_tiles",
-    "launch",
-    "lerp",
-    "missing",
-    "number",
-    "observed_by",
-    "of_block",
-    "per_block",
-    "size_of",
-    "sums_in_fp32",
-    "triangle",
-]
+__all__ = ["Cost", "can_run", "describable", "missing", "observed_by", "sums_in_fp32"]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

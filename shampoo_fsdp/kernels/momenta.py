@@ -21,7 +21,7 @@ from shampoo_fsdp.kernels.language import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["Rates", "momenta", "momenta_reference"]
+__all__ = ["Rates", "momenta"]
 
 _CHUNK, _TURNS = 1024, 4
 """Elements that a program has at once, and how often."""
@@ -38,6 +38,8 @@ class Rates(NamedTuple):
     """Of the momentum in what is preconditioned."""
     eps: float | Tensor
     """Is added to sqrt(V)."""
+    factor: float | Tensor = 1.0
+    """Of the norms."""
 
 
 def momenta(
@@ -71,8 +73,8 @@ def momenta(
         mixed: in any type.
 
     Returns:
-        the norm of mixed / (sqrt(V) + eps), or of mixed without V, in fp32, [B]. (Operators of
-        PyTorch in bf16 round on the way; this does not.)
+        the norm of mixed / (sqrt(V) + eps), or of mixed without V, times factor, in fp32, [B]; 0 of
+        blocks that are not usable. (Operators of PyTorch in bf16 round on the way; this does not.)
     """
     tensors = (gradient, exp_avg, moment, low, mixed)
     dense = all(t is None or t.is_contiguous() for t in tensors)
@@ -108,7 +110,7 @@ def momenta_reference(
     """The same in plain PyTorch."""
     ndim = gradient.ndim
     each = usable.view(-1, *[1] * (ndim - 1))
-    rate1, rate2, share, eps = (per_block(value, ndim) for value in rates)
+    rate1, rate2, share, eps, _ = (per_block(value, ndim) for value in rates)
     gradient = torch.where(each > 0.0, gradient, 0.0)
     exp_avg.copy_(exp_avg.float().lerp_(gradient, rate1 * each))
     if moment is not None:
@@ -121,7 +123,7 @@ def momenta_reference(
     if moment is not None:
         step = step / (moment.float().sqrt() + eps)
     norms: Tensor = torch.linalg.vector_norm(step, 2, tuple(range(1, ndim)))
-    return norms
+    return norms * rates.factor * usable
 
 
 def _momenta(
@@ -136,6 +138,7 @@ def _momenta(
     rate2,
     share,
     eps,
+    factor,
     size,
     programs,
     CHUNK: tl.constexpr,
@@ -150,6 +153,7 @@ def _momenta(
     rate2 = of_block(rate2, block)
     share = of_block(share, block)
     eps = of_block(eps, block)
+    factor = of_block(factor, block)
     start = block.to(tl.int64) * size
     total = tl.zeros((CHUNK,), tl.float32)
     for turn in range(TURNS):
@@ -174,4 +178,4 @@ def _momenta(
             tl.store(moment + at, second, mask=changes)
             step = step / (tl.sqrt(second) + eps)
         total += tl.where(inside, step * step, 0.0)
-    tl.store(squares + tl.program_id(0), tl.sum(total, 0))
+    tl.store(squares + tl.program_id(0), tl.where(good, tl.sum(total, 0) * factor * factor, 0.0))

@@ -1,7 +1,7 @@
 """Products of stacked square matrices, with the sums of a polynomial on the way out.
 
 What the steps of an inverse root by polynomials consist of: with nu = a A + b I, nu^2 = product(A)
-once the norm of A^2 has told a and b, and q(nu) = product(c2 + nu + c4 nu^2, nu^2) + c1 nu + c0.
+once the norm of A^2 has told a and b, and q(nu) = product(a nu^2 + nu + b, nu^2 + c) + d.
 """
 
 from __future__ import annotations
@@ -30,19 +30,7 @@ from shampoo_fsdp.kernels.language import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = [
-    "Sum",
-    "bmm_in_fp32",
-    "product",
-    "product_reference",
-    "product_tiles",
-    "split",
-    "two_sums",
-    "two_sums_reference",
-]
-
-_CHUNK = 2048
-"""Entries that a program of `two_sums` has."""
+__all__ = ["Sum", "product", "product_reference"]
 
 
 class Sum(NamedTuple):
@@ -60,7 +48,7 @@ def product(
     *sums: Sum,
     c: Tensor | None = None,
     symmetric: bool = False,
-    norms: bool = False,
+    squares: bool = False,
 ) -> list[Tensor]:
     """One or two sums of P = A B, C and I, in fp32 until they are written.
 
@@ -76,22 +64,22 @@ def product(
         c: [B, n, n], in any type.
         symmetric: A, B and A B are: then B is read by rows, and tiles of the upper triangle are
             computed, and written twice.
-        norms: whether the Frobenius norms of the first sum are wanted.
+        squares: whether those of the first sum's entries are wanted.
 
     Returns:
-        the sums, [B, n, n], and then the norms, fp32 [B].
+        the sums, [B, n, n], and then sums of squares, fp32 [B, parts].
     """
     count, n, _ = a.shape
     given = [a, b] if c is None else [a, b, c]
     results = [torch.empty(a.shape, dtype=sum_.dtype, device=a.device) for sum_ in sums]
     fits = all(describable(t) for t in (*given, *results))
     if not fits or not can_run(*given, *results):
-        return product_reference(a, b, *sums, c=c, symmetric=symmetric, norms=norms)
+        return product_reference(a, b, *sums, c=c, symmetric=symmetric, squares=squares)
     cut = product_tiles(n, a.dtype, large_tiles(a.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
     side = -(-n // tile)
     programs = side * (side + 1) // 2 if symmetric else side * side
-    squares = torch.empty(count, programs, device=a.device) if norms else None
+    parts = torch.empty(count, programs, device=a.device) if squares else None
     first, second = sums if len(sums) == 2 else (sums[0], Sum())
     launch(
         _product,
@@ -102,7 +90,7 @@ def product(
             None if c is None else described(c, tile, tile),
             described(results[0], tile, tile),
             described(results[1], tile, tile) if len(sums) == 2 else None,
-            squares,
+            parts,
             *(number(value, count) for value in (*first[1:], *second[1:])),
             n,
         ),
@@ -115,7 +103,7 @@ def product(
         INTERPRETED=interpreted(),
         **cut,
     )
-    return results if squares is None else [*results, squares.sum(1).sqrt_()]
+    return results if parts is None else [*results, parts]
 
 
 def product_reference(
@@ -124,7 +112,7 @@ def product_reference(
     *sums: Sum,
     c: Tensor | None = None,
     symmetric: bool = False,
-    norms: bool = False,
+    squares: bool = False,
 ) -> list[Tensor]:
     """The same in plain PyTorch; fp64 stays what it is, and nothing is made symmetric."""
     rows, first = b if symmetric else b.mT, sums[0]
@@ -134,36 +122,9 @@ def product_reference(
         multiplied = _multiplied(a, rows)
     # The first sum is the last to be made, for it may lie where the product does.
     results = [_summed(multiplied, c, sum_, sum_ is sums[0]) for sum_ in reversed(sums)][::-1]
-    return [*results, torch.linalg.matrix_norm(results[0])] if norms else results
-
-
-def two_sums(p: Tensor, c: Tensor, first: Sum, second: Sum) -> list[Tensor]:
-    """Two sums of P, C and I in one pass, with 16 bytes per entry in fp32, for 6 FLOPs; in plain
-    PyTorch 40.
-
-    Args:
-        p, c: [B, n, n], in any type; the first sum may lie where P does.
-    """
-    count, n, _ = p.shape
-    results = [p if first.dtype == p.dtype else torch.empty_like(p, dtype=first.dtype)]
-    results.append(torch.empty_like(p, dtype=second.dtype))
-    tensors = (p, c, *results)
-    dense = all(t.is_contiguous() for t in tensors)
-    if not p.numel() or n > 32768 or not dense or not can_run(*tensors):
-        return two_sums_reference(p, c, first, second)
-    launch(
-        _two_sums,
-        (-(-n * n // _CHUNK), count),
-        (*tensors, *(number(value, count) for value in (*first[1:], *second[1:])), n),
-        Cost(size_of(*tensors)),
-        CHUNK=_CHUNK,
-    )
+    if squares:
+        results.append(torch.linalg.vector_norm(results[0], 2, (1, 2)).square_().unsqueeze(1))
     return results
-
-
-def two_sums_reference(p: Tensor, c: Tensor, first: Sum, second: Sum) -> list[Tensor]:
-    """The same in plain PyTorch."""
-    return [_summed(p.float(), c, sum_) for sum_ in (first, second)]
 
 
 def split(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,33 +256,3 @@ def _product(
     out.store(here, result.reshape(1, TILE, TILE))
     if SYMMETRIC and row != column:
         out.store(there, result.T.reshape(1, TILE, TILE))
-
-
-def _two_sums(
-    p,
-    c,
-    first,
-    second,
-    alpha,
-    beta,
-    gamma,
-    alpha2,
-    beta2,
-    gamma2,
-    n,
-    CHUNK: tl.constexpr,
-):
-    """Grid: programs of a matrix, blocks."""
-    block = tl.program_id(1)
-    within = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    inside = within < n * n
-    diagonal = within // n == within % n
-    at = block.to(tl.int64) * n * n + within
-    multiplied = tl.load(p + at, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(c + at, mask=inside, other=0.0).to(tl.float32)
-    result = multiplied * of_block(alpha, block) + added * of_block(beta, block)
-    result += tl.where(diagonal, of_block(gamma, block), 0.0)
-    tl.store(first + at, result.to(first.dtype.element_ty), mask=inside)
-    result = multiplied * of_block(alpha2, block) + added * of_block(beta2, block)
-    result += tl.where(diagonal, of_block(gamma2, block), 0.0)
-    tl.store(second + at, result.to(second.dtype.element_ty), mask=inside)

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-__all__ = ["TOLERANCE", "complete_basis", "eigenbasis", "warm_eigenbasis"]
-
 TOLERANCE = 1e-6
 """`warm_eigenbasis` keeps a basis whose ||offdiag(Q^T A Q)||_F is at most this times ||A||_F."""
 

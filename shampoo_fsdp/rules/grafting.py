@@ -13,7 +13,6 @@ from shampoo_fsdp.config import ShampooConfig
 __all__ = [
     "LARGEST_GRADIENT",
     "accelerate",
-    "graft_numbers",
     "graft_step",
     "second_moment_name",
     "update_second_moment",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.rules.matrices import Positions, along, mean_eigenvalue, per_block, scale_along
+from shampoo_fsdp.rules.matrices import Positions, mean_eigenvalue, per_block
 from shampoo_fsdp.rules.root_rule import RootRule
 from shampoo_fsdp.rules.rule import register
 from shampoo_fsdp.rules.step import Step
@@ -71,38 +71,26 @@ class KLShampooRule(RootRule):
         """L <- beta2 L + (1 - beta2) (G P_R) (G P_R)^T / n, and R likewise."""
         # Gradients that are all zero, as those of an idle expert, tell nothing. Without this the
         # sides that start from the identity would fade, and their roots grow without bound.
-        decay = step.decay.masked_fill(step.idle, 1.0)
+        step.rate = step.rate.masked_fill(step.size == 0.0, 0.0)
         if not self.two_sided:
-            return self._accumulate_sides(gradient, step, decay)
-        left, right = self.read_roots()
+            return self._accumulate_sides(gradient, step)
+        left, right = self.inverse_roots()
         m, n = gradient.shape[1:]
-        low, share = self._over(gradient, n)
-        self._average(0, _bounded(low @ right), step, decay, share)
-        if m != n:
-            low, share = self._over(gradient, m)
-        self._average(1, _bounded(left @ low), step, decay, share)
+        gradient = self._in_range(gradient, step, left, right)
+        self._average(0, gradient @ right, step, over=n)
+        self._average(1, left @ gradient, step, over=m)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """P_L = (L / c + ridge I)^(-1/2), P_R = (R + ridge I)^(-1/2)."""
-        for i in () if cold else self.sides[1:]:
-            # A side that has left the size of 1 is scaled back; the scale is usually exactly 1.
-            diagonal = self.state.get(f"diagonals_{i}")
-            factors = self.factors[i].read(where) if diagonal is None else diagonal[where]
-            mean = mean_eigenvalue(factors)
-            bounded = mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN)
-            scale = torch.where(mean > 0.0, bounded / mean, 1.0)
-            factors.mul_(per_block(scale, factors.ndim))
-            if diagonal is None:
-                self.factors[i].keep(factors, where)
-            elif isinstance(where, Tensor):
-                diagonal[where] = factors
+        if not cold:
+            self._scale_back(where)
         return super().refresh(where, cold, correction)
 
     def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
         """D = P_L N P_R."""
         if not self.two_sided:
             return self.multiply_sides(momentum, step, out)
-        left, right = self.read_roots()
+        left, right = self.inverse_roots()
         return torch.bmm(left, momentum @ right, out=out)
 
     def restart(self, where: Positions) -> None:
@@ -114,14 +102,6 @@ class KLShampooRule(RootRule):
             else:
                 self.state[f"diagonals_{i}"][where] = 1.0
 
-    def _over(self, gradient: Tensor, size: float) -> tuple[Tensor, float]:
-        """The gradient in the type of the products, and what its gram is still to be multiplied by
-        to be over this number: 1 in bf16, where it enters with the rounding."""
-        if self.products_in == torch.float32:
-            return gradient, 1.0 / size
-        low = torch.empty_like(gradient, dtype=self.products_in)
-        return torch.mul(gradient, (1.0 / size) ** 0.5, out=low), 1.0
-
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         # The others did not start at zero.
         return correction if i == self.sides[0] else 1.0
@@ -129,27 +109,39 @@ class KLShampooRule(RootRule):
     def _ridge(self, factors: Tensor, correction: float | Tensor) -> Tensor:
         """Relative to the mean of the eigenvalues. The first side has the size of single squared
         gradients, which is 1e-12 in large models, the others have that of 1."""
-        mean = mean_eigenvalue(factors) / correction
-        ridge = torch.where(mean > 0.0, mean, 1.0) * self.config.preconditioner_eps
-        return ridge.clamp_min(torch.finfo(torch.float32).tiny)
+        ridge = mean_eigenvalue(factors) * (self.config.preconditioner_eps / correction)
+        return ridge.clamp_min_(torch.finfo(torch.float32).tiny)
 
-    def _accumulate_sides(self, gradient: Tensor, step: Step, decay: Tensor) -> None:
-        """The same for any number of sides, each with a matrix, a diagonal or nothing."""
+    # What follows is for gradients of odd sizes, and for blocks of other sides than two.
+
+    def _in_range(self, gradient: Tensor, step: Step, left: Tensor, right: Tensor) -> Tensor:
+        """The gradient in the type of the products; smaller where the roots, of tiny gradients,
+        might raise it until its square overflows."""
+        # No entry of a root is above the largest on its diagonal.
+        diagonals = torch.cat([root.diagonal(dim1=1, dim2=2) for root in (left, right)], 1)
+        whitened = diagonals.amax(1) * step.size * (max(gradient.shape[1:]) / LARGEST_GRADIENT)
+        low = torch.empty_like(gradient, dtype=self.products_in)
+        return torch.div(gradient, per_block(whitened.clamp_min_(1.0), 3), out=low)
+
+    def _scale_back(self, where: Positions) -> None:
+        """Sides that have left the size of 1; the scale is usually exactly 1."""
+        for i in self.sides[1:]:
+            diagonal = self.state.get(f"diagonals_{i}")
+            factors = self.factors[i].read(where) if diagonal is None else diagonal[where]
+            mean = mean_eigenvalue(factors)
+            bounded = mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN)
+            scale = bounded / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+            factors.mul_(per_block(scale, factors.ndim))
+            if diagonal is None:
+                self.factors[i].keep(factors, where)
+            elif isinstance(where, Tensor):
+                diagonal[where] = factors
+
+    def _accumulate_sides(self, gradient: Tensor, step: Step) -> None:
         for i in self.sides:
-            whitened, share = self._over(gradient, gradient[0].numel() / gradient.shape[i + 1])
+            whitened = gradient.to(self.products_in)
             for j in self.sides:
-                if j == i:
-                    continue
-                if j in self.full:
-                    root = self.roots[j].read(dtype=whitened.dtype)
-                    whitened = along(whitened, root, j, symmetric=True)
-                else:
-                    root = self._diagonal_root(j, step.correction).to(whitened.dtype)
-                    whitened = scale_along(whitened, root, j)
-                _bounded(whitened)
-            self._average(i, whitened, step, decay, share)
-
-
-def _bounded(whitened: Tensor) -> Tensor:
-    """In place: the roots of tiny gradients can raise a large one until its square overflows."""
-    return whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)
+                if j != i:
+                    whitened = self.multiply_side(whitened, j, step)
+                    whitened.clamp_(-LARGEST_GRADIENT, LARGEST_GRADIENT)  # see `_in_range`
+            self._average(i, whitened, step, over=gradient[0].numel() / gradient.shape[i + 1])

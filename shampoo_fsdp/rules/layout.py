@@ -20,8 +20,6 @@ __all__ = [
     "preconditioner_of",
     "saved_entries",
     "settings_marker",
-    "split_rows",
-    "state_bytes",
 ]
 
 MARKER = "max_preconditioner_dim"

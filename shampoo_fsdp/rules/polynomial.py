@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.kernels.language import can_run, describable, sums_in_fp32
-from shampoo_fsdp.kernels.product import Sum, product, product_reference, two_sums
+from shampoo_fsdp.kernels.product import Sum, product, product_reference
+from shampoo_fsdp.kernels.quadratics import line, line_reference, two_sums, two_sums_reference
 from shampoo_fsdp.rules.matrices import per_block
 from shampoo_fsdp.rules.precision import products_in
-
-__all__ = ["polynomial_root"]
 
 
 class Stage(NamedTuple):
@@ -24,14 +23,16 @@ class Stage(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """The coefficient that `divided` are over: it is a number in the next product, and takes no
-        pass over a matrix."""
+        """The coefficient that the polynomial is divided by: it is a number in the next product,
+        and takes no pass over a matrix."""
         return self.coefficients[3 if len(self.coefficients) == 5 else 1]
 
     @property
-    def divided(self) -> tuple[float, ...]:
-        """The coefficients of q / unit."""
-        return tuple(c / self.unit for c in self.coefficients)
+    def factored(self) -> tuple[float, float, float, float]:
+        """a, b, c and d of q / unit = (a nu^2 + nu + b) (nu^2 + c) + d."""
+        c0, c1, c2, _, a = (c / self.unit for c in self.coefficients)
+        b = c2 - a * c1
+        return a, b, c1, c0 - b * c1
 
 
 class Chain(NamedTuple):
@@ -126,20 +127,19 @@ def polynomial_root(
     rounded = torch.float16 if halves else matrices.dtype
 
     # Squares must not overflow or vanish. The largest entry of a second moment is on its diagonal.
-    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1)
     lift = eps * divisor
-    unit = largest.clamp_min(0.0) + lift
-    unit = torch.where(unit > 0.0, unit, 1.0)
+    unit = matrices.diagonal(dim1=-2, dim2=-1).amax(-1) + lift
+    unit.clamp_min_(torch.finfo(unit.dtype).tiny)
     a, ridge = matrices / per_block(unit, 3), lift / unit
-    square, norm = times(a, a, Sum(a.dtype), symmetric=True, norms=True)
+    square, squares = times(a, a, Sum(a.dtype), symmetric=True, squares=True)
     # Between the largest eigenvalue and that times the fourth root of how many are as large; the
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
-    scale = norm.sqrt_().mul_(1.0 + _SLACK) + ridge
-    power = (scale * unit / divisor) ** (-1.0 / order)
+    find = line if ours else line_reference
+    slope, offset, power = find(squares, unit, ridge, divisor, _SLACK, order)
 
     first, *others = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
     dtype = rounded if order == 2 else a.dtype
-    inverse, root = _first_of_a(first, a, square, scale, ridge, dtype, times)
+    inverse, root = _first_of_a(first, a, square, slope, offset, dtype, times)
     del a, square  # matrices are large
     z = y = first.unit
     if order == 2:
@@ -160,76 +160,60 @@ def _first_of_a(
     stage: Stage,
     a: Tensor,
     square: Tensor,
-    scale: Tensor,
-    ridge: Tensor,
+    slope: Tensor,
+    offset: Tensor,
     dtype: torch.dtype,
     times: Product,
 ) -> tuple[Tensor, Tensor]:
-    """T / unit and (A + ridge I) / scale T / unit in this type, T being q of the latter.
+    """T / unit and t T / unit in this type, t being slope A + offset I, [B], and T q(t).
 
     Args:
         square: A^2; may be changed.
-        scale, ridge: [B].
     """
-    q = stage.divided
-    x = (scale * stage.half).reciprocal()
-    y = ridge * x - stage.middle / stage.half  # nu = x A + y I
-    if len(q) == 2:
-        t = low = _plus(_plus(a * per_block(x, 3), y), q[0])
+    if len(stage.coefficients) == 2:
+        shift = stage.coefficients[0] / stage.unit * stage.half - stage.middle
+        x, y = slope / stage.half, (offset + shift) / stage.half
+        t = low = _plus(a * per_block(x, 3), y)
     else:
-        # nu^2, and then ((c2 + nu + c4 nu^2) nu^2 + c1 nu + c0) / c3.
-        squares = x.square(), 2.0 * x * y, y.square()
-        if times is product:
-            linear = torch.add(x, squares[1], alpha=q[4])
-            constant = torch.add(y, squares[2], alpha=q[4]) + q[2]
-            half_way = Sum(a.dtype, q[4] * squares[0], linear, constant)
-            squared, inner = two_sums(square, a, Sum(a.dtype, *squares), half_way)
-            sum_, c = Sum(a.dtype, 1.0, q[1] * x, q[1] * y + q[0]), a
-        else:
-            c = nu = _plus(a * per_block(x, 3), y)
-            squared = square.mul_(per_block(squares[0], 3))
-            squared = _plus(squared.addcmul_(a, per_block(squares[1], 3)), squares[2])
-            inner = _plus(torch.add(nu, squared, alpha=q[4]), q[2])
-            sum_ = Sum(a.dtype, 1.0, q[1], q[0])
-        t, low = _in_both(sum_, dtype, times, inner, squared, c)
-        del inner, squared, c
-    if times is product:
-        sum_ = Sum(dtype, scale.reciprocal(), ridge / scale)
-        (root,) = times(a, t, sum_, c=t, symmetric=True)
-    else:
-        (root,) = times(a, t, Sum(a.dtype), symmetric=True)
-        root.div_(per_block(scale, 3)).addcmul_(t, per_block(ridge / scale, 3))
-    return low, root.to(dtype)
+        sums = two_sums if times is product else two_sums_reference
+        numbers = stage.middle, stage.half, *stage.factored[:3]
+        inner, squared = sums(square, a, slope, offset, numbers)
+        t, low = _in_both(Sum(a.dtype, 1.0, 0.0, stage.factored[3]), dtype, times, inner, squared)
+        del inner, squared
+    (root,) = times(a, t, Sum(dtype, slope, offset), c=t, symmetric=True)
+    return low, root
 
 
 def _first_of_nu(
     stage: Stage, nu: Tensor, dtype: torch.dtype, times: Product
 ) -> tuple[Tensor, Tensor]:
     """The same of nu, symmetric, but for a further `half` by which the second is divided."""
-    q = stage.divided
-    sums = Sum(nu.dtype), Sum(nu.dtype, q[4], 1.0, q[2])
-    squared, inner = times(nu, nu, *sums, c=nu, symmetric=True)
-    t, low = _in_both(Sum(nu.dtype, 1.0, q[1], q[0]), dtype, times, inner, squared, nu)
+    a, b, c, d = stage.factored
+    sums = Sum(nu.dtype, a, 1.0, b), Sum(nu.dtype, 1.0, 0.0, c)
+    inner, squared = times(nu, nu, *sums, c=nu, symmetric=True)
+    t, low = _in_both(Sum(nu.dtype, 1.0, 0.0, d), dtype, times, inner, squared)
     del squared, inner
     (root,) = times(nu, t, Sum(dtype, 1.0, stage.middle / stage.half), c=t, symmetric=True)
     return low, root
 
 
 def _in_both(
-    sum_: Sum, dtype: torch.dtype, times: Product, a: Tensor, b: Tensor, c: Tensor
+    sum_: Sum, dtype: torch.dtype, times: Product, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A sum of a symmetric product in its own type and in this one."""
     types = dict.fromkeys((sum_.dtype, dtype))
-    results = times(a, b, *(sum_._replace(dtype=own) for own in types), c=c, symmetric=True)
+    results = times(a, b, *(sum_._replace(dtype=own) for own in types), symmetric=True)
     return results[0], results[-1]
 
 
-def _factor(stage: Stage, inverse: Tensor, root: Tensor, zy: float, times: Product) -> Tensor:
-    """T / unit, T being q of nu, of Z Y, which is this number times that of the matrices."""
-    q, dtype = stage.divided, inverse.dtype
+def _factor(
+    stage: Stage, inverse: Tensor, root: Tensor, zy: float, times: Product, share: float = 1.0
+) -> Tensor:
+    """share T / unit, T being q of nu, of Z Y, which is zy times that of the matrices."""
+    (a, b, c, d), dtype = stage.factored, inverse.dtype
     (nu,) = times(inverse, root, Sum(dtype, zy / stage.half, 0.0, -stage.middle / stage.half))
-    squared, inner = times(nu, nu, Sum(dtype), Sum(dtype, q[4], 1.0, q[2]), c=nu)
-    return times(inner, squared, Sum(dtype, 1.0, q[1], q[0]), c=nu)[0]
+    inner, squared = times(nu, nu, Sum(dtype, a, 1.0, b), Sum(dtype, 1.0, 0.0, c), c=nu)
+    return times(inner, squared, Sum(dtype, share, 0.0, share * d))[0]
 
 
 def _root(
@@ -263,14 +247,11 @@ def _inverse(
             (inverse,) = times(factor, inverse, Sum(inverse.dtype))
             (root,) = times(root, factor, Sum(root.dtype))
             z, y = stage.unit * z, stage.unit * y
-        factor = _factor(stages[-1], inverse, root, z * y, times)
-        power = (share * (stages[-1].unit * z)) * power
+        last = stages[-1]
+        factor = _factor(last, inverse, root, z * y, times, share * last.unit * z)
         whole = torch.promote_types(inverse.dtype, torch.float32)
-        if times is product:
-            (inverse,) = times(factor, inverse, Sum(whole, power))
-            return inverse + inverse.mT
-        (inverse,) = times(factor, inverse, Sum(whole))
-    return (inverse + inverse.mT).mul_(per_block(power, 3))
+        (inverse,) = times(factor, inverse, Sum(whole, power))
+    return inverse + inverse.mT
 
 
 def _plus(matrices: Tensor, values: float | Tensor) -> Tensor:

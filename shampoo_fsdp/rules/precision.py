@@ -9,15 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.kernels.language import sums_in_fp32
 
-__all__ = [
-    "MatmulPrecision",
-    "add_gram",
-    "full_precision",
-    "gram",
-    "has_fast_bfloat16",
-    "products_in",
-    "torch_dtype",
-]
+__all__ = ["full_precision", "has_fast_bfloat16", "torch_dtype"]
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 """Values of the setting `matmul_precision`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.gram import can_update
+from shampoo_fsdp.kernels.keep import keep, keep_reference, parts
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     Positions,
@@ -27,7 +28,6 @@ from shampoo_fsdp.validation import refuse
 _ROUNDING = 2.0**-9
 """Of a number in bf16, relative to it."""
 
-__all__ = ["RootRule"]
 
 _POWER_ITERATIONS = 8
 _TINY = torch.finfo(torch.float32).tiny
@@ -70,12 +70,14 @@ class RootRule(Rule):
         super().__init__(shape, config, state)
         self.roots = {i: MatrixStack(state[f"inverse_roots_{i}"]) for i in self.full}
         # How much the last refresh changed each root, for `health`; in no checkpoint.
-        kept = {i: root.storage for i, root in self.roots.items()}
-        self._changes = {i: m.new_zeros(len(m), dtype=torch.float32) for i, m in kept.items()}
+        self._changes = {
+            i: root.storage.new_zeros(len(root.storage), parts(root.size), 2, dtype=torch.float32)
+            for i, root in self.roots.items()
+        }
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """P = (S / c + ridge I)^exponent of the factors S of all dimensions."""
-        failed: dict[int, Tensor] = {}
+        failed = []
         for n in sorted({factor.size for factor in self.factors.values()}):
             sides = [i for i in self.full if self.factors[i].size == n]
             # Sides of one length in one call: half as many kernels for square blocks.
@@ -98,11 +100,11 @@ class RootRule(Rule):
                     c,
                     self.has_kernels,
                 )
-            failed |= zip(sides, bad.chunk(len(sides)), strict=True)
+            failed.append(bad.view(len(sides), -1))
             # A block that has seen no gradient has no scale: its roots would blow up the first.
             unseen = factors.diagonal(dim1=1, dim2=2).amax(1) <= 0.0
             self._keep_roots(sides, where, roots, bad | unseen, cold)
-        return torch.stack([failed[i] for i in self.full])
+        return failed[0] if len(failed) == 1 else torch.cat(failed)
 
     def _roots_of_bases(
         self,
@@ -126,15 +128,17 @@ class RootRule(Rule):
         self, sides: Sequence[int], where: Positions, roots: Tensor, bad: Tensor, cold: bool
     ) -> None:
         """Keep the last roots where these are bad; note how much the others changed."""
-        roots = roots.to(self.roots[sides[0]].storage.dtype)
-        before = torch.cat([self.roots[i].read(where, roots.dtype) for i in sides])
-        roots = torch.where(per_block(bad, 3), before, roots)
-        if cold:  # the first root takes the place of the identity
-            before = roots
-        parts = (roots.chunk(len(sides)), _change(before, roots).chunk(len(sides)))
-        for i, root, change in zip(sides, *parts, strict=True):
-            self.roots[i].write(root, where)
-            self._changes[i][where] = change
+        replace = keep if self.has_kernels else keep_reference
+        parts_of = zip(sides, roots.chunk(len(sides)), bad.chunk(len(sides)), strict=True)
+        for i, root, wrong in parts_of:
+            kept, changes = self.roots[i], self._changes[i][where]
+            last = kept.read(where, kept.storage.dtype)
+            replace(root, last, wrong, changes)
+            kept.keep(last, where)
+            if cold:  # the first root takes the place of the identity
+                changes.zero_()
+            if isinstance(where, Tensor):
+                self._changes[i][where] = changes
 
     def skips_blocks(self, gradient: Tensor) -> bool:
         low = self.products_in != torch.float32 and gradient.shape[-1] % 8 == 0
@@ -142,20 +146,22 @@ class RootRule(Rule):
         kernels = self.has_kernels and low and self.two_sided
         return kernels and all(can_update(factor, gradient) for factor in factors)
 
-    def read_roots(self) -> list[Tensor]:
-        """The roots of the dimensions with a matrix, in the type of the products."""
+    def inverse_roots(self) -> list[Tensor]:
+        """P of each dimension with a matrix, in the type of the products."""
         return [root.read(dtype=self.products_in) for root in self.roots.values()]
 
     def multiply_sides(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
         """`direction` for any number of sides, each with a matrix, a diagonal or nothing."""
-        for i in set(self.sides).difference(self.full):
-            momentum = scale_along(momentum, self._diagonal_root(i, step.correction), i)
-        momentum = momentum.to(self.products_in)
-        memory = out if len(self.full) > 1 else None  # one product cannot write where it reads
-        for i in reversed(self.full):
-            root = self.roots[i].read(dtype=self.products_in)
-            momentum = along(momentum, root, i, symmetric=True, out=memory)
+        for i in (*set(self.sides).difference(self.full), *reversed(self.full)):
+            momentum = self.multiply_side(momentum, i, step)
         return momentum
+
+    def multiply_side(self, blocks: Tensor, i: int, step: Step) -> Tensor:
+        """Blocks multiplied by the root of one dimension's factor, in the type of the products."""
+        if i in self.full:
+            root = self.roots[i].read(dtype=self.products_in)
+            return along(blocks.to(self.products_in), root, i, symmetric=True)
+        return scale_along(blocks, self._diagonal_root(i, step.correction).to(blocks.dtype), i)
 
     def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
         """The root of a diagonal factor, [B, d_i]."""
@@ -172,8 +178,9 @@ class RootRule(Rule):
             # What the root magnifies most is what the factor has least of.
             largest, smallest = (_growth(factor, _dominant(m)) for m in (factor, root.read()))
             conditions.append(condition_number(largest, smallest, self.resolution))
-        changes = torch.stack([*self._changes.values()])
-        return Health(torch.stack(conditions), changes.clamp_max_(1.0))
+        changes = torch.stack([squares.sum(1) for squares in self._changes.values()])
+        relative = (changes[..., 0] / changes[..., 1]).sqrt_()
+        return Health(torch.stack(conditions), relative.clamp_max_(1.0))
 
     def _correction_of(self, i: int, correction: float | Tensor) -> float | Tensor:
         """The bias correction of the factors of dimension i."""
@@ -194,15 +201,6 @@ def _joined(values: Sequence[float | Tensor], factors: Tensor) -> float | Tensor
     return torch.cat(
         [value if isinstance(value, Tensor) else factors.new_full((n,), value) for value in values]
     )
-
-
-def _change(before: Tensor, after: Tensor) -> Tensor:
-    """||after - before|| / ||after|| of matrices [B, n, n]; [B]."""
-    change, whole = (
-        torch.linalg.vector_norm(m, 2, (1, 2), dtype=torch.float32) for m in (after - before, after)
-    )
-    relative: Tensor = change / whole
-    return relative
 
 
 def _dominant(matrices: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class Rule(ABC):
             correction: of the factors, a number or [n].
 
         Returns:
-            where a decomposition failed, [dimensions, n].
+            where a decomposition failed, [dimensions, n], in any order of the dimensions.
         """
 
     def observe(self, gradient: Tensor, step: Step) -> None:  # noqa: B027
@@ -198,38 +198,33 @@ class Rule(ABC):
     def health(self, correction: float | Tensor) -> Health:
         """How the factors and their roots are; too costly for every step."""
 
-    def _average(
-        self, i: int, blocks: Tensor, step: Step, decay: Tensor, share: float = 1.0
-    ) -> None:
-        """factors_i <- decay factors_i + weight share U U^T, U being the blocks unfolded along i;
-        of diagonals_i what is on the diagonal.
+    def _average(self, i: int, blocks: Tensor, step: Step, over: float = 1.0) -> None:
+        """factors_i <- decay factors_i + rate U U^T / over, U being the blocks unfolded along i; of
+        diagonals_i what is on the diagonal.
 
         Args:
-            blocks: [B, d_1, ..., d_k], zero where the decay is 1; as they are if
-                `step.in_one_pass`.
-            decay: [B].
+            blocks: [B, d_1, ..., d_k], zero where the rate is; anything if `step.in_one_pass`.
         """
         if i not in self.full:
             squares = blocks.float().square()
             others = [d for d in range(1, squares.ndim) if d != i + 1]
-            diagonal = self.state[f"diagonals_{i}"].mul_(decay.view(-1, 1))
+            diagonal = self.state[f"diagonals_{i}"].mul_(per_block(step.decay, 2))
             total = squares.sum(others) if others else squares
-            diagonal.add_(total, alpha=step.weight * share)
+            diagonal.add_(total, alpha=step.weight / over)
             return
         unfolded = unfold(blocks, i)
         kept = self.factors[i].storage
         if self.has_kernels and unfolded.dtype != torch.float32 and can_update(kept, unfolded):
-            weight = step.usable if step.sums else 1.0 - decay
-            return update_factors(kept, unfolded, decay, weight * share)
+            return update_factors(kept, unfolded, step.rate, 1.0 / over, sums=step.sums)
         if step.in_one_pass:  # the gradient is as it came, and nothing else leaves blocks out
-            unfolded = unfolded.masked_fill(per_block(step.usable == 0.0, 3), 0.0)
-        factor, decay = self.factors[i].read(), per_block(decay, 3)
-        whole = unfolded.dtype == torch.float32 or unfolded.device.type == "cpu"
-        if whole or step.sums or share != 1.0:
-            factor.mul_(decay)
-            add_gram(factor, unfolded, step.weight * share)
+            unfolded = unfolded.masked_fill(per_block(step.unusable, 3), 0.0)
+        factor = self.factors[i].read()
+        if unfolded.dtype == torch.float32 or unfolded.device.type == "cpu" or step.sums:
+            factor.mul_(per_block(step.decay, 3))
+            add_gram(factor, unfolded, step.weight / over)
         else:  # in one pass less
-            factor.lerp_(gram(unfolded), 1.0 - decay)
+            unfolded = unfolded if over == 1.0 else unfolded * over**-0.5
+            factor.lerp_(gram(unfolded), per_block(step.rate, 3))
         self.factors[i].keep(factor)
 
     def _updated_basis(

@@ -34,13 +34,13 @@ class ShampooRule(RootRule):
         """L <- beta2 L + (1 - beta2) G G^T, and R likewise."""
         low = gradient.to(self.products_in)
         for i in self.sides:
-            self._average(i, low if i in self.full else gradient, step, step.decay)
+            self._average(i, low if i in self.full else gradient, step)
 
     def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
         """D = P_L N P_R."""
         if not self.two_sided:
             return self.multiply_sides(momentum, step, out)
-        left, right = self.read_roots()
+        left, right = self.inverse_roots()
         return torch.bmm(left, momentum @ right, out=out)
 
     def _ridge(self, factors: Tensor, correction: float | Tensor) -> float | Tensor:

@@ -77,7 +77,7 @@ class SoapRule(Rule):
         """L <- beta2 L + (1 - beta2) G G^T, and R likewise."""
         low = gradient.to(self.products_in)
         for i in self.full:
-            self._average(i, low, step, step.decay)
+            self._average(i, low, step)
 
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """Q_L and Q_R of L and R, and V in the new basis."""

@@ -16,10 +16,10 @@ from shampoo_fsdp.rules.grafting import (
     update_second_moment,
 )
 from shampoo_fsdp.rules.layout import saved_entries, split_rows
-from shampoo_fsdp.rules.matrices import blank, extremes, per_block, to_device
+from shampoo_fsdp.rules.matrices import blank, largest_entries, per_block
 from shampoo_fsdp.rules.precision import products_in
 from shampoo_fsdp.rules.rule import rule_of
-from shampoo_fsdp.rules.step import Step, Tally
+from shampoo_fsdp.rules.step import Step, Tally, bias_correction, on_device, one_or_each
 
 __all__ = ["BlockStack"]
 
@@ -52,7 +52,7 @@ class BlockStack:
         self.device = device = gradient.device
         self.allocate()
         self.norms: tuple[Tensor, Tensor] | None = None
-        """Norms of the direction before and after grafting, [B, 1, ...], of the last step."""
+        """The norm of the last direction, and what grafting multiplied it by, [B, 1, ...]."""
         self._precision = config.matmul_precision or "highest"
         self.refreshes = 0
         self.failed_roots = Tally(len(phases), device)
@@ -81,9 +81,9 @@ class BlockStack:
 
     def begin(self, step: Step) -> Step:
         """Fill in the bias corrections."""
-        group, (beta1, beta2), beta3 = step.group, step.group.betas, step.group.beta3
+        group, (beta1, beta2) = step.group, step.group.betas
         step.correction = self._correction(beta2, step.factor_steps)
-        step.momentum_correction = self._correction(beta1, step.steps, beta3)
+        step.momentum_correction = self._correction(beta1, step.steps, group.beta3)
         step.graft_correction = self._correction(group.graft_beta2, step.steps)
         return step
 
@@ -95,10 +95,10 @@ class BlockStack:
         """
         with products_in(self._precision):
             self._accumulate(step)
-        skipped = stays = step.usable == 0.0
+        skipped = step.unusable
         if not all(step.active):
-            skipped = skipped & self._on_device(step.active)
-        self.skipped.add(skipped, stays)
+            skipped = skipped & on_device(step.active, self.device)
+        self.skipped.add(skipped, step.unusable)
 
     def refresh(self, step: Step) -> None:
         """Take the roots or eigenbases of the blocks that are due anew."""
@@ -115,11 +115,11 @@ class BlockStack:
     def _refresh(self, chosen: list[int], cold: bool, step: Step) -> None:
         where: slice | Tensor = slice(chosen[0], chosen[-1] + 1)
         if len(chosen) != chosen[-1] + 1 - chosen[0]:
-            where = self._on_device(chosen)
+            where = on_device(chosen, self.device)
         own = [step.factor_steps[b] for b in chosen]
         correction = self._correction(step.group.betas[1], own)
         failed = self.rule.refresh(where, cold, correction).to(self.device)
-        self.failed_roots.add(failed.sum(0), failed.any(0), where)
+        self.failed_roots.add(failed.sum(0), where=where)
         self.refreshes += failed.numel()
 
     def direct(self, step: Step) -> None:
@@ -140,15 +140,15 @@ class BlockStack:
 
     def restart_factors(self, positions: Sequence[int]) -> None:
         """Forget what the rule knows of these blocks."""
-        self.rule.restart(self._on_device(positions, torch.int64))
+        self.rule.restart(on_device(positions, self.device, torch.int64))
 
     def _accumulate(self, step: Step) -> None:
-        gradient, beta2 = self.gradient, step.group.betas[1]
-        least, largest = extremes(gradient.flatten(1))
-        # (Comparisons with NaN are false.)
-        step.idle = (largest == 0.0) & (least == 0.0)
-        step.usable = ((largest < LARGEST_GRADIENT) & (least > -LARGEST_GRADIENT)).float()
-        step.decay = 1.0 - (1.0 - beta2) * step.usable
+        gradient = self.gradient
+        size = largest_entries(gradient.flatten(1))
+        usable = size < LARGEST_GRADIENT  # false for NaN
+        step.usable, step.unusable = usable.float(), usable.logical_not()
+        step.size = size.masked_fill_(step.unusable, 0.0)
+        step.rate = step.usable * step.weight
         step.in_one_pass = all(step.refreshed) and self.rule.skips_blocks(gradient)
         if not step.in_one_pass:
             blank(gradient, per_block(step.usable, gradient.ndim))
@@ -178,7 +178,7 @@ class BlockStack:
         config, gradient, rule = self.config, self.gradient, self.rule
         if step.in_one_pass:
             mixed, graft_norm = self._average_in_one_pass(step)
-            self._scale(rule.direction(mixed, step, torch.empty_like(mixed)), graft_norm, step)
+            self._scale(rule.direction(mixed, step, mixed), graft_norm, step)
             return
         exp_avg = self.state["exp_avg"].float()
         rule.observe(gradient, step)
@@ -192,7 +192,7 @@ class BlockStack:
         momentum = self._mixed(exp_avg, share, rule.products_in if any(known) else torch.float32)
         if any(known) and grafted:
             graft, factor = self._graft(momentum, step)
-            graft_norm = _norms(graft) * factor
+            graft_norm = _norms(graft) * (each * factor)
             del graft  # as large as all gradients of the stack
         if not all(known):
             whole = momentum
@@ -207,18 +207,19 @@ class BlockStack:
         out = gradient if momentum.dtype == gradient.dtype else torch.empty_like(momentum)
         self._scale(rule.direction(momentum, step, out), graft_norm, step)
         if cold_update is not None:
-            cold = per_block(self._on_device(known).logical_not_(), gradient.ndim)
+            cold = per_block(on_device(known, self.device).logical_not_(), gradient.ndim)
             torch.where(cold, cold_update, gradient, out=gradient)
 
     def _scale(self, direction: Tensor, graft_norm: Tensor | None, step: Step) -> None:
-        """Put the direction into `gradient`, with the norm that it shall have."""
+        """Put the direction into `gradient`, with the norm that it shall have, 0 where the gradient
+        is not usable."""
         norm = _norms(direction)
-        scale = 1.0 / per_block(step.momentum_correction, direction.ndim)
-        if graft_norm is not None:
+        if graft_norm is None:
+            scale = per_block(step.usable / step.momentum_correction, direction.ndim)
+        else:
             scale = (graft_norm / norm).masked_fill_(norm == 0.0, 0.0)
-        self.norms = norm, scale * norm
-        usable = per_block(step.usable, direction.ndim)
-        torch.mul(direction, scale * usable, out=self.gradient)
+        self.norms = norm, scale
+        torch.mul(direction, scale, out=self.gradient)
 
     def _average_in_one_pass(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """The averages, the momentum to precondition, in the type of the products, and the norms of
@@ -226,20 +227,12 @@ class BlockStack:
         method, group = self.config.grafting, step.group
         corrections = step.momentum_correction, step.graft_correction
         eps, factor = graft_numbers(method, *corrections, group.graft_eps)
-        rates = Rates(1.0 - group.betas[0], 1.0 - group.graft_beta2, _share(step), eps)
+        rates = Rates(1.0 - group.betas[0], 1.0 - group.graft_beta2, _share(step), eps, factor)
         mixed = torch.empty_like(self.gradient, dtype=self.rule.products_in)
-        norms = momenta(
-            self.gradient,
-            step.usable,
-            self.state["exp_avg"],
-            self._second_moment,
-            None,
-            mixed,
-            rates,
-            sums=method == "adagrad",
-        )
-        grafted = method != "none"
-        return mixed, per_block(norms * factor, mixed.ndim) if grafted else None
+        state = self.state["exp_avg"], self._second_moment
+        sums = method == "adagrad"
+        norms = momenta(self.gradient, step.usable, *state, None, mixed, rates, sums=sums)
+        return mixed, per_block(norms, mixed.ndim) if method != "none" else None
 
     def _mixed(self, exp_avg: Tensor, share: float, dtype: torch.dtype) -> Tensor:
         """share M + (1 - share) G; what is fp32 in the gradient's memory, if it is not M itself."""
@@ -258,7 +251,7 @@ class BlockStack:
 
     def _accelerate(self, step: Step) -> None:
         weights = [1.0 if steps <= 1 else 1.0 - self.config.dampening for steps in step.steps]
-        weight = per_block(self._uniform(weights), self.gradient.ndim)
+        weight = per_block(one_or_each(weights, self.device), self.gradient.ndim)
         each = per_block(step.usable, self.gradient.ndim)
         buffer = self.state["momentum_buffer"].float()
         accelerate(self.config, self.gradient, buffer, weight, each)
@@ -285,23 +278,8 @@ class BlockStack:
     def _correction(
         self, beta: float, steps: Sequence[int], last: float | None = None
     ) -> float | Tensor:
-        """The bias correction 1 - beta^t; a tensor [B] where the blocks' t differ.
-
-        Args:
-            last: the weight of the past in the newest average, if that is not beta.
-        """
-        if beta == 1.0 or not self.config.use_bias_correction:
-            return 1.0
-        last = beta if last is None else last
-        return self._uniform([1.0 - last * beta ** (max(step, 1) - 1) for step in steps])
-
-    def _uniform(self, values: Sequence[float]) -> float | Tensor:
-        if min(values) == max(values):
-            return values[0]
-        return self._on_device(values, torch.float32)
-
-    def _on_device(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-        return to_device(torch.tensor(values, dtype=dtype, device="cpu"), self.device)
+        used = self.config.use_bias_correction
+        return bias_correction(beta, steps, self.device, last) if used else 1.0
 
 
 def _norms(blocks: Tensor) -> Tensor:

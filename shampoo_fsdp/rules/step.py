@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.hyperparameters import GroupSettings
-from shampoo_fsdp.rules.matrices import Positions
+from shampoo_fsdp.rules.matrices import Positions, to_device
 
-__all__ = ["Step", "Tally"]
+__all__ = ["Step"]
 
 
 @dataclass
@@ -37,14 +37,15 @@ class Step:
     [B]."""
     momentum_correction: float | Tensor = field(default=1.0, init=False)
     graft_correction: float | Tensor = field(default=1.0, init=False)
+    size: Tensor = field(init=False)
+    """Of the gradient's largest entry, [B], 0 where it is not usable; as the next two known once
+    the gradients are there."""
     usable: Tensor = field(init=False)
-    """1 where the gradient is finite and not excessive, else 0, [B]; as the next two known once the
-    gradients are there."""
-    idle: Tensor = field(init=False)
-    """Whether the gradient is zero in all of the block, as that of an idle expert, [B]."""
-    decay: Tensor = field(init=False)
-    """Of the factors, [B]: beta2, and 1 where the gradient is not usable, so that they stay."""
-
+    """1 where the gradient is finite and not excessive, else 0, [B]."""
+    unusable: Tensor = field(init=False)
+    """Whether it is 0."""
+    rate: Tensor = field(init=False)
+    """What the gradient counts in the factors, [B]: `weight`, and 0 where they stay."""
     in_one_pass: bool = field(default=False, init=False)
     """Whether a kernel takes the averages, with what is preconditioned and the grafted norms."""
 
@@ -52,6 +53,11 @@ class Step:
     def weight(self) -> float:
         """That of the gradient in the factors: 1 - beta2, or 1 for sums."""
         return 1.0 if self.sums else 1.0 - self.group.betas[1]
+
+    @property
+    def decay(self) -> float | Tensor:
+        """What the factors are multiplied by first; a number or [B]."""
+        return 1.0 if self.sums else 1.0 - self.rate
 
     @property
     def sums(self) -> bool:
@@ -69,6 +75,33 @@ class Step:
         return any(self.refreshed)
 
 
+def bias_correction(
+    beta: float, steps: Sequence[int], device: torch.device, last: float | None = None
+) -> float | Tensor:
+    """1 - beta^t; a tensor [B] where the blocks' t differ.
+
+    Args:
+        last: the weight of the past in the newest average, if that is not beta.
+    """
+    if beta == 1.0:
+        return 1.0
+    last = beta if last is None else last
+    return one_or_each([1.0 - last * beta ** (max(step, 1) - 1) for step in steps], device)
+
+
+def one_or_each(values: Sequence[float], device: torch.device) -> float | Tensor:
+    """A number that holds for all blocks, or fp32 [B]."""
+    alike = min(values) == max(values)
+    return values[0] if alike else on_device(values, device, torch.float32)
+
+
+def on_device(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor of values of the host."""
+    return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
 class Tally:
     """How often something went wrong for each block of a stack; on the device, nobody waits."""
 
@@ -78,12 +111,19 @@ class Tally:
         self.streak = torch.zeros(blocks, dtype=torch.int32, device=device)
         """The last times in a row."""
 
-    def add(self, times: Tensor, stays: Tensor, where: Positions = slice(None)) -> None:
+    def add(
+        self, times: Tensor, stays: Tensor | None = None, where: Positions = slice(None)
+    ) -> None:
         """
         Args:
             times: how often it went wrong now, [n].
-            stays: where the streak goes on, [n].
+            stays: where the streak goes on, [n], if that is not where it went wrong.
             where: n positions.
         """
-        self.total[where] += times
-        self.streak[where] = (self.streak[where] + (times > 0)) * stays
+        wrong = times.bool()
+        total, streak = self.total[where], self.streak[where]  # views of a slice
+        total += times
+        streak += wrong
+        streak *= wrong if stays is None else stays
+        if isinstance(where, Tensor):
+            self.total[where], self.streak[where] = total, streak

@@ -21,10 +21,10 @@ from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 
-__all__ = ["Bucket", "OwnedStack", "Stopwatch", "descend", "elements", "fill_buckets"]
+__all__ = ["Stopwatch"]
 
-_BUCKET_ELEMENTS = 64 * 2**20
-"""A rank's share of the gradients of one bucket, where `buckets` is not set: 256 MiB in fp32."""
+_BUCKET_ELEMENTS = 84 * 2**20
+"""A rank's share of the gradients of one bucket, where `buckets` is not set: 336 MiB in fp32."""
 
 _BUCKET_ELEMENTS_ALONE = 256 * 2**20
 """The same where nothing travels beside the work, 1 GiB: each stack of each bucket has kernels of
@@ -183,7 +183,7 @@ class Bucket:
         yield
         self._exchange.send_updates()
         yield  # updates travel
-        updates = self._exchange.receive_updates()
+        updates = self._exchange.receive_updates(self.members[0].parameter.dtype)
         watch.lap("exchange")
         self._apply(updates, groups)
         watch.lap("apply")

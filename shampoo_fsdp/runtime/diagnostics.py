@@ -70,7 +70,8 @@ def diagnose(
         result.add_largest("root_residual", residual)
         if stack.norms is None:
             continue
-        before, after = (norms.flatten().tolist() for norms in stack.norms)
+        norms, factors = stack.norms
+        before, after = (values.flatten().tolist() for values in (norms, norms * factors))
         for member, direction, update in zip(owned.members, before, after, strict=True):
             result.add_sum(f"update_rms/{kind_of(member.name)}", update**2, math.prod(stack.shape))
             if stack.config.grafting != "none" and min(direction, update) > 0.0:

@@ -19,9 +19,6 @@ from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 
-__all__ = ["Exchange", "allocate", "release"]
-
-
 _Rows = tuple[int, tuple[tuple[int, int], ...]]
 """The number of the first row, and how many rows, how far apart, follow along each dimension."""
 
@@ -149,10 +146,11 @@ class Exchange:
         """Let them set out for the shards."""
         self._set_out(self._scatter, "updates")
 
-    def receive_updates(self) -> list[Tensor]:
-        """The update of each parameter's shard, in the shape of the view."""
-        updates = _pick(self._arrived(), self._scatter.order)
-        return self._shards_in(updates.view(-1))
+    def receive_updates(self, dtype: torch.dtype) -> list[Tensor]:
+        """The update of each parameter's shard, in the shape of the view, in a type that has all
+        that this one and that of what travels have."""
+        updates = _pick(self._arrived(), self._scatter.order).view(-1)
+        return self._shards_in(updates.to(torch.promote_types(updates.dtype, dtype)))
 
     def _stage(self, gradients: Sequence[Tensor | None], memory: Tensor) -> None:
         targets, sources = [], []

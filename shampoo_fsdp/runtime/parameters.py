@@ -19,7 +19,6 @@ __all__ = [
     "count",
     "describe",
     "find_gradients",
-    "local_shard",
     "refuse_moved",
     "refuse_offloaded",
 ]

@@ -29,7 +29,7 @@ from shampoo_fsdp.tools.plan_figures import plan_figures
 from shampoo_fsdp.tools.plan_tables import print_plan
 from shampoo_fsdp.validation import refuse_unknown
 
-__all__ = ["main", "mesh_of", "value_of"]
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

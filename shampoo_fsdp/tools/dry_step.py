@@ -33,7 +33,7 @@ from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
-__all__ = ["dry_optimizer", "dry_step", "model_step"]
+__all__ = ["model_step"]
 
 _STEPS = 1000.0  # so many have been taken: the first ones are dearer
 

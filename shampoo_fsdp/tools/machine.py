@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Machine", "add_rates", "machine_of"]
+__all__ = ["add_rates", "machine_of"]
 
 
 @dataclass(frozen=True)

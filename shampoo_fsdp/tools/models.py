@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 
 from shampoo_fsdp.plan.shards import ParameterSpec, Placement, Sharded
 
-__all__ = ["MODELS", "model_specs"]
-
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp", "ep")
 """Dimensions of a mesh, outermost first; ep takes its ranks out of dp_shard and tp."""
 

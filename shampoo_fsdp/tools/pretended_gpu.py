@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_leaves
 from shampoo_fsdp.kernels.language import observed_by
 from shampoo_fsdp.rules.precision import full_precision
 
-__all__ = ["CUDA", "pretended_gpu"]
-
 CUDA = torch.device("cuda")
 
 

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from rich.table import Column, Table
 
-__all__ = ["by_size", "number_columns", "titled_table"]
-
 
 def titled_table(title: str, *columns: Column | str) -> Table:
     return Table(*columns, title=title, title_justify="left", title_style="bold")

@@ -20,8 +20,6 @@ from torch.utils._pytree import tree_leaves
 from shampoo_fsdp.kernels.language import Cost, observed_by
 from shampoo_fsdp.tools.machine import Machine
 
-__all__ = ["Work"]
-
 
 @dataclass
 class TimedTransfer:

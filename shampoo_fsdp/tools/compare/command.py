@@ -17,8 +17,6 @@ from shampoo_fsdp.tools.compare import small_llama
 from shampoo_fsdp.tools.compare.contest import CONTESTANTS, Run, train
 from shampoo_fsdp.tools.tables import by_size, number_columns, titled_table
 
-__all__ = ["add_options", "compare"]
-
 _BASELINE = "AdamW"
 _HEADS = (
     "optimizer",

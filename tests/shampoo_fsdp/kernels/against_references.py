@@ -16,14 +16,10 @@ from shampoo_fsdp import Shampoo
 from shampoo_fsdp.kernels import language
 from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked, adamw_masked_reference
 from shampoo_fsdp.kernels.gram import update_factors, update_factors_reference
+from shampoo_fsdp.kernels.keep import keep, keep_reference, parts
 from shampoo_fsdp.kernels.momenta import Rates, momenta, momenta_reference
-from shampoo_fsdp.kernels.product import (
-    Sum,
-    product,
-    product_reference,
-    two_sums,
-    two_sums_reference,
-)
+from shampoo_fsdp.kernels.product import Sum, product, product_reference
+from shampoo_fsdp.kernels.quadratics import line, line_reference, two_sums, two_sums_reference
 from shampoo_fsdp.rules.polynomial import polynomial_root
 from shampoo_fsdp.rules.roots import root_residual
 
@@ -81,7 +77,7 @@ def test_momenta(shape, state, copy, second, sums, on_device):
     moment = torch.rand(shape) if second else None
     low = torch.empty(shape, dtype=copy)
     mixed = torch.empty(shape, dtype=copy)
-    rates = Rates(momentum=0.1, moment=0.05, share=0.9, eps=1e-3)
+    rates = Rates(momentum=0.1, moment=0.05, share=0.9, eps=1e-3, factor=0.7)
     if on_device:
         rates = in_tensors(rates)._replace(eps=torch.linspace(1e-3, 1e-2, len(gradient)))
     fast = copies(gradient, usable, exp_avg, moment, low, mixed)
@@ -128,7 +124,7 @@ def test_update_factors(shape, dtype, transposed, packed, kept):
     n = shape[1]
     blocks = torch.randn(shape if not transposed else (shape[0], shape[2], n)).to(dtype)
     blocks = blocks.mT if transposed else blocks
-    blocks[1] = torch.nan  # weight 0
+    blocks[1] = torch.nan  # rate 0
     factors = torch.randn(3, n, n)
     factors = (factors @ factors.mT / n).to(kept)
     factors = pack(factors) if packed else factors
@@ -136,16 +132,16 @@ def test_update_factors(shape, dtype, transposed, packed, kept):
     between = torch.zeros(3, factors[0].numel() + 16, dtype=kept)
     fast = between[:, : factors[0].numel()].view(factors.shape).copy_(factors)
     slow = factors.clone()
-    decay, weight = torch.tensor([0.95, 1.0, 0.5]), torch.tensor([0.05, 0.0, 0.5])
-    update_factors(fast, blocks, decay, weight)
-    update_factors_reference(slow, blocks, decay, weight)
+    rate, sums = torch.tensor([0.05, 0.0, 0.5]), n == 40
+    update_factors(fast, blocks, rate, 0.7, sums=sums)
+    update_factors_reference(slow, blocks, rate, 0.7, sums=sums)
     assert_close(fast, slow, split=True)
     assert torch.equal(fast[1], factors[1])
-    assert packed or torch.equal(fast, fast.mT)
+    if (
+        not packed
+    ):  # exactly so on a GPU; the interpreter's BLAS rounds (i, j) and (j, i) differently
+        torch.testing.assert_close(fast, fast.mT, rtol=1e-5, atol=1e-5)
     assert (between[:, factors[0].numel() :] == 0.0).all()
-    expected = fast * 0.9
-    update_factors(fast, blocks, 0.9, 0.0)
-    assert_close(fast, expected)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -209,19 +205,43 @@ def test_product(n, dtype, outs, with_c, symmetric):
     c = c + c.mT if with_c else None
     factors = [(0.5, -1.0, 2.0), (torch.tensor([1.0, 2.0]), torch.tensor([3.0]), -1.0)]
     sums = [Sum(out, *f) for out, f in zip(outs, factors, strict=False)]
-    arguments = {"c": c, "symmetric": symmetric, "norms": len(outs) == 1}
+    arguments = {"c": c, "symmetric": symmetric, "squares": len(outs) == 1}
     results = product(a, b, *sums, **arguments)
     for found, wanted in zip(results, product_reference(a, b, *sums, **arguments), strict=True):
+        found = found.sum(1, keepdim=True) if found.ndim == 2 else found
         assert_close(found, wanted, dtype, split=True)
-        assert not symmetric or found.ndim == 1 or torch.equal(found, found.mT)
+        if symmetric and found.ndim == 3:
+            assert_close(found, found.mT, dtype)
 
 
 def test_two_sums_onto_what_is_summed():
-    p, c = torch.linspace(-1.0, 1.0, 4 * 50 * 50).view(2, 2, 50, 50)
-    sums = Sum(FP32, torch.tensor([1.0, 2.0]), 3.0, -1.0), Sum(FP32, 0.0, 2.0, 0.5)
-    expected = two_sums_reference(p.clone(), c, *sums)
-    for found, wanted in zip(two_sums(p, c, *sums), expected, strict=True):
-        assert_close(found, wanted)
+    square, a = torch.linspace(-1.0, 1.0, 4 * 50 * 50).view(2, 2, 50, 50)
+    line = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5])
+    numbers = 1.5, 0.8, -1.6, 0.4, 0.3
+    expected = two_sums_reference(square.clone(), a, *line, numbers)
+    for found, wanted in zip(two_sums(square, a, *line, numbers), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("divisor", [0.5, torch.tensor([0.5, 1.0, 2.0])])
+def test_line(divisor):
+    squares, unit, ridge = torch.rand(3, 7), torch.rand(3), torch.rand(3)
+    arguments = squares, unit, ridge, divisor, 1e-3, 4
+    for found, wanted in zip(line(*arguments), line_reference(*arguments), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kept_in", [FP32, BF16])
+def test_keep(kept_in):
+    new, kept = torch.randn(2, 3, 70, 70)
+    new[1] = torch.nan
+    kept, bad = kept.to(kept_in), torch.tensor([False, True, False])
+    fast, slow = (copies(kept, torch.ones(3, parts(70), 2)) for _ in range(2))
+    keep(new, fast[0], bad, fast[1])
+    keep_reference(new, slow[0], bad, slow[1])
+    assert_close(fast[0], slow[0])
+    assert torch.equal(fast[0][1], kept[1])
+    assert_close(fast[1].sum(1), slow[1].sum(1), kept_in)
 
 
 SPECTRA = {
@@ -243,7 +263,7 @@ def test_a_root_by_kernels_passes_the_check_of_roots(case, order):
     ridge, divisor = torch.full((2,), 1e-15), torch.tensor([1.0, 0.5])
     root = polynomial_root(matrices, order, ridge, divisor, kernels=True)
     expected = polynomial_root(matrices.double(), order, ridge.double(), divisor.double())
-    arguments = (-1.0 / order, ridge, divisor)
+    arguments = (order, ridge, divisor)
     residual = root_residual(matrices, root, *arguments)
     least = root_residual(matrices, expected.float(), *arguments)
     assert (residual < 0.25).all() and (residual < least + 0.02).all()

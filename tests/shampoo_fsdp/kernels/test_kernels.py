@@ -12,9 +12,11 @@ import torch
 
 from shampoo_fsdp.kernels.adamw import _adamw_masked
 from shampoo_fsdp.kernels.gram import _update_factors, tiles
+from shampoo_fsdp.kernels.keep import _keep
 from shampoo_fsdp.kernels.language import jit
 from shampoo_fsdp.kernels.momenta import _momenta
-from shampoo_fsdp.kernels.product import _product, _two_sums, product_tiles
+from shampoo_fsdp.kernels.product import _product, product_tiles
+from shampoo_fsdp.kernels.quadratics import _two_sums
 
 triton = pytest.importorskip("triton", reason="kernels are in Triton, which is not installed")
 
@@ -59,7 +61,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def momenta_case(generation):
     pointers = dict.fromkeys(["gradient", "usable", "exp_avg", "moment"], "*fp32")
     pointers |= {"low": "*bf16", "mixed": "*bf16", "squares": "*fp32", "eps": "*fp32"}
-    numbers = dict.fromkeys(["rate1", "rate2", "share"], "fp32")
+    numbers = dict.fromkeys(["rate1", "rate2", "share", "factor"], "fp32")
     return _momenta, pointers | numbers, {"CHUNK": 1024, "TURNS": 4, "SUMS": False}
 
 
@@ -79,16 +81,28 @@ def factors_case(generation, dtype, transposed, packed, precision="tf32"):
         if transposed
         else f"tensordesc<{name}[1,{tile},{depth}]>",
         "factors": "*fp32" if packed else f"tensordesc<fp32[1,{tile},{tile}]>",
-        "decay": "*fp32",
-        "weight": "fp32",
+        "rate": "*fp32",
+        "share": "fp32",
     }
-    known = {"TRANSPOSED": transposed, "PACKED": packed, "PRECISION": precision, "UPCAST": False}
+    known = {
+        "TRANSPOSED": transposed,
+        "PACKED": packed,
+        "SUMS": False,
+        "PRECISION": precision,
+        "UPCAST": False,
+    }
     return _update_factors, types, cut | known
 
 
 def two_sums_case(generation):
-    matrices = dict.fromkeys(["p", "c", "first", "second"], "*fp32")
-    return _two_sums, matrices | dict.fromkeys(FACTORS, "*fp32"), {"CHUNK": 2048}
+    tensors = dict.fromkeys(["square", "matrices", "inner", "slope", "offset"], "*fp32")
+    numbers = dict.fromkeys(["middle", "half", "a", "b", "c"], "fp32")
+    return _two_sums, tensors | numbers, {"CHUNK": 2048}
+
+
+def keep_case(generation):
+    types = {"new": "*fp32", "kept": "*bf16", "bad": "*i1", "changes": "*fp32"}
+    return _keep, types, {"CHUNK": 4096}
 
 
 def product_case(generation, dtype, symmetric, second):
@@ -119,6 +133,7 @@ CASES = {
         factors_case, dtype=torch.float32, transposed=True, packed=False, precision="tf32x3"
     ),
     "two_sums": two_sums_case,
+    "keep": keep_case,
     "product_split": partial(product_case, dtype=torch.float32, symmetric=True, second=False),
     "product_split_two": partial(product_case, dtype=torch.float32, symmetric=True, second=True),
     "product_split_whole": partial(product_case, dtype=torch.float32, symmetric=False, second=True),
