@@ -21,6 +21,7 @@ import torch
 from benchmarks.command import parser_of
 from benchmarks.dry_run import CASES, dry_run_of
 from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.kernels.language import kernels
 from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
@@ -66,7 +67,7 @@ def _trained(results: dict[str, Any], name: str) -> float:
 
 
 def _root_beside_measured(row: dict[str, Any]) -> list[str]:
-    with pretended_gpu(), Work(Machine()) as work:
+    with pretended_gpu(), kernels("off"), Work(Machine()) as work:
         matrices = torch.empty(row["blocks"], row["n"], row["n"], device=CUDA)
         inverse_root(matrices, row["exponent"], 1e-12, row["method"])
     took, model = row["ms"], work.now

@@ -12,6 +12,7 @@ from torch import Tensor
 from shampoo_fsdp.build import Built, Runtime, build, check, waits
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
+from shampoo_fsdp.kernels.language import kernels
 from shampoo_fsdp.rules.matrices import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
@@ -208,7 +209,7 @@ class Shampoo(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         built = self._ready()
-        with full_precision(built.parameters.device.type):
+        with full_precision(built.parameters.device.type), kernels(self.config.kernels):
             self._step(built)
         return loss
 

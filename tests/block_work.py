@@ -7,6 +7,7 @@ import torch
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
+from shampoo_fsdp.kernels.language import kernels
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
@@ -23,7 +24,7 @@ def work_of_block(shape: Sequence[int], config: ShampooConfig) -> tuple[Counter[
     """
     values = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     group = GroupSettings.of(values, config)
-    with pretended_gpu():
+    with pretended_gpu(), kernels(config.kernels):
         stack = BlockStack(shape, [0], config, torch.empty(1, *shape, device=CUDA))
         # The refresh period's phase is 0: a step of its multiple refreshes.
         count = 1000 * config.precondition_frequency

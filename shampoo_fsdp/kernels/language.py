@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # `_names` imports it for all others
     import triton.language as tl
 
-__all__ = ["Cost", "can_run", "describable", "missing", "observed_by", "sums_in_fp32"]
+__all__ = ["Cost", "can_run", "describable", "kernels", "missing", "observed_by", "sums_in_fp32"]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,6 +32,18 @@ class Cost(NamedTuple):
 
 
 _observer: Callable[[Cost], None] | None = None
+_wanted = True
+
+
+@contextmanager
+def kernels(setting: str) -> Iterator[None]:
+    """Within it kernels of our own are launched where they can be, or, for "off", nowhere."""
+    global _wanted
+    before, _wanted = _wanted, setting != "off"
+    try:
+        yield
+    finally:
+        _wanted = before
 
 
 @contextmanager
@@ -73,15 +85,13 @@ def interpreted() -> bool:
 def can_run(*tensors: Tensor | None) -> bool:
     """Whether kernels may be launched with these tensors: on an NVIDIA GPU from 2020 on, of types
     of at most 32 bits, and with memory behind them."""
-    if _observer is not None:
-        return all(t is None or (t.device.type == "cuda" and t.dtype in _TYPES) for t in tensors)
-    return all(
-        t is None
-        or (
-            type(t) in (Tensor, torch.nn.Parameter) and t.dtype in _TYPES and _has_kernels(t.device)
-        )
-        for t in tensors
-    )
+
+    def fits(t: Tensor) -> bool:
+        if _observer is not None:
+            return t.device.type == "cuda"
+        return type(t) in (Tensor, torch.nn.Parameter) and _has_kernels(t.device)
+
+    return _wanted and all(t is None or (t.dtype in _TYPES and fits(t)) for t in tensors)
 
 
 def large_tiles(device: torch.device) -> bool:

@@ -71,10 +71,10 @@ def product(
     """
     count, n, _ = a.shape
     given = [a, b] if c is None else [a, b, c]
-    results = [torch.empty(a.shape, dtype=sum_.dtype, device=a.device) for sum_ in sums]
-    fits = all(describable(t) for t in (*given, *results))
-    if not fits or not can_run(*given, *results):
+    rows = all(n * sum_.dtype.itemsize % 16 == 0 for sum_ in sums)
+    if not rows or not can_run(*given) or not all(map(describable, given)):
         return product_reference(a, b, *sums, c=c, symmetric=symmetric, squares=squares)
+    results = [torch.empty(a.shape, dtype=sum_.dtype, device=a.device) for sum_ in sums]
     cut = product_tiles(n, a.dtype, large_tiles(a.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
     side = -(-n // tile)

@@ -75,14 +75,14 @@ def two_sums(
         numbers: middle, half, a, b and c.
     """
     count, n, _ = square.shape
-    tensors = square, matrices, torch.empty_like(square)
-    dense = all(t.is_contiguous() for t in tensors)
-    if not square.numel() or n > 32768 or not dense or not can_run(*tensors):
+    dense = square.is_contiguous() and matrices.is_contiguous()
+    if not square.numel() or n > 32768 or not dense or not can_run(square, matrices):
         return two_sums_reference(square, matrices, slope, offset, numbers)
-    arguments = *tensors, slope, offset, *numbers, n
-    cost = Cost(size_of(*tensors, square))
+    inner = torch.empty_like(square)
+    arguments = square, matrices, inner, slope, offset, *numbers, n
+    cost = Cost(size_of(square, matrices, inner, square))
     launch(_two_sums, (-(-n * n // _CHUNK), count), arguments, cost, CHUNK=_CHUNK)
-    return tensors[2], square
+    return inner, square
 
 
 def two_sums_reference(

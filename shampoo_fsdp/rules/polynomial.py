@@ -1,14 +1,14 @@
 """Inverse roots by few matrix products, made for the units that GPUs have for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import can_run, describable, sums_in_fp32
-from shampoo_fsdp.kernels.product import Sum, product, product_reference
-from shampoo_fsdp.kernels.quadratics import line, line_reference, two_sums, two_sums_reference
+from shampoo_fsdp.kernels.language import can_run, describable, kernels, sums_in_fp32
+from shampoo_fsdp.kernels.product import Sum, product
+from shampoo_fsdp.kernels.quadratics import line, two_sums
 from shampoo_fsdp.rules.matrices import per_block
 from shampoo_fsdp.rules.precision import products_in
 
@@ -85,15 +85,8 @@ _SECOND_OF_TWO = Chain(
 _SLACK = 1e-3
 
 
-Product = Callable[..., list[Tensor]]
-
-
 def polynomial_root(
-    matrices: Tensor,
-    order: int,
-    eps: float | Tensor,
-    divisor: float | Tensor,
-    kernels: bool = False,
+    matrices: Tensor, order: int, eps: float | Tensor, divisor: float | Tensor
 ) -> Tensor:
     """(A / divisor + eps I)^(-1/p) of each matrix A, p being 2 or 4; the fourth root is the square
     root of a square root.
@@ -115,45 +108,52 @@ def polynomial_root(
         matrices: [B, n, n], symmetric.
         order: p.
         eps, divisor: numbers or [B].
-        kernels: whether ours may be launched.
 
     Returns:
         [B, n, n]; what comes of a matrix that is not positive semi-definite may be anything.
     """
     # (In fp16 a row has to begin at a multiple of 16 bytes.)
-    ours = kernels and can_run(matrices) and describable(matrices) and matrices.shape[1] % 8 == 0
-    times = product if ours else product_reference
+    ours = can_run(matrices) and describable(matrices) and matrices.shape[1] % 8 == 0
     halves = matrices.dtype == torch.float32 and (ours or sums_in_fp32(matrices.device.type))
-    rounded = torch.float16 if halves else matrices.dtype
+    with kernels("auto" if ours else "off"):
+        rounded = torch.float16 if halves else matrices.dtype
+        return _polynomial_root(matrices, order, eps, divisor, rounded)
 
+
+def _polynomial_root(
+    matrices: Tensor,
+    order: int,
+    eps: float | Tensor,
+    divisor: float | Tensor,
+    rounded: torch.dtype,
+) -> Tensor:
     # Squares must not overflow or vanish. The largest entry of a second moment is on its diagonal.
     lift = eps * divisor
     unit = matrices.diagonal(dim1=-2, dim2=-1).amax(-1) + lift
     unit.clamp_min_(torch.finfo(unit.dtype).tiny)
     a, ridge = matrices / per_block(unit, 3), lift / unit
-    square, squares = times(a, a, Sum(a.dtype), symmetric=True, squares=True)
+    square, squares = product(a, a, Sum(a.dtype), symmetric=True, squares=True)
     # Between the largest eigenvalue and that times the fourth root of how many are as large; the
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
-    find = line if ours else line_reference
-    slope, offset, power = find(squares, unit, ridge, divisor, _SLACK, order)
+    slope, offset, power = line(squares, unit, ridge, divisor, _SLACK, order)
 
     first, *others = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
     dtype = rounded if order == 2 else a.dtype
-    inverse, root = _first_of_a(first, a, square, slope, offset, dtype, times)
+    inverse, root = _first_of_a(first, a, square, slope, offset, dtype)
     del a, square  # matrices are large
     z = y = first.unit
     if order == 2:
-        return _inverse(others, inverse, z, root, y, 0.5, power, times)
+        return _inverse(others, inverse, z, root, y, 0.5, power)
 
-    root, y = _root(others, inverse, z, root, y, times)
+    root, y = _root(others, inverse, z, root, y)
     above = 1.0 + _FIRST_OF_TWO.error
     first, *others = _SECOND_OF_TWO.stages
     nu = (root + root.mT).mul_(0.5 * y / (above * first.half))
     _plus(nu, -first.middle / first.half)
-    inverse, root = _first_of_nu(first, nu, rounded, times)
+    inverse, root = _first_of_nu(first, nu, rounded)
     del nu
     z, y = first.unit, first.unit * first.half
-    return _inverse(others, inverse, z, root, y, 0.5 * above**-0.5, power, times)
+    return _inverse(others, inverse, z, root, y, 0.5 * above**-0.5, power)
 
 
 def _first_of_a(
@@ -163,7 +163,6 @@ def _first_of_a(
     slope: Tensor,
     offset: Tensor,
     dtype: torch.dtype,
-    times: Product,
 ) -> tuple[Tensor, Tensor]:
     """T / unit and t T / unit in this type, t being slope A + offset I, [B], and T q(t).
 
@@ -175,57 +174,50 @@ def _first_of_a(
         x, y = slope / stage.half, (offset + shift) / stage.half
         t = low = _plus(a * per_block(x, 3), y)
     else:
-        sums = two_sums if times is product else two_sums_reference
         numbers = stage.middle, stage.half, *stage.factored[:3]
-        inner, squared = sums(square, a, slope, offset, numbers)
-        t, low = _in_both(Sum(a.dtype, 1.0, 0.0, stage.factored[3]), dtype, times, inner, squared)
+        inner, squared = two_sums(square, a, slope, offset, numbers)
+        t, low = _in_both(Sum(a.dtype, 1.0, 0.0, stage.factored[3]), dtype, inner, squared)
         del inner, squared
-    (root,) = times(a, t, Sum(dtype, slope, offset), c=t, symmetric=True)
+    (root,) = product(a, t, Sum(dtype, slope, offset), c=t, symmetric=True)
     return low, root
 
 
-def _first_of_nu(
-    stage: Stage, nu: Tensor, dtype: torch.dtype, times: Product
-) -> tuple[Tensor, Tensor]:
+def _first_of_nu(stage: Stage, nu: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same of nu, symmetric, but for a further `half` by which the second is divided."""
     a, b, c, d = stage.factored
     sums = Sum(nu.dtype, a, 1.0, b), Sum(nu.dtype, 1.0, 0.0, c)
-    inner, squared = times(nu, nu, *sums, c=nu, symmetric=True)
-    t, low = _in_both(Sum(nu.dtype, 1.0, 0.0, d), dtype, times, inner, squared)
+    inner, squared = product(nu, nu, *sums, c=nu, symmetric=True)
+    t, low = _in_both(Sum(nu.dtype, 1.0, 0.0, d), dtype, inner, squared)
     del squared, inner
-    (root,) = times(nu, t, Sum(dtype, 1.0, stage.middle / stage.half), c=t, symmetric=True)
+    (root,) = product(nu, t, Sum(dtype, 1.0, stage.middle / stage.half), c=t, symmetric=True)
     return low, root
 
 
-def _in_both(
-    sum_: Sum, dtype: torch.dtype, times: Product, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
+def _in_both(sum_: Sum, dtype: torch.dtype, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A sum of a symmetric product in its own type and in this one."""
     types = dict.fromkeys((sum_.dtype, dtype))
-    results = times(a, b, *(sum_._replace(dtype=own) for own in types), symmetric=True)
+    results = product(a, b, *(sum_._replace(dtype=own) for own in types), symmetric=True)
     return results[0], results[-1]
 
 
-def _factor(
-    stage: Stage, inverse: Tensor, root: Tensor, zy: float, times: Product, share: float = 1.0
-) -> Tensor:
+def _factor(stage: Stage, inverse: Tensor, root: Tensor, zy: float, share: float = 1.0) -> Tensor:
     """share T / unit, T being q of nu, of Z Y, which is zy times that of the matrices."""
     (a, b, c, d), dtype = stage.factored, inverse.dtype
-    (nu,) = times(inverse, root, Sum(dtype, zy / stage.half, 0.0, -stage.middle / stage.half))
-    inner, squared = times(nu, nu, Sum(dtype, a, 1.0, b), Sum(dtype, 1.0, 0.0, c), c=nu)
-    return times(inner, squared, Sum(dtype, share, 0.0, share * d))[0]
+    (nu,) = product(inverse, root, Sum(dtype, zy / stage.half, 0.0, -stage.middle / stage.half))
+    inner, squared = product(nu, nu, Sum(dtype, a, 1.0, b), Sum(dtype, 1.0, 0.0, c), c=nu)
+    return product(inner, squared, Sum(dtype, share, 0.0, share * d))[0]
 
 
 def _root(
-    stages: Sequence[Stage], inverse: Tensor, z: float, root: Tensor, y: float, times: Product
+    stages: Sequence[Stage], inverse: Tensor, z: float, root: Tensor, y: float
 ) -> tuple[Tensor, float]:
     """Y after these polynomials. Z and Y are each a matrix and a number that it has to be
     multiplied by."""
     for k, stage in enumerate(stages):
-        factor = _factor(stage, inverse, root, z * y, times)
+        factor = _factor(stage, inverse, root, z * y)
         if k + 1 < len(stages):
-            (inverse,) = times(factor, inverse, Sum(inverse.dtype))
-        (root,) = times(root, factor, Sum(root.dtype))
+            (inverse,) = product(factor, inverse, Sum(inverse.dtype))
+        (root,) = product(root, factor, Sum(root.dtype))
         z, y = stage.unit * z, stage.unit * y
     return root, y
 
@@ -238,19 +230,18 @@ def _inverse(
     y: float,
     share: float,
     power: Tensor,
-    times: Product,
 ) -> Tensor:
     """share (Z + Z^T) after these polynomials, times power, [B]."""
     with products_in("high"):  # where there is no fp16
         for stage in stages[:-1]:
-            factor = _factor(stage, inverse, root, z * y, times)
-            (inverse,) = times(factor, inverse, Sum(inverse.dtype))
-            (root,) = times(root, factor, Sum(root.dtype))
+            factor = _factor(stage, inverse, root, z * y)
+            (inverse,) = product(factor, inverse, Sum(inverse.dtype))
+            (root,) = product(root, factor, Sum(root.dtype))
             z, y = stage.unit * z, stage.unit * y
         last = stages[-1]
-        factor = _factor(last, inverse, root, z * y, times, share * last.unit * z)
+        factor = _factor(last, inverse, root, z * y, share * last.unit * z)
         whole = torch.promote_types(inverse.dtype, torch.float32)
-        (inverse,) = times(factor, inverse, Sum(whole, power))
+        (inverse,) = product(factor, inverse, Sum(whole, power))
     return inverse + inverse.mT
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.gram import can_update
-from shampoo_fsdp.kernels.keep import keep, keep_reference, parts
+from shampoo_fsdp.kernels.keep import keep, parts
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     Positions,
@@ -98,7 +98,6 @@ class RootRule(Rule):
                     self.config.basis_method,
                     self.resolution,
                     c,
-                    self.has_kernels,
                 )
             failed.append(bad.view(len(sides), -1))
             # A block that has seen no gradient has no scale: its roots would blow up the first.
@@ -128,12 +127,11 @@ class RootRule(Rule):
         self, sides: Sequence[int], where: Positions, roots: Tensor, bad: Tensor, cold: bool
     ) -> None:
         """Keep the last roots where these are bad; note how much the others changed."""
-        replace = keep if self.has_kernels else keep_reference
         parts_of = zip(sides, roots.chunk(len(sides)), bad.chunk(len(sides)), strict=True)
         for i, root, wrong in parts_of:
             kept, changes = self.roots[i], self._changes[i][where]
             last = kept.read(where, kept.storage.dtype)
-            replace(root, last, wrong, changes)
+            keep(root, last, wrong, changes)
             kept.keep(last, where)
             if cold:  # the first root takes the place of the identity
                 changes.zero_()
@@ -143,14 +141,13 @@ class RootRule(Rule):
     def skips_blocks(self, gradient: Tensor) -> bool:
         low = self.products_in != torch.float32 and gradient.shape[-1] % 8 == 0
         factors = [factor.storage for factor in self.factors.values()]
-        kernels = self.has_kernels and low and self.two_sided
-        return kernels and all(can_update(factor, gradient) for factor in factors)
+        return low and self.two_sided and all(can_update(f, gradient) for f in factors)
 
     def inverse_roots(self) -> list[Tensor]:
         """P of each dimension with a matrix, in the type of the products."""
         return [root.read(dtype=self.products_in) for root in self.roots.values()]
 
-    def multiply_sides(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
+    def multiply_sides(self, momentum: Tensor, step: Step) -> Tensor:
         """`direction` for any number of sides, each with a matrix, a diagonal or nothing."""
         for i in (*set(self.sides).difference(self.full), *reversed(self.full)):
             momentum = self.multiply_side(momentum, i, step)

@@ -40,7 +40,6 @@ def inverse_root(
     method: str,
     resolution: float = 0.0,
     divisor: float | Tensor = 1.0,
-    kernels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(A / divisor + eps I)^exponent of each matrix A, computed in the dtype of A.
 
@@ -67,7 +66,6 @@ def inverse_root(
         resolution: of A's entries, relative to the largest eigenvalue.
         divisor: of A; a number or [B]. Eigenvalues are divided where there are any, which is less
             work than dividing the matrices.
-        kernels: whether "polynomial" may launch ours.
 
     Returns:
         shape [B, n, n], and where the method failed or the matrix was not finite, [B]: there the
@@ -89,7 +87,7 @@ def inverse_root(
         least = max(_BELOW * resolution, _LEAST * torch.finfo(matrices.dtype).eps)
         root = coupled_newton(matrices / per_block(divisor, 3), order, eps, least)
     else:
-        root = polynomial_root(matrices, order, eps, divisor, kernels)
+        root = polynomial_root(matrices, order, eps, divisor)
     # Of the root itself: in its powers, what A lacks or hardly has would count most.
     good = root_residual(matrices, root, order, eps, divisor) < _FAILED  # not for NaN
     return root if power == 1 else torch.linalg.matrix_power(root, power), good.logical_not_()

@@ -131,7 +131,6 @@ class Rule(ABC):
         """Type of what is multiplied on every step; what comes out is of it too, but for grams."""
         kinds = factor_kinds(shape, config)
         self.rounded = config.factor_dtype == "bfloat16"
-        self.has_kernels = config.kernels == "auto"
         self.full = [i for i, kind in enumerate(kinds) if kind == "full"]
         """Dimensions that have a matrix as their factor."""
         self.sides = [i for i, kind in enumerate(kinds) if kind != "none"]
@@ -214,7 +213,7 @@ class Rule(ABC):
             return
         unfolded = unfold(blocks, i)
         kept = self.factors[i].storage
-        if self.has_kernels and unfolded.dtype != torch.float32 and can_update(kept, unfolded):
+        if unfolded.dtype != torch.float32 and can_update(kept, unfolded):
             return update_factors(kept, unfolded, step.rate, 1.0 / over, sums=step.sums)
         if step.in_one_pass:  # the gradient is as it came, and nothing else leaves blocks out
             unfolded = unfolded.masked_fill(per_block(step.unusable, 3), 0.0)

@@ -39,7 +39,7 @@ class ShampooRule(RootRule):
     def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
         """D = P_L N P_R."""
         if not self.two_sided:
-            return self.multiply_sides(momentum, step, out)
+            return self.multiply_sides(momentum, step)
         left, right = self.inverse_roots()
         return torch.bmm(left, momentum @ right, out=out)
 

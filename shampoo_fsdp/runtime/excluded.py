@@ -101,8 +101,7 @@ class ExcludedParameters:
         old = {name: _joined([span[name].reshape(-1) for span in chunk]) for name in chunk[0]}
         gradient = old.pop("gradient")
         sizes = [span["gradient"].numel() for span in chunk]
-        fused = self._plain_adamw and self._config.kernels == "auto"
-        if fused and can_run(gradient, *old.values()):
+        if self._plain_adamw and can_run(gradient, *old.values()):
             self._adamw_kernel(gradient, old, step, counts, group)
         else:
             self._step_copies(gradient, old, sizes, step, counts, group)

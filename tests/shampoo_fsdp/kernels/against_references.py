@@ -261,7 +261,7 @@ def test_a_root_by_kernels_passes_the_check_of_roots(case, order):
     bases = torch.linalg.qr(torch.randn(2, 72, 72))[0]
     matrices = (bases * spectrum) @ bases.mT / spectrum.max() * 1e-9
     ridge, divisor = torch.full((2,), 1e-15), torch.tensor([1.0, 0.5])
-    root = polynomial_root(matrices, order, ridge, divisor, kernels=True)
+    root = polynomial_root(matrices, order, ridge, divisor)
     expected = polynomial_root(matrices.double(), order, ridge.double(), divisor.double())
     arguments = (order, ridge, divisor)
     residual = root_residual(matrices, root, *arguments)
