@@ -73,7 +73,7 @@ def complete_basis(
 
     Rounding chooses the former. Here they are fixed vectors, made orthogonal to the latter, which
     take one more step of orthogonal iteration. Without any of the former, or of the latter, all
-    stay as they are. Nothing is read back to the host.
+    stay as they are. Nothing is read back from another device.
 
     Args:
         matrices: shape [B, n, n], symmetric.
@@ -88,6 +88,9 @@ def complete_basis(
     n = vectors.shape[-1]
     least = resolution * eigenvalues.amax(-1, keepdim=True).clamp_min(0.0)
     unseen = eigenvalues <= least  # not where they are NaN
+    partly = (unseen.any(-1) & unseen.all(-1).logical_not()).view(-1, 1, 1)
+    if partly.device.type == "cpu" and True not in partly.flatten().tolist():  # nothing waits there
+        return eigenvalues.masked_fill(unseen, 0.0), vectors
     order = eigenvalues.argsort(dim=-1, descending=True, stable=True)
     filled = torch.arange(n, device=vectors.device) - unseen.logical_not().sum(-1, keepdim=True)
     fixed = _fixed_vectors(n, vectors)[filled.clamp_min(0)].mT
@@ -95,7 +98,6 @@ def complete_basis(
     step = (_scaled(matrices)[0] @ vectors).gather(-1, columns)
     turned = _orthogonal_factor(torch.where(filled.unsqueeze(-2) >= 0, fixed, step))
     turned = torch.empty_like(vectors).scatter_(-1, columns, turned)
-    partly = (unseen.any(-1) & unseen.all(-1).logical_not()).view(-1, 1, 1)
     return eigenvalues.masked_fill(unseen, 0.0), torch.where(partly, turned, vectors)
 
 

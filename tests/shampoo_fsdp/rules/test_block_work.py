@@ -41,15 +41,15 @@ def test_other_rules_multiply_in_their_precision(preconditioner):
 def test_passes_over_a_block():
     """Bytes that move per parameter: what is no product costs a GPU more time than the products."""
     every, refresh = work_of_block((256, 256), on_device(ShampooConfig(kernels="off"), CUDA))
-    assert every["bytes"] - every["operands"] <= 140 * 256**2
+    assert every["bytes"] - every["operands"] <= 125 * 256**2
     assert refresh["bytes"] - refresh["operands"] <= 830 * 256**2
-    assert every["launches"] <= 55
-    assert refresh["launches"] <= 165
+    assert every["launches"] <= 52
+    assert refresh["launches"] <= 160
 
 
 def test_passes_of_our_kernels_over_a_block():
     every, refresh = work_of_block((256, 256), on_device(ShampooConfig(), CUDA))
-    assert every["bytes"] <= 100 * 256**2
-    assert refresh["bytes"] <= 400 * 256**2
-    assert every["launches"] <= 45
-    assert refresh["launches"] <= 115
+    assert every["bytes"] <= 85 * 256**2
+    assert refresh["bytes"] <= 330 * 256**2
+    assert every["launches"] <= 36
+    assert refresh["launches"] <= 60
