@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import (
-    Cost,
-    can_run,
-    launch,
-    lerp,
-    number,
-    of_block,
-    size_of,
-)
+from shampoo_fsdp.kernels.language import Cost, can_run, launch, lerp, size_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -27,19 +19,19 @@ _CHUNK, _TURNS = 1024, 4
 
 
 class AdamW(NamedTuple):
-    """Numbers of a step; each may also be [1] on the device."""
+    """Numbers of a step."""
 
-    lr: float | Tensor
-    lost: float | Tensor
+    lr: float
+    lost: float
     """The share of the weights that goes before the step: lr times the weight decay."""
-    rate1: float | Tensor
+    rate1: float
     """1 - beta1."""
-    rate2: float | Tensor
+    rate2: float
     """1 - beta2."""
-    eps: float | Tensor
-    correction1: float | Tensor
+    eps: float
+    correction1: float
     """Of the bias, 1 - beta1^t."""
-    correction2: float | Tensor
+    correction2: float
 
 
 def adamw_masked(
@@ -68,12 +60,11 @@ def adamw_masked(
     if not size or size >= 2**31 or not dense or not can_run(*tensors):
         return adamw_masked_reference(*tensors, skipped, numbers, largest)
     lr, lost, rate1, rate2, eps, correction1, correction2 = numbers
-    factors = (lr / correction1, lost, rate1, rate2, eps, correction2**0.5)
-    numbers_of_kernel = (number(value, 1) for value in factors)
+    factors = lr / correction1, lost, rate1, rate2, eps, correction2**0.5
     launch(
         _adamw_masked,
         (-(-size // (_CHUNK * _TURNS)),),
-        (*tensors, skipped, *numbers_of_kernel, largest, size),
+        (*tensors, skipped, *factors, largest, size),
         Cost(size_of(*tensors) + size_of(weights, exp_avg, exp_avg_sq)),
         CHUNK=_CHUNK,
         TURNS=_TURNS,
@@ -95,7 +86,7 @@ def adamw_masked_reference(
     usable = gradient.abs() < largest  # false for NaN
     skipped += usable.logical_not().sum()
     gradient = torch.where(usable, gradient, 0.0).float()
-    first = exp_avg.float().lerp(gradient, torch.as_tensor(rate1, device=gradient.device))
+    first = exp_avg.float().lerp(gradient, rate1)
     second = exp_avg_sq.float() * (1.0 - rate2) + gradient.square() * rate2
     step = first / (second.sqrt() / correction2**0.5 + eps)
     changed = weights.float() * (1.0 - lost) - step * (lr / correction1)
@@ -121,12 +112,6 @@ def _adamw_masked(
     TURNS: tl.constexpr,
 ):
     """Grid: programs of TURNS chunks each."""
-    step_size = of_block(step_size, 0)
-    lost = of_block(lost, 0)
-    rate1 = of_block(rate1, 0)
-    rate2 = of_block(rate2, 0)
-    eps = of_block(eps, 0)
-    root = of_block(root, 0)
     left_out = tl.zeros((CHUNK,), tl.int32)
     for turn in range(TURNS):
         at = (tl.program_id(0) * TURNS + turn) * CHUNK + tl.arange(0, CHUNK)

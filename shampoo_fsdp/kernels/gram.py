@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ def update_factors(
     share: float,
     *,
     sums: bool = False,
-    precision: Literal["tf32", "tf32x3"] = "tf32x3",
 ) -> None:
     """F <- (1 - rate) F + rate share U U^T in place, or F + rate share U U^T for sums; in fp32.
 
@@ -44,9 +43,8 @@ def update_factors(
 
     Args:
         factors: F, symmetric [B, n, n], or their upper triangles [B, n (n + 1) / 2]; in any type.
-        blocks: U [B, n, rest], bf16, fp16 or fp32; it or U^T lies row by row in memory.
+        blocks: U [B, n, rest], in 16 bits; it or U^T lies row by row in memory.
         rate: [B], fp32.
-        precision: of the products of fp32 blocks: 10 bits of them, or nearly all.
     """
     if not can_update(factors, blocks):
         return update_factors_reference(factors, blocks, rate, share, sums=sums)
@@ -54,8 +52,7 @@ def update_factors(
     packed = factors.ndim == 2
     transposed = blocks.stride(2) != 1
     source = blocks.mT if transposed else blocks
-    low = blocks.dtype != torch.float32
-    cut = tiles(n, blocks.dtype, packed, large_tiles(blocks.device))
+    cut = tiles(n, packed, large_tiles(blocks.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
     side = -(-n // tile)
     launch(
@@ -73,13 +70,11 @@ def update_factors(
         Cost(
             # Of whole factors one triangle is read.
             size_of(blocks) + size_of(factors) + size_of(factors) // (1 if packed else 2),
-            count * n * (n + tile) * rest * (1 if low else 3),
-            "bf16" if low else "tf32",
+            count * n * (n + tile) * rest,
         ),
         TRANSPOSED=transposed,
         PACKED=packed,
         SUMS=sums,
-        PRECISION=precision,
         UPCAST=interpreted(),
         **cut,
     )
@@ -106,12 +101,12 @@ def update_factors_reference(
     factors.copy_(factors.float().mul(1.0 if sums else 1.0 - rates).add_(grams))
 
 
-def tiles(n: int, dtype: torch.dtype, packed: bool, large: bool) -> dict[str, int]:
+def tiles(n: int, packed: bool, large: bool) -> dict[str, int]:
     """How the work is cut, such that registers do."""
-    large = large and n > 64 and dtype != torch.float32 and not packed
+    large = large and n > 64 and not packed
     return {
         "TILE": 128 if large else 64,
-        "DEPTH": (128 if large else 64) // dtype.itemsize,
+        "DEPTH": 64 if large else 32,
         "num_warps": 8 if large else 4,
         "num_stages": 3,
     }
@@ -130,7 +125,6 @@ def _update_factors(
     TRANSPOSED: tl.constexpr,
     PACKED: tl.constexpr,
     SUMS: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Grid: tiles of a triangle, blocks. `blocks` is a descriptor of U or U^T, `factors` one of F,
@@ -152,7 +146,7 @@ def _update_factors(
         if UPCAST:  # the interpreter multiplies the bits of bf16 as if they were integers
             left = left.to(tl.float32)
             right = right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = tl.dot(left, right, total, input_precision="ieee")
     total *= rate * share
     if PACKED:
         i = row * TILE + tl.arange(0, TILE)[:, None]

@@ -47,7 +47,6 @@ def momenta(
     usable: Tensor,
     exp_avg: Tensor,
     moment: Tensor | None,
-    low: Tensor | None,
     mixed: Tensor,
     rates: Rates,
     *,
@@ -57,31 +56,30 @@ def momenta(
 
         M <- M + rates.momentum (G - M)
         V <- (1 - rates.moment) V + rates.moment G^2, or V + G^2 for sums
-        low <- G,   mixed <- share M + (1 - share) G
+        mixed <- share M + (1 - share) G
 
     A block that is not usable keeps M and V bit for bit; its G counts as zero, whatever it is.
 
-    For fp32 state, two copies in bf16 and Adam it reads 12 and writes 12 bytes per element, for 12
-    FLOPs; in plain PyTorch these are 82 bytes. Momentum in bf16 takes 4 less.
+    For fp32 state, `mixed` in bf16 and Adam it reads 12 and writes 10 bytes per element, for 12
+    FLOPs; in plain PyTorch these are 76 bytes. Momentum in bf16 takes 4 less.
 
     Args:
         gradient: G, [B, ...], fp32.
         usable: 1 or 0, [B], fp32.
         exp_avg: M, in any type.
         moment: V, in any of the types, or None.
-        low: in any type, or None if it is not wanted. It or `mixed` may be the gradient's memory.
-        mixed: in any type.
+        mixed: in any type; it may be the gradient's memory.
 
     Returns:
         the norm of mixed / (sqrt(V) + eps), or of mixed without V, times factor, in fp32, [B]; 0 of
         blocks that are not usable. (Operators of PyTorch in bf16 round on the way; this does not.)
     """
-    tensors = (gradient, exp_avg, moment, low, mixed)
+    tensors = (gradient, exp_avg, moment, mixed)
     dense = all(t is None or t.is_contiguous() for t in tensors)
     count = len(gradient)
     size = gradient.numel() // max(count, 1)
     if not size or size >= 2**31 or not dense or not can_run(*tensors):
-        return momenta_reference(gradient, usable, exp_avg, moment, low, mixed, rates, sums=sums)
+        return momenta_reference(gradient, usable, exp_avg, moment, mixed, rates, sums=sums)
     programs = -(-size // (_CHUNK * _TURNS))
     squares = gradient.new_empty(count, programs)
     launch(
@@ -101,7 +99,6 @@ def momenta_reference(
     usable: Tensor,
     exp_avg: Tensor,
     moment: Tensor | None,
-    low: Tensor | None,
     mixed: Tensor,
     rates: Rates,
     *,
@@ -117,8 +114,6 @@ def momenta_reference(
         kept = moment.float() * (1.0 if sums else 1.0 - rate2 * each)
         moment.copy_(kept + gradient.square().mul_(1.0 if sums else rate2))
     mixed.copy_(gradient.lerp(exp_avg.float(), share))
-    if low is not None:
-        low.copy_(gradient)
     step = mixed.float()
     if moment is not None:
         step = step / (moment.float().sqrt() + eps)
@@ -130,7 +125,6 @@ def _momenta(
     gradient,
     exp_avg,
     moment,
-    low,
     mixed,
     usable,
     squares,
@@ -168,8 +162,6 @@ def _momenta(
         first = tl.where(good, new.to(tl.float32), first)
         step = lerp(g, first, share).to(mixed.dtype.element_ty)
         tl.store(mixed + at, step, mask=inside)
-        if low is not None:
-            tl.store(low + at, g.to(low.dtype.element_ty), mask=inside)
         step = step.to(tl.float32)
         if moment is not None:
             second = tl.load(moment + at, mask=inside, other=0.0).to(tl.float32)

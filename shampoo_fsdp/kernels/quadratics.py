@@ -18,13 +18,15 @@ __all__ = ["line", "line_reference", "two_sums", "two_sums_reference"]
 _CHUNK = 2048
 """Entries that a program of `two_sums` has."""
 
+# A^2, which gives the norm, is rounded, and eigenvalues must not be above it.
+_SLACK = 1e-3
+
 
 def line(
     squares: Tensor,
     unit: Tensor,
     ridge: Tensor,
     divisor: float | Tensor,
-    slack: float,
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a polynomial of t = slope A + offset I needs to know, by one launch; [B] each.
@@ -33,17 +35,26 @@ def line(
         squares: those of the entries of A^2, [B, parts].
         unit, divisor: the matrix of which the root is wanted is unit / divisor (A + ridge I).
         ridge: [B], as unit.
-        slack: is added to the scale, relative to it.
 
     Returns:
         slope = 1 / scale and offset = ridge / scale, scale being the root of A^2's norm and the
         ridge, and (scale unit / divisor)^(-1 / order).
     """
     if not can_run(squares, unit, ridge):
-        return line_reference(squares, unit, ridge, divisor, slack, order)
+        return line_reference(squares, unit, ridge, divisor, order)
     results = torch.empty(3, len(unit), device=unit.device)
     count, parts = squares.shape
-    given = squares, unit, ridge, number(divisor, count), slack, -1.0 / order, results, count, parts
+    given = (
+        squares,
+        unit,
+        ridge,
+        number(divisor, count),
+        _SLACK,
+        -1.0 / order,
+        results,
+        count,
+        parts,
+    )
     most = 1 << (parts - 1).bit_length()  # the next power of 2
     launch(_line, (count,), given, Cost(size_of(squares, unit, ridge, results)), MOST=most)
     slope, offset, power = results
@@ -55,11 +66,10 @@ def line_reference(
     unit: Tensor,
     ridge: Tensor,
     divisor: float | Tensor,
-    slack: float,
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain PyTorch."""
-    scale = torch.add(ridge, squares.sum(1).pow_(0.25), alpha=1.0 + slack)
+    scale = torch.add(ridge, squares.sum(1).pow_(0.25), alpha=1.0 + _SLACK)
     return scale.reciprocal(), ridge / scale, (scale * unit / divisor) ** (-1.0 / order)
 
 

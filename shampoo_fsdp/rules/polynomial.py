@@ -81,9 +81,6 @@ _SECOND_OF_TWO = Chain(
 )
 # fmt: on
 
-# The square of A that gives the norm is rounded, and eigenvalues must not be above it.
-_SLACK = 1e-3
-
 
 def polynomial_root(
     matrices: Tensor, order: int, eps: float | Tensor, divisor: float | Tensor
@@ -135,7 +132,7 @@ def _polynomial_root(
     square, squares = product(a, a, Sum(a.dtype), symmetric=True, squares=True)
     # Between the largest eigenvalue and that times the fourth root of how many are as large; the
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
-    slope, offset, power = line(squares, unit, ridge, divisor, _SLACK, order)
+    slope, offset, power = line(squares, unit, ridge, divisor, order)
 
     first, *others = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
     dtype = rounded if order == 2 else a.dtype

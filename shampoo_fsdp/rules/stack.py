@@ -231,7 +231,7 @@ class BlockStack:
         mixed = torch.empty_like(self.gradient, dtype=self.rule.products_in)
         state = self.state["exp_avg"], self._second_moment
         sums = method == "adagrad"
-        norms = momenta(self.gradient, step.usable, *state, None, mixed, rates, sums=sums)
+        norms = momenta(self.gradient, step.usable, *state, mixed, rates, sums=sums)
         return mixed, per_block(norms, mixed.ndim) if method != "none" else None
 
     def _mixed(self, exp_avg: Tensor, share: float, dtype: torch.dtype) -> Tensor:

@@ -75,13 +75,12 @@ def test_momenta(shape, state, copy, second, sums, on_device):
     usable[1] = 0.0
     exp_avg = torch.randn(shape).to(state)
     moment = torch.rand(shape) if second else None
-    low = torch.empty(shape, dtype=copy)
     mixed = torch.empty(shape, dtype=copy)
     rates = Rates(momentum=0.1, moment=0.05, share=0.9, eps=1e-3, factor=0.7)
     if on_device:
         rates = in_tensors(rates)._replace(eps=torch.linspace(1e-3, 1e-2, len(gradient)))
-    fast = copies(gradient, usable, exp_avg, moment, low, mixed)
-    slow = copies(gradient, usable, exp_avg, moment, low, mixed)
+    fast = copies(gradient, usable, exp_avg, moment, mixed)
+    slow = copies(gradient, usable, exp_avg, moment, mixed)
     norms = momenta(*fast, rates, sums=sums)
     assert_close(norms, momenta_reference(*slow, rates, sums=sums), state, copy)
     for found, expected in zip(fast[2:], slow[2:], strict=True):
@@ -89,18 +88,13 @@ def test_momenta(shape, state, copy, second, sums, on_device):
             assert_close(found, expected, state)
     assert torch.equal(fast[2][1], exp_avg[1])
     assert moment is None or torch.equal(fast[3][1], moment[1])
-    assert (fast[4][1] == 0.0).all()
 
 
-def test_copies_may_lie_in_the_gradients_memory():
+def test_what_is_preconditioned_may_lie_in_the_gradients_memory():
     gradient, usable = torch.randn(2, 50, 30), torch.tensor([1.0, 0.0])
-    exp_avg, moment, mixed = torch.zeros(2, 50, 30), torch.zeros(2, 50, 30), torch.empty(2, 50, 30)
+    exp_avg, moment = torch.zeros(2, 2, 50, 30)
     rates = Rates(momentum=0.1, moment=0.05, share=1.0, eps=1e-8)
-    before = gradient.clone()
-    momenta(gradient, usable, exp_avg, moment, gradient, mixed, rates)
-    assert torch.equal(gradient, before * usable.view(-1, 1, 1))
-    assert torch.equal(mixed, exp_avg)
-    momenta(gradient, usable, exp_avg, moment, None, gradient, rates)
+    momenta(gradient, usable, exp_avg, moment, gradient, rates)
     assert torch.equal(gradient, exp_avg)
 
 
@@ -117,7 +111,6 @@ def pack(matrices):
         ((3, 72, 40), BF16, False),
         ((3, 40, 72), FP16, True),
         ((3, 160, 24), FP16, False),
-        ((3, 136, 8), FP32, True),
     ],
 )
 def test_update_factors(shape, dtype, transposed, packed, kept):
@@ -144,17 +137,14 @@ def test_update_factors(shape, dtype, transposed, packed, kept):
     assert (between[:, factors[0].numel() :] == 0.0).all()
 
 
-@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(("kept", "arrives"), [(FP32, FP32), (BF16, FP32), (FP32, BF16)])
-def test_adamw_masked(kept, arrives, on_device):
+def test_adamw_masked(kept, arrives):
     weights, exp_avg, gradient = torch.randn(3, 3, 1367).unbind()
     exp_avg_sq = torch.rand(3, 1367)
     gradient[1, :3] = torch.tensor([torch.nan, -torch.inf, 1e16])
     numbers = AdamW(
         0.1, lost=0.01, rate1=0.1, rate2=0.05, eps=1e-3, correction1=0.5, correction2=0.2
     )
-    if on_device:
-        numbers = in_tensors(numbers)
     skipped = torch.tensor(5)
     tensors = [weights.to(kept), gradient.to(arrives), exp_avg.to(kept), exp_avg_sq.to(kept)]
     fast, slow = copies(*tensors, skipped), copies(*tensors, skipped)
@@ -226,7 +216,7 @@ def test_two_sums_onto_what_is_summed():
 @pytest.mark.parametrize("divisor", [0.5, torch.tensor([0.5, 1.0, 2.0])])
 def test_line(divisor):
     squares, unit, ridge = torch.rand(3, 7), torch.rand(3), torch.rand(3)
-    arguments = squares, unit, ridge, divisor, 1e-3, 4
+    arguments = squares, unit, ridge, divisor, 4
     for found, wanted in zip(line(*arguments), line_reference(*arguments), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 

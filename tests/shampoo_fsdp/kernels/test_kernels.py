@@ -60,37 +60,29 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def momenta_case(generation):
     pointers = dict.fromkeys(["gradient", "usable", "exp_avg", "moment"], "*fp32")
-    pointers |= {"low": "*bf16", "mixed": "*bf16", "squares": "*fp32", "eps": "*fp32"}
+    pointers |= {"mixed": "*bf16", "squares": "*fp32", "eps": "*fp32"}
     numbers = dict.fromkeys(["rate1", "rate2", "share", "factor"], "fp32")
     return _momenta, pointers | numbers, {"CHUNK": 1024, "TURNS": 4, "SUMS": False}
 
 
 def adamw_case(generation):
-    numbers = dict.fromkeys(["step_size", "lost", "rate1", "rate2", "eps", "root"], "*fp32")
+    numbers = dict.fromkeys(["step_size", "lost", "rate1", "rate2", "eps", "root"], "fp32")
     pointers = {"weights": "*fp32", "gradient": "*bf16", "exp_avg": "*fp32", "exp_avg_sq": "*fp32"}
     types = pointers | {"skipped": "*i64"} | numbers | {"largest": "fp32"}
     return _adamw_masked, types, {"CHUNK": 1024, "TURNS": 4}
 
 
-def factors_case(generation, dtype, transposed, packed, precision="tf32"):
-    cut = tiles(1024, dtype, packed, generation >= 90)
+def factors_case(generation, transposed, packed):
+    cut = tiles(1024, packed, generation >= 90)
     tile, depth = cut["TILE"], cut["DEPTH"]
-    name = NAMES[dtype]
+    rows, columns = (depth, tile) if transposed else (tile, depth)
     types = {
-        "blocks": f"tensordesc<{name}[1,{depth},{tile}]>"
-        if transposed
-        else f"tensordesc<{name}[1,{tile},{depth}]>",
+        "blocks": f"tensordesc<bf16[1,{rows},{columns}]>",
         "factors": "*fp32" if packed else f"tensordesc<fp32[1,{tile},{tile}]>",
         "rate": "*fp32",
         "share": "fp32",
     }
-    known = {
-        "TRANSPOSED": transposed,
-        "PACKED": packed,
-        "SUMS": False,
-        "PRECISION": precision,
-        "UPCAST": False,
-    }
+    known = {"TRANSPOSED": transposed, "PACKED": packed, "SUMS": False, "UPCAST": False}
     return _update_factors, types, cut | known
 
 
@@ -127,11 +119,8 @@ def product_case(generation, dtype, symmetric, second):
 CASES = {
     "adamw": adamw_case,
     "momenta": momenta_case,
-    "factors": partial(factors_case, dtype=torch.bfloat16, transposed=False, packed=False),
-    "factors_packed": partial(factors_case, dtype=torch.bfloat16, transposed=True, packed=True),
-    "factors_fp32": partial(
-        factors_case, dtype=torch.float32, transposed=True, packed=False, precision="tf32x3"
-    ),
+    "factors": partial(factors_case, transposed=False, packed=False),
+    "factors_packed": partial(factors_case, transposed=True, packed=True),
     "two_sums": two_sums_case,
     "keep": keep_case,
     "product_split": partial(product_case, dtype=torch.float32, symmetric=True, second=False),
