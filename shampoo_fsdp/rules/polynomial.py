@@ -22,17 +22,12 @@ class Stage(NamedTuple):
     half: float
 
     @property
-    def unit(self) -> float:
-        """The coefficient that the polynomial is divided by: it is a number in the next product,
-        and takes no pass over a matrix."""
-        return self.coefficients[3 if len(self.coefficients) == 5 else 1]
-
-    @property
-    def factored(self) -> tuple[float, float, float, float]:
-        """a, b, c and d of q / unit = (a nu^2 + nu + b) (nu^2 + c) + d."""
-        c0, c1, c2, _, a = (c / self.unit for c in self.coefficients)
-        b = c2 - a * c1
-        return a, b, c1, c0 - b * c1
+    def factored(self) -> tuple[float, float, float, float, float]:
+        """u, a, b, c and d of q = u [(a nu^2 + nu + b) (nu^2 + c) + d]."""
+        c0, c1, c2, u, c4 = self.coefficients
+        a, c = c4 / u, c1 / u
+        b = c2 / u - a * c
+        return u, a, b, c, c0 / u - b * c
 
 
 class Chain(NamedTuple):
@@ -134,23 +129,27 @@ def _polynomial_root(
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
     slope, offset, power = line(squares, unit, ridge, divisor, order)
 
-    first, *others = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
+    first, *others, last = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
     dtype = rounded if order == 2 else a.dtype
     inverse, root = _first_of_a(first, a, square, slope, offset, dtype)
     del a, square  # matrices are large
-    z = y = first.unit
-    if order == 2:
-        return _inverse(others, inverse, z, root, y, 0.5, power)
-
-    root, y = _root(others, inverse, z, root, y)
-    above = 1.0 + _FIRST_OF_TWO.error
-    first, *others = _SECOND_OF_TWO.stages
-    nu = (root + root.mT).mul_(0.5 * y / (above * first.half))
-    _plus(nu, -first.middle / first.half)
-    inverse, root = _first_of_nu(first, nu, rounded)
-    del nu
-    z, y = first.unit, first.unit * first.half
-    return _inverse(others, inverse, z, root, y, 0.5 * above**-0.5, power)
+    share = 0.5
+    if order == 4:
+        inverse, root = _iterate(others, inverse, root)
+        (root,) = product(root, _factor(last, inverse, root), Sum(root.dtype))
+        above = 1.0 + _FIRST_OF_TWO.error
+        first, *others, last = _SECOND_OF_TWO.stages
+        nu = (root + root.mT).mul_(0.5 / (above * first.half))
+        _plus(nu, -first.middle / first.half)
+        inverse, root = _first_of_nu(first, nu, rounded)
+        share *= above**-0.5
+        del nu
+    with products_in("high"):  # where there is no fp16
+        inverse, root = _iterate(others, inverse, root)
+        factor = _factor(last, inverse, root, share)
+        whole = torch.promote_types(inverse.dtype, torch.float32)
+        (inverse,) = product(factor, inverse, Sum(whole, power))
+    return inverse + inverse.mT
 
 
 def _first_of_a(
@@ -161,32 +160,32 @@ def _first_of_a(
     offset: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """T / unit and t T / unit in this type, t being slope A + offset I, [B], and T q(t).
+    """T = q(t) and t T in this type, t being slope A + offset I, [B].
 
     Args:
         square: A^2; may be changed.
     """
     if len(stage.coefficients) == 2:
-        shift = stage.coefficients[0] / stage.unit * stage.half - stage.middle
-        x, y = slope / stage.half, (offset + shift) / stage.half
-        t = low = _plus(a * per_block(x, 3), y)
+        c0, c1 = stage.coefficients
+        x, y = slope / stage.half, (offset - stage.middle) / stage.half
+        t = low = _plus(a * per_block(c1 * x, 3), c1 * y + c0)
     else:
-        numbers = stage.middle, stage.half, *stage.factored[:3]
-        inner, squared = two_sums(square, a, slope, offset, numbers)
-        t, low = _in_both(Sum(a.dtype, 1.0, 0.0, stage.factored[3]), dtype, inner, squared)
+        u, *quadratics, d = stage.factored
+        inner, squared = two_sums(square, a, slope, offset, (stage.middle, stage.half, *quadratics))
+        t, low = _in_both(Sum(a.dtype, u, 0.0, u * d), dtype, inner, squared)
         del inner, squared
     (root,) = product(a, t, Sum(dtype, slope, offset), c=t, symmetric=True)
     return low, root
 
 
 def _first_of_nu(stage: Stage, nu: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same of nu, symmetric, but for a further `half` by which the second is divided."""
-    a, b, c, d = stage.factored
+    """The same of a symmetric nu."""
+    u, a, b, c, d = stage.factored
     sums = Sum(nu.dtype, a, 1.0, b), Sum(nu.dtype, 1.0, 0.0, c)
     inner, squared = product(nu, nu, *sums, c=nu, symmetric=True)
-    t, low = _in_both(Sum(nu.dtype, 1.0, 0.0, d), dtype, inner, squared)
+    t, low = _in_both(Sum(nu.dtype, u, 0.0, u * d), dtype, inner, squared)
     del squared, inner
-    (root,) = product(nu, t, Sum(dtype, 1.0, stage.middle / stage.half), c=t, symmetric=True)
+    (root,) = product(nu, t, Sum(dtype, stage.half, stage.middle), c=t, symmetric=True)
     return low, root
 
 
@@ -197,49 +196,21 @@ def _in_both(sum_: Sum, dtype: torch.dtype, a: Tensor, b: Tensor) -> tuple[Tenso
     return results[0], results[-1]
 
 
-def _factor(stage: Stage, inverse: Tensor, root: Tensor, zy: float, share: float = 1.0) -> Tensor:
-    """share T / unit, T being q of nu, of Z Y, which is zy times that of the matrices."""
-    (a, b, c, d), dtype = stage.factored, inverse.dtype
-    (nu,) = product(inverse, root, Sum(dtype, zy / stage.half, 0.0, -stage.middle / stage.half))
+def _factor(stage: Stage, inverse: Tensor, root: Tensor, share: float = 1.0) -> Tensor:
+    """share T, T being q(Z Y)."""
+    (u, a, b, c, d), dtype = stage.factored, inverse.dtype
+    (nu,) = product(inverse, root, Sum(dtype, 1.0 / stage.half, 0.0, -stage.middle / stage.half))
     inner, squared = product(nu, nu, Sum(dtype, a, 1.0, b), Sum(dtype, 1.0, 0.0, c), c=nu)
-    return product(inner, squared, Sum(dtype, share, 0.0, share * d))[0]
+    return product(inner, squared, Sum(dtype, share * u, 0.0, share * u * d))[0]
 
 
-def _root(
-    stages: Sequence[Stage], inverse: Tensor, z: float, root: Tensor, y: float
-) -> tuple[Tensor, float]:
-    """Y after these polynomials. Z and Y are each a matrix and a number that it has to be
-    multiplied by."""
-    for k, stage in enumerate(stages):
-        factor = _factor(stage, inverse, root, z * y)
-        if k + 1 < len(stages):
-            (inverse,) = product(factor, inverse, Sum(inverse.dtype))
+def _iterate(stages: Sequence[Stage], inverse: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Z <- T Z, Y <- Y T for these polynomials."""
+    for stage in stages:
+        factor = _factor(stage, inverse, root)
+        (inverse,) = product(factor, inverse, Sum(inverse.dtype))
         (root,) = product(root, factor, Sum(root.dtype))
-        z, y = stage.unit * z, stage.unit * y
-    return root, y
-
-
-def _inverse(
-    stages: Sequence[Stage],
-    inverse: Tensor,
-    z: float,
-    root: Tensor,
-    y: float,
-    share: float,
-    power: Tensor,
-) -> Tensor:
-    """share (Z + Z^T) after these polynomials, times power, [B]."""
-    with products_in("high"):  # where there is no fp16
-        for stage in stages[:-1]:
-            factor = _factor(stage, inverse, root, z * y)
-            (inverse,) = product(factor, inverse, Sum(inverse.dtype))
-            (root,) = product(root, factor, Sum(root.dtype))
-            z, y = stage.unit * z, stage.unit * y
-        last = stages[-1]
-        factor = _factor(last, inverse, root, z * y, share * last.unit * z)
-        whole = torch.promote_types(inverse.dtype, torch.float32)
-        (inverse,) = product(factor, inverse, Sum(whole, power))
-    return inverse + inverse.mT
+    return inverse, root
 
 
 def _plus(matrices: Tensor, values: float | Tensor) -> Tensor:
