@@ -42,7 +42,8 @@ def keep(new: Tensor, kept: Tensor, bad: Tensor, changes: Tensor) -> None:
 def keep_reference(new: Tensor, kept: Tensor, bad: Tensor, changes: Tensor) -> None:
     """The same in plain PyTorch, with all parts in the first."""
     new = torch.where(bad.view(-1, 1, 1), kept, new.to(kept.dtype))
-    norms = [torch.linalg.matrix_norm(m.float()) for m in (new - kept, new)]
+    pair = new - kept, new
+    norms = [torch.linalg.vector_norm(m, 2, (1, 2), dtype=torch.float32) for m in pair]
     changes.zero_()[:, 0] = torch.stack(norms, 1).square_()
     kept.copy_(new)
 
