@@ -130,7 +130,7 @@ class KLShampooRule(RootRule):
             factors = self.factors[i].read(where) if diagonal is None else diagonal[where]
             mean = mean_eigenvalue(factors)
             bounded = mean.clamp(1.0 / _LARGEST_MEAN, _LARGEST_MEAN)
-            scale = bounded / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+            scale = torch.where(mean > 0.0, bounded / mean, 1.0)
             factors.mul_(per_block(scale, factors.ndim))
             if diagonal is None:
                 self.factors[i].keep(factors, where)
