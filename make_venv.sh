@@ -1,7 +1,8 @@
 # Makes a virtual environment, if it is missing or older than pyproject.toml. Source it, then call:
 #   make_venv [EXTRA]     EXTRA: an optional dependency group of pyproject.toml
 # Its folder is in $venv then: .venv, or for another TorchTitan than the newest .venv-$TITAN; the
-# version of TorchTitan in $titan.
+# version of TorchTitan in $titan. TITAN=main takes the checkout in $TORCHTITAN_FOLDER, with the
+# PyTorch that it was tried with, a CUDA build of several GB.
 # The interpreter is $PYTHON, or python3; the version of TorchTitan $TITAN, or the newest.
 
 make_venv() {
@@ -25,9 +26,15 @@ make_venv() {
     rm -rf "$venv"
     "$python" -m venv "$venv"
   fi
+  local install=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
   # torch first and pinned, or the resolver is free to choose another one for TorchTitan.
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check "torch==2.13.0"
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check "torchtitan==$titan"
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check -e ".[torchtitan${extra:+,$extra}]"
+  if [ "$titan" = main ]; then
+    "${install[@]}" "torch==2.14.1" hypothesis pytest pytest-xdist setuptools tomli
+    "${install[@]}" -e "${TORCHTITAN_FOLDER:?names a checkout of TorchTitan}" -e .
+  else
+    "${install[@]}" "torch==2.13.0"
+    "${install[@]}" "torchtitan==$titan"
+    "${install[@]}" -e ".[torchtitan${extra:+,$extra}]"
+  fi
   echo "$wanted" > "$stamp"
 }

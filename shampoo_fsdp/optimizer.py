@@ -27,7 +27,12 @@ from shampoo_fsdp.runtime.groups import (
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, group_of
 from shampoo_fsdp.runtime.streaks import Streaks
-from shampoo_fsdp.runtime.team import Parameters, refuse_nonfinite, refuse_without_gradients
+from shampoo_fsdp.runtime.team import (
+    Parameters,
+    changes_nothing,
+    refuse_nonfinite,
+    refuse_without_gradients,
+)
 
 __all__ = ["Shampoo"]
 
@@ -195,6 +200,9 @@ class Shampoo(torch.optim.Optimizer):
         `logging`, 10 steps later. In the other parameters it is such an entry alone that keeps its
         state, and its weight as well. Both are counted (see :meth:`counters`).
 
+        A first step with an lr and gradients of zero, with which loaders of checkpoints let state
+        be made, changes nothing and does not count.
+
         Raises:
             ValueError: names a parameter that has moved to another device since the optimizer was
                 built (another floating-point type is followed), or whose gradient is sparse or
@@ -224,6 +232,9 @@ class Shampoo(torch.optim.Optimizer):
         problem = find_gradients(parameters.members, built.given.frozen) or put_by_others
         if not built.has_seen_gradients:
             refuse_without_gradients(parameters)
+            lrs = [float(group["lr"]) for group in self.param_groups]
+            if not built.has_values and changes_nothing(parameters, lrs):
+                return
             built.has_seen_gradients = True
         if problem and all(ranks.group is None for ranks in parameters.rank_sets):
             raise problem

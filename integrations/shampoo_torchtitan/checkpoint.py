@@ -13,12 +13,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.utils._pytree import tree_map_only
-from torchtitan.components.checkpoint import (
-    DATALOADER,
-    MODEL,
-    OPTIMIZER,
-    CheckpointManager,
-)
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
@@ -29,7 +23,7 @@ from shampoo_torchtitan.checkpoint_folders import (
     find_steps,
     lock_folder,
 )
-from shampoo_torchtitan.container import JobError, ShampooContainer, alike_on_all_ranks
+from shampoo_torchtitan.container import JobError, alike_on_all_ranks, shampoos_of
 from shampoo_torchtitan.generation import titan
 from shampoo_torchtitan.names import ReaderOfOldNames
 
@@ -40,6 +34,13 @@ __all__ = [
     "extend_checkpoints",
 ]
 
+
+try:
+    from torchtitan.components import checkpointer as titan_checkpoints
+except ImportError:  # TorchTitan 0.2
+    from torchtitan.components import checkpoint as titan_checkpoints
+CheckpointManager = titan_checkpoints.CheckpointManager
+DATALOADER, MODEL, OPTIMIZER = "dataloader", "model", "optimizer"
 
 _Answer = TypeVar("_Answer")
 
@@ -133,12 +134,14 @@ class ShampooCheckpoints(CheckpointManager):
             reader = self._reader(checkpoint_id)
         if _asked_of_rank_0(lambda: reader.size(".metadata"), f"{checkpoint_id}: ") is None:
             raise JobError(explain(CheckpointException("", {}), checkpoint_id))
+        # "refuse" if one of them says so.
+        on_mismatch = max(of.config.on_mismatch for of in shampoos_of(self.states[OPTIMIZER]))
         try:
             load(
                 state_dict,
                 checkpoint_id=checkpoint_id,
                 storage_reader=reader,
-                planner=_JobPlanner(self.states[OPTIMIZER].shampoos[0].config.on_mismatch),
+                planner=_JobPlanner(on_mismatch),
             )
         except CheckpointException as error:
             raise JobError(explain(error, checkpoint_id)) from None
@@ -247,7 +250,7 @@ _titan_init = CheckpointManager.__init__
 @functools.wraps(_titan_init)
 def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
     optimizers = kwargs.get("optimizers")
-    ours = isinstance(optimizers, ShampooContainer) and optimizers.shampoos
+    ours = shampoos_of(optimizers)
     if ours and any(".torchft." in kind.__module__ for kind in type(self).__mro__):
         raise JobError(
             f"the job's checkpoints are of {type(self).__qualname__}, TorchFT's, which Shampoo "

@@ -1,16 +1,30 @@
 """What TorchTitan's containers of optimizers can do where Shampoo is in them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.runtime.groups import FromModel
 
-__all__ = ["JobError", "ShampooContainer", "alike_on_all_ranks", "hyperparameters", "with_heads"]
+__all__ = [
+    "ADAM",
+    "JobError",
+    "alike_on_all_ranks",
+    "complete_groups",
+    "hyperparameters",
+    "log_summary",
+    "named",
+    "shampoos_of",
+    "with_heads",
+]
+
+ADAM = ("Adam", "AdamW")
+"""Optimizers whose place Shampoo takes, by name."""
 
 # What groups of AdamW have beside ours: TorchTitan asks every checkpoint for all of them, so that a
 # job of AdamW can go on from one of Shampoo.
@@ -82,42 +96,48 @@ def hyperparameters(table: Any) -> dict[str, Any]:
     }
 
 
-class ShampooContainer:
-    """Mixed into a container: figures for the log and the metrics."""
+def shampoos_of(container: Any) -> list[Shampoo]:
+    """One for each part of the model and each of its configurations; others may be beside them."""
+    optimizers = getattr(container, "optimizers", ())
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, Shampoo)]
 
-    optimizers: list[Any]
 
-    @property
-    def shampoos(self) -> list[Shampoo]:
-        """One for each part of the model; others may be beside them."""
-        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, Shampoo)]
+def named(group: Mapping[str, Any], kinds: Mapping[Tensor, type[FromModel]]) -> dict[str, Any]:
+    """A group of parameters and 'param_names' as Shampoo takes it, with what is known of them.
 
-    def complete_groups(self, implementation: str) -> None:
-        """Adds what AdamW, of this implementation, would have in its groups."""
-        chosen = {name: implementation == name for name in ("fused", "foreach")}
-        for optimizer in self.shampoos:
-            for group in optimizer.param_groups:
-                group.update(_OF_ADAMW | chosen)
+    Args:
+        kinds: Whether a parameter is one of an embedding.
+    """
+    pairs = zip(group["param_names"], group["params"], strict=True)
+    kept = {key: value for key, value in group.items() if key != "param_names"}
+    return kept | {"params": [kinds[parameter](name, parameter) for name, parameter in pairs]}
 
-    def log_summary(self) -> None:
-        """Says what is preconditioned, and what each rank pays for it."""
-        for number, optimizer in enumerate(self.shampoos):
-            part = f" (model part {number})" if len(self.shampoos) > 1 else ""
-            s = optimizer.summary()
-            share = s["elements_preconditioned"] / max(s["elements_total"], 1)
-            told = [
-                f"preconditions {s['parameters_preconditioned']:,} of {s['parameters_total']:,} "
-                f"parameters ({share:.1%} of the elements) in {s['blocks']:,} blocks"
-            ]
-            if optimizer.chosen_by_device:
-                told.append(f"chose {optimizer.chosen_by_device}")
-            if matrices := optimizer.matrices_left_to_grafting():
-                method = optimizer.config.elementwise_method
-                told.append(f"leaves to the method '{method}': {', '.join(matrices)}, and vectors")
-            told.append(
-                f"per rank: largest load {s['load_max_over_mean']:.2f} x the mean; at most "
-                f"{s['state_mib_max']:,.1f} MiB of state, and {s['mib_sent_per_step_max']:,.1f} "
-                "MiB sent per step"
-            )
-            for line in told:
-                logger.info(f"Shampoo{part} {line}")
+
+def complete_groups(shampoo: Shampoo, **implementation: bool | None) -> None:
+    """Adds what groups of AdamW, of this implementation, have beside."""
+    for group in shampoo.param_groups:
+        group.update(_OF_ADAMW | implementation)
+
+
+def log_summary(shampoos: Sequence[Shampoo]) -> None:
+    """Says what is preconditioned, and what each rank pays for it."""
+    for number, optimizer in enumerate(shampoos):
+        which = f" ({number + 1} of {len(shampoos)})" if len(shampoos) > 1 else ""
+        s = optimizer.summary()
+        share = s["elements_preconditioned"] / max(s["elements_total"], 1)
+        told = [
+            f"preconditions {s['parameters_preconditioned']:,} of {s['parameters_total']:,} "
+            f"parameters ({share:.1%} of the elements) in {s['blocks']:,} blocks"
+        ]
+        if optimizer.chosen_by_device:
+            told.append(f"chose {optimizer.chosen_by_device}")
+        if matrices := optimizer.matrices_left_to_grafting():
+            method = optimizer.config.elementwise_method
+            told.append(f"leaves to the method '{method}': {', '.join(matrices)}, and vectors")
+        told.append(
+            f"per rank: largest load {s['load_max_over_mean']:.2f} x the mean; at most "
+            f"{s['state_mib_max']:,.1f} MiB of state, and {s['mib_sent_per_step_max']:,.1f} "
+            "MiB sent per step"
+        )
+        for line in told:
+            logger.info(f"Shampoo{which} {line}")

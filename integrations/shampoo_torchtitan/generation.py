@@ -1,11 +1,11 @@
-"""Which TorchTitan is installed, and all that differs between the two."""
+"""Which TorchTitan is installed, and all that differs between versions."""
 
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JOBS_ARE_FUNCTIONS", "need_02", "parallel_dims", "register_demo", "titan"]
+__all__ = ["JOBS_ARE_FUNCTIONS", "groups", "need_02", "parallel_dims", "register_demo", "titan"]
 
 
 def _jobs_are_functions() -> bool:
@@ -21,8 +21,8 @@ kind of them here; before, a job is a TOML file."""
 
 
 def titan() -> Any:
-    """All that differs between the two: the module `titan_02` or `titan_03`, whose names are the
-    same. (Without a GPU it needs `cpu` to be enabled first.)"""
+    """All that differs with 0.3: the module `titan_02` or `titan_03`, whose names are the same.
+    (Without a GPU it needs `cpu` to be enabled first.)"""
     module = "titan_03" if JOBS_ARE_FUNCTIONS else "titan_02"
     return importlib.import_module(f"shampoo_torchtitan.{module}")
 
@@ -31,6 +31,14 @@ def register_demo() -> None:
     """Makes known to TorchTitan what the demo job trains, in a clone; wheels are without it."""
     if importlib.util.find_spec("shampoo_torchtitan.demo"):
         importlib.import_module("shampoo_torchtitan.demo").register()
+
+
+def groups() -> Any:
+    """All that differs with 0.4, where optimizers are classes that a job names: the module
+    `groups_03` or `groups_04`, whose names are the same."""
+    optimizers = importlib.import_module("torchtitan.components.optimizer")
+    module = "groups_04" if hasattr(optimizers, "BaseOptimizer") else "groups_03"
+    return importlib.import_module(f"shampoo_torchtitan.{module}")
 
 
 def parallel_dims(config: Any, world_size: int) -> Any:

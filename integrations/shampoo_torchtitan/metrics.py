@@ -11,7 +11,7 @@ from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.runtime.diagnostics import merged
-from shampoo_torchtitan.container import ShampooContainer
+from shampoo_torchtitan.container import shampoos_of
 
 __all__ = ["extend_metrics"]
 
@@ -29,11 +29,11 @@ def _log(
     extra_metrics: dict[str, Any] | None = None,
 ) -> None:
     """Every rank calls this at the same step, as TorchTitan does: ranks add their counters."""
-    container: Any = self.optimizers
-    if not (isinstance(container, ShampooContainer) and container.shampoos):
+    shampoos = shampoos_of(self.optimizers)
+    if not shampoos:
         _titan_log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         return
-    counts, figures = _of_all_ranks(container.shampoos)
+    counts, figures = _of_all_ranks(shampoos)
     ours = {f"shampoo/{name}": value for name, value in (counts | figures).items()}
     extra_metrics = (extra_metrics or {}) | ours
     _titan_log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)

@@ -13,9 +13,10 @@ from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.model_groups import typed_parameters
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import (
-    ShampooContainer,
     alike_on_all_ranks,
+    complete_groups,
     hyperparameters,
+    log_summary,
     with_heads,
 )
 
@@ -26,7 +27,7 @@ NAME = "shampoo"
 _titan_build_optimizers = titan.build_optimizers
 
 
-class _Container(ShampooContainer, OptimizersContainer):
+class _Container(OptimizersContainer):
     """TorchTitan's container of optimizers, with one Shampoo per model part.
 
     Its siblings make the optimizer from parameters alone; Shampoo is given their names too, and
@@ -86,8 +87,10 @@ def build_optimizers(
         settings = hyperparameters(optimizer_config)
         settings["config"] = with_heads(settings_of(optimizer_config), model_parts)
         container = _Container(model_parts, settings, replicas)
-        container.log_summary()  # with it all are planned, which is what may be refused
-    container.complete_groups(optimizer_config.implementation)
+        log_summary(container.optimizers)  # with it all are planned: what may be refused
+    chosen = optimizer_config.implementation
+    for optimizer in container.optimizers:
+        complete_groups(optimizer, fused=chosen == "fused", foreach=chosen == "foreach")
     checkpoint.extend_checkpoints()
     metrics.extend_metrics()
     return container

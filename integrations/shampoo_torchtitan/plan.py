@@ -113,6 +113,9 @@ def job_figures(
 def _tokens(config: Any, ranks: int) -> float:
     """Of a step, for each of these data-parallel ranks."""
     training = config.training
+    if hasattr(training, "num_tokens_per_train_step"):  # since August 2026
+        whole = training.num_tokens_per_train_step
+        return whole / ranks if whole > 0 else training.num_tokens_per_microbatch_per_dp_rank
     sequences = training.local_batch_size
     if training.global_batch_size > 0:
         sequences = training.global_batch_size / ranks
@@ -144,10 +147,12 @@ def job_specs(config: Any, world_size: int) -> list[list[ParameterSpec]]:
             dims = parallel_dims(config, world_size)
             dims.build_mesh()
             parts = titan().model_parts(config, dims)
-            if settings := getattr(config.optimizer, "shampoo", None):
+            if hasattr(config.optimizer, "shampoo"):
                 found = [pair for part in parts for pair in typed_parameters(part)]
                 named = [plain_name(p.name) for p in found if isinstance(p, FromEmbedding)]
-                config.optimizer.shampoo = with_embeddings(with_heads(settings, parts), named)
+                for of in [config.optimizer, *getattr(config.optimizer, "optimizers", ())]:
+                    if settings := getattr(of, "shampoo", None):
+                        of.shampoo = with_embeddings(with_heads(settings, parts), named)
             specs += [_specs(part, dims) for part in parts]
     return specs
 

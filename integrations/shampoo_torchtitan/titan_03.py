@@ -1,6 +1,5 @@
-"""TorchTitan 0.3, whose jobs are functions, and TOML files as in 0.2 here."""
+"""TorchTitan from 0.3 on, whose jobs are functions, and TOML files as in 0.2 here."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,8 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.runtime.choice import exactly
-from shampoo_torchtitan import configs, cpu, toml
-from shampoo_torchtitan.generation import register_demo
+from shampoo_torchtitan import cpu, toml
+from shampoo_torchtitan.generation import groups, register_demo
 
 loads_remote_folders = True
 """Whether a job goes on from checkpoints in `s3://...` and the like."""
@@ -46,11 +44,6 @@ class Reader(ConfigManager):
         if cpu.needed():  # known already when settings of the command line are checked
             overrides["training.disable_cuda_graphs"] = True
         return toml.read(f"{overrides.pop('job.config_file', '')}", overrides), others
-
-
-def _optimizer_of(name: str, groups: Sequence[Any]) -> Any:
-    """That of the first group that matches."""
-    return next((g.optimizer_name for g in groups if re.search(g.pattern, name)), configs.NAME)
 
 
 def register() -> None:
@@ -109,12 +102,7 @@ def model_of(config: Any) -> str:
 
 def shampoo_of(config: Any, names: Sequence[str]) -> ShampooConfig:
     """The settings that parameters of these names get."""
-    optimizer = config.optimizer
-    if not isinstance(optimizer, configs.ShampooOptimizers.Config):
-        return ShampooConfig()
-    others = [n for n in names if _optimizer_of(n, optimizer.param_groups) != configs.NAME]
-    exclude = [*optimizer.shampoo.exclude, *map(exactly, others)]
-    return optimizer.shampoo.completed(exclude=exclude)
+    return groups().settings(config.optimizer, names)  # type: ignore[no-any-return]
 
 
 def keep_parameters_alone(config: Any) -> None:

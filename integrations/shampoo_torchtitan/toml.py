@@ -1,4 +1,4 @@
-"""Job files in TOML for TorchTitan 0.3, whose own jobs are Python functions.
+"""Job files in TOML for TorchTitan from 0.3 on, whose own jobs are Python functions.
 
     torchrun -m torchtitan.train --module shampoo_torchtitan.toml --config my_job.toml
 
@@ -15,9 +15,8 @@ from typing import Any
 
 import tomllib
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.components.optimizer import OptimizersContainer, default_adamw
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models import _supported_models
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools.logging import logger
@@ -31,8 +30,9 @@ from shampoo_fsdp.validation import (
     refuse_unknown,
     setting_names,
 )
-from shampoo_torchtitan.configs import ADAM, ShampooOptimizers
-from shampoo_torchtitan.generation import register_demo
+from shampoo_torchtitan.configs import ShampooOptimizers
+from shampoo_torchtitan.container import ADAM
+from shampoo_torchtitan.generation import groups, register_demo
 
 __all__ = ["is_of_files", "read", "value_of"]
 
@@ -76,6 +76,8 @@ _LEFT_OUT = {
     "activation_checkpoint.selective_ac_option": "op",
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "",
 }
+if "implementation" not in field_types(OptimizersContainer.Config):  # since 0.4
+    _LEFT_OUT["optimizer.implementation"] = "fused"
 _IMPORT = "experimental.custom_import"
 _OURS = ("", "shampoo_torchtitan", "shampoo_torchtitan.optimizer")  # is there without an import
 _SHAMPOO = "optimizer.shampoo."
@@ -149,7 +151,7 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
     for prefix, nothing in _LEFT_OUT.items():
         found = [settings.pop(key) for key in list(settings) if _is_in(key, prefix)]
         if any(value not in (nothing, False, "", []) for value in found):
-            logger.warning(f"TorchTitan 0.3 has no {prefix}, which is left out")
+            logger.warning(f"TorchTitan has no {prefix}, which is left out")
     for key, value in settings.items():
         gone = [nothing for prefix, nothing in _GONE.items() if _is_in(key, prefix)]
         if not gone:
@@ -168,6 +170,12 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
 
 def _model(name: Any, flavor: Any) -> Trainer.Config:
     """A job of this model, whose other settings are defaults."""
+    try:
+        from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+    except ImportError:
+        raise ValueError(
+            "this TorchTitan reads text as files in TOML cannot say; start from a Python function"
+        ) from None
     try:
         registry = importlib.import_module(f"torchtitan.models.{name}")
     except ModuleNotFoundError:
@@ -206,9 +214,7 @@ def _optimizer(settings: dict[str, Any]) -> OptimizersContainer.Config:
         raise ValueError(f"optimizer.name = {name!r}: must be one of shampoo, Adam, AdamW")
     del given["shampoo"]
     betas = given.pop("beta1", 0.9), given.pop("beta2", 0.95)
-    config = default_adamw(**given, betas=betas)
-    config.param_groups[0].optimizer_name = name
-    return config
+    return groups().adam(name, **given, betas=betas)  # type: ignore[no-any-return]
 
 
 def _set(config: Any, key: str, value: Any) -> None:

@@ -35,7 +35,13 @@ from shampoo_fsdp.runtime.ranks import (
 )
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Parameters", "make_parameters", "refuse_nonfinite", "refuse_without_gradients"]
+__all__ = [
+    "Parameters",
+    "changes_nothing",
+    "make_parameters",
+    "refuse_nonfinite",
+    "refuse_without_gradients",
+]
 
 
 @dataclass(frozen=True)
@@ -281,3 +287,17 @@ def refuse_without_gradients(parameters: Parameters) -> None:
             "step: call backward() first, and if the optimizer was built before fully_shard() or "
             "another wrapper that replaces parameters, build it after that."
         )
+
+
+def changes_nothing(parameters: Parameters, lrs: Sequence[float]) -> bool:
+    """Whether every lr and every gradient is zero, on all ranks; their gradients are let go then.
+
+    Where an lr is not, the host waits for no gradient.
+    """
+    gradients = [m.gradient for m in parameters.members if m.gradient is not None]
+    some = any(lrs) or any(bool(gradient.any()) for gradient in gradients)
+    if tell_all(parameters.rank_sets, some):
+        return False
+    for member in parameters.members:
+        member.gradient = None
+    return True

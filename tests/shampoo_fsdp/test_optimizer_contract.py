@@ -59,6 +59,24 @@ def test_the_loss_falls_under_each_scheduler(name, as_tensor):
     assert len(seen) > 1 or name == "ReduceLROnPlateau"
 
 
+def test_a_first_step_of_zeros_changes_nothing():
+    """As loaders of checkpoints take it where they do not know that state is there."""
+    model, loss = problem()
+    optimizer = Shampoo(model.named_parameters(), lr=torch.tensor(1e-2), momentum=0.5)
+    now = lambda: (optimizer.state_dict()["state"], model.state_dict())  # noqa: E731
+    before = copy.deepcopy(now())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+    torch.testing.assert_close(now(), before, rtol=0, atol=0)
+    loss()
+    optimizer.param_groups[0]["lr"] = 0.0  # of a schedule: the gradients count
+    optimizer.step()
+    assert {int(of["step"]) for of in optimizer.state.values()} == {1}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_state_dict_loads_into_a_model_of_another_type(dtype):
     model, loss = problem()

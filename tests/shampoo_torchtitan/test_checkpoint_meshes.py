@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torchtitan.components.checkpoint import AsyncMode
 
+from shampoo_torchtitan import checkpoint
 from tests.models import deterministic_gradients, set_gradients
 from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
 
 pytestmark = jobs.on_cpu
+
+AsyncMode = checkpoint.titan_checkpoints.AsyncMode
 
 SETTINGS = [
     "--optimizer.lr=1e-2",

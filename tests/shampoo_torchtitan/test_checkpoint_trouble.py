@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torchtitan.components.checkpoint import AsyncMode
 
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 from shampoo_torchtitan import checkpoint
@@ -34,6 +33,8 @@ from tests.shampoo_torchtitan import jobs
 from tests.shampoo_torchtitan.checkpointing import run
 
 pytestmark = jobs.on_cpu
+
+AsyncMode = checkpoint.titan_checkpoints.AsyncMode
 
 SETTINGS = [
     "--checkpoint.enable",

@@ -17,8 +17,11 @@ if not JOBS_ARE_FUNCTIONS:
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig, default_adamw
 
 from shampoo_torchtitan import toml
-from shampoo_torchtitan.configs import ShampooOptimizers, complete_groups, shampoo, use_shampoo
+from shampoo_torchtitan.configs import ShampooOptimizers, shampoo, use_shampoo
 from shampoo_torchtitan.container import JobError
+from shampoo_torchtitan.generation import groups
+
+of_03 = pytest.mark.skipif(groups().FIELD != "param_groups", reason="the groups of TorchTitan 0.3")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,10 @@ from shampoo_torchtitan.container import JobError
         ('job.custom_config_module = "my.config"', "no such setting"),
         ("activation_checkpoint.early_stop = true", "no such setting"),
         ('activation_checkpoint.mode = "some"', "must be one of selective, full, "),
-        ('optimizer.param_groups = [{pattern = ".*"}]', "start from a Python function"),
+        (
+            'optimizer.param_groups = [{pattern = ".*"}]',
+            "start from a Python function|unknown setting 'optimizer.param_groups'",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, text, said):
@@ -55,15 +61,17 @@ def test_what_changes_nothing_is_no_trouble_and_a_users_module_is_imported(tmp_p
     assert sys.modules.pop("my_own_data")
 
 
+@of_03
 def test_groups_take_what_they_do_not_say_from_the_job():
     group = ParamGroupConfig(pattern=".*", optimizer_name="Shampoo")
     own = ParamGroupConfig(pattern="x", optimizer_name="Shampoo", optimizer_kwargs={"lr": 1.0})
-    found = complete_groups(shampoo(lr=7e-3, param_groups=[own, group]))
+    found = groups().complete(shampoo(lr=7e-3, param_groups=[own, group]), [], {}).param_groups
     assert [g.optimizer_kwargs["lr"] for g in found] == [1.0, 7e-3]
     with pytest.raises(ValueError, match=r"optimizer\.lr = 0\.007 would change nothing"):
-        complete_groups(shampoo(lr=7e-3, param_groups=[own]))
+        groups().complete(shampoo(lr=7e-3, param_groups=[own]), [], {})
 
 
+@of_03
 def test_an_override_sets_every_hyperparameter_of_adamws_groups():
     old = default_adamw(lr=1e-3)
     muon = ParamGroupConfig(pattern="layers", optimizer_name="DistMuon", optimizer_kwargs={})
@@ -78,8 +86,8 @@ def test_an_override_sets_every_hyperparameter_of_adamws_groups():
 def test_the_lr_that_adamw_had_is_said_with_what_is_better(caplog):
     use_shampoo(default_adamw(lr=3e-4), lr=9e-4)
     assert "is the one of AdamW" not in caplog.text
-    (group,) = use_shampoo(default_adamw(lr=3e-4)).param_groups
-    assert group.optimizer_kwargs["lr"] == 3e-4
+    (group,) = getattr(use_shampoo(default_adamw(lr=3e-4)), groups().FIELD)
+    assert getattr(group, "lr", None) == 3e-4 or group.optimizer_kwargs["lr"] == 3e-4
     advice = "lr = 0.0003 is the one of AdamW; Shampoo is best with about 3 times that"
     assert advice in caplog.text
 
@@ -111,6 +119,12 @@ def test_optimizers_of_others_are_not_replaced_in_silence():
         use_shampoo(OptimizersContainer.Config())
 
 
+@of_03
+def test_before_04_it_is_said_what_there_is():
+    with pytest.raises(ImportError, match=r"with 0\.3 use shampoo_torchtitan\.configs\.shampoo"):
+        from shampoo_torchtitan import Shampoo  # noqa: F401
+
+
 # ------------------------------------- the job files that TorchTitan 0.2.2 ships
 
 # By name, what each file says, by keys with dots (from Meta's TorchTitan, BSD 3-clause).
@@ -125,7 +139,7 @@ def test_it_is_read_and_its_model_built_and_what_is_left_out_is_said(name, caplo
     assert config.training.seq_len == JOBS[name]["training.seq_len"]
     with torch.device("meta"):
         assert sum(p.numel() for p in config.model_spec.model.build().parameters()) > 0
-    said = re.findall(r"TorchTitan 0.3 has no (\S+), which is left out", caplog.text)
+    said = re.findall(r"TorchTitan has no (\S+), which is left out", caplog.text)
     keys = {"model.converters"} & JOBS[name].keys()
     keys |= {"quantize"} if any(key.startswith("quantize.") for key in JOBS[name]) else set()
     option = JOBS[name].get("activation_checkpoint.selective_ac_option", "op")

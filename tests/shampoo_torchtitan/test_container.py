@@ -75,7 +75,7 @@ def test_embeddings_of_every_part_are_known_by_their_type(recwarn):
         job.implementation, job.early_step_in_backward = "for-loop", False
         no_ranks = SimpleNamespace(dp_replicate_enabled=False, fsdp_enabled=False)
         container = build_optimizers(parts, job, no_ranks)
-    left = [optimizer.matrices_left_to_grafting() for optimizer in container.shampoos]
+    left = [optimizer.matrices_left_to_grafting() for optimizer in container.optimizers]
     assert left == [["token.weight", "position.weight"], []]
     assert not [warning for warning in recwarn if "exclude" in str(warning.message)]
 

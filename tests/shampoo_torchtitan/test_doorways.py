@@ -53,7 +53,23 @@ def native():
     config.optimizer = shampoo(lr=3e-3, precondition_frequency=2)
     return config
 
+def listed():
+    from torchtitan.components.optimizer import AdamW, OptimizersContainer
+    from shampoo_torchtitan import Shampoo
+
+    config = adamw()
+    config.optimizer = OptimizersContainer.Config(
+        optimizers=[
+            AdamW.Config(pattern="embeddings|lm_head|norm", lr=1e-3),
+            Shampoo.Config(pattern="feed_forward", lr=3e-3, weight_decay=0.0),
+            Shampoo.Config(pattern=".*", lr=3e-3),
+        ]
+    )
+    return config
+
 def grouped():
+    if not hasattr(default_adamw(), "param_groups"):
+        return listed()  # from 0.4 on
     config = adamw()
     kwargs = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     config.optimizer = shampoo(

@@ -1,5 +1,6 @@
 """Reading a job: what is accepted, and what is said about the rest."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,11 @@ def test_keys_of_02_go_where_they_are_now(tmp_path):
     config = read(tmp_path, text, "--job.dump_folder=there", "--optimizer.weight_decay", "0.25")
     assert config.dump_folder == "there" and config.profiler.enable_profiling
     assert config.dataloader.dataset == "c4_test"
-    (group,) = config.optimizer.param_groups
-    found = {key: group.optimizer_kwargs[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    if hasattr(config.optimizer, "param_groups"):
+        (group,) = config.optimizer.param_groups
+        given = group.optimizer_kwargs
+    else:  # from 0.4 on
+        (adamw,) = config.optimizer.optimizers
+        given = dataclasses.asdict(adamw)
+    found = {key: given[key] for key in ("lr", "betas", "eps", "weight_decay")}
     assert found == {"lr": 0.5, "betas": (0.9, 0.5), "eps": 1e-8, "weight_decay": 0.25}

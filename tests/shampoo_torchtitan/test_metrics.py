@@ -8,10 +8,9 @@ from torchtitan.components.metrics import MetricsProcessor
 
 from shampoo_fsdp import Shampoo
 from shampoo_torchtitan import metrics
-from shampoo_torchtitan.container import ShampooContainer
 
 
-class Container(ShampooContainer):
+class Container:
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = list(optimizers)
 

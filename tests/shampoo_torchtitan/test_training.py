@@ -127,7 +127,7 @@ triton = importlib.util.find_spec("triton") is not None
 import shampoo_torchtitan.train as train
 import torch.utils._triton
 assert torch.utils._triton.has_triton_package() == triton  # or torch would compile for a GPU
-from torchtitan.components.checkpoint import CheckpointManager
+from shampoo_torchtitan.checkpoint import CheckpointManager
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import ConfigManager
 for cls in (CheckpointManager, MetricsProcessor, ConfigManager, train.torchtitan.train.Trainer):
