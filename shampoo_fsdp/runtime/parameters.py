@@ -1,5 +1,6 @@
 """One object per parameter; which ones cannot be trained."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,18 +218,25 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def refuse_offloaded(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise a ValueError that names the first parameter that FSDP2 keeps on the CPU beside GPUs."""
+    """Raise a ValueError that names the first parameter that FSDP2 keeps on the CPU beside GPUs.
+
+    On a mesh of one rank it is a warning: TorchTitan makes seed checkpoints so, without a step.
+    """
     for name, parameter in named:
         if not isinstance(parameter, DTensor) or parameter.device.type != "cpu":
             continue
         if (device := parameter.device_mesh.device_type) != "cpu":
-            raise ValueError(
+            problem = (
                 f"parameter '{name}' is on the CPU and its mesh on '{device}' (CPU offload): all "
                 "of Shampoo's work would be done on the CPU. Write "
                 "fully_shard(..., offload_policy=OffloadPolicy()), in TorchTitan "
                 "training.enable_cpu_offload = false; with memory = 'low' state is as large as "
                 "AdamW's. To work on the CPU all the same say how: root_method = 'eigh'."
             )
+            if parameter.device_mesh.size() > 1:
+                raise ValueError(problem)
+            warnings.warn(problem, stacklevel=4)
+            return
 
 
 def refuse_moved(members: Iterable[Member], device: torch.device) -> None:

@@ -3,6 +3,7 @@
 A thread looks at what is waited for, while something is; neither host nor device waits for it.
 """
 
+import functools
 import threading
 import time
 from collections import deque
@@ -32,6 +33,8 @@ class _Wait:
 _lock = threading.Lock()
 _waits: deque[_Wait] = deque()
 """In the order in which they end."""
+_looking = False
+"""Whether the thread runs."""
 
 
 @contextmanager
@@ -44,32 +47,44 @@ def told_if_long(
         patience: says after how many seconds a warning is logged.
         message: makes it of the seconds that have passed.
     """
+    global _looking
     wait = _Wait(patience, message)
     with _lock:
-        if not _waits:
-            threading.Thread(target=_look, name="shampoo_fsdp stalls", daemon=True).start()
+        while _waits and _waits[0].ended():  # here, as memory that CUDA knows is freed with it
+            _waits.popleft()
         _waits.append(wait)
+        if not _looking:
+            _looking = True
+            threading.Thread(target=_look, name="shampoo_fsdp stalls", daemon=True).start()
     try:
         yield
     finally:
-        if device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            wait.ended = event.query
-        else:
-            wait.ended = lambda: True
+        wait.ended = _arrival(device) if device.type == "cuda" else lambda: True
+
+
+def _arrival(device: torch.device) -> Callable[[], bool]:
+    """Tells whether the current stream has come to this place. The device writes a byte of the
+    host's memory: another thread must not ask CUDA while a graph may be captured."""
+    arrived = torch.zeros(1, dtype=torch.uint8, device="cpu", pin_memory=True)
+    arrived.copy_(_one(device), non_blocking=True)
+    return lambda: arrived.tolist() == [1]
+
+
+@functools.cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones(1, dtype=torch.uint8, device=device)
 
 
 def _look() -> None:
+    global _looking
     pause = _PAUSE
     while True:
         time.sleep(pause)
         with _lock:
-            while _waits and _waits[0].ended():
-                _waits.popleft()
-            if not _waits:
+            oldest = next((wait for wait in _waits if not wait.ended()), None)
+            if oldest is None:
+                _looking = False
                 return
-            oldest = _waits[0]
         passed, patience = time.monotonic() - oldest.began, oldest.patience()
         if passed >= patience and not oldest.told:
             oldest.told = True

@@ -174,10 +174,14 @@ def test_what_fsdp_keeps_on_the_cpu_is_refused_with_what_to_write():
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)), offload_policy=CPUOffloadPolicy(False))
     Shampoo(model.named_parameters())  # there are no GPUs
+    alone = nn.Linear(4, 4)
+    fully_shard(alone, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("all", "one"))["one"])
     with mock.patch.object(DeviceMesh, "device_type", "cuda"):
         with pytest.raises(ValueError, match=r"'weight' is on the CPU .*_policy=OffloadPolicy\(\)"):
             Shampoo(model.named_parameters())
         Shampoo(model.named_parameters(), root_method="eigh")
+        with pytest.warns(match="'weight' is on the CPU"):
+            Shampoo(alone.named_parameters())
 
 
 @ranks(3)
