@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,18 @@ from torch import Tensor
 if TYPE_CHECKING:  # `_names` imports it for all others
     import triton.language as tl
 
-__all__ = ["Cost", "can_run", "describable", "kernels", "missing", "observed_by", "sums_in_fp32"]
+__all__ = [
+    "Cost",
+    "can_run",
+    "describable",
+    "kernels",
+    "missing",
+    "observed_by",
+    "per_block",
+    "sums_in_fp32",
+]
+
+T = TypeVar("T", Tensor, float | Tensor)
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -178,9 +189,12 @@ def number(value: float | Tensor, blocks: int) -> float | Tensor:
     return value.float().reshape(-1).expand(blocks).contiguous()
 
 
-def per_block(value: float | Tensor, ndim: int) -> float | Tensor:
-    """The same for operators of PyTorch: a number, or [blocks, 1, ...] of this many dimensions."""
-    return value.reshape(-1, *[1] * (ndim - 1)) if isinstance(value, Tensor) else value
+def per_block(values: T, ndim: int) -> T:
+    """The same for operators of PyTorch: a number as it is, or [blocks, 1, ...] of this many
+    dimensions."""
+    if not isinstance(values, Tensor):
+        return values
+    return values.view(-1, *(1 for _ in range(ndim - 1)))
 
 
 def of_block(value, block):

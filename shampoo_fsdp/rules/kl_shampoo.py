@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.rules.matrices import Positions, mean_eigenvalue, per_block
+from shampoo_fsdp.rules.matrices import Positions, mean_eigenvalue
 from shampoo_fsdp.rules.root_rule import RootRule
 from shampoo_fsdp.rules.rule import register
 from shampoo_fsdp.rules.step import Step

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -127,21 +127,10 @@ def _triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return pack.int(), unpack.flatten().int()
 
 
-T = TypeVar("T", Tensor, float | Tensor)
-
-
 def mean_eigenvalue(factors: Tensor) -> Tensor:
     """Of factors [B, d, d], or [B, d] if they are diagonals; [B]."""
     diagonal = factors if factors.ndim == 2 else factors.diagonal(dim1=1, dim2=2)
     return diagonal.mean(1)
-
-
-def per_block(values: T, ndim: int) -> T:
-    """[B] -> [B, 1, ..., 1] of this many dimensions; numbers, which hold for all blocks, as they
-    are."""
-    if not isinstance(values, Tensor):
-        return values
-    return values.view(-1, *(1 for _ in range(ndim - 1)))
 
 
 def scale_along(blocks: Tensor, factors: Tensor, i: int) -> Tensor:

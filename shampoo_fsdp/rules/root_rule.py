@@ -10,6 +10,7 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.gram import can_update
 from shampoo_fsdp.kernels.keep import keep, parts
+from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     Positions,
@@ -17,7 +18,6 @@ from shampoo_fsdp.rules.matrices import (
     along,
     condition_number,
     factor_kinds,
-    per_block,
     scale_along,
 )
 from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, ridged_powers, root_from_basis

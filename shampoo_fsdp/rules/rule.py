@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.kernels.gram import can_update, update_factors
+from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
@@ -17,7 +18,6 @@ from shampoo_fsdp.rules.matrices import (
     factor_kinds,
     is_matrix,
     matrix_entry,
-    per_block,
     resolution_of,
     unfold,
 )

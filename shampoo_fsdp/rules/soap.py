@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.matrices import (
     Positions,
     StateEntry,
     along,
     condition_number,
     factor_kinds,
-    per_block,
     scale_along,
 )
 from shampoo_fsdp.rules.rule import Health, Rule, register

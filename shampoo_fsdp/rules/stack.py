@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.kernels.momenta import Rates, momenta
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
@@ -16,7 +17,7 @@ from shampoo_fsdp.rules.grafting import (
     update_second_moment,
 )
 from shampoo_fsdp.rules.layout import saved_entries, split_rows
-from shampoo_fsdp.rules.matrices import blank, largest_entries, per_block
+from shampoo_fsdp.rules.matrices import blank, largest_entries
 from shampoo_fsdp.rules.precision import products_in
 from shampoo_fsdp.rules.rule import rule_of
 from shampoo_fsdp.rules.step import Step, Tally, bias_correction, on_device, one_or_each
