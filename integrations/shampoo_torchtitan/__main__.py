@@ -5,6 +5,7 @@ From 0.3 on, in a registry's function:
     from shampoo_torchtitan.configs import shampoo
     config.optimizer = shampoo(lr=1e-3)
 
+(from 0.4 on also Shampoo.Config(pattern=".*", lr=1e-3) of this package, in its list of optimizers),
 or with any job, on its command line:
 
     --override.imports 'shampoo_torchtitan.configs.use_shampoo={"lr": 1e-3}'
