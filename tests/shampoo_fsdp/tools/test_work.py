@@ -5,8 +5,10 @@ import torch
 
 from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked
 from shampoo_fsdp.kernels.gram import update_factors
+from shampoo_fsdp.kernels.keep import keep, parts
 from shampoo_fsdp.kernels.momenta import Rates, momenta
-from shampoo_fsdp.kernels.product import Sum, product, two_sums
+from shampoo_fsdp.kernels.product import Sum, product
+from shampoo_fsdp.kernels.quadratics import two_sums
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
@@ -85,12 +87,12 @@ def adamw_kernel():
 
 
 def momenta_kernel():
-    tensors = [made(B, N, M, dtype=dtype) for dtype in (torch.float32,) * 3 + (LOW,) * 2]
+    tensors = [made(B, N, M, dtype=dtype) for dtype in (torch.float32,) * 3 + (LOW,)]
     momenta(tensors[0], made(B), *tensors[1:], Rates(0.1, 0.05, 0.9, 1e-8))
 
 
 def gram_kernel():
-    update_factors(made(B, N, N), made(B, N, M, dtype=LOW), 0.9, 0.1)
+    update_factors(made(B, N, N), made(B, N, M, dtype=LOW), made(B), 0.1)
 
 
 def product_kernel():
@@ -98,16 +100,22 @@ def product_kernel():
 
 
 def sums_kernel():
-    two_sums(made(B, N, N), made(B, N, N), Sum(torch.float32), Sum(torch.float32))
+    two_sums(made(B, N, N), made(B, N, N), made(B), made(B), (0.5, 0.5, 1.0, 1.0, 1.0))
+
+
+def keep_kernel():
+    bad, changes = made(B, dtype=torch.bool), made(B, parts(N), 2)
+    keep(made(B, N, N), made(B, N, N, dtype=LOW), bad, changes)
 
 
 # By what their docstrings say, per element; three of four tiles of 128 make a triangle.
 KERNELS = {
     adamw_kernel: {"bytes": 28 * M},
-    momenta_kernel: {"bytes": 24 * B * N * M},
+    momenta_kernel: {"bytes": 22 * B * N * M},
     gram_kernel: {"bytes": B * N * (2 * M + 6 * N), "bf16": PRODUCT * 3 / 4},
     product_kernel: {"bytes": 12 * B * N * N, "bf16": 3 * 2 * B * N**3 * 3 / 4},
     sums_kernel: {"bytes": 16 * B * N * N},
+    keep_kernel: {"bytes": 8 * B * N * N},
 }
 
 
