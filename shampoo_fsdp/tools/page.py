@@ -9,14 +9,8 @@ from typing import Any
 
 __all__ = ["COLORS", "curves", "paragraph", "table", "write_page"]
 
-COLORS = {
-    "AdamW": "#1f77b4",
-    "Muon": "#ff7f0e",
-    "KL-Shampoo": "#9467bd",
-    "Shampoo": "#2ca02c",
-    "SOAP": "#d62728",
-    "SGD": "#8c564b",
-}
+COLORS = {"AdamW": "#1f77b4", "Muon": "#ff7f0e", "KL-Shampoo": "#9467bd"}
+COLORS |= {"Shampoo": "#2ca02c", "SOAP": "#d62728", "SGD": "#8c564b"}
 """Of the optimizers, in all figures of the project."""
 
 _INK = "#808080"  # readable on white and on black

@@ -70,6 +70,8 @@ def compare(
     batches = _function("--data", data) if data else small_llama.batches
     device = _device()
     first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:  # where the bar is not seen, as in a pipe
+        print(f"Training with {', '.join(rates)}: {steps:,} steps each", flush=True)
     try:
         with Progress(
             TextColumn("{task.description}"),
