@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from shampoo_fsdp.tools import page
 from shampoo_fsdp.tools.compare import small_llama
 from shampoo_fsdp.tools.compare.contest import CONTESTANTS, Run, train
-from shampoo_fsdp.tools.tables import by_size, number_columns, titled_table
+from shampoo_fsdp.tools.tables import by_size, four_digits, number_columns, titled_table
 
 _BASELINE = "AdamW"
 _HEADS = (
@@ -100,7 +101,7 @@ def compare(
 def _report(runs: Sequence[Run], what: str, path: Path) -> None:
     rows = [_row(run, runs[0]) for run in runs]
     title = f"{what}, {runs[0].steps[-1]:,} steps, the same batches and initial weights for all"
-    shown = titled_table(title, _HEADS[0], *number_columns(*_HEADS[1:]))
+    shown = titled_table(title, Column(no_wrap=True), *number_columns(*_HEADS[1:]))
     for row in rows:
         shown.add_row(*row)
     Console().print(shown)
@@ -136,7 +137,7 @@ def _row(run: Run, baseline: Run) -> list[str]:
         _beside(steps, baseline.steps[-1]),
         _beside(seconds, baseline.seconds[-1]),
         f"{whole[1]:,.0f}",
-        f"{1e3 * run.optimizer_seconds / max(1, whole[0] - 1):,.1f}",
+        four_digits(1e3 * run.optimizer_seconds / max(1, whole[0] - 1)),
         by_size(run.state_bytes),
     ]
 
