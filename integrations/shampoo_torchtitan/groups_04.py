@@ -95,14 +95,7 @@ class Shampoo(shampoo_fsdp.Shampoo, BaseOptimizer):
         kinds = config._kinds
         groups = list(params) if kinds is None else [named(group, kinds) for group in params]
         with alike_on_all_ranks() if kinds is None else contextlib.nullcontext():
-            super().__init__(
-                groups,
-                config.lr,
-                config.betas,
-                config.eps,
-                config.weight_decay,
-                config=config.shampoo,
-            )
+            super().__init__(groups, **_hyperparameters(config), config=config.shampoo)
             if kinds is None:
                 log_summary([self])
         complete_groups(self, fused=True, foreach=None)  # AdamW's defaults

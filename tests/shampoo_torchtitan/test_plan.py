@@ -153,7 +153,7 @@ def test_the_command_reads_a_job_file_and_gpus_that_share_a_sequence_share_its_t
             "WORLD_SIZE(7)",
         ),
         ("--world-size 0 --model.name llama3", "the degrees do not make 0 ranks"),
-        ("--world-size 4 --model.flavor 9B", "model.flavor = '9B'"),
+        ("--world-size 4 --model.flavor 9B", "'9B'"),
         ("--world-size 4 --job.config_file missing.toml", "missing.toml"),
     ],
 )
