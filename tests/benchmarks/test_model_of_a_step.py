@@ -86,7 +86,9 @@ def test_flops_bytes_and_memory_of_two_ranks(settings):
     (found, specs), _ = run_ranks(2, measured, **settings)
     (expected,) = run_ranks(1, modelled, init=False, specs=specs, config=ShampooConfig(**settings))
     assert found["bytes sent"] == expected["bytes sent"] > 0
-    assert found["flops"] == pytest.approx(expected["flops"], rel=1e-6)
-    assert found["read back"] == 0
+    # On CPUs, where nothing waits, SOAP looks whether a basis lacks anything, or leaves it.
+    looks = settings["preconditioner"] == "soap"
+    assert 1.0 - 0.1 * looks - 1e-6 < found["flops"] / expected["flops"] < 1.0 + 1e-6
+    assert looks or found["read back"] == 0
     # Operators have temporary memory of their own.
     assert found["peak bytes"] == pytest.approx(expected["peak bytes"], rel=0.1)
