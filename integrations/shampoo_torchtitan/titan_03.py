@@ -112,8 +112,8 @@ def keep_parameters_alone(config: Any) -> None:
         config.override.imports = []
     config.compile.enable = False
     config.activation_checkpoint = None
-    if not cpu.AT_LEAST_2_14:
-        config.parallelism.spmd_backend = "partial_dtensor"  # others need newer ones
+    # The same placements as with others, which need 2.14, and there refuse some pipelines.
+    config.parallelism.spmd_backend = "partial_dtensor"
 
 
 def model_parts(config: Any, dims: ParallelDims) -> list[nn.Module]:
