@@ -88,6 +88,9 @@ def test_several_train_beside_adamw_on_the_same_groups_of_ranks():
         torch.testing.assert_close(unmoved, start, rtol=0, atol=0)
         torch.testing.assert_close(weights, full_parameters(model), rtol=1e-4, atol=1e-6)
         assert state.keys() == alone.keys()
+    again = container(model, *several())  # one process goes on from two
+    again.load_state_dict(copy.deepcopy(state))
+    torch.testing.assert_close(contents(again), state, rtol=0, atol=0)
 
 
 def test_another_goes_on_where_it_was_also_with_adamw_and_back():
