@@ -41,12 +41,14 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Runtime:
-    """What an optimizer communicates, measures and reads back with. A dry run, in which there are
+    """What an optimizer communicates, measures, plans and keeps with. A dry run, in which there are
     no other ranks and no values, gives another one: see :attr:`shampoo_fsdp.Shampoo.runtime`."""
 
     rank_set: Callable[..., RankSet] = RankSet
     """Of ranks and their process group."""
     watch: Callable[[torch.device], Stopwatch] = Stopwatch
+    assign: Callable[..., Assignment] = Assignment
+    state: type[State] = State
     reads_back: bool = True
     """Whether there are values to read."""
 
@@ -176,7 +178,8 @@ def build(
     device = next((p.device for _, p, _ in given.trained), torch.device("cpu"))
     config = with_embeddings(config, [n for n, _, _ in given.trained if is_embedding.get(n)])
     chosen = on_device(config, device)
-    parameters = make_parameters(given.trained, states, replicas, chosen, runtime.rank_set)
+    made_by = runtime.rank_set, runtime.assign
+    parameters = make_parameters(given.trained, states, replicas, chosen, *made_by)
     others = [member for member in parameters.members if member.part is None]
     excluded = ExcludedParameters(others, chosen, device)
     if all(ranks.position == 0 for ranks in parameters.rank_sets):  # the first rank says it
@@ -191,7 +194,7 @@ def build(
         parameters,
         excluded,
         Streaks(parameters),
-        State(parameters, excluded, chosen),
+        runtime.state(parameters, excluded, chosen),
         runtime.watch(device),
         tuple(_all(groups)),
     )

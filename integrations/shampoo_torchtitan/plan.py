@@ -8,7 +8,6 @@ machine will do and nothing is read but the job file.
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -28,15 +26,13 @@ from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.runtime.choice import with_embeddings
 from shampoo_fsdp.runtime.groups import FromEmbedding, plain_name
 from shampoo_fsdp.runtime.parameters import describe
-from shampoo_fsdp.tools.dry_step import model_step
-from shampoo_fsdp.tools.machine import add_rates, machine_of
 from shampoo_fsdp.tools.parser import Parser
-from shampoo_fsdp.tools.plan_figures import plan_figures
-from shampoo_fsdp.tools.plan_tables import print_plan
+from shampoo_fsdp.tools.plan_figures import JobPlan
+from shampoo_fsdp.tools.plan_report import add_plan_options, report_plan
 from shampoo_torchtitan.container import with_heads
 from shampoo_torchtitan.generation import parallel_dims, titan
 
-__all__ = ["job_figures", "job_specs", "main", "read_job"]
+__all__ = ["job_plan", "job_specs", "main", "read_job"]
 
 _DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
 
@@ -46,39 +42,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m shampoo_torchtitan.plan",
         usage="%(prog)s --job.config_file FILE --world-size N [--device cpu] [--json] "
-        "[what is assumed of a GPU] [any setting of the job]",
+        "[--html FILE] [what is assumed of a GPU] [any setting of the job]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--world_size", type=int, required=True, help="ranks")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
-    parser.add_argument("--json", action="store_true", help="figures as JSON instead of tables")
-    add_rates(parser)
-    parser.set_defaults(tokens=None)  # the job says
+    add_plan_options(parser)
     options, of_job = parser.parse_known_args(arguments)
     logger.disabled = True  # TorchTitan tells how it goes; the report is all that is wanted
     try:
         job = read_job(of_job)
         models = job_specs(job, options.world_size)
-        figures = job_figures(job, models, options.world_size, options.device)
-        if options.device == "cuda":
-            dims = parallel_dims(job, options.world_size)
-            ranks = dims.dp_replicate * dims.dp_shard  # others share the work on the tokens of one
-            if options.tokens is None:
-                options.tokens = _tokens(job, ranks)
-            sharing = options.world_size // ranks
-            machine = machine_of(vars(options))
-            figures["step"] = model_step(figures, models, machine, sharing)
+        plan = job_plan(job, models, options.world_size, options.device)
+        dims = parallel_dims(job, options.world_size)
+        ranks = dims.dp_replicate * dims.dp_shard  # others share the work on the tokens of one
+        if options.tokens is None:
+            options.tokens = _tokens(job, ranks)
+        report_plan(plan, vars(options), options.world_size // ranks)
     except BAD_SETTINGS as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         logger.disabled = False
-    if options.json:
-        print(json.dumps(figures, indent=2))
-    else:
-        print_plan(figures, Console())
     return 0
 
 
@@ -91,10 +77,10 @@ def read_job(arguments: Sequence[str]) -> Any:
     return titan().Reader().parse_args(list(arguments))
 
 
-def job_figures(
+def job_plan(
     config: Any, models: Sequence[Sequence[ParameterSpec]], world_size: int, device: str = "cuda"
-) -> dict[str, Any]:
-    """The plan of a job, see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
+) -> JobPlan:
+    """The plan of a job.
 
     Args:
         models: as :func:`job_specs` returns them.
@@ -107,7 +93,7 @@ def job_figures(
     mesh = ", ".join(f"{name}={n}" for name, n in degrees.items() if n > 1)
     title = f"{titan().model_of(config)} on {world_size:,} ranks" + (f" ({mesh})" if mesh else "")
     names = [spec.name for specs in models for spec in specs]
-    return plan_figures(title, models, titan().shampoo_of(config, names), device)
+    return JobPlan(title, models, titan().shampoo_of(config, names), device)
 
 
 def _tokens(config: Any, ranks: int) -> float:

@@ -36,8 +36,13 @@ def choose_owners(
         sites, phases: of each block, where it lies and when its roots are refreshed.
         ranks: ascending; they tell the nodes.
     """
+    on_node: dict[int, list[int]] = defaultdict(list)
+    for position, rank in enumerate(ranks):
+        on_node[rank // config.ranks_per_node].append(position)
+    nodes = {node: tuple(positions) for node, positions in on_node.items()}
+    groups = {positions: positions for positions in nodes.values()}
     of_site = {
-        site: _kind(number, site, ranks, config, costs)
+        site: _kind(number, site, ranks, nodes, groups, config, costs)
         for number, site in enumerate(dict.fromkeys(sites))
     }
     kinds = [of_site[site] for site in sites]
@@ -72,8 +77,15 @@ class _Kind:
 
 
 def _kind(
-    number: int, site: Site, ranks: Sequence[int], config: ShampooConfig, costs: Costs
+    number: int,
+    site: Site,
+    ranks: Sequence[int],
+    nodes: Mapping[int, tuple[int, ...]],
+    groups: dict[tuple[int, ...], tuple[int, ...]],
+    config: ShampooConfig,
+    costs: Costs,
 ) -> _Kind:
+    """Kinds share the `groups` that are equal."""
     every, refresh, _ = costs[site.shape]
     by_size: dict[int, list[int]] = defaultdict(list)
     by_node: dict[int, int] = defaultdict(int)
@@ -81,8 +93,8 @@ def _kind(
         by_size[elements].append(rank)
         by_node[ranks[rank] // config.ranks_per_node] += elements
     near = [tuple(sorted(by_size[elements])) for elements in sorted(by_size, reverse=True)]
-    node = max(by_node, key=lambda node: (by_node[node], -node))
-    near.append(tuple(r for r, rank in enumerate(ranks) if rank // config.ranks_per_node == node))
+    near.append(nodes[max(by_node, key=lambda node: (by_node[node], -node))])
+    near = [groups.setdefault(group, group) for group in near]
     return _Kind(
         every=every,
         step=every + refresh,
@@ -121,27 +133,21 @@ def _deal(
 ) -> tuple[list[int], list[tuple[float, float]]]:
     """The owners of the blocks, each near its block within the limits, or for even work alone; for
     each phase the largest FLOPs and mean FLOPs that a rank came to."""
-    owners, largest = [-1] * len(kinds), []
+    owners, largest, everybody = [-1] * len(kinds), [], tuple(range(ranks))
     every, mean = [0.0] * ranks, [0.0] * ranks
     for phase, blocks in enumerate(order):
         load = list(every)
         most_step, most_mean = limits[phase] if limits else (0.0, 0.0)
-        heap = [(flops, rank) for rank, flops in enumerate(load)]
-        heapq.heapify(heap)
+        heaps: _Heaps = {}
         for block in blocks:
             kind, owner = kinds[block], -1
             for group in kind.near if limits else ():
-                rank = min(group, key=load.__getitem__)
+                rank = _least_busy(group, load, heaps)
                 if load[rank] + kind.step <= most_step and mean[rank] + kind.mean <= most_mean:
                     owner = rank
                     break
             if owner < 0:
-                while heap[0][0] != load[heap[0][1]]:  # out of date: there is a newer entry
-                    heapq.heappop(heap)
-                owner = heap[0][1]
-                heapq.heapreplace(heap, (load[owner] + kind.step, owner))
-            else:
-                heapq.heappush(heap, (load[owner] + kind.step, owner))
+                owner = _least_busy(everybody, load, heaps)
             owners[block] = owner
             load[owner] += kind.step
             every[owner] += kind.every
@@ -188,3 +194,19 @@ def _deal_near(
             every[owner] += kind.every
             mean[owner] += kind.mean
     return owners
+
+
+_Heaps = dict[int, list[tuple[float, int]]]
+"""Load and rank of those of a group, by its id; loads may be older and smaller than now."""
+
+
+def _least_busy(group: tuple[int, ...], load: Sequence[float], heaps: _Heaps) -> int:
+    """The rank of a group that has the least load, the first of several."""
+    heap = heaps.get(id(group))
+    if heap is None:
+        heap = heaps[id(group)] = [(load[rank], rank) for rank in group]
+        heapq.heapify(heap)
+    while heap[0][0] != load[heap[0][1]]:
+        rank = heap[0][1]
+        heapq.heapreplace(heap, (load[rank], rank))
+    return heap[0][1]

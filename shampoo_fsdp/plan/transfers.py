@@ -2,14 +2,12 @@
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.grid import BlockGrid, Rectangle
-from shampoo_fsdp.plan.owners import Costs
-from shampoo_fsdp.plan.shards import ParameterSpec, ShardMap, Site, shape_of, volume
+from shampoo_fsdp.plan.shards import ShardMap, Site, shape_of, volume
 
 __all__ = ["OwnedBlock", "Part", "Plan", "Slices", "make_plan"]
 
@@ -91,15 +89,8 @@ class Plan:
     """Equal on two ranks if and only if they planned the same."""
 
 
-def make_plan(
-    parameters: Sequence[ParameterSpec], config: ShampooConfig, costs: Costs, rank: int
-) -> Plan:
-    """Plan the blocks of parameters that live on the same ranks, as seen by one of them.
-
-    Raises:
-        ValueError: names the parameter whose placement is not supported.
-    """
-    assignment = Assignment(parameters, config, costs, rank)
+def make_plan(assignment: Assignment, rank: int) -> Plan:
+    """What the assignment of blocks means for one of their ranks."""
     me = bisect.bisect_left(assignment.ranks, rank)
     maps = assignment.maps
     owned = zip(assignment.sites, assignment.owners, strict=True)

@@ -3,9 +3,9 @@
 Pieces of shards and blocks are rows of flat memory; a route says in which order rows travel.
 """
 
-import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -271,20 +271,23 @@ def _in_order(pieces: Sequence[_Piece], ranks: RankSet) -> tuple[Tensor, list[in
     """Numbers of the rows of pieces, int32, on the CPU, those of this rank first, then by rank; and
     how many are of each other rank."""
     me, of_others = ranks.position, [0] * len(ranks.ranks)
-    ordered = sorted(pieces, key=lambda piece: (piece[0] != me, piece[0]))  # stable
-    for peer, (_, steps) in ordered:
+    # Most pieces are like others: few operators, however many there are.
+    alike: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = defaultdict(list)
+    place = 0
+    for peer, (first, steps) in sorted(pieces, key=lambda piece: (piece[0] != me, piece[0])):
+        alike[steps].append((place, first))
+        count = math.prod(count for count, _ in steps)
+        place += count
         if peer != me:
-            of_others[peer] += math.prod(count for count, _ in steps)
-    # Neighbours are mostly alike: few operators, however many pieces.
-    alike = itertools.groupby((rows for _, rows in ordered), key=lambda rows: rows[1])
-    numbers = [torch.empty(0, dtype=torch.int32, device="cpu")]
-    for steps, run in alike:
-        first = torch.tensor([start for start, _ in run], dtype=torch.int32, device="cpu")
-        numbers.append((first.unsqueeze(1) + _pattern(steps)).flatten())
-    return torch.cat(numbers), of_others
+            of_others[peer] += count
+    numbers = torch.empty(place, dtype=torch.int32, device="cpu")
+    for steps, found in alike.items():
+        pattern = _pattern(steps)
+        places, firsts = torch.tensor(found, device="cpu").unsqueeze(-1).unbind(1)
+        numbers[places + _count(len(pattern))] = firsts.int() + pattern
+    return numbers, of_others
 
 
-@functools.lru_cache(maxsize=256)
 def _pattern(steps: tuple[tuple[int, int], ...]) -> Tensor:
     numbers = torch.zeros(1, dtype=torch.int32, device="cpu")
     for count, stride in steps:

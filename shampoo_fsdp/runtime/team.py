@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
+from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.grid import lr_scale
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.plan.transfers import Part, Plan, make_plan
@@ -129,6 +130,7 @@ def make_parameters(
     replicas: dist.ProcessGroup | None,
     config: ShampooConfig,
     rank_set: Callable[..., RankSet] = RankSet,
+    assign: Callable[..., Assignment] = Assignment,
 ) -> Parameters:
     """Plan all parameters.
 
@@ -139,6 +141,7 @@ def make_parameters(
         states: the optimizer's.
         replicas: where plain tensors are replicated.
         rank_set: makes one of ranks and their process group.
+        assign: makes the assignment of blocks.
 
     Raises:
         ValueError: on every rank, if ranks disagree or a parameter cannot be planned.
@@ -172,7 +175,7 @@ def make_parameters(
             rank_sets.append(ranks)
             chosen = [m for m in living if is_preconditioned(m.name, m.spec.shape, config)]
             if chosen:
-                agreed.append((chosen, _agreed_plan(chosen, ranks, config)))
+                agreed.append((chosen, _agreed_plan(chosen, ranks, config, assign)))
     finally:  # all ranks take part, wherever something has failed
         # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
         fewer = {plan.ranks: [m.parameter for m in chosen] for chosen, plan in agreed}
@@ -221,13 +224,18 @@ def _facts(specs: Sequence[ParameterSpec], config: ShampooConfig) -> dict[str, S
     }
 
 
-def _agreed_plan(members: Sequence[Member], ranks: RankSet, config: ShampooConfig) -> Plan:
+def _agreed_plan(
+    members: Sequence[Member],
+    ranks: RankSet,
+    config: ShampooConfig,
+    assign: Callable[..., Assignment],
+) -> Plan:
     """Raise a ValueError on every rank if one of them cannot take part."""
     problem = None
     try:
         rank = dist.get_rank() if len(ranks.ranks) > 1 else ranks.ranks[0]
         specs = [member.spec for member in members]
-        plan = make_plan(specs, config, BlockCosts(config), rank)
+        plan = make_plan(assign(specs, config, BlockCosts(config), rank), rank)
         for member, part in zip(members, plan.parts, strict=True):
             _check(member, part, config)
     except Exception as error:

@@ -18,18 +18,29 @@ from rich.console import Console
 from shampoo_fsdp import __version__
 from shampoo_fsdp.config import FIELD_TEXTS, ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords
+from shampoo_fsdp.model_groups import typed_parameters
+from shampoo_fsdp.runtime.choice import with_embeddings
+from shampoo_fsdp.runtime.groups import FromEmbedding
 from shampoo_fsdp.tools.compare.command import add_options, compare
-from shampoo_fsdp.tools.dry_step import model_step
-from shampoo_fsdp.tools.inspection import inspect_checkpoint
-from shampoo_fsdp.tools.inspection_report import print_report
-from shampoo_fsdp.tools.machine import add_rates, machine_of
-from shampoo_fsdp.tools.models import MESH_DIMS, MODELS, model_specs
+from shampoo_fsdp.tools.inspection import differences, inspect_checkpoint
+from shampoo_fsdp.tools.inspection_report import print_report, write_report
+from shampoo_fsdp.tools.models import (
+    MESH_DIMS,
+    MODELS,
+    hugging_face_model,
+    module_of,
+    parameters_of,
+    stages_of,
+)
 from shampoo_fsdp.tools.parser import Parser
-from shampoo_fsdp.tools.plan_figures import plan_figures
-from shampoo_fsdp.tools.plan_tables import print_plan
+from shampoo_fsdp.tools.plan_figures import JobPlan
+from shampoo_fsdp.tools.plan_report import add_plan_options, report_plan
+from shampoo_fsdp.tools.tables import print_json
 from shampoo_fsdp.validation import refuse_unknown
 
 __all__ = ["main"]
+
+_SETTINGS = typing.get_type_hints(ShampooConfig)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,32 +63,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan(*, model: str, mesh: str, device: str, json: bool, **settings: Any) -> None:
-    machine = machine_of(settings)
-    config = settings_from_keywords(settings)
-    sizes = mesh_of(mesh)
-    models = [model_specs(model, sizes)]
-    figures = plan_figures(f"{model} on {mesh}", models, config, device)
-    if device == "cuda":
-        figures["step"] = model_step(figures, models, machine, sizes.get("tp", 1))
-    if json:
-        _print_json(figures)
-    else:
-        print_plan(figures, Console())
+def _plan(
+    *,
+    mesh: str,
+    model: str | None = None,
+    hf: str | None = None,
+    module: str | None = None,
+    **options: Any,
+) -> None:
+    settings = {name: options.pop(name) for name in _SETTINGS if name in options}
+    config, sizes = settings_from_keywords(settings), mesh_of(mesh)
+    name, parameters = model, None
+    if name is None:
+        built = hugging_face_model(hf) if hf else module_of(module or "")
+        name, parameters = type(built).__name__, parameters_of(built)
+        pairs = typed_parameters(built)
+        embeddings = [pair.name for pair in pairs if isinstance(pair, FromEmbedding)]
+        config = with_embeddings(config, embeddings)
+    stages = stages_of(name, sizes, parameters)
+    job = JobPlan(f"{name} on {mesh}", stages, config, options["device"])
+    report_plan(job, options, sizes.get("tp", 1) * sizes.get("pp", 1))
 
 
-def _inspect(*, checkpoint: str, json: bool, parameter: str, blocks: int | None) -> None:
-    found = inspect_checkpoint(Path(checkpoint), parameter, blocks)
+def _inspect(
+    *, checkpoint: list[str], json: bool, html: str | None, parameter: str, blocks: int | None
+) -> None:
+    if len(checkpoint) > 2:
+        raise ValueError(
+            f"{len(checkpoint)} checkpoints are given; allowed: one, or two to compare."
+        )
+    folders = list(map(Path, checkpoint))
+    found = [inspect_checkpoint(folder, parameter, blocks) for folder in folders]
+    if len(found) == 2:
+        first, second = ({p["name"]: p for p in of["parameters"]} for of in found)
+        both = [name for name in first if name in second]
+        found[1]["moved"] = differences(folders[0], folders[1], both)
+    if html:
+        write_report(Path(html), found)
     if json:
-        _print_json(found)
+        print_json(found[0] if len(found) == 1 else found)
     else:
         # Names and figures need room; a file or a pipe has it.
         known = sys.stdout.isatty() or "COLUMNS" in os.environ
         print_report(found, Console(width=None if known else 130))
-
-
-def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=2), flush=True)
 
 
 def _parser() -> Parser:
@@ -90,15 +118,18 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", argument_default=argparse.SUPPRESS, help="show a plan")
     plan.set_defaults(run=_plan)
-    plan.add_argument("--model", required=True, help=", ".join(MODELS))
+    what = plan.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help=", ".join(MODELS))
+    what.add_argument("--hf", metavar="config.json", help="a language model of Hugging Face's")
+    what.add_argument(
+        "--module", metavar="FILE.py:FUNCTION", help="returns a module, built without memory"
+    )
     plan.add_argument(
         "--mesh", required=True, help=f"sizes of {', '.join(MESH_DIMS)}, as in dp_shard=64,tp=8"
     )
-    plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
-    plan.add_argument("--json", action="store_true", default=False, help="figures as JSON")
-    add_rates(plan)
+    add_plan_options(plan)
     settings = plan.add_argument_group("settings of Shampoo")
-    for name, annotation in typing.get_type_hints(ShampooConfig).items():
+    for name, annotation in _SETTINGS.items():
         text = FIELD_TEXTS.get(name, "").replace("%", "%%")
         if annotation == list[str]:
             settings.add_argument(f"--{name}", nargs="+", metavar="X", help=text)
@@ -109,8 +140,11 @@ def _parser() -> Parser:
     add_options(comparison)
     inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("checkpoint", help="its folder, such as outputs/checkpoint/step-500")
+    inspect.add_argument(
+        "checkpoint", nargs="+", help="its folder, such as outputs/checkpoint/step-500; or two"
+    )
     inspect.add_argument("--json", action="store_true", help="figures as JSON")
+    inspect.add_argument("--html", metavar="FILE", help="a page with pictures, too")
     inspect.add_argument(
         "--parameter", default="", metavar="REGEX", help="only those whose name contains a match"
     )

@@ -5,6 +5,8 @@ not answer, but what is sent to them is known. Counts are exact; times follow fr
 """
 
 import dataclasses
+import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +28,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from shampoo_fsdp.build import Runtime
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.optimizer import Shampoo
+from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded, shape_of, shard_rectangle
 from shampoo_fsdp.runtime.bucket import Stopwatch
 from shampoo_fsdp.runtime.ranks import RankSet
+from shampoo_fsdp.state import State
 from shampoo_fsdp.tools.machine import Machine
+from shampoo_fsdp.tools.plan_figures import JobPlan
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
@@ -43,12 +48,16 @@ _T = TypeVar("_T")
 
 @contextmanager
 def dry_optimizer(
-    specs: Sequence[ParameterSpec], config: ShampooConfig, rank: int
+    specs: Sequence[ParameterSpec],
+    config: ShampooConfig,
+    rank: int,
+    assignments: Sequence[Assignment] = (),
 ) -> Iterator[Shampoo]:
     """Shampoo, as a rank has it in the long run; for :func:`dry_step` within.
 
     Args:
         specs: its parameters; all live on this rank.
+        assignments: those that are known already, of these settings.
 
     Raises:
         ValueError: of Shampoo.
@@ -58,14 +67,15 @@ def dry_optimizer(
     settings = dataclasses.asdict(config)
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
-        with pretended_gpu():
+        with pretended_gpu(), warnings.catch_warnings():
+            # A part of a model may lack what an expression is about.
+            warnings.filterwarnings("ignore", message=".*which the name of no parameter matches")
             meshes: dict[Any, DeviceMesh] = {}
             named = {spec.name: _sharded(spec, rank, meshes) for spec in specs}
-            optimizer = _DryShampoo(named.items(), **settings)
-            for state in optimizer.state.values():
-                for name, value in (("step", _STEPS), ("factor_step", _STEPS), ("refreshed", 1.0)):
-                    if name in state:
-                        state[name].fill_(value)
+            optimizer = _DryShampoo(named.items(), assignments, **settings)
+            for member in optimizer._parameters.members:
+                for name, counter in member.counters.items():
+                    counter.fill_(1.0 if name == "refreshed" else _STEPS)
             for parameter in named.values():
                 parameter.grad = _like(parameter)
             yield optimizer
@@ -82,12 +92,7 @@ def dry_step(optimizer: Shampoo, machine: Machine, *, by_line: bool = False) -> 
     return work
 
 
-def model_step(
-    plan: dict[str, Any],
-    models: Sequence[Sequence[ParameterSpec]],
-    machine: Machine,
-    sharing: int = 1,
-) -> dict[str, Any]:
+def model_step(job: JobPlan, machine: Machine, sharing: int = 1) -> dict[str, Any]:
     """A step of the rank with the most work, and a training step: plain dicts and numbers.
 
     "parts" are the ms that the GPU computes for each, "waited" those in which it has nothing to do
@@ -95,26 +100,25 @@ def model_step(
     optimizer's time by that; "peak_bytes" are beside parameters, gradients and state.
 
     Args:
-        plan: see :func:`shampoo_fsdp.tools.plan_figures.plan_figures`.
-        models: what it was made of.
         sharing: GPUs of a data-parallel rank, see :meth:`Machine.training_step`.
 
     Raises:
         RuntimeError: if torch.distributed is in use already.
     """
-    rank, settings = plan["worst_rank"]["rank"], ShampooConfig(**plan["settings"])
+    rank = job.figures["worst_rank"]["rank"]
     works = []
     with Console(stderr=True).status("Modelling a step"):  # of large models for half a minute
-        for specs in models:
+        for specs in job.models:
             if here := [spec for spec in specs if rank in spec.ranks]:
-                with dry_optimizer(here, settings, rank) as optimizer:
+                with dry_optimizer(here, job.config, rank, job.assignments) as optimizer:
                     works.append(dry_step(optimizer, machine))
     total = sum((work.total for work in works), Counter[str]())
     parts = Counter[str]()
     for work in works:
         parts.update(work.busy)
     waited = sum(transfer.waited for work in works for transfer in work.transfers)
-    took, training = sum(parts.values()) + waited, machine.training_step(plan["elements"], sharing)
+    took = sum(parts.values()) + waited
+    training = machine.training_step(job.figures["elements"], sharing)
     return {
         "rank": rank,
         "machine": dataclasses.asdict(machine),
@@ -133,9 +137,29 @@ class _DryShampoo(Shampoo):
     work: Work
     """That the step which is taken is counted in."""
 
+    def __init__(self, named: Any, known: Sequence[Assignment], **settings: Any) -> None:
+        self._known = known
+        super().__init__(named, **settings)
+
     @property
     def runtime(self) -> Runtime:
-        return Runtime(partial(_DryRanks, of=self), partial(_DryWatch, of=self), reads_back=False)
+        ranks, watch = partial(_DryRanks, of=self), partial(_DryWatch, of=self)
+        return Runtime(ranks, watch, self._assign, _DryState, reads_back=False)
+
+    def _assign(self, specs: Sequence[ParameterSpec], *others: Any) -> Assignment:
+        known = (of for of in self._known if of.parameters == specs)
+        return next(known, None) or Assignment(specs, *others)
+
+
+class _DryState(State):
+    """That of excluded parameters, which their steps look at. What is shown of each block would
+    take longest, and nobody looks at it."""
+
+    def _make_entries(self) -> Iterator[Any]:
+        return itertools.islice(super()._make_entries(), len(self.excluded.members))
+
+    def take_back(self, states: Any) -> None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ def inspect_checkpoint(
         ValueError: says what is wrong with the folder, the pattern or the state of a parameter.
     """
     reader = CheckpointReader(folder)
-    found = {key.partition("state.")[2]: keys for key, keys in state_keys(reader.metadata).items()}
-    if not found:
-        raise ValueError(f"{folder} has no optimizer state; was only the model saved?")
+    found = _state_of(reader, folder)
     try:
         chosen = sorted((name for name in found if re.search(pattern, name)), key=_natural)
     except re.error as error:
@@ -95,6 +93,49 @@ def inspect_checkpoint(
     }
 
 
+def differences(old: Path, new: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """How far entries have moved from one checkpoint to another: the norm of their difference by
+    that of the old values, by parameter and entry ("weight" is the parameter itself); of entries
+    that both have in one shape.
+
+    Raises:
+        ValueError: as :func:`inspect_checkpoint`.
+    """
+    readers = [CheckpointReader(folder) for folder in (old, new)]
+    states = [_state_of(reader, old) for reader in readers]
+    result = {}
+    for name in names:
+        first, second = (
+            _tensors(reader, name, state[name])
+            for reader, state in zip(readers, states, strict=True)
+        )
+        moved = {}
+        for entry in first.keys() & second.keys() - {"step", "factor_step", "refreshed"}:
+            shape = readers[0].shape(first[entry])
+            if shape == readers[1].shape(second[entry]) and 0 not in shape:
+                before = readers[0].tensor(first[entry]).double()
+                after = readers[1].tensor(second[entry]).double()
+                norm = before.norm().item()
+                moved[entry] = (after - before).norm().item() / norm if norm else math.inf
+        result[name] = dict(sorted(moved.items()))
+    return result
+
+
+def _state_of(reader: CheckpointReader, folder: Path) -> dict[str, Mapping[str, str]]:
+    """The keys of each parameter's entries."""
+    found = {key.partition("state.")[2]: keys for key, keys in state_keys(reader.metadata).items()}
+    if not found:
+        raise ValueError(f"{folder} has no optimizer state; was only the model saved?")
+    return dict(found)
+
+
+def _tensors(reader: CheckpointReader, name: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """The keys of what has values of a parameter, itself included."""
+    tensors = {entry: key for entry, key in keys.items() if entry != MARKER}
+    tensors.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
+    return tensors
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key to sort names by: layer 2 comes before layer 10."""
     parts = name.split(".")
@@ -108,8 +149,7 @@ def _parameter(
     settings: dict[str, Any],
     most_blocks: int | None,
 ) -> dict[str, Any]:
-    tensors = {entry: key for entry, key in keys.items() if entry != MARKER}
-    tensors.update(("weight", key) for key in (f"model.{name}", name) if key in reader.metadata)
+    tensors = _tensors(reader, name, keys)
     marker, view = (reader.shape(keys[e]) if e in keys else () for e in (MARKER, "exp_avg"))
     grid = _grid(reader, keys["exp_avg"], marker) if marker else None
     places = list(grid.coordinates()) if grid else []

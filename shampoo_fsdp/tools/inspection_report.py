@@ -1,78 +1,168 @@
-"""What `python -m shampoo_fsdp inspect` shows of a checkpoint."""
+"""What `python -m shampoo_fsdp inspect` shows of a checkpoint, or of two."""
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
-from shampoo_fsdp.tools.tables import by_size, number_columns, times, titled_table
+from shampoo_fsdp.tools import page
+from shampoo_fsdp.tools.tables import Table, by_size, for_terminal, times, without_numbers
 
 _HEADS = (
-    "shape", "step", "blocks", "condition number", "effective rank", "vanishing", "state",
+    "parameter", "shape", "step", "blocks", "condition number", "effective rank", "vanishing",
+    "state",
 )  # fmt: skip
 
+_MANY = 0.5
+"""So much of a factor's eigenvalues may vanish without a remark."""
 
-def print_report(checkpoint: Mapping[str, Any], console: Console) -> None:
+_Checkpoint = Mapping[str, Any]
+
+
+def print_report(checkpoints: Sequence[_Checkpoint], console: Console) -> None:
     """Tables for people.
 
     Args:
-        checkpoint: see :func:`shampoo_fsdp.tools.inspection.inspect_checkpoint`.
+        checkpoints: one or two, see :func:`shampoo_fsdp.tools.inspection.inspect_checkpoint`; the
+            second one with what "moved" since the first.
     """
-    say = partial(console.print, highlight=False)
+    for part in _parts(checkpoints):
+        if isinstance(part, Table):
+            console.print(for_terminal(part))
+        else:
+            style = "red" if "NaN or infinite in" in part else None
+            console.print(escape(part), highlight=False, style=style)
+
+
+def write_report(path: Path, checkpoints: Sequence[_Checkpoint]) -> None:
+    """The same as a page, with pictures.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    parts = []
+    for checkpoint in checkpoints:
+        if spectra := _spectra(checkpoint["parameters"]):
+            drawn = page.curves(spectra, "place among the eigenvalues", "eigenvalue by the largest")
+            parts.append(f"<h2>Spectra of factors at step {_step(checkpoint)}</h2>{drawn}")
+    verdicts = [(p["name"], verdict_of(p)) for p in checkpoints[-1]["parameters"]]
+    parts.append(page.table(Table("Health", ("parameter", "verdict"), verdicts)))
+    title = " and ".join(Path(checkpoint["folder"]).name for checkpoint in checkpoints)
+    page.write_report(path, f"Checkpoint {title}", _parts(checkpoints), parts)
+
+
+def verdict_of(parameter: Mapping[str, Any]) -> str:
+    """How a parameter's state looks, in a few words; they begin with "healthy" if it is so."""
+    if bad := parameter["nonfinite"].items():
+        return ", ".join(f"{number:,} NaN or infinite in {entry}" for entry, number in bad)
+    factors = [factor for block in parameter["blocks"] for factor in block["factors"]]
+    if parameter["factor_step"] == 0:
+        return "cold: its factors have seen no gradient"
+    if empty := sum(factor["spectrum"] is None for factor in factors):
+        return f"idle: {empty:,} of {len(factors):,} factors are zero"
+    vanishing = max((factor["vanishing"] for factor in factors), default=0.0)
+    if vanishing > _MANY:
+        return f"low rank: {vanishing:.0%} of the eigenvalues of a factor vanish"
+    return "healthy" if factors else "healthy (not preconditioned)"
+
+
+def _parts(checkpoints: Sequence[_Checkpoint]) -> Iterator[str | Table]:
+    for checkpoint in checkpoints:
+        yield from _head(checkpoint)
+    if len(checkpoints) == 2:
+        yield from _changes(*checkpoints)
+    last = checkpoints[-1]["parameters"]
+    groups = Counter(", ".join(_settings(p)) for p in last)
+    rows = [(of or "(none are saved)", f"{number:,}") for of, number in groups.items()]
+    yield Table("Settings of parameter groups", ("settings", "parameters"), rows)
+    yield Table("Parameters", _HEADS, [_figures(p) for p in last])
+    for p in last:
+        if not (verdict := verdict_of(p)).startswith("healthy"):
+            yield f"{p['name']}: {verdict}"
+    if not any(p["nonfinite"] for p in last):
+        yield "All numbers are finite."
+    if any(p["blocks"] for p in last):
+        yield (
+            "Vanishing: eigenvalues below the floor of the roots, 2^-23 of the largest (1e-5 "
+            "with kl_shampoo, 2^-12 for factors in bf16). Condition number: largest eigenvalue by "
+            "smallest, which counts as at least the floor. Effective rank: exp of the entropy of "
+            "the eigenvalues, by n. Medians over blocks, / between dimensions."
+        )
+
+
+def _head(checkpoint: _Checkpoint) -> Iterator[str]:
     parameters = checkpoint["parameters"]
     preconditioned = [p for p in parameters if p["max_preconditioner_dim"] is not None]
-    say(
-        f"[bold]{escape(checkpoint['folder'])}[/bold]: step {_range(parameters, 'step')}"
-        f", {checkpoint['files']:,} files of {by_size(checkpoint['bytes_on_disk'])}"
+    yield (
+        f"{checkpoint['folder']}: step {_step(checkpoint)}, {checkpoint['files']:,} files of "
+        f"{by_size(checkpoint['bytes_on_disk'])}"
     )
     if preconditioned:
         rules = ", ".join(sorted({p["preconditioner"] for p in preconditioned}))
-        say(
+        yield (
             f"{len(preconditioned):,} of {len(parameters):,} parameters are preconditioned "
             f"({rules}), with max_preconditioner_dim = "
             f"{_range(preconditioned, 'max_preconditioner_dim')}."
         )
     elif checkpoint["optimizer"] == "Shampoo":
-        say("None of these parameters is preconditioned.")
+        yield "None of these parameters is preconditioned."
     else:
-        say("No parameter is preconditioned: AdamW (or another optimizer) has saved this.")
+        yield "No parameter is preconditioned: AdamW (or another optimizer) has saved this."
     if checkpoint["training"]:
         found = ", ".join(f"{name} = {value}" for name, value in checkpoint["training"].items())
-        say(f"The training's own count: {escape(found)}.")
-    say(_settings_table(parameters))
-    names = Column("parameter", overflow="fold")
-    table = titled_table("Parameters", names, *number_columns(*_HEADS))
-    for p in parameters:
-        table.add_row(escape(p["name"]), *_figures(p))
-    say(table)
-    bad = [(p["name"], entry, n) for p in parameters for entry, n in p["nonfinite"].items()]
-    for name, entry, number in bad:
-        console.print(f"[red]{escape(name)}: {number:,} NaN or infinite in {entry}[/red]")
-    if not bad:
-        say("[green]All numbers are finite.[/green]")
-    if preconditioned:
-        say(
-            "[dim]Vanishing: eigenvalues below the floor of the roots, 2^-23 of the largest (1e-5 "
-            "with kl_shampoo, 2^-12 for factors in bf16). Condition number: largest eigenvalue by "
-            "smallest, which counts as at least the floor. Effective rank: exp of the entropy of "
-            "the eigenvalues, by n. Medians over blocks, / between dimensions.[/dim]"
-        )
+        yield f"The training's own count: {found}."
 
 
-def _settings_table(parameters: Sequence[Mapping[str, Any]]) -> Table:
-    groups = Counter(
-        ", ".join(f"{name} = {value}" for name, value in sorted(p["settings"].items()))
-        for p in parameters
+def _changes(old: _Checkpoint, new: _Checkpoint) -> Iterator[str | Table]:
+    before, after = ({p["name"]: p for p in of["parameters"]} for of in (old, new))
+    for where, only in (("first", before.keys() - after), ("second", after.keys() - before)):
+        if only:
+            yield f"Only in the {where}: {', '.join(sorted(only))}."
+    both = {name: (before[name], p) for name, p in after.items() if name in before}
+    settings = Counter(
+        change for one, other in both.values() for change in {*_settings(one)} ^ {*_settings(other)}
     )
-    table = titled_table("Settings of parameter groups", *number_columns("parameters"), "settings")
-    for settings, number in groups.items():
-        table.add_row(f"{number:,}", escape(settings) or "(none are saved)")
-    return table
+    if settings:
+        yield f"Settings that only one has: {', '.join(sorted(settings))}."
+    entries = sorted({entry for moved in new["moved"].values() for entry in moved})
+    entries.sort(key=lambda entry: entry != "weight")
+    rows = []
+    for name, pair in both.items():
+        steps, ranks = ([figure[k] for figure in map(_figures, pair)] for k in (2, 5))
+        moved = (
+            f"{of:.3g}" if (of := new["moved"][name].get(e)) is not None else "-" for e in entries
+        )
+        rows.append((name, " to ".join(steps), *moved, " to ".join(dict.fromkeys(ranks))))
+    title = "What has moved: the norm of the difference by the norm before"
+    yield Table(title, ("parameter", "step", *entries, "effective rank"), rows)
+
+
+def _spectra(parameters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """For each kind of parameter and dimension the median over all blocks, at each place."""
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for p in parameters:
+        kind = ".".join(without_numbers(p["name"]).removesuffix(".weight").split(".")[-2:])
+        for factor in (factor for block in p["blocks"] for factor in block["factors"]):
+            if factor["spectrum"]:
+                found[f"{kind}, {_SIDES.get(factor['dimension'], '')}"].append(factor["spectrum"])
+    return {
+        name: (
+            [k / 64 for k in range(65)],
+            [statistics.median(of) for of in zip(*all_, strict=True)],
+        )
+        for name, all_ in found.items()
+    }
+
+
+_SIDES = {0: "rows", 1: "columns"}
+
+
+def _settings(p: Mapping[str, Any]) -> list[str]:
+    return [f"{name} = {value}" for name, value in sorted(p["settings"].items())]
 
 
 def _figures(p: Mapping[str, Any]) -> tuple[str, ...]:
@@ -87,6 +177,7 @@ def _figures(p: Mapping[str, Any]) -> tuple[str, ...]:
         for factor in block["factors"]:
             by_dimension[factor["dimension"]].append(factor)
     return (
+        p["name"],
         times(p["shape"]),
         step,
         blocks,
@@ -109,6 +200,10 @@ def _medians(
         known = [f[name] / (f["n"] if by_rows else 1) for f in factors if f[name] is not None]
         shown.append(form.format(statistics.median(known)) if known else "nan")
     return " / ".join(shown)
+
+
+def _step(checkpoint: _Checkpoint) -> str:
+    return _range(checkpoint["parameters"], "step")
 
 
 def _range(parameters: Sequence[Mapping[str, Any]], name: str) -> str:

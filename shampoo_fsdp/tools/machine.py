@@ -42,6 +42,8 @@ class Machine:
     their length, over all microbatches."""
     active: float = 1.0
     """The part of all parameters that a token uses; mixtures of experts use less than all."""
+    gpu_memory: float = 79.1
+    """GiB that programs can have."""
 
     def milliseconds(self, work: Mapping[str, float]) -> float:
         """Time of a kernel, or of some that are alike, by FLOPs by precision, decompositions, bytes
@@ -71,14 +73,35 @@ class Machine:
         return ", ".join(f"{name} {rate:,g}" for name, rate in dataclasses.asdict(self).items())
 
 
+GPUS: dict[str, dict[str, float]] = {
+    "h100-80gb": {},
+    "h200-141gb": {"bandwidth": 3.4, "gpu_memory": 139.8},
+    "a100-40gb": {
+        "bf16": 190.0, "tf32": 60.0, "fp32": 15.0, "training": 126.0, "bandwidth": 1.1,
+        "node": 200.0, "network": 22.0, "gpu_memory": 39.4,
+    },
+    "a100-80gb": {
+        "bf16": 190.0, "tf32": 60.0, "fp32": 15.0, "training": 126.0, "bandwidth": 1.4,
+        "node": 200.0, "network": 22.0, "gpu_memory": 79.1,
+    },
+    "b200-180gb": {
+        "bf16": 1360.0, "tf32": 430.0, "fp32": 60.0, "training": 910.0, "bandwidth": 5.7,
+        "node": 600.0, "gpu_memory": 178.0,
+    },
+}  # fmt: skip
+"""By name what differs from an H100: its rates, by the ratio of what is advertised. Those of
+decompositions and launches are not known."""
+
+
 def add_rates(parser: argparse.ArgumentParser) -> None:
-    """An option for each of them."""
+    """An option for each of them, and `--gpu`."""
+    parser.add_argument("--gpu", default="h100-80gb", choices=GPUS, help="default: h100-80gb")
     options = parser.add_argument_group(
-        "of a GPU, its network and its host (TFLOP/s, TB/s, ms, GB/s, microseconds)"
+        "of a GPU, its network and its host (TFLOP/s, TB/s, ms, GB/s, microseconds, GiB)"
     )
     for field in dataclasses.fields(Machine):
         options.add_argument(
-            f"--{field.name}", type=float, default=field.default, help=f"default: {field.default}"
+            f"--{field.name}", type=float, default=None, help=f"of an H100: {field.default}"
         )
 
 
@@ -88,8 +111,9 @@ def machine_of(options: dict[str, Any]) -> Machine:
     Raises:
         ValueError: names a rate that is not positive.
     """
-    rates = {field.name: options.pop(field.name) for field in dataclasses.fields(Machine)}
+    given = {field.name: options.pop(field.name) for field in dataclasses.fields(Machine)}
+    rates = {name: rate for name, rate in given.items() if rate is not None}
     for name, rate in rates.items():
         if not rate > 0.0:
             raise ValueError(f"--{name} is {rate}; it must be positive.")
-    return Machine(**rates)
+    return Machine(**GPUS[options.pop("gpu")] | rates)

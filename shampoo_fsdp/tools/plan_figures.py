@@ -5,10 +5,11 @@ have one each); a rank's figures are the sums over its plans.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from operator import sub
 from typing import Any
@@ -27,7 +28,7 @@ from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.tables import times
 from shampoo_fsdp.validation import refuse, unmatched
 
-__all__ = ["plan_figures"]
+__all__ = ["JobPlan", "fit_of"]
 
 QUANTITIES = {
     "gflop_per_step": "load, GFLOP per step",
@@ -48,54 +49,101 @@ _COSTS = ("flop", "refresh_flop", "state_bytes")
 _EVEN = 1.05
 
 
-def plan_figures(
-    title: str,
-    models: Sequence[Sequence[ParameterSpec]],
-    config: ShampooConfig,
-    device: str = "cuda",
-) -> dict[str, Any]:
-    """Figures of all ranks of a job: plain dicts, lists, strings and numbers.
+class JobPlan:
+    """Who owns what in a job, on all ranks."""
 
-    GiB are 2^30 bytes, GFLOP 10^9 operations. "ranks" share blocks; where replicas repeat the work
-    they are those of the first one, as others are alike. "least_gib_sent_by_all_ranks" is what
-    would be sent if every block were owned by a rank that holds most of it.
+    def __init__(
+        self,
+        title: str,
+        models: Sequence[Sequence[ParameterSpec]],
+        config: ShampooConfig,
+        device: str = "cuda",
+    ) -> None:
+        """
+        Args:
+            title: what the job is, for the head of the report.
+            models: the parameters of each optimizer of the job, the excluded ones included: one
+                list, or one for each part of the model under pipeline parallelism.
+            device: type of what it will run on, which decides about settings that are None.
+
+        Raises:
+            ValueError: as :class:`shampoo_fsdp.plan.assignment.Assignment`, or if an expression of
+                `split_heads` or `exclude` matches nothing.
+        """
+        self.title, self.models, self.given, self.device = title, models, config, device
+        self.chosen_by_device = reasons(config, torch.device(device))
+        self.config = config = on_device(config, torch.device(device))
+        self.assignments = [of for members in models for of in _assignments(members, config)]
+        self.specs = list(itertools.chain.from_iterable(models))
+        names = [spec.name for of in self.assignments for spec in of.parameters]
+        for pattern in unmatched(config.split_heads, names):
+            refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
+        for pattern in unmatched(config.excluded_names, [spec.name for spec in self.specs]):
+            if pattern in config.exclude:
+                refuse("exclude", pattern, "what the name of a parameter matches")
+        self.excluded = [s for s in self.specs if not is_preconditioned(s.name, s.shape, config)]
+        self.totals = [Totals(assignment) for assignment in self.assignments]
+        self.ranks = sorted({rank for of in self.totals or self.specs for rank in of.ranks})
+        """Those that share blocks; where replicas repeat the work those of the first one, as others
+        are alike."""
+        self.values = _values_of(self)
+        """What each rank has of each quantity, the work in each refresh phase included."""
+
+    @functools.cached_property
+    def figures(self) -> dict[str, Any]:
+        """For people and programs: plain dicts, lists, strings and numbers.
+
+        GiB are 2^30 bytes, GFLOP 10^9 operations. "least_gib_sent_by_all_ranks" is what would be
+        sent if every block were owned by a rank that holds most of it.
+        """
+        return _figures_of(self)
+
+    def loads(self) -> list[list[float]]:
+        """For each refresh phase each rank's work on its steps by the mean."""
+        phases = [self.values[f"{_PHASE}{i}"] for i in range(self.config.precondition_frequency)]
+        means = [sum(of_ranks) / len(of_ranks) or 1.0 for of_ranks in phases]
+        return [[load / mean for load in of] for of, mean in zip(phases, means, strict=True)]
+
+
+def fit_of(figures: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, float]:
+    """GiB of the rank that has most of each: "parameters" and "gradients", in fp32, "state" and
+    "connections"; what a "step" needs beside them at its peak; those of the "gpu"; and what is
+    "left" of it when no step is taken, for activations.
 
     Args:
-        title: what the job is, for the head of the report.
-        models: the parameters of each optimizer of the job, the excluded ones included: one list,
-            or one for each part of the model under pipeline parallelism.
-        device: type of what it will run on, which decides about settings that are None.
-
-    Raises:
-        ValueError: as :func:`shampoo_fsdp.plan.transfers.make_plan`, or if an expression of
-            `split_heads` or `exclude` matches nothing.
+        figures: those of :attr:`JobPlan.figures`.
+        step: of :func:`shampoo_fsdp.tools.dry_step.model_step`.
     """
-    chosen = reasons(config, torch.device(device))
-    config = on_device(config, torch.device(device))
-    specs = list(itertools.chain.from_iterable(models))
-    assignments = [of for members in models for of in _assignments(members, config)]
-    names = [spec.name for of in assignments for spec in of.parameters]
-    for pattern in unmatched(config.split_heads, names):
-        refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
-    for pattern in unmatched(config.excluded_names, [spec.name for spec in specs]):
-        if pattern in config.exclude:
-            refuse("exclude", pattern, "what the name of a parameter matches")
+    # Adam's moments are as large as a parameter and its gradient.
+    whole = figures["per_rank"]["adamw_state_gib"]["max"]
+    state, gpu = figures["per_rank"]["state_gib"]["max"], step["machine"]["gpu_memory"]
+    connections = figures["per_rank"]["connections_mib"]["max"] / 1024
+    return {
+        "parameters": whole / 2,
+        "gradients": whole / 2,
+        "state": state,
+        "connections": connections,
+        "step": step["peak_bytes"] / _GIB,
+        "gpu": gpu,
+        "left": gpu - whole - state - connections,
+    }
+
+
+def _figures_of(job: JobPlan) -> dict[str, Any]:
+    config, specs, excluded, values = job.config, job.specs, job.excluded, job.values
+    plans, ranks = job.totals, job.ranks
     elements = sum(math.prod(spec.shape) for spec in specs)
-    excluded = [spec for spec in specs if not is_preconditioned(spec.name, spec.shape, config)]
-    plans = [Totals(assignment) for assignment in assignments]
-    ranks = sorted({rank for part in plans or specs for rank in part.ranks})
-    values = _values_of(ranks, specs, excluded, plans, config)
     spreads = {name: _spread_of(of_ranks) for name, of_ranks in values.items()}
     ratios = {name: _max_over_mean(of_ranks) for name, of_ranks in values.items()}
     worst = max((name for name in values if name.startswith("gflop")), key=lambda n: ratios[n])
     phases = [f"{_PHASE}{i}" for i in range(config.precondition_frequency)]
-    shapes = Counter(site.shape for of in assignments for site in of.sites)
+    shapes = Counter(site.shape for of in job.assignments for site in of.sites)
     costs, sides = BlockCosts(config), {s: sides_without_factor(s, config) for s in shapes}
     place = values[worst].index(spreads[worst]["max"])
     numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # of those that travel
     figures: dict[str, Any] = {
-        "title": title,
-        "chosen_by_device": chosen,
+        "title": job.title,
+        "chosen_by_device": job.chosen_by_device,
         "ranks": len(ranks),
         "nodes": len({rank // config.ranks_per_node for rank in ranks}),
         "owner_scope": config.owner_scope,
@@ -122,10 +170,25 @@ def plan_figures(
             "phase": phases.index(worst) if worst in phases else None,
             "load_over_mean": ratios[worst],
         },
+        "stages": _stages(job),
         "settings": dataclasses.asdict(config),
     }
     figures["worst_rank"]["reason"] = _reason(figures, plans)
     return figures
+
+
+def _stages(job: JobPlan) -> list[dict[str, float]]:
+    """Of the parts of a pipeline, by the ranks that share them, the elements and the mean load."""
+    elements: Counter[tuple[int, ...]] = Counter()
+    for spec in job.specs:
+        elements[tuple(sorted(spec.ranks))] += math.prod(spec.shape)
+    load = dict(zip(job.ranks, job.values["gflop_per_step"], strict=True))
+    result = []
+    for ranks, number in elements.items():
+        loads = [load[rank] for rank in ranks if rank in load]
+        mean = sum(loads) / max(len(loads), 1)
+        result.append({"elements": number, "gflop_per_step": mean})
+    return result
 
 
 def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[Assignment]:
@@ -137,17 +200,11 @@ def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[
     return [Assignment(members, config, costs, ranks[0]) for ranks, members in sharing.items()]
 
 
-def _values_of(
-    ranks: Sequence[int],
-    specs: Sequence[ParameterSpec],
-    excluded: Sequence[ParameterSpec],
-    plans: Sequence[Totals],
-    config: ShampooConfig,
-) -> dict[str, list[float]]:
-    """What each rank has of each quantity, the work in each refresh phase included."""
+def _values_of(job: JobPlan) -> dict[str, list[float]]:
+    config = job.config
     numbers = _GIB / torch_dtype(config.communication_dtype).itemsize
     parts: list[tuple[str, float, Sequence[int], Iterable[float]]] = []
-    for plan in plans:
+    for plan in job.totals:
         parts += [
             ("gflop_per_step", 1e9, plan.ranks, plan.load),
             ("blocks", 1, plan.ranks, plan.owned),
@@ -159,10 +216,10 @@ def _values_of(
         ]
         loads = zip(*plan.phase_load, strict=True)
         parts += [(f"{_PHASE}{i}", 1e9, plan.ranks, load) for i, load in enumerate(loads)]
-    parts += [("state_gib", _GIB, *moments) for moments in _adam_bytes(excluded)]
-    parts += [("adamw_state_gib", _GIB, *moments) for moments in _adam_bytes(specs)]
+    parts += [("state_gib", _GIB, *moments) for moments in _adam_bytes(job.excluded)]
+    parts += [("adamw_state_gib", _GIB, *moments) for moments in _adam_bytes(job.specs)]
     names = (*QUANTITIES, *(f"{_PHASE}{i}" for i in range(config.precondition_frequency)))
-    sums = {name: dict.fromkeys(ranks, 0.0) for name in names}
+    sums = {name: dict.fromkeys(job.ranks, 0.0) for name in names}
     for name, unit, having, values in parts:
         for rank, value in zip(having, values, strict=True):
             if rank in sums[name]:

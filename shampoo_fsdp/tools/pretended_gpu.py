@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from shampoo_fsdp.kernels.language import observed_by
 from shampoo_fsdp.rules.precision import full_precision
@@ -39,6 +38,10 @@ def pretended_gpu() -> Iterator[None]:
 class _OnHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operators on tensors of the host alone are carried out."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would take as long as the rest
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -46,8 +49,7 @@ class _OnHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._fused_sgd_.default:
             return None  # the one operator of a step that fake tensors do not know
         device = kwargs.get("device")
-        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
-        if fake or (device is not None and torch.device(device).type == "cuda"):
+        if FakeTensor in types or (device is not None and torch.device(device).type == "cuda"):
             return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)

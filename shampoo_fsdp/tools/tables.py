@@ -1,16 +1,35 @@
 """How the reports write tables, numbers and shapes."""
 
+import json
+import re
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from rich.table import Column, Table
-
-
-def titled_table(title: str, *columns: Column | str) -> Table:
-    return Table(*columns, title=title, title_justify="left", title_style="bold")
+from rich import table
+from rich.markup import escape
 
 
-def number_columns(*heads: str) -> list[Column]:
-    return [Column(head, justify="right") for head in heads]
+class Table(NamedTuple):
+    """A table of a report, for the terminal and for a page: a column of text, then numbers."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def for_terminal(given: Table) -> table.Table:
+    shown = table.Table(title=given.title, title_justify="left", title_style="bold")
+    short = all(len(row[0]) < 20 for row in given.rows)
+    for k, head in enumerate(given.heads):
+        whole = short and not k
+        shown.add_column(head, justify="right" if k else "left", overflow="fold", no_wrap=whole)
+    for row in given.rows:
+        shown.add_row(*map(escape, row))
+    return shown
+
+
+def print_json(report: Any) -> None:
+    print(json.dumps(report, indent=2), flush=True)
 
 
 def four_digits(value: float) -> str:
@@ -25,6 +44,11 @@ def by_size(count: float) -> str:
             return f"{count:,.4g} {unit}"
         count /= 1024
     return f"{count:,.4g} TiB"
+
+
+def without_numbers(name: str) -> str:
+    """The name of a parameter, the same for each layer."""
+    return re.sub(r"(^|\.)\d+\.", r"\1", name)
 
 
 def times(shape: Sequence[int]) -> str:

@@ -77,6 +77,10 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", resized)
         self._patches = ExitStack()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
     @property
     def peak(self) -> int:
         """The most bytes of any part."""
@@ -108,6 +112,8 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func.is_view:
+            return result
         given, made = _storages((args, kwargs)), _storages(result)
         if not given and not made:
             return result  # of the host alone
@@ -256,7 +262,7 @@ def _launches(func: Any, args: Sequence[Any], kwargs: Any) -> int:
     where tensors are many or very large: 64 tensors or 2^24 elements, about, make one.)
     """
     name = func.overloadpacket.__name__
-    if func.is_view or name in _NO_KERNEL:
+    if name in _NO_KERNEL:
         return 0
     if not name.startswith("_foreach_"):
         return 1

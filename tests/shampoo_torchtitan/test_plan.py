@@ -16,7 +16,7 @@ from shampoo_fsdp.rules.layout import BlockCosts
 from shampoo_fsdp.tools.models import model_specs
 from shampoo_torchtitan import plan
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-from shampoo_torchtitan.plan import job_figures, job_specs, main, read_job
+from shampoo_torchtitan.plan import job_plan, job_specs, main, read_job
 from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
 
@@ -107,11 +107,11 @@ def test_embeddings_of_every_stage_are_known_by_their_type(monkeypatch):
     parts = [nn.ModuleDict(stage) for stage in stages]
     monkeypatch.setattr(plan.titan(), "model_parts", lambda config, dims: parts)
     config = read_job(["--model.name=llama3", "--optimizer.name=shampoo"])
-    report = job_figures(config, job_specs(config, 1), 1)
+    report = job_plan(config, job_specs(config, 1), 1).figures
     assert (report["parameters"], report["parameters_preconditioned"]) == (5, 2)
     with pytest.raises(ValueError, match=r"'exclude' is '\^tok_'; allowed: what the name of a"):
         config.optimizer.shampoo = ShampooConfig(exclude=["default", "^tok_"])
-        job_figures(config, job_specs(config, 1), 1)
+        job_plan(config, job_specs(config, 1), 1)
 
 
 def test_settings_of_the_command_line_reach_the_plan():
@@ -120,7 +120,7 @@ def test_settings_of_the_command_line_reach_the_plan():
     specs = job_specs(config, 16)
     given = ShampooConfig(max_preconditioner_dim=2048)
     for device in ("cuda", "cpu"):
-        report = job_figures(config, specs, 16, device)
+        report = job_plan(config, specs, 16, device).figures
         assert report["settings"] == dataclasses.asdict(on_device(given, torch.device(device)))
     assert report["title"] == "llama3 8B on 16 ranks (dp_shard=16)"
     assert max(report["blocks_by_shape"]) == "2048 x 2048"

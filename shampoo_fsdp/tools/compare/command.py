@@ -1,22 +1,20 @@
 """The command `compare`: which optimizer needs the fewest steps, the least time, on your model?"""
 
 import argparse
-import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from shampoo_fsdp.tools import page
 from shampoo_fsdp.tools.compare import small_llama
 from shampoo_fsdp.tools.compare.contest import CONTESTANTS, Run, train
-from shampoo_fsdp.tools.tables import by_size, four_digits, number_columns, titled_table
+from shampoo_fsdp.tools.models import function_of
+from shampoo_fsdp.tools.tables import Table, by_size, for_terminal, four_digits
 
 _BASELINE = "AdamW"
 _HEADS = (
@@ -67,8 +65,8 @@ def compare(
     if (model is None) != (data is None):
         raise ValueError("--model and --data: give both, or neither for the small Llama.")
     rates = {name: contestant.lr for name, contestant in CONTESTANTS.items()} | _rates(lr)
-    build = _function("--model", model) if model else small_llama.build
-    batches = _function("--data", data) if data else small_llama.batches
+    build = function_of("--model", model) if model else small_llama.build
+    batches = function_of("--data", data) if data else small_llama.batches
     device = _device()
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:  # where the bar is not seen, as in a pipe
@@ -101,10 +99,7 @@ def compare(
 def _report(runs: Sequence[Run], what: str, path: Path) -> None:
     rows = [_row(run, runs[0]) for run in runs]
     title = f"{what}, {runs[0].steps[-1]:,} steps, the same batches and initial weights for all"
-    shown = titled_table(title, Column(no_wrap=True), *number_columns(*_HEADS[1:]))
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
+    Console().print(for_terminal(Table(title, _HEADS, rows)))
     end = runs[0].losses[-1]
     by_step = {run.name: (run.steps, run.losses) for run in runs}
     by_time = {run.name: (run.seconds, run.losses) for run in runs}
@@ -116,7 +111,7 @@ def _report(runs: Sequence[Run], what: str, path: Path) -> None:
                 f"{title}. One seed. The dotted line is the loss at which {_BASELINE} ends; 'ms a "
                 "step' are the optimizer's part."
             ),
-            page.table("In numbers", _HEADS, rows),
+            page.table(Table("In numbers", _HEADS, rows)),
             "<h2>Loss against steps</h2>" + page.curves(by_step, "steps", "loss", end),
             "<h2>Loss against time</h2>" + page.curves(by_time, "seconds", "loss", end),
         ],
@@ -167,21 +162,6 @@ def _rates(given: Sequence[str]) -> dict[str, float]:
             )
         rates[name] = rate
     return rates
-
-
-def _function(option: str, text: str) -> Callable[[], Any]:
-    file, _, name = text.rpartition(":")
-    path = Path(file)
-    if not (name and path.is_file()):
-        raise ValueError(f"{option} '{text}': write FILE.py:FUNCTION, a file that exists.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{option} '{text}': {path.name} has no function '{name}'.")
-    return function  # type: ignore[no-any-return]
 
 
 def _device() -> torch.device:

@@ -43,7 +43,7 @@ def spec_of(name, shape, ranks, mesh_shape, placements) -> ParameterSpec:
 
 
 def plan_of(parameters: list[ParameterSpec], config: ShampooConfig, rank: int) -> Plan:
-    return make_plan(parameters, config, BlockCosts(config), rank)
+    return make_plan(Assignment(parameters, config, BlockCosts(config), rank), rank)
 
 
 def totals_of(parameters: list[ParameterSpec], config: ShampooConfig) -> Totals:

@@ -12,8 +12,8 @@ from shampoo_fsdp.plan.grid import make_grid
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.rules.matrices import factor_kinds
 from shampoo_fsdp.runtime.choice import is_preconditioned
-from shampoo_fsdp.tools.plan_figures import plan_figures
-from shampoo_fsdp.tools.plan_tables import print_plan
+from shampoo_fsdp.tools.plan_figures import JobPlan
+from shampoo_fsdp.tools.plan_report import print_plan
 
 
 def factors(shape: tuple[int, ...], **settings) -> set[tuple[int, ...]]:
@@ -78,7 +78,7 @@ def test_state_is_in_proportion_to_the_parameter(shape):
 
 def test_the_plan_and_the_optimizer_say_which_sides_have_no_factor(capsys):
     specs = [ParameterSpec(n, s, (0,), (1,), (None,)) for n, s in _ADAPTER.items()]
-    report = plan_figures("adapter", [specs], ShampooConfig())
+    report = JobPlan("adapter", [specs], ShampooConfig()).figures
     assert report["sides_without_factor"] == {"8 x 1024": [1024]}
     print_plan(report, Console(width=200))
     assert "Sides without a factor, by the shape of the block (8 x 1024: 1024)" in (

@@ -17,7 +17,7 @@ from shampoo_fsdp.checkpoint import ShampooLoadPlanner
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from shampoo_fsdp.rules import Health, Rule, register
 from shampoo_fsdp.tools.command import main
-from shampoo_fsdp.tools.plan_figures import plan_figures
+from shampoo_fsdp.tools.plan_figures import JobPlan
 from shampoo_fsdp.validation import refuse
 from tests.models import TinyLlama, build, full_parameters, train
 from tests.ranks import run_ranks
@@ -138,5 +138,5 @@ def test_a_checkpoint_of_another_rule_is_refused_by_name():
 
 def test_it_is_planned():
     spec = ParameterSpec("w", (64, 64), (0, 1), (2,), (Sharded(0),))
-    report = plan_figures("a matrix", [[spec]], ShampooConfig(**SETTINGS))
+    report = JobPlan("a matrix", [[spec]], ShampooConfig(**SETTINGS)).figures
     assert report["settings"]["preconditioner"] == "rows" and report["even"]

@@ -11,11 +11,11 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.tools.models import model_specs
-from shampoo_fsdp.tools.plan_figures import plan_figures
+from shampoo_fsdp.tools.plan_figures import JobPlan
 
 
 def report_of(model: str, mesh: dict[str, int], **settings) -> dict:
-    return plan_figures(model, [model_specs(model, mesh)], ShampooConfig(**settings))
+    return JobPlan(model, [model_specs(model, mesh)], ShampooConfig(**settings)).figures
 
 
 def as_json(capsys, *arguments: str):
@@ -85,7 +85,7 @@ def test_parts_of_a_pipeline_share_no_blocks():
         ]
 
     config = ShampooConfig(max_preconditioner_dim=32, precondition_frequency=2)
-    report = plan_figures("pipeline", [stage(0, 4), stage(1, 8)], config)
+    report = JobPlan("pipeline", [stage(0, 4), stage(1, 8)], config).figures
     assert report["per_rank"]["blocks"] == {"min": 8, "mean": 12, "max": 16}
     assert report["imbalance"]["blocks"] == pytest.approx(4 / 3)
     assert "cannot move between the 2 sets of ranks" in report["worst_rank"]["reason"]
@@ -93,7 +93,7 @@ def test_parts_of_a_pipeline_share_no_blocks():
 
 def test_a_model_without_matrices_is_reported():
     spec = ParameterSpec("norm.weight", (64,), (0, 1), (2,), (Sharded(0),))
-    report = plan_figures("norms", [[spec]], ShampooConfig())
+    report = JobPlan("norms", [[spec]], ShampooConfig()).figures
     assert report["worst_rank"]["reason"] == "nothing is preconditioned"
     assert report["per_rank"]["state_gib"] == report["per_rank"]["adamw_state_gib"]
     assert not math.isnan(sum(report["imbalance"].values()))

@@ -10,8 +10,8 @@ from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
 from shampoo_fsdp.tools.dry_step import model_step
 from shampoo_fsdp.tools.machine import Machine
-from shampoo_fsdp.tools.plan_figures import plan_figures
-from shampoo_fsdp.tools.plan_tables import print_plan
+from shampoo_fsdp.tools.plan_figures import JobPlan
+from shampoo_fsdp.tools.plan_report import print_plan
 from tests.ranks import run_ranks
 
 CONFIG = ShampooConfig(
@@ -31,9 +31,9 @@ def specs(first: int, ranks: tuple[int, ...], rows: int = 128) -> list[Parameter
 
 
 def modelled(models, machine: Machine = MACHINE) -> dict:
-    plan = plan_figures("a model", models, CONFIG)
+    job = JobPlan("a model", models, CONFIG)
     # A process group is of the whole process.
-    (step,) = run_ranks(1, model_step, init=False, plan=plan, models=models, machine=machine)
+    (step,) = run_ranks(1, model_step, init=False, job=job, machine=machine)
     return step
 
 
@@ -65,7 +65,7 @@ def test_experts_that_a_token_does_not_use_make_the_share_larger():
 def printed(models, **step) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        print_plan(plan_figures("a model", models, CONFIG) | step, console)
+        print_plan(JobPlan("a model", models, CONFIG).figures | step, console)
     return " ".join(capture.get().split())
 
 
