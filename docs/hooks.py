@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).parents[1]
-_PAGES = ("*.md", "docs/*.md", "studies/*/README.md")
+_PAGES = ("*.md", "docs/*.md", "studies/*/*.md")
 _BESIDE = (
     "LICENSE",
     "docs/*.css",
