@@ -44,7 +44,7 @@ def test_without_triton_the_references_do_it():
         assert "triton" not in sys.modules
         sys.modules["triton"] = None  # as if it were missing
         blocks, factors = torch.ones(1, 2, 3), torch.zeros(1, 2, 2)
-        gram.update_factors(factors, blocks, 0.5, 0.5)
+        gram.update_factors(factors, blocks, torch.tensor([0.5]), 1.0)
         assert (factors == 1.5).all()
         (square,) = product.product(factors, factors, product.Sum())
         assert (square == 4.5).all()
