@@ -233,7 +233,7 @@ class Shampoo(torch.optim.Optimizer):
         if not built.has_seen_gradients:
             refuse_without_gradients(parameters)
             lrs = [float(group["lr"]) for group in self.param_groups]
-            if not built.has_values and changes_nothing(parameters, lrs):
+            if changes_nothing(parameters, lrs):
                 return
             built.has_seen_gradients = True
         if problem and all(ranks.group is None for ranks in parameters.rank_sets):

@@ -298,12 +298,15 @@ def refuse_without_gradients(parameters: Parameters) -> None:
 
 
 def changes_nothing(parameters: Parameters, lrs: Sequence[float]) -> bool:
-    """Whether every lr and every gradient is zero, on all ranks; their gradients are let go then.
+    """Whether no step was taken, and every lr and every gradient is zero, on all ranks; their
+    gradients are let go then.
 
     Where an lr is not, the host waits for no gradient.
     """
+    # (All ranks ask: a rank alone may have loaded the steps of its experts.)
+    moved = any(member.step for member in parameters.members)
     gradients = [m.gradient for m in parameters.members if m.gradient is not None]
-    some = any(lrs) or any(bool(gradient.any()) for gradient in gradients)
+    some = moved or any(lrs) or any(bool(gradient.any()) for gradient in gradients)
     if tell_all(parameters.rank_sets, some):
         return False
     for member in parameters.members:
