@@ -34,14 +34,15 @@ def table(
     """A line for each row.
 
     Args:
-        columns: by heading which entry of a row, and its format; without it one for each entry.
+        columns: by heading which entry of a row, if it has it, and its format; without it one
+            for each entry.
     """
     columns = columns or {key: (key, "") for key in rows[0]}
     result = Table(title=title, title_justify="left")
     for number, heading in enumerate(columns):
         result.add_column(heading, justify="right" if number else "left")
     for row in rows:
-        result.add_row(*(_cell(row[key], form) for key, form in columns.values()))
+        result.add_row(*(_cell(row.get(key), form) for key, form in columns.values()))
     return result
 
 

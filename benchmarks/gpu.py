@@ -1,5 +1,5 @@
-"""What only a GPU can tell: time, kernels and memory of optimizers' steps, whole training steps,
-inverse roots.
+"""What only a GPU can tell: our own kernels, time and memory of optimizers' steps, whole training
+steps, inverse roots.
 
     python -m benchmarks.gpu --json gpu.json                    # one GPU, at most 10 minutes
     python -m benchmarks.gpu --device cpu --dim 64 --layers 1   # tests the benchmark itself
@@ -30,6 +30,7 @@ import torch
 from benchmarks import llama, roots
 from benchmarks.command import console, parser_of, table
 from benchmarks.dry_run import dry_run
+from benchmarks.gpu_kernels import measure_kernels, measure_products
 from benchmarks.gpu_steps import measure_row
 from benchmarks.gpu_training import measure_training
 from benchmarks.rows import Row, meta_rows, shampoo_row, torch_rows
@@ -54,7 +55,15 @@ _OURS: dict[str, dict[str, Any]] = {
     }
     for rule in ("kl_shampoo", "shampoo", "soap")
 }
+_OURS["ours: kl_shampoo, kernels off"] = {**_OURS["ours: kl_shampoo"], "kernels": "off"}
 _COLUMNS = {
+    "kernels": {
+        "kernel": ("kernel", "{}"),
+        "ms": ("ms", "{:.3f}"),
+        "GB/s": ("gb_per_s", "{:,.0f}"),
+        "TFLOP/s": ("tflops", "{:.1f}"),
+        "plain PyTorch over it": ("plain", "{:.2f}"),
+    },
     "steps": {
         "the optimizer's part of a step": ("row", "{}"),
         "median, ms": ("median_ms", "{:.1f}"),
@@ -142,13 +151,17 @@ def _measurements(options: argparse.Namespace) -> Iterator[_Measurement]:
     expected: dict[str, dict[str, float]] = {}
 
     def measure_dry() -> list[dict[str, Any]]:
-        expected.update(_dry_runs(sizes))
+        chosen = {row.name: _OURS[row.name] for row in rows if row.name in _OURS}
+        expected.update(_dry_runs(sizes, chosen))
         return []
 
     def measure_step(row: Row) -> list[dict[str, Any]]:
         figures = measure_row(row, sizes, device, options.seconds)
         return [_UNKNOWN | expected.get(row.name, {}) | figures]
 
+    for n in options.root_sizes:
+        yield "kernels", f"kernels on {n} x {n}", partial(measure_kernels, n, device)
+        yield "kernels", f"products of {n} x {n}", partial(measure_products, n, device)
     yield "steps", "dry runs", measure_dry
     for row in rows:
         yield "steps", row.name, partial(measure_step, row)
@@ -162,21 +175,25 @@ def _measurements(options: argparse.Namespace) -> Iterator[_Measurement]:
 _UNKNOWN = {"dry_kernels": None, "model_ms": None, "dry_peak_mb": None}
 
 
-def _dry_runs(sizes: llama.Sizes) -> dict[str, dict[str, float]]:
+def _dry_runs(sizes: llama.Sizes, ours: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By row what is expected of a step: kernels, milliseconds and the peak of memory."""
+    if not ours:
+        return {}
     # Of this one's memory on a GPU none shall be taken.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        runs = pool.submit(_run_dry, llama.specs(sizes)).result()
-    (adamw, *_) = (run["AdamW"] for run in runs.values())
+        runs = pool.submit(_run_dry, llama.specs(sizes), ours).result()
+    adamw = next(iter(runs.values()))["AdamW"]
     return {"AdamW, fused": _expected(adamw["launches"], adamw)} | {
         name: _expected(run["total"]["launches"], run) for name, run in runs.items()
     }
 
 
-def _run_dry(specs: Sequence[ParameterSpec]) -> dict[str, dict[str, Any]]:
+def _run_dry(
+    specs: Sequence[ParameterSpec], ours: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     return {
         name: dry_run(specs, ShampooConfig(**settings), Machine())
-        for name, settings in _OURS.items()
+        for name, settings in ours.items()
     }
 
 

@@ -22,6 +22,9 @@ def test_a_tiny_model_on_the_cpu(tmp_path):
     )
     found = json.loads(file.read_text())
     assert not [line for line in found["left_out"] if not line.startswith("No rows for")]
+    kernels = {row["kernel"]: row for row in found["kernels"]}
+    assert all(row["ms"] > 0.0 for row in kernels.values())
+    assert {"gram, [24, 24]", "bmm in TF32, [24, 24]"} < set(kernels)
     adamw, ours = found["steps"]
     assert ours["row"] == "ours: kl_shampoo" and ours["row"] in printed
     assert adamw["timed_steps"] == 1 and adamw["dry_kernels"] < 10
