@@ -33,7 +33,7 @@ from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.rules.device import on_device
-from shampoo_fsdp.rules.layout import BlockCosts
+from shampoo_fsdp.rules.layout import block_costs
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.runtime.parameters import local_shard
 from shampoo_fsdp.tools.command import mesh_of, value_of
@@ -91,7 +91,7 @@ def dry_run(
     """
     with dry_optimizer(specs, config, rank) as optimizer:
         work = dry_step(optimizer, machine, by_line=by_line)
-        stacks = [owned.stack for b in optimizer._ready().parameters.buckets for owned in b.stacks]
+        stacks = [stack for bucket in optimizer._parameters.buckets for stack in bucket.stacks]
         parameters_here = [local_shard(p) for p in optimizer.param_groups[0]["params"]]
         baseline = _adamw_step(parameters_here, machine)
     training = machine.training_step(sum(math.prod(spec.shape) for spec in specs), sharing)
@@ -242,7 +242,7 @@ def _row(name: str, counts: Mapping[str, float], took: float, peak: float) -> di
 def _busiest(specs: Sequence[ParameterSpec], config: ShampooConfig) -> int:
     config = on_device(config, CUDA)
     chosen = [spec for spec in specs if is_preconditioned(spec.name, spec.shape, config)]
-    totals = Totals(Assignment(chosen, config, BlockCosts(config), 0))
+    totals = Totals(Assignment(chosen, config, block_costs(config), 0))
     return totals.ranks[totals.load.index(max(totals.load))]
 
 

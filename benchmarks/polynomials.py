@@ -125,11 +125,11 @@ def _positive_roots(coefficients: Tensor, low: float, high: float) -> list[float
 def main() -> None:
     """Print the constants."""
     for name, (stages, left) in chains().items():
-        print(f"{name} = Chain(\n    error={left:.12g},\n    stages=(")
+        print(f"{name}: _Chain = (\n    (")
         for coefficients, middle, half in stages:
             numbers = ", ".join(f"{c:.12g}" for c in coefficients)
             print(f"        Stage(({numbers}),\n              {middle:.12g}, {half:.12g}),")
-        print("    ),\n)")
+        print(f"    ),\n    {left:.12g},\n)")
 
 
 if __name__ == "__main__":

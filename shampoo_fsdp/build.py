@@ -5,134 +5,47 @@ sharded or materialised; else when it is used first; and anew if other tensors t
 before a step, as Accelerate does when it shards a model.
 """
 
-import functools
-import operator
+import dataclasses
+import math
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.assignment import Assignment
-from shampoo_fsdp.plan.totals import Totals, summed
+from shampoo_fsdp.plan.assignment import Assignment, Part, parts_of
+from shampoo_fsdp.plan.grid import lr_scale
+from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.rules.device import kernels_used, on_device, reasons
-from shampoo_fsdp.rules.layout import BlockCosts
-from shampoo_fsdp.rules.precision import torch_dtype
-from shampoo_fsdp.runtime.bucket import Stopwatch
-from shampoo_fsdp.runtime.choice import refuse_nameless, what_names_miss, with_embeddings
+from shampoo_fsdp.rules.layout import block_costs
+from shampoo_fsdp.runtime.bucket import Bucket, Stopwatch, elements, fill_buckets
+from shampoo_fsdp.runtime.choice import (
+    is_preconditioned,
+    refuse_nameless,
+    what_names_miss,
+    with_embeddings,
+)
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
 from shampoo_fsdp.runtime.groups import GroupContents, contents_of
-from shampoo_fsdp.runtime.parameters import check_parameters, refuse_offloaded
-from shampoo_fsdp.runtime.ranks import RankSet
-from shampoo_fsdp.runtime.streaks import Streaks
-from shampoo_fsdp.runtime.team import Parameters, make_parameters
-from shampoo_fsdp.state import State
+from shampoo_fsdp.runtime.parameters import Member, check_parameters, describe, refuse_offloaded
+from shampoo_fsdp.runtime.ranks import RankSet, find_groups, is_first_replica
+from shampoo_fsdp.runtime.team import Groups, Parameters, Team, tensors_of
+from shampoo_fsdp.state import State, States
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Runtime"]
-
-Groups = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What an optimizer communicates, measures, plans and keeps with. A dry run, in which there are
-    no other ranks and no values, gives another one: see :attr:`shampoo_fsdp.Shampoo.runtime`."""
-
-    rank_set: Callable[..., RankSet] = RankSet
-    """Of ranks and their process group."""
-    watch: Callable[[torch.device], Stopwatch] = Stopwatch
-    assign: Callable[..., Assignment] = Assignment
-    state: type[State] = State
-    reads_back: bool = True
-    """Whether there are values to read."""
-
-
-@dataclass
-class Built:
-    """All that belongs to the parameters that groups had at a time."""
-
-    given: GroupContents
-    config: ShampooConfig
-    """With the device's defaults."""
-    chosen_by_device: str
-    """Which settings were not given and follow from the device, and why: one line, or ""."""
-    parameters: Parameters
-    excluded: ExcludedParameters
-    streaks: Streaks
-    state: State
-    watch: Stopwatch
-    tensors: tuple[Tensor, ...]
-    """Of the groups, in their order."""
-    has_seen_gradients: bool = False
-    """Whether any rank has had one, on the first step."""
-    whole: dict[Any, Any] | None = None
-    """The state with whole tensors, for the next state dict."""
-
-    def fits(self, groups: Groups) -> bool:
-        """Whether the groups still have these parameters, where they were.
-
-        Raises:
-            RuntimeError: they have others, and steps have been taken with these.
-        """
-        now = _all(groups)
-        same = len(now) == len(self.tensors) and all(map(operator.is_, now, self.tensors))
-        if self.has_values:
-            if not same:
-                raise RuntimeError(
-                    "the parameters in 'param_groups' are no longer those that this optimizer has "
-                    "state for: build another one for the new ones, with names, and "
-                    "load_state_dict() what state_dict() gave before into it."
-                )
-            return True
-        device = self.parameters.device
-        moved = any(member.parameter.device != device for member in self.parameters.members)
-        unfrozen = any(parameter.requires_grad for _, parameter in self.given.frozen)
-        return same and not moved and not unfrozen
-
-    @property
-    def has_values(self) -> bool:
-        """Whether a step has been taken, here or before a checkpoint."""
-        return any(member.step for member in self.parameters.members)
-
-    @functools.cached_property
-    def summary(self) -> dict[str, float]:
-        """Figures about the plan, and load, state and traffic of the ranks that share blocks with
-        this one; the same on all of these."""
-        teams, costs = self.parameters.teams, BlockCosts(self.config)
-        specs = [([member.spec for member in team.parts], team.ranks.ranks[0]) for team in teams]
-        plans = [Totals(Assignment(of, self.config, costs, rank)) for of, rank in specs]
-        load, state, sent = (summed(plans, name) for name in ("load", "state", "sent"))
-        mean_load = sum(load) / len(load)
-        mib = torch_dtype(self.config.communication_dtype).itemsize / 2**20
-        chosen = [member.parameter.numel() for team in teams for member in team.parts]
-        return {
-            "parameters_preconditioned": len(chosen),
-            "parameters_total": len(self.parameters.members),
-            "elements_preconditioned": sum(chosen),
-            "elements_total": sum(member.parameter.numel() for member in self.parameters.members),
-            "blocks": sum(sum(plan.owned) for plan in plans),
-            "load_max_over_mean": max(load) / mean_load if mean_load else 1.0,
-            "state_mib_max": max(state) / 2**20,
-            "state_mib_mean": sum(state) / len(state) / 2**20,
-            "mib_sent_per_step_max": max(sent) * mib,
-            "mib_sent_per_step_mean": sum(sent) / len(sent) * mib,
-        }
-
-
-def _all(groups: Groups) -> list[Tensor]:
-    return [parameter for group in groups for parameter in group["params"]]
+__all__ = ["build", "check", "waits"]
 
 
 def waits(groups: Groups, replicas: dist.ProcessGroup | None) -> bool:
     """Whether nothing is to be built yet, for a model that may still be sharded or materialised:
     its state would be that of the whole model on each rank."""
-    parameters = _all(groups)
+    parameters = tensors_of(groups)
     if any(parameter.is_meta for parameter in parameters):
         return True
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -153,21 +66,28 @@ def check(groups: Groups, config: ShampooConfig) -> GroupContents:
 
 def build(
     groups: Groups,
-    states: MutableMapping[Tensor, dict[str, Any]],
+    states: States,
     config: ShampooConfig,
     replicas: dist.ProcessGroup | None,
-    runtime: Runtime,
     is_embedding: Mapping[str, bool],
-) -> Built:
+    *,
+    rank_set: Callable[..., RankSet] = RankSet,
+    assign: Callable[..., Assignment] = Assignment,
+    watch: Callable[[torch.device], Stopwatch] = Stopwatch,
+    state: type[State] = State,
+) -> State:
     """What belongs to the parameters that the groups have; all ranks of their meshes must call it.
 
     Args:
         states: the optimizer's.
         config: as the user gave it.
+        replicas: where plain tensors are replicated.
         is_embedding: what a model has told of parameters, by name.
+        rank_set, assign, watch, state: others in a dry run, without other ranks and values.
 
     Raises:
-        ValueError: as :func:`check`, or, on every rank, if the ranks' plans differ.
+        ValueError: as :func:`check`, or, on every rank, if ranks disagree or a parameter cannot be
+            planned.
     """
     given = check(groups, config)
     if meta := [name for name, parameter in given.parameters if parameter.is_meta]:
@@ -178,23 +98,130 @@ def build(
     device = next((p.device for _, p, _ in given.trained), torch.device("cpu"))
     config = with_embeddings(config, [n for n, _, _ in given.trained if is_embedding.get(n)])
     chosen = on_device(config, device)
-    made_by = runtime.rank_set, runtime.assign
-    parameters = make_parameters(given.trained, states, replicas, chosen, *made_by)
-    others = [member for member in parameters.members if member.part is None]
-    excluded = ExcludedParameters(others, chosen, device)
-    if all(ranks.position == 0 for ranks in parameters.rank_sets):  # the first rank says it
-        shapes = {member.name: member.spec.shape for member in parameters.members}
+    members = []
+    for name, parameter, group in given.trained:
+        spec, first = describe(name, parameter, replicas), is_first_replica(parameter, replicas)
+        scale = lr_scale(spec.shape, chosen)
+        members.append(Member(name, parameter, group, spec, scale, first, states[parameter]))
+    ranks_of = partial(rank_set, stall_warning_seconds=config.stall_warning_seconds)
+    teams, rank_sets, workspace = _make_teams(members, device, chosen, replicas, ranks_of, assign)
+    others = [member for member in members if member.part is None]
+    if all(ranks.position == 0 for ranks in rank_sets):  # the first rank says it
+        shapes = {member.name: member.spec.shape for member in members}
         frozen = [name for name, _ in given.frozen]
         for problem in what_names_miss(shapes, frozen, is_embedding, chosen):
             warnings.warn(problem, stacklevel=4)
-    return Built(
-        given,
-        chosen,
-        "; ".join(filter(None, (reasons(config, device), kernels_used(config, device)))),
-        parameters,
-        excluded,
-        Streaks(parameters),
-        runtime.state(parameters, excluded, chosen),
-        runtime.watch(device),
-        tuple(_all(groups)),
+    return state(
+        Parameters(
+            given,
+            chosen,
+            "; ".join(filter(None, (reasons(config, device), kernels_used(config, device)))),
+            members,
+            teams,
+            ExcludedParameters(others, chosen, device),
+            rank_sets,
+            device,
+            workspace,
+            watch(device),
+            tensors_of(groups),
+        )
     )
+
+
+def _make_teams(
+    members: Sequence[Member],
+    device: torch.device,
+    config: ShampooConfig,
+    replicas: dist.ProcessGroup | None,
+    rank_set: Callable[..., RankSet],
+    assign: Callable[..., Assignment],
+) -> tuple[list[Team], list[RankSet], Tensor]:
+    """Plan all parameters: the teams of those that are preconditioned, the sets of ranks where
+    parameters live, which compare what they were given first, and the workspace of all buckets."""
+    living_on: dict[tuple[int, ...], list[Member]] = defaultdict(list)
+    for member in members:
+        living_on[tuple(sorted(member.spec.ranks))].append(member)
+    tensors = {ranks: [m.parameter for m in living] for ranks, living in living_on.items()}
+    rank_sets, agreed, planned = [], [], []
+    groups = find_groups(tensors, replicas)
+    try:
+        # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
+        for all_ranks, living in sorted(living_on.items(), key=lambda entry: entry[0]):
+            ranks = rank_set(all_ranks, groups[all_ranks])
+            ranks.agree(None, _facts([member.spec for member in living], config))
+            ranks.connect(device)
+            rank_sets.append(ranks)
+            chosen = [m for m in living if is_preconditioned(m.name, m.spec.shape, config)]
+            if chosen:
+                agreed.append(_agreed_plan(chosen, ranks, config, assign))
+    finally:  # all ranks take part, wherever something has failed
+        # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
+        fewer = {of.ranks: [m.parameter for m in parts] for parts, of in agreed}
+        groups |= find_groups({r: on for r, on in fewer.items() if r not in groups}, replicas)
+    for parts, assignment in agreed:
+        ranks = rank_set(assignment.ranks, groups[assignment.ranks])
+        ranks.agree(None, {"the plan of blocks": [assignment.fingerprint]})
+        for member, part in parts.items():
+            member.precondition(part)
+        planned.append((parts, assignment, ranks, fill_buckets(parts, ranks, config)))
+    size = max((elements(bucket) for *_, filled in planned for bucket in filled), default=0)
+    workspace = torch.empty(size, dtype=torch.float32, device=device)
+    teams = []
+    for parts, assignment, ranks, filled in planned:
+        mesh = None if ranks.group is None else DeviceMesh.from_group(ranks.group, device.type)
+        travels = assignment.travels
+        buckets = [
+            Bucket(own, ranks, config, workspace, travels, f"bucket {number} of {len(filled)}")
+            for number, own in enumerate(filled, start=1)
+        ]
+        teams.append(Team(parts, assignment, ranks, mesh, buckets))
+    workspace.untyped_storage().resize_(0)
+    return teams, rank_sets, workspace
+
+
+def _facts(specs: Sequence[ParameterSpec], config: ShampooConfig) -> dict[str, Sequence[object]]:
+    """What ranks must agree about."""
+    settings = dataclasses.asdict(config).items()
+    return {
+        "the parameters that are trained": [spec.name for spec in specs],
+        "their shapes": [(spec.name, spec.shape) for spec in specs],
+        "their placements": [(spec.name, spec.mesh_shape, spec.placements) for spec in specs],
+        "the settings": [f"{name} = {value}" for name, value in settings],
+    }
+
+
+def _agreed_plan(
+    members: Sequence[Member],
+    ranks: RankSet,
+    config: ShampooConfig,
+    assign: Callable[..., Assignment],
+) -> tuple[dict[Member, Part], Assignment]:
+    """Raise a ValueError on every rank if one of them cannot take part."""
+    problem = None
+    try:
+        rank = dist.get_rank() if len(ranks.ranks) > 1 else ranks.ranks[0]
+        specs = [member.spec for member in members]
+        assignment = assign(specs, config, block_costs(config), rank)
+        parts = dict(zip(members, parts_of(assignment, rank), strict=True))
+        for member, part in parts.items():
+            _check(member, part, config)
+    except Exception as error:
+        problem = str(error) or repr(error)
+    ranks.agree(problem, {})
+    return parts, assignment
+
+
+def _check(member: Member, part: Part, config: ShampooConfig) -> None:
+    """Raise a ValueError if its shard is not what its placements say, or its roots are none that
+    the settings can take."""
+    spec, shard = member.spec, member.shard()
+    if shard.numel() != math.prod(part.shard_shape):
+        raise ValueError(
+            f"parameter '{spec.name}' has a shard of {tuple(shard.shape)} here, but its placements "
+            f"{spec.placements} on a mesh of {spec.mesh_shape} say {part.shard_shape}."
+        )
+    try:
+        for shape in part.grid.block_shapes:
+            config.rule.check_block(shape, config)
+    except ValueError as error:
+        raise ValueError(f"parameter '{spec.name}': {error}.") from None

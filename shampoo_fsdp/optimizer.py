@@ -1,6 +1,5 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
-import itertools
 from collections.abc import Callable, Iterable
 from logging import getLogger
 from typing import Any, overload
@@ -9,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_fsdp.build import Built, Runtime, build, check, waits
+from shampoo_fsdp.build import build, check, waits
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.kernels.language import kernels
@@ -26,13 +25,13 @@ from shampoo_fsdp.runtime.groups import (
 )
 from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, group_of
-from shampoo_fsdp.runtime.streaks import Streaks
 from shampoo_fsdp.runtime.team import (
     Parameters,
     changes_nothing,
     refuse_nonfinite,
     refuse_without_gradients,
 )
+from shampoo_fsdp.state import State
 
 __all__ = ["Shampoo"]
 
@@ -101,10 +100,9 @@ class Shampoo(torch.optim.Optimizer):
         """
         self._given, self._replicas = settings_from_keywords(settings), group_of(replicas)
         self._is_embedding: dict[str, bool] = {}
-        self._built: Built | None = None
+        self._built: State | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_group(self.config, defaults)
-        self._shown: dict[Any, Any] | None = None
         self._own_lrs: list[tuple[float | None, float]] = []
         self._loaded_lrs: list[float] = []
         if isinstance(params, set):  # which torch refuses in groups: each rank has another order
@@ -120,12 +118,7 @@ class Shampoo(torch.optim.Optimizer):
     @property
     def config(self) -> ShampooConfig:
         """The settings; once parameters are planned, with the device's defaults."""
-        return self._built.config if self._built else self._given
-
-    @property
-    def runtime(self) -> Runtime:
-        """What it communicates and measures with: a dry run overrides it."""
-        return Runtime()
+        return self._built.parameters.config if self._built else self._given
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as long as no step has been taken.
@@ -133,7 +126,7 @@ class Shampoo(torch.optim.Optimizer):
         Raises:
             RuntimeError: one has.
         """
-        if self._built and self._built.has_values:
+        if self._built and self._parameters.has_values:
             raise RuntimeError(
                 "add_param_group() after a step. Build another one with all groups and "
                 'on_mismatch = "rebuild", and load the state_dict() of this one into it.'
@@ -143,45 +136,30 @@ class Shampoo(torch.optim.Optimizer):
         super().add_param_group(param_group)
         check_group(self._given, self.param_groups[-1])
 
-    def _ready(self) -> Built:
+    def _ready(self) -> State:
         """What belongs to the parameters that the groups have now."""
-        if self._built is None or not self._built.fits(self.param_groups):
+        if self._built is None or not self._built.parameters.fits(self.param_groups):
             self._built = None
-            self._state.clear()  # before the new one is made: there may be no memory for both
-            self._built = build(
-                self.param_groups,
-                self._state,
-                self._given,
-                self._replicas,
-                self.runtime,
-                self._is_embedding,
-            )
+            self.state.clear()  # before the new one is made: there may be no memory for both
+            self._built = self._build()
         return self._built
+
+    def _build(self) -> State:
+        groups, replicas = self.param_groups, self._replicas
+        return build(groups, self.state, self._given, replicas, self._is_embedding)
+
+    @property
+    def _parameters(self) -> Parameters:
+        return self._ready().parameters
 
     @property
     def _waits(self) -> bool:
         return self._built is None and waits(self.param_groups, self._replicas)
 
     @property
-    def state(self) -> Any:
-        """Of each parameter, by name; it is there from the first look at it."""
-        if self._shown is not None:
-            return self._shown
-        self._ready()
-        return self._state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._state = state
-
-    @property
     def chosen_by_device(self) -> str:
         """Which settings were not given and follow from the device, and why: one line, or ""."""
-        return self._ready().chosen_by_device
-
-    @property
-    def _parameters(self) -> Parameters:
-        return self._ready().parameters
+        return self._parameters.chosen_by_device
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -221,29 +199,26 @@ class Shampoo(torch.optim.Optimizer):
             self._step(built)
         return loss
 
-    def _step(self, built: Built) -> None:
-        parameters, watch = built.parameters, built.watch
-        watch.start()
-        built.whole = None
+    def _step(self, built: State) -> None:
+        parameters, built.whole = built.parameters, None
+        parameters.watch.start()
         refuse_moved(parameters.members, parameters.device)
-        put_by_others = built.state.take_back(self._state)
+        put_by_others = built.take_back(self.state)
         self._settle_initial_lr()
-        groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
-        problem = find_gradients(parameters.members, built.given.frozen) or put_by_others
-        if not built.has_seen_gradients:
+        problem = find_gradients(parameters.members, parameters.given.frozen) or put_by_others
+        if not parameters.has_seen_gradients:
             refuse_without_gradients(parameters)
             lrs = [float(group["lr"]) for group in self.param_groups]
             if changes_nothing(parameters, lrs):
                 return
-            built.has_seen_gradients = True
+            parameters.has_seen_gradients = True
         if problem and all(ranks.group is None for ranks in parameters.rank_sets):
             raise problem
         if self.config.on_nonfinite == "raise":
             refuse_nonfinite(parameters, problem)
         count(parameters.members, self.config.start_preconditioning_step)
-        parameters.take_steps(groups, watch, lambda: built.excluded.step(self.param_groups))
-        if self.runtime.reads_back:
-            built.streaks.look()
+        parameters.take_steps(self.param_groups)
+        built.streaks.look()
         for member in parameters.members:
             member.gradient = None  # the caller may free them
         if problem:
@@ -271,15 +246,15 @@ class Shampoo(torch.optim.Optimizer):
         As long as the model may still have to be sharded or materialised there is no state in it:
         Accelerate asks before it shards, when state would be that of the whole model on each rank.
         """
-        shown = self._state
+        state = self.state
         if not self._waits:
             built = self._ready()
-            shown, built.whole = built.whole or shown, None
-        self._shown = shown
+            self.state = built.whole or state  # type: ignore[assignment]
+            built.whole = None
         try:
             return super().state_dict()
         finally:
-            self._shown = None
+            self.state = state
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int | None = 0) -> None:
@@ -293,10 +268,8 @@ class Shampoo(torch.optim.Optimizer):
             to: the rank; None for all. The tensors, on the CPU, are kept for one call of
                 state_dict() or until the next step.
         """
-        built = self._ready()
-        built.whole = None  # before the new one is made
         rank = dist.get_rank() if dist.is_initialized() else 0
-        built.whole = built.state.whole(self._state, keep=to in (rank, None))
+        self._ready().gather(self.state, keep=to in (rank, None))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -330,10 +303,7 @@ class Shampoo(torch.optim.Optimizer):
             for group, settings in zip(self.param_groups, loaded, strict=True):
                 group.update(settings)
         else:
-            built = self._ready()
-            built.whole = None
-            built.state.load(built.given, self.param_groups, self._state, read)
-            built.streaks = Streaks(built.parameters)  # they begin anew
+            self._ready().load(self.param_groups, self.state, read)
         self._loaded_lrs = [float(group["lr"]) for group in self.param_groups]
         for group, (initial, lr) in zip(self.param_groups, self._own_lrs, strict=True):
             own, then = lr if initial is None else initial, group.get("initial_lr", group["lr"])
@@ -355,32 +325,30 @@ class Shampoo(torch.optim.Optimizer):
         """[inverse roots taken, roots that failed, blocks skipped for a bad gradient, entries of
         other parameters skipped for one] so far, for this rank's blocks and shards; int64, on the
         parameters' device. Of replicas one counts, so that ranks may add theirs."""
-        built = self._ready()
-        counts = torch.zeros(4, dtype=torch.int64, device=built.parameters.device)
-        firsts = [team for team in built.parameters.teams if team.is_first_replica]
-        for bucket in itertools.chain(*(team.buckets for team in firsts)):
-            for owned in bucket.stacks:
-                counts[0] += owned.stack.refreshes
-                counts[1] += owned.stack.failed_roots.total.sum()
-                counts[2] += owned.stack.skipped.total.sum()
-        counts[3] += built.excluded.skipped_entries
+        parameters = self._parameters
+        counts = torch.zeros(4, dtype=torch.int64, device=parameters.device)
+        for team in parameters.teams:
+            for stack in team.stacks if team.is_first_replica else ():
+                counts[0] += stack.refreshes
+                counts[1] += stack.failed_roots[0].sum()
+                counts[2] += stack.skipped[0].sum()
+        counts[3] += parameters.excluded.skipped_entries
         return counts
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:
         """Figures of the last step, for this rank's blocks; the host waits for the device."""
         built = self._ready()
-        if problem := built.state.take_back(self._state):
+        if problem := built.take_back(self.state):
             raise problem
-        stacks = [owned for bucket in built.parameters.buckets for owned in bucket.stacks]
+        parameters = built.parameters
         groups = [GroupSettings.of(group, self.config) for group in self.param_groups]
-        return diagnose(stacks, built.watch.milliseconds(), groups)
+        return diagnose(parameters.buckets, parameters.watch.milliseconds(), groups)
 
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""
-        return [
-            member.name for member in self._ready().excluded.members if member.parameter.ndim > 1
-        ]
+        excluded = self._parameters.excluded.members
+        return [member.name for member in excluded if member.parameter.ndim > 1]
 
     def sides_without_factor(self) -> dict[tuple[int, ...], list[int]]:
         """For each shape of block, of all ranks, the sides that have no factor; see
@@ -392,4 +360,4 @@ class Shampoo(torch.optim.Optimizer):
 
     def summary(self) -> dict[str, float]:
         """Figures about the plan, the same on every rank of a mesh."""
-        return dict(self._ready().summary)
+        return dict(self._parameters.summary)

@@ -23,14 +23,9 @@ from shampoo_fsdp.checkpoint.loading import (
 )
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
 from shampoo_fsdp.checkpoint.sharded import state_entries
-from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.stack import BlockStack
-from shampoo_fsdp.runtime.excluded import ExcludedParameters
-from shampoo_fsdp.runtime.groups import (
-    GroupContents,
-    find_saved,
-    settings_to_load,
-)
+from shampoo_fsdp.runtime.diagnostics import Streaks
+from shampoo_fsdp.runtime.groups import find_saved, settings_to_load
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import tell_all
 from shampoo_fsdp.runtime.team import Parameters
@@ -42,7 +37,7 @@ States = MutableMapping[Tensor, dict[str, Any]]
 """`optimizer.state`: the entries of each parameter."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class State:
     """What is kept of the parameters of an optimizer, and shown as `optimizer.state`.
 
@@ -52,11 +47,12 @@ class State:
     """
 
     parameters: Parameters
-    excluded: ExcludedParameters
-    config: ShampooConfig
+    whole: dict[Any, Any] | None = None
+    """`optimizer.state` with whole tensors, for the next state dict."""
     _reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
+        self.streaks = Streaks(self.parameters.teams, self.parameters.device)
         self._reading.counts = [
             r.make_count() for r in self.parameters.rank_sets if r.group is not None
         ]
@@ -87,16 +83,17 @@ class State:
         trouble = self._return_entries(states, in_any_case=several)
         return ValueError(trouble) if trouble else None
 
-    def whole(self, states: States, *, keep: bool) -> dict[Any, Any] | None:
-        """`optimizer.state` with whole tensors, on the CPU; all ranks must call it.
+    def gather(self, states: States, *, keep: bool) -> None:
+        """Set `whole`, to tensors on the CPU; all ranks must call it.
 
         Args:
-            keep: whether this rank wants it; the result is None otherwise.
+            keep: whether this rank wants it.
 
         Raises:
             ValueError: on every rank, if others have put there what cannot be used.
             RuntimeError: a checkpoint was read, and not loaded.
         """
+        self.whole = None  # before the new one is made
         self._reading.check()
         if problem := tell_all(self.parameters.rank_sets, self._return_entries(states)):
             raise ValueError(problem)
@@ -114,11 +111,11 @@ class State:
             member.parameter: {entry: whole(value) for entry, value in member.state.items()}
             for member in self.parameters.members
         }
-        return {**states, **entries} if keep else None
+        self.whole = {**states, **entries} if keep else None
 
     def _is_shown(self, states: States) -> bool:
         shown = all(member.is_shown(states) for member in self.parameters.members)
-        return shown and self.excluded.has_types_of_the_model()
+        return shown and self.parameters.excluded.has_types_of_the_model()
 
     def _return_entries(self, states: States, *, in_any_case: bool = False) -> str | None:
         """What is wrong with an entry; nothing is changed then, unless it is so in any case."""
@@ -141,8 +138,8 @@ class State:
         self,
     ) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
         """The entries of all members, of a few at a time, and the stacks that they are views of."""
-        for member in self.excluded.members:
-            yield [], {member: member.counters | self.excluded.create_entries(member)}
+        for member in self.parameters.excluded.members:
+            yield [], {member: member.counters | self.parameters.excluded.create_entries(member)}
         for team in self.parameters.teams:
             for bucket in team.buckets:
                 for member in bucket.members:  # what was shown may free the stacks
@@ -155,14 +152,14 @@ class State:
                     | state_entries(
                         team.parts[member].grid,
                         owned[member],
-                        self.config,
+                        self.parameters.config,
                         self.parameters.device,
                         team.mesh,
                         self._reading,
                     )
                     for member in bucket.members
                 }
-                yield [owned.stack for owned in bucket.stacks], of_members
+                yield list(bucket.stacks), of_members
 
     def _start_factors(self) -> None:
         """Anew where a parameter's factors have seen no gradient, whatever was loaded for them."""
@@ -174,7 +171,6 @@ class State:
 
     def load(
         self,
-        given: GroupContents,
         param_groups: list[dict[str, Any]],
         states: States,
         read: Callable[[], dict[str, Any]],
@@ -190,7 +186,8 @@ class State:
             ValueError: on every rank, names the parameter and the entry or setting that does not
                 fit; nothing has been changed then.
         """
-        members, rank_sets = self.parameters.members, self.parameters.rank_sets
+        given, members = self.parameters.given, self.parameters.members
+        rank_sets, self.whole = self.parameters.rank_sets, None
         trouble = self._return_entries(states)
         problem, here, saved, other = None, dict[str, Tensor](), dict[str, Tensor](), list[str]()
         try:
@@ -201,9 +198,9 @@ class State:
             state = state_dict["state"]
             keys, saved_groups = find_saved(given, state_dict["param_groups"])
             entries = {m.name: state.get(keys.get(m.name), {}) for m in members}
-            settings = settings_to_load(self.config, param_groups, saved_groups)
+            settings = settings_to_load(self.parameters.config, param_groups, saved_groups)
             saved = flat(entries)
-            decision = decide(here, saved, self.config.on_mismatch)
+            decision = decide(here, saved, self.parameters.config.on_mismatch)
             other = other_pieces(here, saved, decision)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = str(error) if isinstance(error, ValueError) else repr(error)
@@ -221,6 +218,7 @@ class State:
         carry_out(here, saved, decision, set(other))
         self._start_factors()
         self._reading.set(False)
+        self.streaks = Streaks(self.parameters.teams, self.parameters.device)  # they begin anew
 
         # Others may have put more there, also into a state dict that is the optimizer's own.
         known = {key for group in state_dict["param_groups"] for key in group["params"]}

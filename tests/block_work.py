@@ -8,8 +8,8 @@ import torch
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.kernels.language import kernels
+from shampoo_fsdp.rules import Step
 from shampoo_fsdp.rules.stack import BlockStack
-from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 

@@ -31,8 +31,8 @@ from shampoo_fsdp.checkpoint.owned import (
     reduce_blocks,
 )
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.assignment import OwnedBlock
 from shampoo_fsdp.plan.grid import BlockGrid
-from shampoo_fsdp.plan.transfers import OwnedBlock
 from shampoo_fsdp.rules.layout import MARKER, saved_entries, settings_marker
 
 aten = torch.ops.aten

@@ -1,5 +1,6 @@
-"""All blocks of parameters that live on the same ranks, and their owners."""
+"""All blocks of parameters that live on the same ranks, their owners, and what moves for them."""
 
+import bisect
 import dataclasses
 import hashlib
 import itertools
@@ -7,13 +8,79 @@ import math
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.plan.grid import BlockGrid, Rectangle
 from shampoo_fsdp.plan.owners import Costs, choose_owners
-from shampoo_fsdp.plan.shards import ParameterSpec, Placement, ShardMap, Site, shard_maps
+from shampoo_fsdp.plan.shards import (
+    ParameterSpec,
+    Placement,
+    ShardMap,
+    Site,
+    shape_of,
+    shard_maps,
+    volume,
+)
 
-__all__ = ["Assignment"]
+__all__ = ["Assignment", "OwnedBlock", "Part", "Slices", "parts_of"]
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedBlock:
+    """A block that this rank preconditions."""
+
+    index: int
+    """Row-major position in the parameter's grid."""
+    rectangle: Rectangle
+    """Where it lies in the parameter's view."""
+    shape: tuple[int, ...]
+    """Its sizes, without batch dimensions."""
+    phase: int
+    """See :func:`refresh_phase`."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """With batch dimensions."""
+        return shape_of(self.rectangle)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Transfer:
+    """One piece of a block: where it lies in this rank's shard of a parameter, in a block that this
+    rank owns, or in both (then it goes from this rank to itself)."""
+
+    peer: int
+    """Position of the other rank in the assignment's ranks."""
+    in_shard: Slices = ()
+    """In the view of the shard."""
+    block: OwnedBlock | None = None
+    in_block: Slices = ()
+    """In the block, with its batch dimensions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What concerns this rank of one parameter."""
+
+    grid: BlockGrid
+    shard_shape: tuple[int, ...]
+    """Of this rank's shard, in the parameter's view."""
+    row_width: int
+    """See :class:`shampoo_fsdp.plan.shards.ShardMap`."""
+    blocks: list[OwnedBlock] = field(default_factory=list)
+    """The ones that it owns, in the order of the grid."""
+    gather_out: list[Transfer] = field(default_factory=list)
+    """Pieces of its shard that go to the owners of their blocks."""
+    gather_in: list[Transfer] = field(default_factory=list)
+    """Pieces of owned blocks, as they come from the ranks that hold them: all of each block."""
+    scatter_out: list[Transfer] = field(default_factory=list)
+    """Pieces of owned blocks, for all ranks that hold them."""
+    scatter_in: list[Transfer] = field(default_factory=list)
+    """Pieces of its shard, as they come from the owners: all of it."""
 
 
 class Assignment:
@@ -60,6 +127,61 @@ class Assignment:
         facts = repr((parameters, config, self.owners))
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
         """Equal on two ranks if and only if they planned the same."""
+
+    @property
+    def travels(self) -> bool:
+        """Whether any rank sends anything."""
+        owned = zip(self.sites, self.owners, strict=True)
+        return any(shard_map.replicas > 1 for shard_map in self.maps) or any(
+            site.held.get(owner, 0) < volume(site.rectangle) for site, owner in owned
+        )
+
+
+def parts_of(assignment: Assignment, rank: int) -> list[Part]:
+    """What the assignment means for one of its ranks, for each parameter."""
+    me = bisect.bisect_left(assignment.ranks, rank)
+    maps = zip(assignment.maps, assignment.first, strict=True)
+    return [_part(assignment, shard_map, first, me) for shard_map, first in maps]
+
+
+def _part(assignment: Assignment, shard_map: ShardMap, first: int, me: int) -> Part:
+    part = Part(shard_map.grid, shape_of(shard_map.shard_of[me]), shard_map.row_width)
+    owners = assignment.owners[first : first + len(shard_map.grid)]
+    for index, owner in enumerate(owners):
+        if owner == me:
+            site, phase = shard_map.sites[index], assignment.phases[first + index]
+            block = OwnedBlock(index, site.rectangle, site.shape, phase)
+            part.blocks.append(block)
+            _add_owned(part, block, site, shard_map, me)
+    for index in shard_map.blocks_of_shard(me):
+        if (owner := owners[index]) != me:
+            pieces = shard_map.sites[index].pieces
+            piece = next(piece for piece, holders in pieces if me in holders)
+            transfer = Transfer(owner, _slices(piece, shard_map.shard_of[me]))
+            if shard_map.replica_of[owner] == shard_map.replica_of[me]:
+                part.gather_out.append(transfer)
+            part.scatter_in.append(transfer)
+    return part
+
+
+def _add_owned(part: Part, block: OwnedBlock, site: Site, shard_map: ShardMap, me: int) -> None:
+    for piece, holders in site.pieces:
+        in_block = _slices(piece, site.rectangle)
+        # Replicas hold the same gradient: the owner takes it from its own replica.
+        source = holders[shard_map.replica_of[me]]
+        for holder in holders:
+            in_shard = _slices(piece, shard_map.shard_of[me]) if holder == me else ()
+            transfer = Transfer(holder, in_shard, block, in_block)
+            part.scatter_out.append(transfer)
+            if holder == source:
+                part.gather_in.append(transfer)
+            if holder == me:
+                part.gather_out.append(transfer)
+                part.scatter_in.append(transfer)
+
+
+def _slices(inner: Iterable[tuple[int, int]], outer: Rectangle) -> Slices:
+    return tuple(slice(p[0] - q[0], p[1] - q[0]) for p, q in zip(inner, outer, strict=True))
 
 
 def _phases(name: str, blocks: int, config: ShampooConfig) -> Sequence[int]:

@@ -3,14 +3,14 @@
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.shards import Site
 
-Costs = Mapping[tuple[int, ...], tuple[float, float, int]]
-"""For each shape of block FLOPs on every step, further FLOPs of a refresh, and bytes of state."""
+Costs = Callable[[tuple[int, ...]], tuple[float, float, int]]
+"""For a shape of block FLOPs on every step, further FLOPs of a refresh, and bytes of state."""
 
 # How far above the mean a rank's work may come for the sake of keeping a block where it lies. Where
 # ranks divide a model's sizes, as powers of two do, even work and short ways agree, and little is
@@ -86,7 +86,7 @@ def _kind(
     costs: Costs,
 ) -> _Kind:
     """Kinds share the `groups` that are equal."""
-    every, refresh, _ = costs[site.shape]
+    every, refresh, _ = costs(site.shape)
     by_size: dict[int, list[int]] = defaultdict(list)
     by_node: dict[int, int] = defaultdict(int)
     for rank, elements in site.held.items():

@@ -40,7 +40,7 @@ class Totals:
         owners_of: dict[Site, Counter[int]] = defaultdict(Counter)
         blocks = zip(assignment.sites, assignment.phases, assignment.owners, strict=True)
         for site, phase, owner in blocks:
-            flops, flops_of_roots, state = costs[site.shape]
+            flops, flops_of_roots, state = costs(site.shape)
             every[owner] += flops
             refresh[owner][phase] += flops_of_roots
             self.state[owner] += state

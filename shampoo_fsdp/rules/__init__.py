@@ -9,13 +9,11 @@ fused kernel).
 
 from shampoo_fsdp.rules.kl_shampoo import KLShampooRule
 from shampoo_fsdp.rules.matrices import Positions
-from shampoo_fsdp.rules.rule import Health, Rule, register, rule_of
+from shampoo_fsdp.rules.rule import Rule, Step, register
 from shampoo_fsdp.rules.shampoo import ShampooRule
 from shampoo_fsdp.rules.soap import SoapRule
-from shampoo_fsdp.rules.step import Step
 
 __all__ = [
-    "Health",
     "KLShampooRule",
     "Positions",
     "Rule",
@@ -23,5 +21,4 @@ __all__ = [
     "SoapRule",
     "Step",
     "register",
-    "rule_of",
 ]

@@ -8,7 +8,6 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.language import missing
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
 from shampoo_fsdp.rules.roots import check_exponent
-from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = ["kernels_used", "on_device", "reasons"]
 
@@ -16,7 +15,7 @@ __all__ = ["kernels_used", "on_device", "reasons"]
 def on_device(config: ShampooConfig, device: torch.device) -> ShampooConfig:
     """The settings with `root_method`, `matmul_precision` and `root_dtype` filled in where they are
     None."""
-    rule, cpu = rule_of(config), device.type == "cpu"
+    rule, cpu = config.rule, device.type == "cpu"
     method = config.root_method or rule.root_methods[0]
     if config.root_method is None and not cpu and rule.root_method_by_products:
         try:  # some exponents are refused

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from shampoo_fsdp.kernels.language import per_block
+from shampoo_fsdp.rules.matrices import Positions
+
 TOLERANCE = 1e-6
 """`warm_eigenbasis` keeps a basis whose ||offdiag(Q^T A Q)||_F is at most this times ||A||_F."""
 
@@ -13,6 +16,39 @@ TOLERANCE = 1e-6
 # with less, rounding turns what A lacks (bases of two meshes, 3 to 12 rows of a batch, 48 runs of
 # SOAP: the parameters differed by at most 0.3% with this, by 3% with 2^-20).
 _SHIFT = 2.0**-16
+
+
+def updated_basis(
+    kept: Tensor,
+    where: Positions,
+    matrices: Tensor,
+    anew: bool,
+    iterations: int = 1,
+    resolution: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues [n, d] and eigenvectors [n, d, d] of these matrices, kept where that did not
+    fail, and where it failed [n].
+
+    Args:
+        kept: eigenvectors of all blocks, [B, d, d].
+        where: n positions in it.
+        anew: by `eigenbasis`, else from the last ones.
+        iterations: see `warm_eigenbasis`.
+        resolution: see `complete_basis`; None leaves the basis as it is.
+    """
+    before = kept[where].float()
+    if anew:
+        eigenvalues, vectors = eigenbasis(matrices)
+    else:
+        eigenvalues, vectors = warm_eigenbasis(matrices, before, iterations)
+    if resolution is not None:
+        eigenvalues, vectors = complete_basis(matrices, eigenvalues, vectors, resolution)
+    failed = (eigenvalues.sum(1) + vectors.sum((1, 2))).isfinite().logical_not_()
+    # No second moment: its definiteness is lost.
+    failed |= (eigenvalues.amax(1) <= 0.0) & (matrices != 0.0).any(2).any(1)
+    vectors = torch.where(per_block(failed, 3), before, vectors)
+    kept[where] = vectors.to(kept.dtype)
+    return eigenvalues, vectors, failed
 
 
 def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:

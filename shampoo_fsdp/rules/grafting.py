@@ -5,14 +5,18 @@ grafted method sees the same gradients and momentum; of its step only the norm o
 used, or the whole step before preconditioning starts.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
+from shampoo_fsdp.rules.matrices import on_device
 
 __all__ = [
     "LARGEST_GRADIENT",
     "accelerate",
+    "bias_correction",
     "graft_step",
     "second_moment_name",
     "update_second_moment",
@@ -95,3 +99,23 @@ def accelerate(
         update.add_(buffer * usable, alpha=momentum)
     else:
         torch.mul(buffer, usable, out=update)
+
+
+def bias_correction(
+    beta: float, steps: Sequence[int], device: torch.device, last: float | None = None
+) -> float | Tensor:
+    """1 - beta^t; a tensor [B] where the blocks' t differ.
+
+    Args:
+        last: the weight of the past in the newest average, if that is not beta.
+    """
+    if beta == 1.0:
+        return 1.0
+    last = beta if last is None else last
+    return one_or_each([1.0 - last * beta ** (max(step, 1) - 1) for step in steps], device)
+
+
+def one_or_each(values: Sequence[float], device: torch.device) -> float | Tensor:
+    """A number that holds for all blocks, or fp32 [B]."""
+    alike = min(values) == max(values)
+    return values[0] if alike else on_device(values, device, torch.float32)

@@ -27,9 +27,8 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
 from shampoo_fsdp.rules.matrices import Positions, mean_eigenvalue
-from shampoo_fsdp.rules.root_rule import RootRule
-from shampoo_fsdp.rules.rule import register
-from shampoo_fsdp.rules.step import Step
+from shampoo_fsdp.rules.rule import Step, register
+from shampoo_fsdp.rules.shampoo import ShampooRule
 from shampoo_fsdp.validation import refuse
 
 __all__ = ["KLShampooRule"]
@@ -47,8 +46,8 @@ _LARGEST_MEAN = 1e4
 
 
 @register
-class KLShampooRule(RootRule):
-    """The equations above, on stacks of blocks."""
+class KLShampooRule(ShampooRule):
+    """The equations above, on stacks of blocks; D is Shampoo's."""
 
     name = "kl_shampoo"
     number = 2
@@ -86,13 +85,6 @@ class KLShampooRule(RootRule):
         if not cold:
             self._scale_back(where)
         return super().refresh(where, cold, correction)
-
-    def direction(self, momentum: Tensor, step: Step, out: Tensor) -> Tensor:
-        """D = P_L N P_R."""
-        if not self.two_sided:
-            return self.multiply_sides(momentum, step)
-        left, right = self.inverse_roots()
-        return torch.bmm(left, momentum @ right, out=out)
 
     def restart(self, where: Positions) -> None:
         """R, and all sides but the first, start from the identity."""

@@ -1,8 +1,9 @@
 """What is kept of a block, by name, for stacks and checkpoints; what a block costs its owner."""
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,11 +12,10 @@ from shampoo_fsdp.rules.grafting import second_moment_name
 from shampoo_fsdp.rules.matrices import StateEntry, factor_kinds
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.roots import by_products
-from shampoo_fsdp.rules.rule import rule_of
 
 __all__ = [
     "MARKER",
-    "BlockCosts",
+    "block_costs",
     "factor_entries",
     "preconditioner_of",
     "saved_entries",
@@ -35,7 +35,7 @@ def factor_entries() -> frozenset[str]:
 def settings_marker(config: ShampooConfig, fingerprint: int) -> tuple[int, ...]:
     """The shape of an entry without elements that tells the settings and the grid: a checkpoint
     that was saved with others is refused in their name before anything is read."""
-    return config.max_preconditioner_dim, fingerprint, rule_of(config).number, 0
+    return config.max_preconditioner_dim, fingerprint, config.rule.number, 0
 
 
 def preconditioner_of(marker: Sequence[int]) -> str:
@@ -75,7 +75,7 @@ def _places(
     """For each tensor of a block's state its name, the name of the row that it is in (or its own),
     where it starts there, and its shape and type."""
     used: Counter[str] = Counter()
-    for name, kept in (_moments(shape, config) | rule_of(config).layout(shape, config)).items():
+    for name, kept in (_moments(shape, config) | config.rule.layout(shape, config)).items():
         kind, _, dimension = name.rpartition("_")
         entry = kind if dimension.isdigit() else name
         yield name, entry, used[entry], kept
@@ -111,16 +111,13 @@ _REFRESH_FLOPS = {
 }
 
 
-class BlockCosts(dict[tuple[int, ...], tuple[float, float, int]]):
-    """For each shape of block FLOPs on every step (factors and preconditioning), those of a
-    refresh, as many as a matrix product makes in its time, and bytes of state; made when asked."""
+def block_costs(config: ShampooConfig) -> Callable[[tuple[int, ...]], tuple[float, float, int]]:
+    """A function that gives for a shape of block FLOPs on every step (factors and preconditioning),
+    those of a refresh, as many as a matrix product makes in its time, and bytes of state."""
+    rule = config.rule
 
-    def __init__(self, config: ShampooConfig) -> None:
-        super().__init__()
-        self._config = config
-
-    def __missing__(self, shape: tuple[int, ...]) -> tuple[float, float, int]:
-        config, rule = self._config, rule_of(self._config)
+    @functools.cache
+    def costs(shape: tuple[int, ...]) -> tuple[float, float, int]:
         kinds = factor_kinds(shape, config)
         full = [n for n, kind in zip(shape, kinds, strict=True) if kind == "full"]
         # The method of somebody else's rule costs what eigenvectors do, for want of a better guess.
@@ -134,5 +131,6 @@ class BlockCosts(dict[tuple[int, ...], tuple[float, float, int]]):
             refresh /= _BF16
         # Elementwise work counts as one more row of a product.
         every = 2.0 * rule.products * math.prod(shape) * (sum(full) + 1)
-        self[shape] = every, refresh, state_bytes(shape, config)
-        return self[shape]
+        return every, refresh, state_bytes(shape, config)
+
+    return costs

@@ -178,6 +178,13 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def on_device(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor of values of the host."""
+    return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
 def largest_entries(rows: Tensor) -> Tensor:
     """The size of the largest entry of each row, NaN if one is; in one pass where memory is what
     takes the time. (On CPUs PyTorch's is 16 times slower than two.)"""

@@ -29,20 +29,15 @@ class Stage(NamedTuple):
         return u, a, b, c, c0 / u - b * c
 
 
-class Chain(NamedTuple):
-    """Polynomials that make an inverse square root, one after the other."""
-
-    error: float
-    """Of the root times the square root that it should invert: the largest difference to 1."""
-    stages: tuple[Stage, ...]
-
+_Chain = tuple[tuple[Stage, ...], float]
+"""Polynomials that make an inverse square root, one after the other, and the largest difference to
+1 of it times the square root that it should invert."""
 
 # Printed by `python -m benchmarks.polynomials`: fewest products for eigenvalues from 1e-5 to 1 and
 # a `root_residual` of at most 0.25. Smaller eigenvalues count as about 1e-5.
 # fmt: off
-_SQUARE_ROOT = Chain(
-    error=0.115393070111,
-    stages=(
+_SQUARE_ROOT: _Chain = (
+    (
         Stage((2.25730005642, 3.56673029886, -10.5493352388, -9.91728715739, 16.5769668148),
               0.510055, 0.510045),
         Stage((1.03414720026, 1.30991280776, -3.91314415524, -4.01917293728, 6.45440745054),
@@ -50,10 +45,10 @@ _SQUARE_ROOT = Chain(
         Stage((0.855341480047, -0.0241290687404, -0.433407122637, -1.17345315241, 1.42179274373),
               1.53223160447, 1.44762982689),
     ),
+    0.115393070111,
 )
-_FIRST_OF_TWO = Chain(
-    error=0.00860371177308,
-    stages=(
+_FIRST_OF_TWO: _Chain = (
+    (
         Stage((2.55558314641, -2.53963019658),
               0.510055, 0.510045),
         Stage((1.10472315538, 1.6591470175, -4.91362722132, -4.71684427678, 7.80799613428),
@@ -63,15 +58,16 @@ _FIRST_OF_TWO = Chain(
         Stage((0.912113632181, -0.299378059375, 0.138897983677, -0.2283413823, 0.173061103717),
               1.20908283046, 0.888803125463),
     ),
+    0.00860371177308,
 )
-_SECOND_OF_TWO = Chain(
-    error=0.0116170621564,
-    stages=(
+_SECOND_OF_TWO: _Chain = (
+    (
         Stage((1.78383741944, 1.50186328821, -4.70407031957, -5.61916649247, 8.48337022437),
               0.511604163592, 0.508495836408),
         Stage((0.904228499017, -0.297839460892, 0.133927500027, -0.274880484173, 0.22045466878),
               1.23330031325, 0.942016085791),
     ),
+    0.0116170621564,
 )
 # fmt: on
 
@@ -128,7 +124,7 @@ def _polynomial_root(
     # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
     slope, offset, power = line(squares, unit, ridge, divisor, order)
 
-    first, *others, last = (_SQUARE_ROOT if order == 2 else _FIRST_OF_TWO).stages
+    (first, *others, last), error = _SQUARE_ROOT if order == 2 else _FIRST_OF_TWO
     dtype = rounded if order == 2 else a.dtype
     inverse, root = _first_of_a(first, a, square, slope, offset, dtype)
     del a, square  # matrices are large
@@ -136,8 +132,8 @@ def _polynomial_root(
     if order == 4:
         inverse, root = _iterate(others, inverse, root)
         (root,) = product(root, _factor(last, inverse, root), Sum(root.dtype))
-        above = 1.0 + _FIRST_OF_TWO.error
-        first, *others, last = _SECOND_OF_TWO.stages
+        above = 1.0 + error
+        (first, *others, last), _ = _SECOND_OF_TWO
         nu = (root + root.mT).mul_(0.5 / (above * first.half))
         _plus(nu, -first.middle / first.half)
         inverse, root = _first_of_nu(first, nu, rounded)

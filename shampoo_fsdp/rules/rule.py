@@ -2,15 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import RULES, ShampooConfig
+from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.kernels.gram import can_update, update_factors
 from shampoo_fsdp.kernels.language import per_block
-from shampoo_fsdp.rules.eigenbasis import complete_basis, eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     Positions,
@@ -23,19 +24,68 @@ from shampoo_fsdp.rules.matrices import (
 )
 from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram, torch_dtype
 from shampoo_fsdp.rules.roots import check_exponent
-from shampoo_fsdp.rules.step import Step
 
-__all__ = ["Health", "Rule", "register", "rule_of"]
+__all__ = ["Rule", "Step", "register"]
 
 
-class Health(NamedTuple):
-    """Figures about the factors that are matrices, for reports; both [dimensions, B]."""
+@dataclass
+class Step:
+    """A step of the blocks of one stack; sequences have one entry for each block."""
 
-    condition: Tensor
-    """See :func:`shampoo_fsdp.rules.matrices.condition_number`, as far as cheap products tell."""
-    residual: Tensor
-    """How much the factors have outgrown their roots or eigenbases: from 0, not at all, to 1, which
-    is nothing in common."""
+    group: GroupSettings
+    """What their parameter group says; a second beta of 1 sums the factors."""
+    steps: Sequence[int]
+    """Gradients of the block's parameter so far, this one included."""
+    factor_steps: Sequence[int]
+    """Of these the ones since its factors were started, see `load_state_dict`."""
+    active: Sequence[bool]
+    """Whether the parameter has a gradient on this step. (The gradient blocks of one that has none
+    must have been filled with NaN.)"""
+    refreshed: Sequence[bool]
+    """Whether the block has had its first refresh, this step's included."""
+    cold: Sequence[bool]
+    """Whether this step's is its first one."""
+    correction: float | Tensor = field(default=1.0, init=False)
+    """Bias correction of the factors, this step's gradient included; as the next two a number or
+    [B]."""
+    momentum_correction: float | Tensor = field(default=1.0, init=False)
+    graft_correction: float | Tensor = field(default=1.0, init=False)
+    size: Tensor = field(init=False)
+    """Of the gradient's largest entry, [B], 0 where it is not usable; as the next two known once
+    the gradients are there."""
+    usable: Tensor = field(init=False)
+    """1 where the gradient is finite and not excessive, else 0, [B]."""
+    unusable: Tensor = field(init=False)
+    """Whether it is 0."""
+    rate: Tensor = field(init=False)
+    """What the gradient counts in the factors, [B]: `weight`, and 0 where they stay."""
+    in_one_pass: bool = field(default=False, init=False)
+    """Whether a kernel takes the averages, with what is preconditioned and the grafted norms."""
+
+    @property
+    def weight(self) -> float:
+        """That of the gradient in the factors: 1 - beta2, or 1 for sums."""
+        return 1.0 if self.sums else 1.0 - self.group.betas[1]
+
+    @property
+    def decay(self) -> float | Tensor:
+        """What the factors are multiplied by first; a number or [B]."""
+        return 1.0 if self.sums else 1.0 - self.rate
+
+    @property
+    def sums(self) -> bool:
+        """Whether factors are sums: beta2 is 1."""
+        return self.group.betas[1] == 1.0
+
+    @property
+    def eps(self) -> float:
+        """The optimizer's."""
+        return self.group.eps
+
+    @property
+    def warm(self) -> bool:
+        """Whether any block has had its first refresh."""
+        return any(self.refreshed)
 
 
 class Rule(ABC):
@@ -141,6 +191,7 @@ class Rule(ABC):
         self.factors = {i: MatrixStack(factor) for i, factor in kept.items() if factor is not None}
         kept_in = torch_dtype(config.factor_dtype)
         self.resolution = max(self.resolution, resolution_of(kept_in))
+        self.method = config.basis_method
         self.exponent = -self.root_exponent(config, max(1, len(self.sides)))
 
     def restart(self, where: Positions) -> None:
@@ -194,8 +245,10 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def health(self, correction: float | Tensor) -> Health:
-        """How the factors and their roots are; too costly for every step."""
+    def health(self, correction: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Condition numbers of the factors that are matrices, as far as cheap products tell them,
+        and how much these have outgrown their roots or eigenbases: from 0, not at all, to 1, which
+        is nothing in common. Both [dimensions, B]; too costly for every step."""
 
     def _average(self, i: int, blocks: Tensor, step: Step, over: float = 1.0) -> None:
         """factors_i <- decay factors_i + rate U U^T / over, U being the blocks unfolded along i; of
@@ -226,37 +279,6 @@ class Rule(ABC):
             factor.lerp_(gram(unfolded), per_block(step.rate, 3))
         self.factors[i].keep(factor)
 
-    def _updated_basis(
-        self,
-        i: int,
-        where: Positions,
-        matrices: Tensor,
-        cold: bool,
-        iterations: int = 1,
-        resolution: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues [n, d_i] and eigenvectors [n, d_i, d_i] of these matrices, kept in
-        `eigenvectors_i` where that did not fail, and where it failed [n].
-
-        Args:
-            iterations: of "qr".
-            resolution: of `complete_basis`, if it is wanted.
-        """
-        kept = self.state[f"eigenvectors_{i}"]
-        before = kept[where].float()
-        if cold or self.config.basis_method == "eigh":
-            eigenvalues, vectors = eigenbasis(matrices)
-        else:
-            eigenvalues, vectors = warm_eigenbasis(matrices, before, iterations)
-        if resolution is not None:
-            eigenvalues, vectors = complete_basis(matrices, eigenvalues, vectors, resolution)
-        failed = (eigenvalues.sum(1) + vectors.sum((1, 2))).isfinite().logical_not_()
-        # No second moment: its definiteness is lost.
-        failed |= (eigenvalues.amax(1) <= 0.0) & (matrices != 0.0).any(2).any(1)
-        vectors = torch.where(per_block(failed, 3), before, vectors)
-        kept[where] = vectors.to(kept.dtype)
-        return eigenvalues, vectors, failed
-
 
 def register(rule: type[Rule]) -> type[Rule]:
     """Make a rule known by its name.
@@ -272,8 +294,3 @@ def register(rule: type[Rule]) -> type[Rule]:
             )
     RULES[rule.name] = rule
     return rule
-
-
-def rule_of(config: ShampooConfig) -> type[Rule]:
-    """The rule that the setting `preconditioner` names."""
-    return config.rule  # type: ignore[no-any-return]

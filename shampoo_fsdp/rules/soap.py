@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.language import per_block
+from shampoo_fsdp.rules.eigenbasis import updated_basis
 from shampoo_fsdp.rules.matrices import (
     Positions,
     StateEntry,
@@ -30,8 +31,7 @@ from shampoo_fsdp.rules.matrices import (
     factor_kinds,
     scale_along,
 )
-from shampoo_fsdp.rules.rule import Health, Rule, register
-from shampoo_fsdp.rules.step import Step
+from shampoo_fsdp.rules.rule import Rule, Step, register
 from shampoo_fsdp.validation import refuse
 
 __all__ = ["SoapRule"]
@@ -82,7 +82,7 @@ class SoapRule(Rule):
     def refresh(self, where: Positions, cold: bool, correction: float | Tensor) -> Tensor:
         """Q_L and Q_R of L and R, and V in the new basis."""
         eigenvalues, failures = [], []
-        resolution = max(self.resolution, _RESOLUTION)
+        resolution, anew = max(self.resolution, _RESOLUTION), cold or self.method == "eigh"
         moved = self.state["second_moment"][where]
         # One gradient, the first, which is in the factors and not yet in V, tells no basis: in its
         # own the direction would be that gradient. An idle expert keeps the basis of the axes.
@@ -90,8 +90,8 @@ class SoapRule(Rule):
         for i in self.full:
             kept = self.state[f"eigenvectors_{i}"]
             before = kept[where].to(torch.float32, copy=True)
-            values, _, failed = self._updated_basis(
-                i, where, self.factors[i].read(where), cold, _ITERATIONS, resolution
+            values, _, failed = updated_basis(
+                kept, where, self.factors[i].read(where), anew, _ITERATIONS, resolution
             )
             eigenvalues.append(values)
             failures.append(failed)
@@ -189,7 +189,7 @@ class SoapRule(Rule):
                 entries |= cls._matrix_entries(i, n, config, "factors", "eigenvectors")
         return entries
 
-    def health(self, correction: float | Tensor) -> Health:
+    def health(self, correction: float | Tensor) -> tuple[Tensor, Tensor]:
         """From Q^T L Q, whose diagonal has the eigenvalues; the residual is what is beside it."""
         conditions, residuals = [], []
         for i in self.full:
@@ -201,4 +201,4 @@ class SoapRule(Rule):
             whole = torch.linalg.matrix_norm(rotated)
             beside = torch.linalg.matrix_norm(rotated - torch.diag_embed(eigenvalues))
             residuals.append(beside / torch.where(whole > 0.0, whole, 1.0))
-        return Health(torch.stack(conditions), torch.stack(residuals))
+        return torch.stack(conditions), torch.stack(residuals)

@@ -11,16 +11,17 @@ from shampoo_fsdp.kernels.momenta import Rates, momenta
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
     accelerate,
+    bias_correction,
     graft_numbers,
     graft_step,
+    one_or_each,
     second_moment_name,
     update_second_moment,
 )
 from shampoo_fsdp.rules.layout import saved_entries, split_rows
-from shampoo_fsdp.rules.matrices import blank, largest_entries
+from shampoo_fsdp.rules.matrices import Positions, blank, largest_entries, on_device
 from shampoo_fsdp.rules.precision import products_in
-from shampoo_fsdp.rules.rule import rule_of
-from shampoo_fsdp.rules.step import Step, Tally, bias_correction, on_device, one_or_each
+from shampoo_fsdp.rules.rule import Rule, Step
 
 __all__ = ["BlockStack"]
 
@@ -56,10 +57,11 @@ class BlockStack:
         """The norm of the last direction, and what grafting multiplied it by, [B, 1, ...]."""
         self._precision = config.matmul_precision or "highest"
         self.refreshes = 0
-        self.failed_roots = Tally(len(phases), device)
-        """Streaks are of refreshes with a root that failed."""
-        self.skipped = Tally(len(phases), device)
-        """For a bad gradient."""
+        self.skipped = torch.zeros(2, len(phases), dtype=torch.int32, device=device)
+        """How often each block was skipped for a bad gradient: in all, and the last times in a
+        row; it is counted on the device, and nobody waits."""
+        self.failed_roots = torch.zeros_like(self.skipped)
+        """The same of roots that failed; a streak is of refreshes with such a root."""
 
     def allocate(self) -> None:
         """Make the state, as it is before the first step."""
@@ -70,7 +72,7 @@ class BlockStack:
         """The state as checkpoints have it, stacked."""
         self.state = split_rows(self.saved, self.shape, self.config)
         """The same, with a tensor for each matrix of a block."""
-        self.rule = rule_of(self.config)(self.shape, self.config, self.state)
+        self.rule: Rule = self.config.rule(self.shape, self.config, self.state)
         self.rule.restart(slice(None))
         self._second_moment = self.state.get(second_moment_name(self.config.grafting) or "")
 
@@ -94,12 +96,23 @@ class BlockStack:
         A block with a non-finite or excessive gradient is skipped: its state stays, its update is
         zero.
         """
+        gradient = self.gradient
+        size = largest_entries(gradient.flatten(1))
+        usable = size < LARGEST_GRADIENT  # false for NaN
+        step.usable, step.unusable = usable.float(), usable.logical_not()
+        step.size = size.masked_fill_(step.unusable, 0.0)
+        step.rate = step.usable * step.weight
+        step.in_one_pass = all(step.refreshed) and self.rule.skips_blocks(gradient)
+        if not step.in_one_pass:
+            blank(gradient, per_block(step.usable, gradient.ndim))
         with products_in(self._precision):
-            self._accumulate(step)
+            self.rule.accumulate(gradient, step)
+        if not step.in_one_pass:
+            self._average(step)
         skipped = step.unusable
         if not all(step.active):
             skipped = skipped & on_device(step.active, self.device)
-        self.skipped.add(skipped, step.unusable)
+        _tally(self.skipped, skipped, step.unusable)
 
     def refresh(self, step: Step) -> None:
         """Take the roots or eigenbases of the blocks that are due anew."""
@@ -120,7 +133,8 @@ class BlockStack:
         own = [step.factor_steps[b] for b in chosen]
         correction = self._correction(step.group.betas[1], own)
         failed = self.rule.refresh(where, cold, correction).to(self.device)
-        self.failed_roots.add(failed.sum(0), where=where)
+        failures = failed.sum(0)
+        _tally(self.failed_roots, failures, failures.bool(), where)
         self.refreshes += failed.numel()
 
     def direct(self, step: Step) -> None:
@@ -142,20 +156,6 @@ class BlockStack:
     def restart_factors(self, positions: Sequence[int]) -> None:
         """Forget what the rule knows of these blocks."""
         self.rule.restart(on_device(positions, self.device, torch.int64))
-
-    def _accumulate(self, step: Step) -> None:
-        gradient = self.gradient
-        size = largest_entries(gradient.flatten(1))
-        usable = size < LARGEST_GRADIENT  # false for NaN
-        step.usable, step.unusable = usable.float(), usable.logical_not()
-        step.size = size.masked_fill_(step.unusable, 0.0)
-        step.rate = step.usable * step.weight
-        step.in_one_pass = all(step.refreshed) and self.rule.skips_blocks(gradient)
-        if not step.in_one_pass:
-            blank(gradient, per_block(step.usable, gradient.ndim))
-        self.rule.accumulate(gradient, step)
-        if not step.in_one_pass:
-            self._average(step)
 
     def _average(self, step: Step) -> None:
         """Let the gradients into the momentum and the second moment."""
@@ -281,6 +281,18 @@ class BlockStack:
     ) -> float | Tensor:
         used = self.config.use_bias_correction
         return bias_correction(beta, steps, self.device, last) if used else 1.0
+
+
+def _tally(
+    counts: Tensor, times: Tensor, streak_goes_on: Tensor, where: Positions = slice(None)
+) -> None:
+    """Count how often something went wrong now, [n], for the blocks at n positions."""
+    total, streak = counts[0][where], counts[1][where]  # views of a slice
+    total += times
+    streak += times.bool()
+    streak *= streak_goes_on
+    if isinstance(where, Tensor):
+        counts[0][where], counts[1][where] = total, streak
 
 
 def _norms(blocks: Tensor) -> Tensor:

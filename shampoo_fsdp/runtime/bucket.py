@@ -14,9 +14,9 @@ from torch.optim.sgd import sgd
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
-from shampoo_fsdp.plan.transfers import OwnedBlock, Part
+from shampoo_fsdp.plan.assignment import OwnedBlock, Part
+from shampoo_fsdp.rules.rule import Step
 from shampoo_fsdp.rules.stack import BlockStack
-from shampoo_fsdp.rules.step import Step
 from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
@@ -67,37 +67,6 @@ class Stopwatch:
         return event
 
 
-class OwnedStack:
-    """A stack of blocks, and whose they are."""
-
-    def __init__(
-        self, owned: Sequence[tuple[Member, OwnedBlock]], config: ShampooConfig, memory: Tensor
-    ) -> None:
-        """
-        Args:
-            owned: blocks of one shape, of parameters of one group.
-            memory: at least as large.
-        """
-        ordered = sorted(owned, key=lambda pair: pair[1].phase)
-        self.members = [member for member, _ in ordered]
-        """Whose each block of the stack is."""
-        self.blocks = [block for _, block in ordered]
-        self.group = ordered[0][0].group
-        """Number of the parameter group."""
-        shape = len(ordered), *ordered[0][1].shape
-        gradient = memory[: math.prod(shape)].view(shape)
-        self.stack = BlockStack(shape[1:], [b.phase for b in self.blocks], config, gradient)
-
-    def begin(self, groups: Sequence[GroupSettings]) -> Step:
-        """The record of a step; `groups` are those of the optimizer."""
-        members = dict.fromkeys(self.members)
-        of = {
-            m: (m.step, m.factor_step, m.gradient is not None, m.refreshed, m.cold) for m in members
-        }
-        blocks = zip(*(of[member] for member in self.members), strict=True)
-        return self.stack.begin(Step(groups[self.group], *blocks))
-
-
 class Bucket:
     """Some preconditioned parameters of a team, whose gradients and updates travel together."""
 
@@ -107,9 +76,8 @@ class Bucket:
         ranks: RankSet,
         config: ShampooConfig,
         workspace: Tensor,
-        *,
         travels: bool,
-        name: str = "",
+        name: str,
     ) -> None:
         """
         Args:
@@ -129,27 +97,38 @@ class Bucket:
         for member, part in parts.items():
             for block in part.blocks:
                 alike[member.group, block.shape].append((member, block))
-        self.stacks = []
+        self.stacks: dict[BlockStack, list[tuple[Member, OwnedBlock]]] = {}
+        """Each has blocks of one shape, of parameters of one group: with whose they are."""
         starts: dict[OwnedBlock, int] = {}
         start = 0
         for (_, shape), owned in sorted(alike.items(), key=lambda entry: entry[0]):
-            self.stacks.append(stack := OwnedStack(owned, config, self._workspace[start:]))
-            for block in stack.blocks:
+            owned.sort(key=lambda pair: pair[1].phase)
+            size, phases = math.prod(shape), [block.phase for _, block in owned]
+            memory = self._workspace[start : start + len(owned) * size].view(len(owned), *shape)
+            self.stacks[BlockStack(shape, phases, config, memory)] = owned
+            for _, block in owned:
                 starts[block] = start
-                start += math.prod(shape)
-        self._exchange = Exchange(
-            parts, starts, ranks, config, workspace.device, travels=travels, name=name
-        )
+                start += size
+        self._exchange = Exchange(parts, starts, ranks, config, workspace.device, travels, name)
 
     def saved(self) -> Iterator[tuple[Member, OwnedBlock, dict[str, Tensor]]]:
         """The state of each block that this rank owns, by name, as checkpoints have it; made anew
         where it was released."""
-        for owned in self.stacks:
-            if not owned.stack.saved:
-                owned.stack.allocate()
-            saved = owned.stack.saved.items()
-            for k, (member, block) in enumerate(zip(owned.members, owned.blocks, strict=True)):
-                yield member, block, {name: stacked[k] for name, stacked in saved}
+        for stack, owned in self.stacks.items():
+            if not stack.saved:
+                stack.allocate()
+            for k, (member, block) in enumerate(owned):
+                yield member, block, {name: stacked[k] for name, stacked in stack.saved.items()}
+
+    def begin(self, stack: BlockStack, groups: Sequence[GroupSettings]) -> Step:
+        """The record of a step of one of its stacks; `groups` are those of the optimizer."""
+        members = [member for member, _ in self.stacks[stack]]
+        of = {
+            m: (m.step, m.factor_step, m.gradient is not None, m.refreshed, m.cold)
+            for m in dict.fromkeys(members)
+        }
+        blocks = zip(*(of[member] for member in members), strict=True)
+        return stack.begin(Step(groups[members[0].group], *blocks))
 
     def step(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> Iterator[None]:
         """Take a step, up to the next yield at a time; see `Parameters.take_steps`.
@@ -168,15 +147,15 @@ class Bucket:
         self._exchange.receive_gradients(self._workspace)
         yield
         watch.lap("exchange")
-        steps = [owned.begin(groups) for owned in self.stacks]
-        for owned, step in zip(self.stacks, steps, strict=True):
-            owned.stack.accumulate(step)
+        steps = {stack: self.begin(stack, groups) for stack in self.stacks}
+        for stack, step in steps.items():
+            stack.accumulate(step)
             watch.lap("factors")
-            owned.stack.refresh(step)
+            stack.refresh(step)
             watch.lap("roots")
         yield
-        for owned, step in zip(self.stacks, steps, strict=True):
-            owned.stack.direct(step)
+        for stack, step in steps.items():
+            stack.direct(step)
         watch.lap("direction")
         self._exchange.pack_updates(self._workspace)
         watch.lap("exchange")
@@ -214,9 +193,9 @@ class Bucket:
 
     def state_was_loaded(self) -> None:
         """Start the factors anew of parameters whose factors have seen no gradient."""
-        for owned in self.stacks:
-            if anew := [b for b, member in enumerate(owned.members) if member.factor_step == 0]:
-                owned.stack.restart_factors(anew)
+        for stack, owned in self.stacks.items():
+            if anew := [b for b, (member, _) in enumerate(owned) if member.factor_step == 0]:
+                stack.restart_factors(anew)
 
     def _active(
         self, groups: Sequence[GroupSettings]

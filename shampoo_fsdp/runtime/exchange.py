@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.transfers import OwnedBlock, Part, Slices
+from shampoo_fsdp.plan.assignment import OwnedBlock, Part, Slices
 from shampoo_fsdp.rules.matrices import to_device
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.parameters import Member
@@ -61,9 +61,8 @@ class Exchange:
         ranks: RankSet,
         config: ShampooConfig,
         device: torch.device,
-        *,
         travels: bool,
-        name: str = "",
+        name: str,
     ) -> None:
         """
         Args:
@@ -294,13 +293,3 @@ def _pattern(steps: tuple[tuple[int, int], ...]) -> Tensor:
         along = torch.arange(count, dtype=torch.int32, device="cpu") * stride
         numbers = (numbers.unsqueeze(-1) + along).flatten()
     return numbers
-
-
-def allocate(buffer: Tensor) -> None:
-    """Give a tensor its memory, and with it its views."""
-    buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
-
-
-def release(buffer: Tensor) -> None:
-    """Take it away again, until the next :func:`allocate`."""
-    buffer.untyped_storage().resize_(0)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shampoo_fsdp.plan.assignment import Part
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
-from shampoo_fsdp.plan.transfers import Part
 
 __all__ = [
     "Member",

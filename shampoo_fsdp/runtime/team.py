@@ -1,48 +1,42 @@
-"""All parameters of an optimizer: their plan, what ranks compare, the teams of those on the same
-ranks, and the figures about them."""
+"""All parameters of an optimizer: the teams of those on the same ranks, their step, and what all
+ranks ask each other before it."""
 
-import dataclasses
 import functools
 import itertools
-import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
-from shampoo_fsdp.plan.assignment import Assignment
-from shampoo_fsdp.plan.grid import lr_scale
-from shampoo_fsdp.plan.shards import ParameterSpec
-from shampoo_fsdp.plan.transfers import Part, Plan, make_plan
-from shampoo_fsdp.rules.layout import BlockCosts
-from shampoo_fsdp.rules.rule import rule_of
-from shampoo_fsdp.runtime.bucket import Bucket, Stopwatch, elements, fill_buckets
-from shampoo_fsdp.runtime.choice import is_preconditioned
-from shampoo_fsdp.runtime.exchange import allocate, release
-from shampoo_fsdp.runtime.parameters import Member, describe
-from shampoo_fsdp.runtime.ranks import (
-    RankSet,
-    find_groups,
-    is_first_replica,
-    tell_all,
-)
+from shampoo_fsdp.plan.assignment import Assignment, OwnedBlock, Part
+from shampoo_fsdp.plan.totals import Totals, summed
+from shampoo_fsdp.rules.precision import torch_dtype
+from shampoo_fsdp.rules.stack import BlockStack
+from shampoo_fsdp.runtime.bucket import Bucket, Stopwatch
+from shampoo_fsdp.runtime.excluded import ExcludedParameters
+from shampoo_fsdp.runtime.groups import GroupContents
+from shampoo_fsdp.runtime.parameters import Member
+from shampoo_fsdp.runtime.ranks import RankSet, tell_all
 from shampoo_fsdp.validation import name_some
 
 __all__ = [
+    "Groups",
     "Parameters",
+    "Team",
     "changes_nothing",
-    "make_parameters",
     "refuse_nonfinite",
     "refuse_without_gradients",
+    "tensors_of",
 ]
+
+Groups = Sequence[Mapping[str, Any]]
+"""Those of an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,8 @@ class Team:
     """Preconditioned parameters whose meshes consist of the same ranks."""
 
     parts: dict[Member, Part]
-    plan: Plan
+    assignment: Assignment
+    """Of all of their blocks."""
     ranks: RankSet
     """That share blocks."""
     mesh: DeviceMesh | None
@@ -58,51 +53,68 @@ class Team:
     buckets: list[Bucket]
 
     @property
+    def stacks(self) -> dict[BlockStack, list[tuple[Member, OwnedBlock]]]:
+        """Of all buckets."""
+        return {s: owned for bucket in self.buckets for s, owned in bucket.stacks.items()}
+
+    @property
     def is_first_replica(self) -> bool:
         """Whether these ranks are the first of those that do the same work (see `owner_scope`)."""
         return min(next(iter(self.parts)).spec.ranks) in self.ranks.ranks
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parameters:
     """All parameters of an optimizer, on this rank."""
 
+    given: GroupContents
+    config: ShampooConfig
+    """With the device's defaults."""
+    chosen_by_device: str
+    """Which settings were not given and follow from the device, and why: one line, or ""."""
     members: list[Member]
     teams: list[Team]
     """Of those that are preconditioned."""
+    excluded: ExcludedParameters
+    """The others."""
     rank_sets: list[RankSet]
     """Where parameters live."""
     device: torch.device
     workspace: Tensor
     """Of all buckets; it has memory only while a step needs it."""
+    watch: Stopwatch
+    """Measures the parts of a step."""
+    tensors: list[Tensor]
+    """Of the groups, in their order."""
+    has_seen_gradients: bool = False
+    """Whether any rank has had one, on the first step."""
 
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
         return [bucket for team in self.teams for bucket in team.buckets]
 
-    def take_steps(
-        self, groups: Sequence[GroupSettings], watch: Stopwatch, meanwhile: Callable[[], None]
-    ) -> None:
-        """Take the step of all buckets; all ranks do so in this order.
+    def take_steps(self, groups: Groups) -> None:
+        """Take the step of all parameters; all ranks do so in this order.
 
-        While something travels, something else is computed: what `meanwhile` does; the first half
+        While something travels, something else is computed: the excluded parameters; the first half
         of a bucket's work, while the last one's updates travel; the second half, while the next
         one's gradients do. More at once would only take more memory. When no gradients are to come
         any more, the last but one's updates may travel longer instead.
 
         Args:
             groups: of the optimizer.
-            watch: measures the parts.
         """
-        steps = [bucket.step(groups, watch) for bucket in self.buckets]
+        settings = [GroupSettings.of(group, self.config) for group in groups]
+        steps = [bucket.step(settings, self.watch) for bucket in self.buckets]
         # Updates wait until memory of the next gradients is free. Not where these come from other
         # ranks: they may be waiting for such updates before they send.
         waits = [a.ranks == b.ranks for a, b in itertools.pairwise(self.buckets)] + [True]
         for step in steps[:1]:
             next(step)  # gradients set out
-        meanwhile()
-        watch.lap("excluded")
-        allocate(self.workspace)
+        self.excluded.step(groups)
+        self.watch.lap("excluded")
+        memory = self.workspace.untyped_storage()
+        memory.resize_(self.workspace.numel() * self.workspace.itemsize)
         for k, step in enumerate(steps):
             following = k + 1 < len(steps)
             next(step)  # gradients arrive
@@ -117,147 +129,63 @@ class Parameters:
             next(step)  # gradients become updates
             if not waits[k]:
                 next(step)  # updates set out
-        release(self.workspace)
+        memory.resize_(0)
         for step in steps[-1:]:
             next(step)  # updates set out
         for step in steps[-2:]:
             next(step, None)  # updates are applied
 
+    def fits(self, groups: Groups) -> bool:
+        """Whether the groups still have these parameters, where they were.
 
-def make_parameters(
-    named: Sequence[tuple[str, Tensor, int]],
-    states: Mapping[Tensor, dict[str, Any]],
-    replicas: dist.ProcessGroup | None,
-    config: ShampooConfig,
-    rank_set: Callable[..., RankSet] = RankSet,
-    assign: Callable[..., Assignment] = Assignment,
-) -> Parameters:
-    """Plan all parameters.
-
-    All ranks that parameters live on compare what they were given first.
-
-    Args:
-        named: name, parameter and number of the parameter group of each.
-        states: the optimizer's.
-        replicas: where plain tensors are replicated.
-        rank_set: makes one of ranks and their process group.
-        assign: makes the assignment of blocks.
-
-    Raises:
-        ValueError: on every rank, if ranks disagree or a parameter cannot be planned.
-    """
-    members = [
-        Member(
-            name,
-            parameter,
-            group,
-            spec := describe(name, parameter, replicas),
-            lr_scale(spec.shape, config),
-            is_first_replica(parameter, replicas),
-            states[parameter],
-        )
-        for name, parameter, group in named
-    ]
-    rank_set = partial(rank_set, stall_warning_seconds=config.stall_warning_seconds)
-    living_on: dict[tuple[int, ...], list[Member]] = defaultdict(list)
-    for member in members:
-        living_on[tuple(sorted(member.spec.ranks))].append(member)
-    device = members[0].parameter.device if members else torch.device("cpu")
-    tensors = {ranks: [m.parameter for m in living] for ranks, living in living_on.items()}
-    rank_sets, agreed, plans = [], [], []
-    groups = find_groups(tensors, replicas)
-    try:
-        # The same order on every rank, so that overlapping sets of ranks cannot wait in a circle.
-        for all_ranks, living in sorted(living_on.items(), key=lambda entry: entry[0]):
-            ranks = rank_set(all_ranks, groups[all_ranks])
-            ranks.agree(None, _facts([member.spec for member in living], config))
-            ranks.connect(device)
-            rank_sets.append(ranks)
-            chosen = [m for m in living if is_preconditioned(m.name, m.spec.shape, config)]
-            if chosen:
-                agreed.append((chosen, _agreed_plan(chosen, ranks, config, assign)))
-    finally:  # all ranks take part, wherever something has failed
-        # The ranks that share blocks may be fewer: those of a replica (see owner_scope).
-        fewer = {plan.ranks: [m.parameter for m in chosen] for chosen, plan in agreed}
-        groups |= find_groups({r: on for r, on in fewer.items() if r not in groups}, replicas)
-    for chosen, plan in agreed:
-        ranks = rank_set(plan.ranks, groups[plan.ranks])
-        ranks.agree(None, {"the plan of blocks": [plan.fingerprint]})
-        parts = dict(zip(chosen, plan.parts, strict=True))
-        for member, part in parts.items():
-            member.precondition(part)
-        plans.append((parts, plan, ranks, fill_buckets(parts, ranks, config)))
-    size = max((elements(bucket) for *_, filled in plans for bucket in filled), default=0)
-    workspace = torch.empty(size, dtype=torch.float32, device=device)
-    teams = [
-        Team(
-            parts,
-            plan,
-            ranks,
-            None if ranks.group is None else DeviceMesh.from_group(ranks.group, device.type),
-            [
-                Bucket(
-                    bucket,
-                    ranks,
-                    config,
-                    workspace,
-                    travels=plan.travels,
-                    name=f"bucket {number} of {len(filled)}",
+        Raises:
+            RuntimeError: they have others, and steps have been taken with these.
+        """
+        now = tensors_of(groups)
+        same = len(now) == len(self.tensors) and all(map(operator.is_, now, self.tensors))
+        if self.has_values:
+            if not same:
+                raise RuntimeError(
+                    "the parameters in 'param_groups' are no longer those that this optimizer has "
+                    "state for: build another one for the new ones, with names, and "
+                    "load_state_dict() what state_dict() gave before into it."
                 )
-                for number, bucket in enumerate(filled, start=1)
-            ],
-        )
-        for parts, plan, ranks, filled in plans
-    ]
-    release(workspace)
-    return Parameters(members, teams, rank_sets, device, workspace)
+            return True
+        moved = any(member.parameter.device != self.device for member in self.members)
+        unfrozen = any(parameter.requires_grad for _, parameter in self.given.frozen)
+        return same and not moved and not unfrozen
+
+    @property
+    def has_values(self) -> bool:
+        """Whether a step has been taken, here or before a checkpoint."""
+        return any(member.step for member in self.members)
+
+    @functools.cached_property
+    def summary(self) -> dict[str, float]:
+        """Figures about the plan, and load, state and traffic of the ranks that share blocks with
+        this one; the same on all of these."""
+        plans = [Totals(team.assignment) for team in self.teams]
+        load, state, sent = (summed(plans, name) for name in ("load", "state", "sent"))
+        mean_load = sum(load) / len(load)
+        mib = torch_dtype(self.config.communication_dtype).itemsize / 2**20
+        chosen = [member.parameter.numel() for team in self.teams for member in team.parts]
+        return {
+            "parameters_preconditioned": len(chosen),
+            "parameters_total": len(self.members),
+            "elements_preconditioned": sum(chosen),
+            "elements_total": sum(member.parameter.numel() for member in self.members),
+            "blocks": sum(sum(plan.owned) for plan in plans),
+            "load_max_over_mean": max(load) / mean_load if mean_load else 1.0,
+            "state_mib_max": max(state) / 2**20,
+            "state_mib_mean": sum(state) / len(state) / 2**20,
+            "mib_sent_per_step_max": max(sent) * mib,
+            "mib_sent_per_step_mean": sum(sent) / len(sent) * mib,
+        }
 
 
-def _facts(specs: Sequence[ParameterSpec], config: ShampooConfig) -> dict[str, Sequence[object]]:
-    """What ranks must agree about."""
-    settings = dataclasses.asdict(config).items()
-    return {
-        "the parameters that are trained": [spec.name for spec in specs],
-        "their shapes": [(spec.name, spec.shape) for spec in specs],
-        "their placements": [(spec.name, spec.mesh_shape, spec.placements) for spec in specs],
-        "the settings": [f"{name} = {value}" for name, value in settings],
-    }
-
-
-def _agreed_plan(
-    members: Sequence[Member],
-    ranks: RankSet,
-    config: ShampooConfig,
-    assign: Callable[..., Assignment],
-) -> Plan:
-    """Raise a ValueError on every rank if one of them cannot take part."""
-    problem = None
-    try:
-        rank = dist.get_rank() if len(ranks.ranks) > 1 else ranks.ranks[0]
-        specs = [member.spec for member in members]
-        plan = make_plan(assign(specs, config, BlockCosts(config), rank), rank)
-        for member, part in zip(members, plan.parts, strict=True):
-            _check(member, part, config)
-    except Exception as error:
-        problem = str(error) or repr(error)
-    ranks.agree(problem, {})
-    return plan
-
-
-def _check(member: Member, part: Part, config: ShampooConfig) -> None:
-    """Raise a ValueError if its shard is not what its placements say, or its roots are none that
-    the settings can take."""
-    spec, shard = member.spec, member.shard()
-    if shard.numel() != math.prod(part.shard_shape):
-        raise ValueError(
-            f"parameter '{spec.name}' has a shard of {tuple(shard.shape)} here, but its placements "
-            f"{spec.placements} on a mesh of {spec.mesh_shape} say {part.shard_shape}."
-        )
-    try:
-        for shape in part.grid.block_shapes:
-            rule_of(config).check_block(shape, config)
-    except ValueError as error:
-        raise ValueError(f"parameter '{spec.name}': {error}.") from None
+def tensors_of(groups: Groups) -> list[Tensor]:
+    """The parameters of all groups."""
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def refuse_nonfinite(parameters: Parameters, cause: Exception | None) -> None:

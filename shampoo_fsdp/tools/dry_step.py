@@ -25,12 +25,13 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shampoo_fsdp.build import Runtime
+from shampoo_fsdp.build import build
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.optimizer import Shampoo
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded, shape_of, shard_rectangle
 from shampoo_fsdp.runtime.bucket import Stopwatch
+from shampoo_fsdp.runtime.diagnostics import Streaks
 from shampoo_fsdp.runtime.ranks import RankSet
 from shampoo_fsdp.state import State
 from shampoo_fsdp.tools.machine import Machine
@@ -141,10 +142,18 @@ class _DryShampoo(Shampoo):
         self._known = known
         super().__init__(named, **settings)
 
-    @property
-    def runtime(self) -> Runtime:
-        ranks, watch = partial(_DryRanks, of=self), partial(_DryWatch, of=self)
-        return Runtime(ranks, watch, self._assign, _DryState, reads_back=False)
+    def _build(self) -> State:
+        return build(
+            self.param_groups,
+            self.state,
+            self._given,
+            self._replicas,
+            self._is_embedding,
+            rank_set=partial(_DryRanks, of=self),
+            assign=self._assign,
+            watch=partial(_DryWatch, of=self),
+            state=_DryState,
+        )
 
     def _assign(self, specs: Sequence[ParameterSpec], *others: Any) -> Assignment:
         known = (of for of in self._known if of.parameters == specs)
@@ -155,8 +164,12 @@ class _DryState(State):
     """That of excluded parameters, which their steps look at. What is shown of each block would
     take longest, and nobody looks at it."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.streaks = Streaks((), self.parameters.device)  # there is nothing to read back
+
     def _make_entries(self) -> Iterator[Any]:
-        return itertools.islice(super()._make_entries(), len(self.excluded.members))
+        return itertools.islice(super()._make_entries(), len(self.parameters.excluded.members))
 
     def take_back(self, states: Any) -> None:
         return None

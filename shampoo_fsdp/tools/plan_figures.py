@@ -21,7 +21,7 @@ from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec, shard_rectangle, volume
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.rules.device import on_device, reasons
-from shampoo_fsdp.rules.layout import BlockCosts
+from shampoo_fsdp.rules.layout import block_costs
 from shampoo_fsdp.rules.matrices import sides_without_factor
 from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.runtime.choice import is_preconditioned
@@ -138,7 +138,7 @@ def _figures_of(job: JobPlan) -> dict[str, Any]:
     worst = max((name for name in values if name.startswith("gflop")), key=lambda n: ratios[n])
     phases = [f"{_PHASE}{i}" for i in range(config.precondition_frequency)]
     shapes = Counter(site.shape for of in job.assignments for site in of.sites)
-    costs, sides = BlockCosts(config), {s: sides_without_factor(s, config) for s in shapes}
+    costs, sides = block_costs(config), {s: sides_without_factor(s, config) for s in shapes}
     place = values[worst].index(spreads[worst]["max"])
     numbers = _GIB / torch_dtype(config.communication_dtype).itemsize  # of those that travel
     figures: dict[str, Any] = {
@@ -153,7 +153,7 @@ def _figures_of(job: JobPlan) -> dict[str, Any]:
         "elements_preconditioned": elements - sum(math.prod(spec.shape) for spec in excluded),
         "blocks": sum(shapes.values()),
         "blocks_by_shape": {times(shape): number for shape, number in shapes.most_common()},
-        "block_costs": {times(s): dict(zip(_COSTS, costs[s], strict=True)) for s in shapes},
+        "block_costs": {times(s): dict(zip(_COSTS, costs(s), strict=True)) for s in shapes},
         "sides_without_factor": {times(shape): found for shape, found in sides.items() if found},
         "per_rank": {name: spread for name, spread in spreads.items() if name not in phases},
         "phases": [
@@ -196,7 +196,7 @@ def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[
     for spec in specs:
         if is_preconditioned(spec.name, spec.shape, config):
             sharing[tuple(sorted(spec.ranks))].append(spec)
-    costs = BlockCosts(config)
+    costs = block_costs(config)
     return [Assignment(members, config, costs, ranks[0]) for ranks, members in sharing.items()]
 
 

@@ -19,9 +19,9 @@ def composed(stages, values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", chains())
 def test_the_optimizers_constants_are_these(name):
     stages, error = chains()[name]
-    chain = getattr(polynomial, name)
-    assert chain.error == pytest.approx(error, rel=1e-9)
-    for ours, (coefficients, middle, half) in zip(chain.stages, stages, strict=True):
+    our_stages, our_error = getattr(polynomial, name)
+    assert our_error == pytest.approx(error, rel=1e-9)
+    for ours, (coefficients, middle, half) in zip(our_stages, stages, strict=True):
         assert (ours.middle, ours.half) == pytest.approx((middle, half), rel=1e-9)
         assert ours.coefficients == pytest.approx(coefficients, rel=1e-9)
 

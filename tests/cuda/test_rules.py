@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from shampoo_fsdp.config import RULES, ShampooConfig
-from shampoo_fsdp.rules.rule import rule_of
 from tests.cuda.training import difference, trained
 
 pytestmark = pytest.mark.cuda
@@ -47,7 +46,7 @@ def on_cpu(*settings: tuple[str, object]) -> dict[str, torch.Tensor]:
 
 def default_root(rule: str, device: torch.device) -> str:
     """Both devices must take the same one."""
-    products = rule_of(ShampooConfig(preconditioner=rule)).root_method_by_products
+    products = ShampooConfig(preconditioner=rule).rule.root_method_by_products
     return products if products and device.type != "cpu" else RULES[rule].root_methods[0]
 
 

@@ -22,7 +22,7 @@ def test_the_next_step_touches_no_memory_that_is_still_in_flight():
     optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=16)
     model(torch.ones(1, 12)).sum().backward()
     with (
-        mock.patch.object(optimizer._ready().excluded, "step", side_effect=KeyboardInterrupt),
+        mock.patch.object(optimizer._parameters.excluded, "step", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         optimizer.step()

@@ -64,7 +64,7 @@ def test_it_goes_on_with_state_that_others_put_back(others, grafting):
 
 
 def memory_of(optimizer):
-    stacks = [owned.stack for bucket in optimizer._parameters.buckets for owned in bucket.stacks]
+    stacks = [stack for bucket in optimizer._parameters.buckets for stack in bucket.stacks]
     return [weakref.ref(tensor) for stack in stacks for tensor in stack.saved.values()]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.rules.device import on_device
-from shampoo_fsdp.rules.layout import BlockCosts
+from shampoo_fsdp.rules.layout import block_costs
 from shampoo_fsdp.tools.models import model_specs
 from shampoo_torchtitan import plan
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
@@ -63,7 +63,7 @@ def fingerprint_of_training(job: Path, arguments: list[str]) -> str:
     trainer = jobs.make_trainer(job, *arguments)
     (optimizer,) = trainer.optimizers.optimizers
     (team,) = optimizer._parameters.teams
-    return team.plan.fingerprint
+    return team.assignment.fingerprint
 
 
 @jobs.on_cpu
@@ -86,7 +86,7 @@ def test_a_job_makes_the_plan_that_was_shown(tmp_path, degrees):
     settings = on_device(config.optimizer.shampoo, torch.device("cpu"))
     assert settings.precondition_frequency == 2  # the job's own
     chosen = [s for s in specs if len(s.shape) == 2 and "layers" in s.name]
-    assert set(of_ranks) == {Assignment(chosen, settings, BlockCosts(settings), 0).fingerprint}
+    assert set(of_ranks) == {Assignment(chosen, settings, block_costs(settings), 0).fingerprint}
 
 
 @pytest.mark.skipif(not jobs.PIPELINES, reason="needs torch 2.14 in TorchTitan 0.3")

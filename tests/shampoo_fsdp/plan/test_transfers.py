@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -13,11 +14,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.plan.assignment import Assignment
+from shampoo_fsdp.plan.assignment import Assignment, OwnedBlock, Part, Transfer, parts_of
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of, shard_rectangle
 from shampoo_fsdp.plan.totals import Totals
-from shampoo_fsdp.plan.transfers import OwnedBlock, Part, Plan, Transfer, make_plan
-from shampoo_fsdp.rules.layout import BlockCosts
+from shampoo_fsdp.rules.layout import block_costs
 from shampoo_fsdp.runtime.choice import is_preconditioned
 from shampoo_fsdp.tools.models import model_specs
 
@@ -42,13 +42,18 @@ def spec_of(name, shape, ranks, mesh_shape, placements) -> ParameterSpec:
     return ParameterSpec(name, shape, ranks, mesh_shape, tuple(map(placement_of, placements)))
 
 
+class Plan:
+    def __init__(self, assignment: Assignment, rank: int) -> None:
+        self.assignment, self.parts = assignment, parts_of(assignment, rank)
+
+
 def plan_of(parameters: list[ParameterSpec], config: ShampooConfig, rank: int) -> Plan:
-    return make_plan(Assignment(parameters, config, BlockCosts(config), rank), rank)
+    return Plan(Assignment(parameters, config, block_costs(config), rank), rank)
 
 
 def totals_of(parameters: list[ParameterSpec], config: ShampooConfig) -> Totals:
     rank = min(parameters[0].ranks)
-    return Totals(Assignment(parameters, config, BlockCosts(config), rank))
+    return Totals(Assignment(parameters, config, block_costs(config), rank))
 
 
 def blocks_of(plan: Plan) -> list[tuple[int, OwnedBlock]]:
@@ -58,6 +63,11 @@ def blocks_of(plan: Plan) -> list[tuple[int, OwnedBlock]]:
 
 def moves(plan: Plan, kind: str) -> list[tuple[int, Transfer]]:
     return [(p, t) for p, part in enumerate(plan.parts) for t in getattr(part, kind)]
+
+
+def elements_of(transfer: Transfer) -> int:
+    slices = transfer.in_shard or transfer.in_block
+    return math.prod(of.stop - of.start for of in slices)
 
 
 def specs(mesh: str) -> list[ParameterSpec]:
@@ -157,22 +167,22 @@ def test_every_block_has_one_owner(mesh):
     owned = Counter((p, b.index) for plan in plans for p, b in blocks_of(plan))
     assert set(owned.values()) == {1}
     assert sum(owned.values()) == sum(len(part.grid) for part in plans[0].parts)
-    assert len({plan.fingerprint for plan in plans}) == 1
+    assert len({plan.assignment.fingerprint for plan in plans}) == 1
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_plan_knows_what_each_rank_sends(mesh):
     config = ShampooConfig(max_preconditioner_dim=5, precondition_frequency=3, ranks_per_node=4)
     plans, totals = plans_of_all_ranks(mesh, config), totals_of(specs(mesh), config)
-    node = [rank // config.ranks_per_node for rank in plans[0].ranks]
+    node = [rank // config.ranks_per_node for rank in plans[0].assignment.ranks]
     for me, plan in enumerate(plans):
         kinds = ("gather_out", "scatter_out")
         sent = [t for kind in kinds for _, t in moves(plan, kind) if t.peer != me]
-        assert totals.sent[me] == sum(t.numel for t in sent)
-        across = [t.numel for t in sent if node[t.peer] != node[me]]
+        assert totals.sent[me] == sum(map(elements_of, sent))
+        across = [elements_of(t) for t in sent if node[t.peer] != node[me]]
         assert totals.across[me] == sum(across)
         assert totals.owned[me] == len(blocks_of(plan))
-        assert plan.travels == any(totals.sent)
+        assert plan.assignment.travels == any(totals.sent)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -191,7 +201,7 @@ def test_the_least_that_can_be_sent_is_counted_block_by_block(mesh):
 def least_sent(part: Part, block: OwnedBlock) -> int:
     held: Counter[int] = Counter()
     for t in part.scatter_out:  # with replicas, all that hold a piece
-        held[t.peer] += t.numel * (t.block is block)
+        held[t.peer] += elements_of(t) * (t.block is block)
     size = torch.Size([stop - start for start, stop in block.rectangle]).numel()
     most = max(held.values())
     return (size - most) + (held.total() - most)
@@ -296,9 +306,9 @@ def test_parameters_of_different_meshes_share_a_replica():
     # A lies once on {0, 1} and on {2, 3}, B on {0, 2} and on {1, 3}: both only on all four.
     a = spec_of("a", (8, 8), ranks, (2, 2), (Replicate(), Shard(0)))
     b = spec_of("b", (8, 8), ranks, (2, 2), (Shard(0), Replicate()))
-    assert plan_of([a, b], config, 0).ranks == ranks
-    assert plan_of([a], config, 2).ranks == (2, 3)
-    assert plan_of([b], config, 2).ranks == (0, 2)
+    assert plan_of([a, b], config, 0).assignment.ranks == ranks
+    assert plan_of([a], config, 2).assignment.ranks == (2, 3)
+    assert plan_of([b], config, 2).assignment.ranks == (0, 2)
 
 
 def test_a_replica_that_is_no_part_of_a_mesh_names_the_parameter():

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
-from shampoo_fsdp.rules import Health, Rule, register
+from shampoo_fsdp.rules import Rule, register
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.tools.plan_figures import JobPlan
 from shampoo_fsdp.validation import refuse
@@ -59,7 +59,7 @@ class Rows(Rule):
         return torch.div(momentum, roots.unsqueeze(2), out=out)
 
     def health(self, correction):
-        return Health(torch.ones(1, 1), torch.zeros(1, 1))
+        return torch.ones(1, 1), torch.zeros(1, 1)
 
 
 SETTINGS = {"preconditioner": "rows", "max_preconditioner_dim": 16, "precondition_frequency": 2}

@@ -43,8 +43,8 @@ def test_the_size_of_the_update_and_the_factors(preconditioner):
         sum(
             tensor.nbytes
             for bucket in optimizer._parameters.buckets
-            for owned in bucket.stacks
-            for tensor in owned.stack.saved.values()
+            for stack in bucket.stacks
+            for tensor in stack.saved.values()
         )
         / 2**20
     )
@@ -80,7 +80,7 @@ def test_the_residual_is_how_far_the_last_refresh_moved_the_root():
     for steps in (8, 9, 10, 11):
         _, optimizer, _ = trained(steps, refresh_schedule="together", refresh_warmup_steps=0)
         (bucket,) = optimizer._parameters.buckets
-        roots[steps] = [o.stack.rule.roots[i].read() for o in bucket.stacks for i in (0, 1)]
+        roots[steps] = [s.rule.roots[i].read() for s in bucket.stacks for i in (0, 1)]
     changes = [
         (new - old).norm(dim=(1, 2)) / new.norm(dim=(1, 2))
         for old, new in zip(roots[9], roots[10], strict=True)

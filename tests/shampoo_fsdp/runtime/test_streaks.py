@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shampoo_fsdp import Shampoo
-from shampoo_fsdp.rules import root_rule
+from shampoo_fsdp.rules import shampoo
 from tests.models import set_gradients
 from tests.ranks import ranks
 
@@ -87,7 +87,7 @@ def test_roots_that_always_fail_are_named(caplog, monkeypatch):
 
     model = Model()
     optimizer = optimizer_of(model, root_method="eigh")
-    monkeypatch.setattr(root_rule, "inverse_root", inverse_root)
+    monkeypatch.setattr(shampoo, "inverse_root", inverse_root)
     for _ in range(30):
         step(model, optimizer, {})
     (line,) = lines(caplog)
