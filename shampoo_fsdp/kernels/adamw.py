@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import Cost, can_run, launch, lerp, size_of
+from shampoo_fsdp.kernels.language import launch, lerp, size_of
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["AdamW", "adamw_masked"]
+__all__ = ["adamw_masked"]
 
 _CHUNK, _TURNS = 1024, 4
 """Elements that a program has at once, and how often."""
-
-
-class AdamW(NamedTuple):
-    """Numbers of a step."""
-
-    lr: float
-    lost: float
-    """The share of the weights that goes before the step: lr times the weight decay."""
-    rate1: float
-    """1 - beta1."""
-    rate2: float
-    """1 - beta2."""
-    eps: float
-    correction1: float
-    """Of the bias, 1 - beta1^t."""
-    correction2: float
 
 
 def adamw_masked(
@@ -40,8 +23,14 @@ def adamw_masked(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     skipped: Tensor,
-    numbers: AdamW,
     largest: float,
+    *,
+    step_size: float,
+    lost: float,
+    rate1: float,
+    rate2: float,
+    eps: float,
+    root: float,
 ) -> None:
     """AdamW's step in place, in fp32. Where an entry of the gradient is NaN, or not below `largest`
     in size, the entries of weights and state stay bit for bit.
@@ -50,48 +39,24 @@ def adamw_masked(
     which has no such mask, these are 121 bytes.
 
     Args:
-        weights, gradient, exp_avg, exp_avg_sq: of one shape, in any type. The gradient is rounded
-            to that of the weights first.
+        weights, gradient, exp_avg, exp_avg_sq: those that `can_run`; dense, of one shape and less
+            than 2^31 elements. The gradient is rounded to the type of the weights first.
         skipped: the number of entries that stayed is added to it; int64, of no dimensions.
+        step_size: lr by the bias correction of the first average.
+        lost: the share of the weights that goes before the step.
+        rate1, rate2: 1 - beta.
+        root: of the second bias correction.
     """
     tensors = (weights, gradient, exp_avg, exp_avg_sq)
     size = weights.numel()
-    dense = all(t.is_contiguous() for t in tensors)
-    if not size or size >= 2**31 or not dense or not can_run(*tensors):
-        return adamw_masked_reference(*tensors, skipped, numbers, largest)
-    lr, lost, rate1, rate2, eps, correction1, correction2 = numbers
-    factors = lr / correction1, lost, rate1, rate2, eps, correction2**0.5
     launch(
         _adamw_masked,
         (-(-size // (_CHUNK * _TURNS)),),
-        (*tensors, skipped, *factors, largest, size),
-        Cost(size_of(*tensors) + size_of(weights, exp_avg, exp_avg_sq)),
+        (*tensors, skipped, step_size, lost, rate1, rate2, eps, root, largest, size),
+        size_of(*tensors) + size_of(weights, exp_avg, exp_avg_sq),
         CHUNK=_CHUNK,
         TURNS=_TURNS,
     )
-
-
-def adamw_masked_reference(
-    weights: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    skipped: Tensor,
-    numbers: AdamW,
-    largest: float,
-) -> None:
-    """The same in plain PyTorch."""
-    lr, lost, rate1, rate2, eps, correction1, correction2 = numbers
-    gradient = gradient.to(weights.dtype)
-    usable = gradient.abs() < largest  # false for NaN
-    skipped += usable.logical_not().sum()
-    gradient = torch.where(usable, gradient, 0.0).float()
-    first = exp_avg.float().lerp(gradient, rate1)
-    second = exp_avg_sq.float() * (1.0 - rate2) + gradient.square() * rate2
-    step = first / (second.sqrt() / correction2**0.5 + eps)
-    changed = weights.float() * (1.0 - lost) - step * (lr / correction1)
-    for old, new in ((exp_avg, first), (exp_avg_sq, second), (weights, changed)):
-        torch.where(usable, new.to(old.dtype), old, out=old)
 
 
 def _adamw_masked(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from shampoo_fsdp.kernels.language import (
-    Cost,
     can_run,
     describable,
     described,
@@ -41,13 +39,11 @@ def update_factors(
     It reads 2 and writes 4 bytes per element of a factor in fp32 (2 and 2 where it is packed), for
     as many FLOPs as U has columns. In plain PyTorch these are 16 to 24 bytes, and twice the FLOPs.
 
-    Args:
+    Args: those that :func:`can_update`.
         factors: F, symmetric [B, n, n], or their upper triangles [B, n (n + 1) / 2]; in any type.
         blocks: U [B, n, rest], in 16 bits; it or U^T lies row by row in memory.
         rate: [B], fp32.
     """
-    if not can_update(factors, blocks):
-        return update_factors_reference(factors, blocks, rate, share, sums=sums)
     count, n, rest = blocks.shape
     packed = factors.ndim == 2
     transposed = blocks.stride(2) != 1
@@ -67,11 +63,9 @@ def update_factors(
             rest,
             factors.stride(0),
         ),
-        Cost(
-            # Of whole factors one triangle is read.
-            size_of(blocks) + size_of(factors) + size_of(factors) // (1 if packed else 2),
-            count * n * (n + tile) * rest,
-        ),
+        # Of whole factors one triangle is read.
+        size_of(blocks) + size_of(factors) + size_of(factors) // (1 if packed else 2),
+        count * n * (n + tile) * rest,
         TRANSPOSED=transposed,
         PACKED=packed,
         SUMS=sums,
@@ -86,19 +80,6 @@ def can_update(factors: Tensor, blocks: Tensor) -> bool:
         return False
     source = blocks if blocks.stride(2) == 1 else blocks.mT
     return describable(source) and (factors.ndim == 2 or describable(factors))
-
-
-def update_factors_reference(
-    factors: Tensor, blocks: Tensor, rate: Tensor, share: float, *, sums: bool = False
-) -> None:
-    """The same in plain PyTorch, in fp32."""
-    rates = rate.view(-1, 1, 1)
-    blocks = torch.where(rates == 0.0, 0.0, blocks.float())
-    grams = torch.bmm(blocks, blocks.mT).mul_(rates * share)
-    if factors.ndim == 2:
-        rows, columns = torch.triu_indices(blocks.shape[1], blocks.shape[1], device=blocks.device)
-        grams, rates = grams[:, rows, columns], rates.flatten(1)
-    factors.copy_(factors.float().mul(1.0 if sums else 1.0 - rates).add_(grams))
 
 
 def tiles(n: int, packed: bool, large: bool) -> dict[str, int]:

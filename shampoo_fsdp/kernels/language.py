@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # `_names` imports it for all others
     import triton.language as tl
 
 __all__ = [
-    "Cost",
     "can_run",
     "describable",
     "kernels",
@@ -31,18 +30,9 @@ T = TypeVar("T", Tensor, float | Tensor)
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Cost(NamedTuple):
-    """What a launch does on the GPU."""
-
-    bytes: int
-    """That it reads and writes, each tensor once."""
-    flops: int = 0
-    """Of matrix products."""
-    kind: Literal["bf16", "tf32", "fp32"] = "bf16"
-    """In which units."""
-
-
-_observer: Callable[[Cost], None] | None = None
+_observer: Callable[[int, int], None] | None = None
+"""Is told the bytes that a launch reads and writes, each tensor once, and the FLOPs of its matrix
+products, in 16 bits."""
 _wanted = True
 
 
@@ -58,7 +48,7 @@ def kernels(setting: str) -> Iterator[None]:
 
 
 @contextmanager
-def observed_by(observer: Callable[[Cost], None]) -> Iterator[None]:
+def observed_by(observer: Callable[[int, int], None]) -> Iterator[None]:
     """Within it launches with fake tensors on a GPU that is not there are counted, as on an H100;
     nothing is launched."""
     global _observer
@@ -73,12 +63,13 @@ def launch(
     kernel: Callable[..., Any],
     grid: tuple[int, ...],
     arguments: Sequence[Any],
-    cost: Cost,
+    moved: int,
+    flops: int = 0,
     **cut: Any,
 ) -> None:
-    """Launch a kernel, or tell what it would cost."""
+    """Launch a kernel, or tell the observer what it would cost."""
     if _observer is not None:
-        _observer(cost)
+        _observer(moved, flops)
     else:
         jit(kernel)[grid](*arguments, **cut)
 

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import (
-    Cost,
-    can_run,
-    launch,
-    lerp,
-    number,
-    of_block,
-    per_block,
-    size_of,
-)
+from shampoo_fsdp.kernels.language import launch, lerp, number, of_block, size_of
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["Rates", "momenta"]
+__all__ = ["momenta"]
 
 _CHUNK, _TURNS = 1024, 4
 """Elements that a program has at once, and how often."""
-
-
-class Rates(NamedTuple):
-    """Numbers of a step; each may also be [1] or [B] on the device."""
-
-    momentum: float | Tensor
-    """1 - beta1."""
-    moment: float | Tensor
-    """1 - beta2 of the grafted method."""
-    share: float | Tensor
-    """Of the momentum in what is preconditioned."""
-    eps: float | Tensor
-    """Is added to sqrt(V)."""
-    factor: float | Tensor = 1.0
-    """Of the norms."""
 
 
 def momenta(
@@ -48,14 +23,18 @@ def momenta(
     exp_avg: Tensor,
     moment: Tensor | None,
     mixed: Tensor,
-    rates: Rates,
+    rate1: float | Tensor,
+    rate2: float | Tensor,
+    share: float | Tensor,
+    eps: float | Tensor,
+    factor: float | Tensor = 1.0,
     *,
     sums: bool = False,
 ) -> Tensor:
     """Let gradients G into the momentum M and the second moment V of their blocks.
 
-        M <- M + rates.momentum (G - M)
-        V <- (1 - rates.moment) V + rates.moment G^2, or V + G^2 for sums
+        M <- M + rate1 (G - M)
+        V <- (1 - rate2) V + rate2 G^2, or V + G^2 for sums
         mixed <- share M + (1 - share) G
 
     A block that is not usable keeps M and V bit for bit; its G counts as zero, whatever it is.
@@ -63,62 +42,34 @@ def momenta(
     For fp32 state, `mixed` in bf16 and Adam it reads 12 and writes 10 bytes per element, for 12
     FLOPs; in plain PyTorch these are 76 bytes. Momentum in bf16 takes 4 less.
 
-    Args:
+    Args: tensors that `can_run`, all dense, with less than 2^31 elements in a block.
         gradient: G, [B, ...], fp32.
         usable: 1 or 0, [B], fp32.
         exp_avg: M, in any type.
         moment: V, in any of the types, or None.
         mixed: in any type; it may be the gradient's memory.
+        rate1, rate2, share, eps, factor: numbers, or [1] or [B] on the device.
 
     Returns:
         the norm of mixed / (sqrt(V) + eps), or of mixed without V, times factor, in fp32, [B]; 0 of
         blocks that are not usable. (Operators of PyTorch in bf16 round on the way; this does not.)
     """
     tensors = (gradient, exp_avg, moment, mixed)
-    dense = all(t is None or t.is_contiguous() for t in tensors)
     count = len(gradient)
-    size = gradient.numel() // max(count, 1)
-    if not size or size >= 2**31 or not dense or not can_run(*tensors):
-        return momenta_reference(gradient, usable, exp_avg, moment, mixed, rates, sums=sums)
+    size = gradient.numel() // count
     programs = -(-size // (_CHUNK * _TURNS))
+    numbers = [number(value, count) for value in (rate1, rate2, share, eps, factor)]
     squares = gradient.new_empty(count, programs)
     launch(
         _momenta,
         (count * programs,),
-        (*tensors, usable, squares, *(number(value, count) for value in rates), size, programs),
-        Cost(size_of(*tensors) + size_of(exp_avg, moment)),
+        (*tensors, usable, squares, *numbers, size, programs),
+        size_of(*tensors) + size_of(exp_avg, moment),
         CHUNK=_CHUNK,
         TURNS=_TURNS,
         SUMS=sums,
     )
     return squares.sum(1).sqrt_()
-
-
-def momenta_reference(
-    gradient: Tensor,
-    usable: Tensor,
-    exp_avg: Tensor,
-    moment: Tensor | None,
-    mixed: Tensor,
-    rates: Rates,
-    *,
-    sums: bool = False,
-) -> Tensor:
-    """The same in plain PyTorch."""
-    ndim = gradient.ndim
-    each = usable.view(-1, *[1] * (ndim - 1))
-    rate1, rate2, share, eps, _ = (per_block(value, ndim) for value in rates)
-    gradient = torch.where(each > 0.0, gradient, 0.0)
-    exp_avg.copy_(exp_avg.float().lerp_(gradient, rate1 * each))
-    if moment is not None:
-        kept = moment.float() * (1.0 if sums else 1.0 - rate2 * each)
-        moment.copy_(kept + gradient.square().mul_(1.0 if sums else rate2))
-    mixed.copy_(gradient.lerp(exp_avg.float(), share))
-    step = mixed.float()
-    if moment is not None:
-        step = step / (moment.float().sqrt() + eps)
-    norms: Tensor = torch.linalg.vector_norm(step, 2, tuple(range(1, ndim)))
-    return norms * rates.factor * usable
 
 
 def _momenta(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.kernels.language import (
-    Cost,
     can_run,
     describable,
     described,
@@ -95,10 +94,8 @@ def product(
             n,
         ),
         # A matrix that is two of them is read once.
-        Cost(
-            size_of(*{id(t): t for t in (*given, *results)}.values()),
-            2 * programs * count * tile**2 * n * (3 if a.dtype == torch.float32 else 1),
-        ),
+        size_of(*{id(t): t for t in (*given, *results)}.values()),
+        2 * programs * count * tile**2 * n * (3 if a.dtype == torch.float32 else 1),
         SYMMETRIC=symmetric,
         INTERPRETED=interpreted(),
         **cut,
@@ -171,11 +168,14 @@ def _summed(p: Tensor, c: Tensor | None, sum_: Sum, in_place: bool = False) -> T
             total = (p.mul_(alpha) if alpha != 1.0 else p) if in_place else p * alpha
             total.add_(c, alpha=beta)
     else:
-        whole = not isinstance(alpha, Tensor) and alpha == 1.0 and in_place
-        total = p if whole else torch.mul(p, per_block(alpha, 3), out=p if in_place else None)
+        total = p
+        if isinstance(alpha, Tensor) or alpha != 1.0 or not in_place:
+            total = torch.mul(p, per_block(alpha, 3), out=p if in_place else None)
         if c is not None:
             total.addcmul_(c, torch.as_tensor(per_block(beta, 3)))
-    total.diagonal(dim1=1, dim2=2).add_(per_block(gamma, 2))
+    if isinstance(gamma, Tensor):
+        gamma = gamma.view(-1, 1)
+    total.diagonal(dim1=1, dim2=2).add_(gamma)
     return total.to(sum_.dtype)
 
 

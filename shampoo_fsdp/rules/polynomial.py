@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shampoo_fsdp.kernels.language import can_run, describable, kernels, per_block, sums_in_fp32
 from shampoo_fsdp.kernels.product import Sum, product
-from shampoo_fsdp.kernels.quadratics import line, two_sums
+from shampoo_fsdp.kernels.refresh import line, two_sums
 from shampoo_fsdp.rules.precision import products_in
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.gram import can_update
-from shampoo_fsdp.kernels.keep import keep, parts
 from shampoo_fsdp.kernels.language import per_block
+from shampoo_fsdp.kernels.refresh import keep, parts
 from shampoo_fsdp.rules.eigenbasis import updated_basis
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,

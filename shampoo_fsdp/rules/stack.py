@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.language import per_block
-from shampoo_fsdp.kernels.momenta import Rates, momenta
+from shampoo_fsdp.kernels.momenta import momenta
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
     accelerate,
@@ -228,11 +228,10 @@ class BlockStack:
         method, group = self.config.grafting, step.group
         corrections = step.momentum_correction, step.graft_correction
         eps, factor = graft_numbers(method, *corrections, group.graft_eps)
-        rates = Rates(1.0 - group.betas[0], 1.0 - group.graft_beta2, _share(step), eps, factor)
         mixed = torch.empty_like(self.gradient, dtype=self.rule.products_in)
-        state = self.state["exp_avg"], self._second_moment
-        sums = method == "adagrad"
-        norms = momenta(self.gradient, step.usable, *state, mixed, rates, sums=sums)
+        tensors = self.gradient, step.usable, self.state["exp_avg"], self._second_moment, mixed
+        rates = 1.0 - group.betas[0], 1.0 - group.graft_beta2
+        norms = momenta(*tensors, *rates, _share(step), eps, factor, sums=method == "adagrad")
         return mixed, per_block(norms, mixed.ndim) if method != "none" else None
 
     def _mixed(self, exp_avg: Tensor, share: float, dtype: torch.dtype) -> Tensor:

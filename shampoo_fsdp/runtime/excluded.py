@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
-from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked
+from shampoo_fsdp.kernels.adamw import adamw_masked
 from shampoo_fsdp.kernels.language import can_run
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
@@ -101,7 +101,8 @@ class ExcludedParameters:
         old = {name: _joined([span[name].reshape(-1) for span in chunk]) for name in chunk[0]}
         gradient = old.pop("gradient")
         sizes = [span["gradient"].numel() for span in chunk]
-        if self._plain_adamw and can_run(gradient, *old.values()):
+        small = gradient.numel() < 2**31
+        if self._plain_adamw and small and can_run(gradient, *old.values()):
             self._adamw_kernel(gradient, old, step, counts, group)
         else:
             self._step_copies(gradient, old, sizes, step, counts, group)
@@ -153,16 +154,13 @@ class ExcludedParameters:
             kept["exp_avg"],
             kept["exp_avg_sq"],
             self.skipped_entries if counts else torch.zeros_like(self.skipped_entries),
-            AdamW(
-                lr=group.lr,
-                lost=group.lost,
-                rate1=1.0 - beta1,
-                rate2=1.0 - beta2,
-                eps=group.graft_eps,
-                correction1=1.0 - beta1**step,
-                correction2=1.0 - beta2**step,
-            ),
             LARGEST_GRADIENT,
+            step_size=group.lr / (1.0 - beta1**step),
+            lost=group.lost,
+            rate1=1.0 - beta1,
+            rate2=1.0 - beta2,
+            eps=group.graft_eps,
+            root=(1.0 - beta2**step) ** 0.5,
         )
 
     def _adamw(

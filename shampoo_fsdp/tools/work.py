@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shampoo_fsdp.kernels.language import Cost, observed_by
+from shampoo_fsdp.kernels.language import observed_by
 from shampoo_fsdp.tools.machine import Machine
 
 
@@ -124,9 +124,9 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(Counter({"launches": launches}) + _work(func, args, kwargs, result))
         return result
 
-    def _launched(self, cost: Cost) -> None:
+    def _launched(self, moved: int, flops: int) -> None:
         """A kernel of our own."""
-        self._add(Counter({"launches": 1, "bytes": cost.bytes, cost.kind: cost.flops}))
+        self._add(Counter({"launches": 1, "bytes": moved, "bf16": flops}))
 
     def _add(self, done: Counter[str]) -> None:
         took = self._machine.milliseconds(done)

@@ -14,14 +14,26 @@ from torch.optim.adamw import adamw
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.kernels import language
-from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked, adamw_masked_reference
-from shampoo_fsdp.kernels.gram import update_factors, update_factors_reference
-from shampoo_fsdp.kernels.keep import keep, keep_reference, parts
-from shampoo_fsdp.kernels.momenta import Rates, momenta, momenta_reference
+from shampoo_fsdp.kernels.adamw import adamw_masked
+from shampoo_fsdp.kernels.gram import update_factors
+from shampoo_fsdp.kernels.momenta import momenta
 from shampoo_fsdp.kernels.product import Sum, product, product_reference
-from shampoo_fsdp.kernels.quadratics import line, line_reference, two_sums, two_sums_reference
+from shampoo_fsdp.kernels.refresh import (
+    keep,
+    keep_reference,
+    line,
+    line_reference,
+    parts,
+    two_sums,
+    two_sums_reference,
+)
 from shampoo_fsdp.rules.polynomial import polynomial_root
 from shampoo_fsdp.rules.roots import root_residual
+from tests.reference.kernels import (
+    adamw_masked_reference,
+    momenta_reference,
+    update_factors_reference,
+)
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCES = {FP32: 2e-6, FP16: 2e-3, BF16: 2.0**-7}
@@ -52,11 +64,6 @@ def assert_close(found, expected, *others, split=False):
     torch.testing.assert_close(found, expected, rtol=2 * tolerance, atol=tolerance)
 
 
-def in_tensors(numbers):
-    """Each number as [1]."""
-    return type(numbers)(*(torch.tensor([value]) for value in numbers))
-
-
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(
     ("shape", "state", "copy", "second", "sums"),
@@ -76,13 +83,14 @@ def test_momenta(shape, state, copy, second, sums, on_device):
     exp_avg = torch.randn(shape).to(state)
     moment = torch.rand(shape) if second else None
     mixed = torch.empty(shape, dtype=copy)
-    rates = Rates(momentum=0.1, moment=0.05, share=0.9, eps=1e-3, factor=0.7)
+    rates = [0.1, 0.05, 0.9, 1e-3, 0.7]
     if on_device:
-        rates = in_tensors(rates)._replace(eps=torch.linspace(1e-3, 1e-2, len(gradient)))
+        rates = [torch.tensor([rate]) for rate in rates]
+        rates[3] = torch.linspace(1e-3, 1e-2, len(gradient))
     fast = copies(gradient, usable, exp_avg, moment, mixed)
     slow = copies(gradient, usable, exp_avg, moment, mixed)
-    norms = momenta(*fast, rates, sums=sums)
-    assert_close(norms, momenta_reference(*slow, rates, sums=sums), state, copy)
+    norms = momenta(*fast, *rates, sums=sums)
+    assert_close(norms, momenta_reference(*slow, *rates, sums=sums), state, copy)
     for found, expected in zip(fast[2:], slow[2:], strict=True):
         if expected is not None:
             assert_close(found, expected, state)
@@ -93,8 +101,7 @@ def test_momenta(shape, state, copy, second, sums, on_device):
 def test_what_is_preconditioned_may_lie_in_the_gradients_memory():
     gradient, usable = torch.randn(2, 50, 30), torch.tensor([1.0, 0.0])
     exp_avg, moment = torch.zeros(2, 2, 50, 30)
-    rates = Rates(momentum=0.1, moment=0.05, share=1.0, eps=1e-8)
-    momenta(gradient, usable, exp_avg, moment, gradient, rates)
+    momenta(gradient, usable, exp_avg, moment, gradient, 0.1, 0.05, 1.0, 1e-8)
     assert torch.equal(gradient, exp_avg)
 
 
@@ -142,14 +149,19 @@ def test_adamw_masked(kept, arrives):
     weights, exp_avg, gradient = torch.randn(3, 3, 1367).unbind()
     exp_avg_sq = torch.rand(3, 1367)
     gradient[1, :3] = torch.tensor([torch.nan, -torch.inf, 1e16])
-    numbers = AdamW(
-        0.1, lost=0.01, rate1=0.1, rate2=0.05, eps=1e-3, correction1=0.5, correction2=0.2
-    )
+    numbers = {
+        "step_size": 0.2,
+        "lost": 0.01,
+        "rate1": 0.1,
+        "rate2": 0.05,
+        "eps": 1e-3,
+        "root": 0.4,
+    }
     skipped = torch.tensor(5)
     tensors = [weights.to(kept), gradient.to(arrives), exp_avg.to(kept), exp_avg_sq.to(kept)]
     fast, slow = copies(*tensors, skipped), copies(*tensors, skipped)
-    adamw_masked(*fast, numbers, 1e15)
-    adamw_masked_reference(*slow, numbers, 1e15)
+    adamw_masked(*fast, 1e15, **numbers)
+    adamw_masked_reference(*slow, 1e15, **numbers)
     assert fast[4] == slow[4] == 8
     for k in (0, 2, 3):
         assert_close(fast[k], slow[k])
@@ -172,8 +184,17 @@ def test_adamw_masked_takes_the_step_of_torch():
         weight_decay=0.1,
         eps=1e-8,
     )
-    numbers = AdamW(0.01, 0.001, 1.0 - 0.9, 1.0 - 0.99, 1e-8, 1.0 - 0.9**5, 1.0 - 0.99**5)
-    adamw_masked(*ours, torch.tensor(0), numbers, 1e15)
+    adamw_masked(
+        *ours,
+        torch.tensor(0),
+        1e15,
+        step_size=0.01 / (1.0 - 0.9**5),
+        lost=0.001,
+        rate1=1.0 - 0.9,
+        rate2=1.0 - 0.99,
+        eps=1e-8,
+        root=(1.0 - 0.99**5) ** 0.5,
+    )
     for found, (expected,) in zip(ours, theirs, strict=True):
         assert_close(found, expected)
 

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked
+from shampoo_fsdp.kernels.adamw import adamw_masked
 from shampoo_fsdp.kernels.gram import update_factors
-from shampoo_fsdp.kernels.keep import keep, parts
-from shampoo_fsdp.kernels.momenta import Rates, momenta
+from shampoo_fsdp.kernels.momenta import momenta
 from shampoo_fsdp.kernels.product import Sum, product
-from shampoo_fsdp.kernels.quadratics import two_sums
+from shampoo_fsdp.kernels.refresh import keep, parts, two_sums
 from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
@@ -81,14 +80,21 @@ def test_an_operator(name):
 
 
 def adamw_kernel():
-    numbers = AdamW(1e-3, 0.0, 0.1, 0.05, 1e-8, 1.0, 1.0)
+    numbers = {
+        "step_size": 1e-3,
+        "lost": 0.0,
+        "rate1": 0.1,
+        "rate2": 0.05,
+        "eps": 1e-8,
+        "root": 1.0,
+    }
     tensors = [made(M) for _ in range(4)]
-    adamw_masked(*tensors, made((), dtype=torch.int64), numbers, 1e15)
+    adamw_masked(*tensors, made((), dtype=torch.int64), 1e15, **numbers)
 
 
 def momenta_kernel():
     tensors = [made(B, N, M, dtype=dtype) for dtype in (torch.float32,) * 3 + (LOW,)]
-    momenta(tensors[0], made(B), *tensors[1:], Rates(0.1, 0.05, 0.9, 1e-8))
+    momenta(tensors[0], made(B), *tensors[1:], 0.1, 0.05, 0.9, 1e-8)
 
 
 def gram_kernel():

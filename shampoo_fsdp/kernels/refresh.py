@@ -1,4 +1,5 @@
-"""What the first polynomial of an inverse root needs, of matrices A and A^2."""
+"""What a refresh needs beside products: of the first polynomial of an inverse root, and to keep
+roots in the place of the last ones."""
 
 from __future__ import annotations
 
@@ -8,15 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import Cost, can_run, launch, number, of_block, size_of
+from shampoo_fsdp.kernels.language import can_run, launch, number, of_block, size_of
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["line", "line_reference", "two_sums", "two_sums_reference"]
+__all__ = ["keep", "line", "parts", "two_sums"]
 
 _CHUNK = 2048
 """Entries that a program of `two_sums` has."""
+_KEPT_CHUNK = 4096
+"""And one of `keep`."""
 
 # A^2, which gives the norm, is rounded, and eigenvalues must not be above it.
 _SLACK = 1e-3
@@ -43,20 +46,11 @@ def line(
     if not can_run(squares, unit, ridge):
         return line_reference(squares, unit, ridge, divisor, order)
     results = torch.empty(3, len(unit), device=unit.device)
-    count, parts = squares.shape
-    given = (
-        squares,
-        unit,
-        ridge,
-        number(divisor, count),
-        _SLACK,
-        -1.0 / order,
-        results,
-        count,
-        parts,
-    )
-    most = 1 << (parts - 1).bit_length()  # the next power of 2
-    launch(_line, (count,), given, Cost(size_of(squares, unit, ridge, results)), MOST=most)
+    count, pieces = squares.shape
+    numbers = number(divisor, count), _SLACK, -1.0 / order
+    given = squares, unit, ridge, *numbers, results, count, pieces
+    most = 1 << (pieces - 1).bit_length()  # the next power of 2
+    launch(_line, (count,), given, size_of(squares, unit, ridge, results), MOST=most)
     slope, offset, power = results
     return slope, offset, power
 
@@ -90,8 +84,8 @@ def two_sums(
         return two_sums_reference(square, matrices, slope, offset, numbers)
     inner = torch.empty_like(square)
     arguments = square, matrices, inner, slope, offset, *numbers, n
-    cost = Cost(size_of(square, matrices, inner, square))
-    launch(_two_sums, (-(-n * n // _CHUNK), count), arguments, cost, CHUNK=_CHUNK)
+    moved = size_of(square, matrices, inner, square)
+    launch(_two_sums, (-(-n * n // _CHUNK), count), arguments, moved, CHUNK=_CHUNK)
     return inner, square
 
 
@@ -107,6 +101,40 @@ def two_sums_reference(
     inner.diagonal(dim1=1, dim2=2).add_(y[:, 0] + b)
     squared.diagonal(dim1=1, dim2=2).add_(c)
     return inner, squared
+
+
+def keep(new: Tensor, kept: Tensor, bad: Tensor, changes: Tensor) -> None:
+    """kept <- new where that is not bad; changes <- ||new - kept||^2 and ||kept||^2.
+
+    For fp32 matrices that are kept in bf16 it reads 6 and writes 2 bytes per entry; in plain
+    PyTorch these are 28.
+
+    Args:
+        new, kept: [B, n, n]; each matrix dense.
+        bad: [B], bool.
+        changes: of the parts of a matrix, see :func:`parts`, in fp32 [B, parts, 2].
+    """
+    tensors = new, kept, changes
+    dense = all(t[0].is_contiguous() for t in (new, kept)) and changes.is_contiguous()
+    if not dense or not can_run(*tensors):
+        return keep_reference(*tensors[:2], bad, changes)
+    count, n, _ = new.shape
+    arguments = new, kept, bad, changes, new.stride(0), kept.stride(0), n * n
+    launch(_keep, (parts(n), count), arguments, size_of(*tensors, kept), CHUNK=_KEPT_CHUNK)
+
+
+def keep_reference(new: Tensor, kept: Tensor, bad: Tensor, changes: Tensor) -> None:
+    """The same in plain PyTorch, with all parts in the first."""
+    new = torch.where(bad.view(-1, 1, 1), kept, new.to(kept.dtype))
+    pair = new - kept, new
+    norms = [torch.linalg.vector_norm(m, 2, (1, 2), dtype=torch.float32) for m in pair]
+    changes.zero_()[:, 0] = torch.stack(norms, 1).square_()
+    kept.copy_(new)
+
+
+def parts(n: int) -> int:
+    """Of a matrix of n x n."""
+    return -(-n * n // _KEPT_CHUNK)
 
 
 def _line(
@@ -151,3 +179,19 @@ def _two_sums(
     squared += diagonal * (y * y)
     tl.store(inner + at, a * squared + nu + diagonal * (y + b), mask=inside)
     tl.store(square + at, squared + diagonal * c, mask=inside)
+
+
+def _keep(new, kept, bad, changes, stride, kept_stride, size, CHUNK: tl.constexpr):
+    """Grid: programs of a matrix, blocks."""
+    block = tl.program_id(1).to(tl.int64)
+    within = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = within < size
+    good = tl.load(bad + block) == 0
+    old = tl.load(kept + block * kept_stride + within, mask=inside, other=0.0)
+    root = tl.load(new + block * stride + within, mask=inside & good, other=0.0)
+    root = tl.where(good, root.to(kept.dtype.element_ty), old)
+    tl.store(kept + block * kept_stride + within, root, mask=inside & good)
+    root, change = root.to(tl.float32), root.to(tl.float32) - old.to(tl.float32)
+    at = changes + (block * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(at, tl.sum(change * change, 0))
+    tl.store(at + 1, tl.sum(root * root, 0))
