@@ -32,7 +32,7 @@ from shampoo_fsdp.runtime.choice import (
     with_embeddings,
 )
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
-from shampoo_fsdp.runtime.groups import GroupContents, contents_of
+from shampoo_fsdp.runtime.groups import named_parameters
 from shampoo_fsdp.runtime.parameters import Member, check_parameters, describe, refuse_offloaded
 from shampoo_fsdp.runtime.ranks import RankSet, find_groups, is_first_replica
 from shampoo_fsdp.runtime.team import Groups, Parameters, Team, tensors_of
@@ -53,15 +53,19 @@ def waits(groups: Groups, replicas: dist.ProcessGroup | None) -> bool:
     return several and replicas is None and not sharded
 
 
-def check(groups: Groups, config: ShampooConfig) -> GroupContents:
-    """What the groups have; a ValueError names what cannot be trained, or what needs a name."""
-    given = contents_of(groups)
-    check_parameters(given.parameters)
+def check(
+    groups: Groups, config: ShampooConfig
+) -> tuple[list[tuple[str, Tensor, int]], list[tuple[str, Tensor]]]:
+    """The parameters that are trained, with the numbers of their groups, and the frozen ones; a
+    ValueError names what cannot be trained, or what needs a name."""
+    everything = named_parameters(groups)
+    check_parameters(everything)
+    trained = [of for of in everything if of[1].requires_grad]
     if config.root_method is None:
-        refuse_offloaded([(name, parameter) for name, parameter, _ in given.trained])
-    if config.exclude and not given.named:
-        refuse_nameless({name: tuple(p.shape) for name, p, _ in given.trained}, config)
-    return given
+        refuse_offloaded(trained)
+    if config.exclude and "param_names" not in groups[0]:
+        refuse_nameless({name: tuple(p.shape) for name, p, _ in trained}, config)
+    return trained, [(name, p) for name, p, _ in everything if not p.requires_grad]
 
 
 def build(
@@ -89,36 +93,36 @@ def build(
         ValueError: as :func:`check`, or, on every rank, if ranks disagree or a parameter cannot be
             planned.
     """
-    given = check(groups, config)
-    if meta := [name for name, parameter in given.parameters if parameter.is_meta]:
+    trained, frozen = check(groups, config)
+    if meta := [name for name, parameter, _ in named_parameters(groups) if parameter.is_meta]:
         raise ValueError(
             f"{name_some(meta)}: on the meta device; materialise the model (to_empty, then "
             "initialise) before the optimizer is used."
         )
-    device = next((p.device for _, p, _ in given.trained), torch.device("cpu"))
-    config = with_embeddings(config, [n for n, _, _ in given.trained if is_embedding.get(n)])
+    device = next((p.device for _, p, _ in trained), torch.device("cpu"))
+    config = with_embeddings(config, [n for n, _, _ in trained if is_embedding.get(n)])
     chosen = on_device(config, device)
     members = []
-    for name, parameter, group in given.trained:
+    for name, parameter, group in trained:
         spec, first = describe(name, parameter, replicas), is_first_replica(parameter, replicas)
         scale = lr_scale(spec.shape, chosen)
         members.append(Member(name, parameter, group, spec, scale, first, states[parameter]))
     ranks_of = partial(rank_set, stall_warning_seconds=config.stall_warning_seconds)
     teams, rank_sets, workspace = _make_teams(members, device, chosen, replicas, ranks_of, assign)
-    others = [member for member in members if member.part is None]
+    excluded = [member for member in members if member.part is None]
     if all(ranks.position == 0 for ranks in rank_sets):  # the first rank says it
         shapes = {member.name: member.spec.shape for member in members}
-        frozen = [name for name, _ in given.frozen]
-        for problem in what_names_miss(shapes, frozen, is_embedding, chosen):
+        others = [name for name, _ in frozen]
+        for problem in what_names_miss(shapes, others, is_embedding, chosen):
             warnings.warn(problem, stacklevel=4)
     return state(
         Parameters(
-            given,
+            frozen,
             chosen,
             "; ".join(filter(None, (reasons(config, device), kernels_used(config, device)))),
             members,
             teams,
-            ExcludedParameters(others, chosen, device),
+            ExcludedParameters(excluded, chosen, device),
             rank_sets,
             device,
             workspace,

@@ -18,7 +18,6 @@ from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
 from shampoo_fsdp.runtime.groups import (
     check_entries,
     check_group,
-    contents_of,
     find_saved,
     settings_to_load,
     take_types,
@@ -205,7 +204,7 @@ class Shampoo(torch.optim.Optimizer):
         refuse_moved(parameters.members, parameters.device)
         put_by_others = built.take_back(self.state)
         self._settle_initial_lr()
-        problem = find_gradients(parameters.members, parameters.given.frozen) or put_by_others
+        problem = find_gradients(parameters.members, parameters.frozen) or put_by_others
         if not parameters.has_seen_gradients:
             refuse_without_gradients(parameters)
             lrs = [float(group["lr"]) for group in self.param_groups]
@@ -298,7 +297,7 @@ class Shampoo(torch.optim.Optimizer):
             (g.get("initial_lr"), float(g["lr"])) for g in self.param_groups
         ]
         if self._waits and state_dict.get("state") == {}:
-            _, saved = find_saved(contents_of(self.param_groups), read()["param_groups"])
+            _, saved = find_saved(self.param_groups, read()["param_groups"])
             loaded = settings_to_load(self.config, self.param_groups, saved)
             for group, settings in zip(self.param_groups, loaded, strict=True):
                 group.update(settings)

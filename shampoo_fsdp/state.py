@@ -186,7 +186,7 @@ class State:
             ValueError: on every rank, names the parameter and the entry or setting that does not
                 fit; nothing has been changed then.
         """
-        given, members = self.parameters.given, self.parameters.members
+        members = self.parameters.members
         rank_sets, self.whole = self.parameters.rank_sets, None
         trouble = self._return_entries(states)
         problem, here, saved, other = None, dict[str, Tensor](), dict[str, Tensor](), list[str]()
@@ -196,26 +196,26 @@ class State:
             here = flat({member.name: member.state for member in members})
             state_dict = read()
             state = state_dict["state"]
-            keys, saved_groups = find_saved(given, state_dict["param_groups"])
+            keys, saved_groups = find_saved(param_groups, state_dict["param_groups"])
             entries = {m.name: state.get(keys.get(m.name), {}) for m in members}
             settings = settings_to_load(self.parameters.config, param_groups, saved_groups)
             saved = flat(entries)
-            decision = decide(here, saved, self.parameters.config.on_mismatch)
-            other = other_pieces(here, saved, decision)
+            report = decide(here, saved, self.parameters.config.on_mismatch)
+            other = other_pieces(here, saved, report)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = str(error) if isinstance(error, ValueError) else repr(error)
         if problem := tell_all(rank_sets, problem):
             raise ValueError(problem)
         for ranks in rank_sets:
             other += itertools.chain(*ranks.gather(other))
-        if frozen := [name for name, _ in given.frozen if state.get(keys.get(name))]:
+        if frozen := [name for name, _ in self.parameters.frozen if state.get(keys.get(name))]:
             _logger.warning(f"The saved state of {name_some(frozen)}, frozen here, is not used.")
-        if said := str(decision.report):
+        if said := str(report):
             _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
 
         for group, loaded in zip(param_groups, settings, strict=True):
             group.update(loaded)
-        carry_out(here, saved, decision, set(other))
+        carry_out(here, saved, report, set(other))
         self._start_factors()
         self._reading.set(False)
         self.streaks = Streaks(self.parameters.teams, self.parameters.device)  # they begin anew

@@ -59,7 +59,7 @@ def state_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 @dataclass
 class LoadReport:
-    """Names of the parameters whose state is not all loaded."""
+    """What is not just read of a state dict, and the parameters whose state is not all loaded."""
 
     restarted: list[str] = field(default_factory=list)
     """All of their state starts anew."""
@@ -69,37 +69,34 @@ class LoadReport:
     """They are not preconditioned any more."""
     momentum_started: list[str] = field(default_factory=list)
     """The checkpoint has no momentum of their updates, which starts at zero."""
-
-    def merge(self, other: "LoadReport") -> None:
-        """Add the names that another rank has."""
-        for name, names in vars(other).items():
-            setattr(self, name, list(dict.fromkeys([*getattr(self, name), *names])))
-
-    def __str__(self) -> str:
-        parts = [
-            (self.restarted, "all starts anew for"),
-            (self.factors_restarted, "moments are loaded and factors start anew for"),
-            (self.factors_dropped, "factors are dropped for"),
-            (self.momentum_started, "the momentum of updates starts at zero for"),
-        ]
-        return "; ".join(f"{what} {name_some(names)}" for names, what in parts if names)
-
-
-@dataclass
-class LoadDecision:
-    """What to do about each key of a state dict that is not just read."""
-
-    report: LoadReport = field(default_factory=LoadReport)
     left_out: set[str] = field(default_factory=set)
     """Keys that are not read: state that starts anew, and settings of groups."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Second moments that are read from the key of another kind, and are multiplied or divided by
     the number of steps."""
 
+    def merge(self, other: "LoadReport") -> None:
+        """Add the names of parameters that another rank has."""
+        for name in _SAID:
+            names = [*getattr(self, name), *getattr(other, name)]
+            setattr(self, name, list(dict.fromkeys(names)))
+
+    def __str__(self) -> str:
+        found = ((what, getattr(self, name)) for name, what in _SAID.items())
+        return "; ".join(f"{what} {name_some(names)}" for what, names in found if names)
+
+
+_SAID = {
+    "restarted": "all starts anew for",
+    "factors_restarted": "moments are loaded and factors start anew for",
+    "factors_dropped": "factors are dropped for",
+    "momentum_started": "the momentum of updates starts at zero for",
+}
+
 
 def decide(
     here: Mapping[str, Any], saved: Mapping[str, Any], on_mismatch: OnMismatch
-) -> LoadDecision:
+) -> LoadReport:
     """Compare a flat state dict with another one, or with the metadata of a checkpoint.
 
     The same on every rank that has the same parameters.
@@ -119,8 +116,8 @@ def decide(
             "the checkpoint has no optimizer state: was only the model saved? Load the model "
             'alone, or set on_mismatch = "rebuild" to start the optimizer anew.'
         )
-    decision = LoadDecision()
-    decision.left_out |= {k for k in here if k not in saved and _SETTING_OF_GROUP.fullmatch(k)}
+    report = LoadReport()
+    report.left_out |= {k for k in here if k not in saved and _SETTING_OF_GROUP.fullmatch(k)}
     shampoo_here = any(MARKER in entries for entries in keys_here.values())
     shampoo_saved = any(MARKER in entries for entries in keys_saved.values())
     switched_on = shampoo_here and not shampoo_saved
@@ -133,26 +130,26 @@ def decide(
         for entry, other in _SECOND_MOMENTS.items():
             if entry in mine and entry not in theirs and other in theirs:
                 theirs[entry] = theirs[other]
-                decision.renamed[keys[entry]] = their_keys[other]
+                report.renamed[keys[entry]] = their_keys[other]
         if _MOMENTUM in mine and not fits(mine[_MOMENTUM], theirs.get(_MOMENTUM)):
-            decision.report.momentum_started.append(name)
-            decision.left_out.add(keys[_MOMENTUM])
+            report.momentum_started.append(name)
+            report.left_out.add(keys[_MOMENTUM])
 
         factors = [entry for entry in mine if entry in factor_entries()]
         if not all(fits(mine[e], theirs.get(e)) for e in _MOMENTS if e in mine):
-            affected, anew = decision.report.restarted, list(mine)
+            affected, anew = report.restarted, list(mine)
         elif not all(fits(mine[e], theirs.get(e)) for e in factors):
-            affected, anew = decision.report.factors_restarted, factors
+            affected, anew = report.factors_restarted, factors
         elif shampoo_here and MARKER in theirs and MARKER not in mine:
-            affected, anew = decision.report.factors_dropped, []
+            affected, anew = report.factors_dropped, []
         else:
             continue
         if on_mismatch == "refuse" and not (switched_off or (switched_on and anew == factors)):
             raise CheckpointMismatch(explanation(name, mine, theirs))
         affected.append(name)
-        decision.left_out |= {keys[entry] for entry in anew}
-    decision.renamed = {k: v for k, v in decision.renamed.items() if k not in decision.left_out}
-    return decision
+        report.left_out |= {keys[entry] for entry in anew}
+    report.renamed = {k: v for k, v in report.renamed.items() if k not in report.left_out}
+    return report
 
 
 def fits(here: Any, saved: Any) -> bool:

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.checkpoint.fits import (
-    LoadDecision,
     LoadReport,
     OnMismatch,
     check_others,
@@ -59,7 +58,7 @@ def flat(state: State) -> dict[str, Any]:
 
 
 def other_pieces(
-    here: Mapping[str, Any], saved: Mapping[str, Any], decision: LoadDecision
+    here: Mapping[str, Any], saved: Mapping[str, Any], report: LoadReport
 ) -> list[str]:
     """Keys of the entries whose saved pieces on this rank are not those that it needs.
 
@@ -68,9 +67,9 @@ def other_pieces(
     """
     keys = []
     for key, value in here.items():
-        if key in decision.left_out:
+        if key in report.left_out:
             continue
-        source = saved[decision.renamed.get(key, key)]
+        source = saved[report.renamed.get(key, key)]
         if isinstance(source, ShardedBlocks | OwnedBlocks):
             mine, theirs = local_tensor(value), local_tensor(source)
             assert isinstance(theirs, OwnedBlocks)
@@ -91,7 +90,7 @@ def other_pieces(
 def carry_out(
     here: Mapping[str, Any],
     saved: Mapping[str, Any],
-    decision: LoadDecision,
+    report: LoadReport,
     gathered: Collection[str],
 ) -> None:
     """Copy saved entries, keeping types and devices, as was decided.
@@ -100,26 +99,26 @@ def carry_out(
         here, saved: see :func:`flat`.
         gathered: keys of entries whose pieces all ranks put together first.
     """
-    begin(here, decision)
+    begin(here, report)
     for key, value in here.items():
-        if key not in decision.left_out:
-            source = saved[decision.renamed.get(key, key)]
+        if key not in report.left_out:
+            source = saved[report.renamed.get(key, key)]
             _copy(value, source.full_tensor() if key in gathered else source)
-    convert(here, decision)
+    convert(here, report)
 
 
-def begin(here: Mapping[str, Any], decision: LoadDecision) -> None:
+def begin(here: Mapping[str, Any], report: LoadReport) -> None:
     """Start state anew that is not read, once all ranks have accepted what is: with zeros, and of
     factors only their number of steps, by which the optimizer gives them their initial values."""
-    for key in decision.left_out:
+    for key in report.left_out:
         entry = key.rpartition(".")[2]
         if entry == "factor_step" or (is_state_entry(entry) and entry not in factor_entries()):
             start_anew([here[key]])
 
 
-def convert(here: Mapping[str, Any], decision: LoadDecision) -> None:
+def convert(here: Mapping[str, Any], report: LoadReport) -> None:
     """Make averages of squares of their sums, or sums of averages, once all has been read."""
-    for key in decision.renamed:
+    for key in report.renamed:
         steps = here[f"{key.rpartition('.')[0]}.step"].clamp(min=1.0)
         for part in local_parts(here[key]):
             part.detach().mul_((steps if key.endswith(".sum") else 1.0 / steps).to(part.device))
@@ -190,7 +189,6 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
             refuse("on_mismatch", on_mismatch, "'refuse' or 'rebuild'")
         self.on_mismatch: OnMismatch = on_mismatch
         self.report = LoadReport()
-        self._decision = LoadDecision()
         self._unread = 0
 
     def create_local_plan(self) -> LoadPlan:
@@ -201,10 +199,9 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         """
         assert self.metadata is not None
         saved = dict(self.metadata.state_dict_metadata)
-        self._decision = decision = decide(self.state_dict, saved, self.on_mismatch)
-        self.report = decision.report
-        saved |= {key: saved[other] for key, other in decision.renamed.items()}
-        wanted = {k: v for k, v in self.state_dict.items() if k not in decision.left_out}
+        self.report = report = decide(self.state_dict, saved, self.on_mismatch)
+        saved |= {key: saved[other] for key, other in report.renamed.items()}
+        wanted = {k: v for k, v in self.state_dict.items() if k not in report.left_out}
         check_others(wanted, saved)
         plan: LoadPlan = create_default_local_load_plan(
             wanted, replace(self.metadata, state_dict_metadata=saved)
@@ -212,7 +209,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         items = []
         for item in plan.items:
             index = item.storage_index
-            index = replace(index, fqn=decision.renamed.get(index.fqn, index.fqn))
+            index = replace(index, fqn=report.renamed.get(index.fqn, index.fqn))
             items.append(replace(item, storage_index=index))
         return LoadPlan(items, planner_data=self.report)
 
@@ -225,7 +222,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         # Not before: now every rank has accepted the checkpoint.
-        begin(self.state_dict, self._decision)
+        begin(self.state_dict, self.report)
         self._unread = sum(item.type == LoadItemType.TENSOR for item in new_plan.items)
         return super().finish_plan(new_plan)
 
@@ -233,4 +230,4 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
         super().commit_tensor(read_item, tensor)
         self._unread -= 1
         if not self._unread:
-            convert(self.state_dict, self._decision)
+            convert(self.state_dict, self.report)

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from logging import getLogger
 from typing import Any, NamedTuple
 
@@ -18,11 +17,10 @@ from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, name_som
 __all__ = [
     "FromEmbedding",
     "FromModel",
-    "GroupContents",
     "check_entries",
     "check_group",
-    "contents_of",
     "find_saved",
+    "named_parameters",
     "plain_name",
     "settings_to_load",
     "take_types",
@@ -73,37 +71,18 @@ def check_group(config: ShampooConfig, group: Mapping[str, Any]) -> None:
     validate_hyperparameters(config, lr=_plain_lr(group["lr"]), **values)
 
 
-@dataclass(frozen=True)
-class GroupContents:
-    """The parameters that an optimizer was given."""
-
-    names: list[list[str]]
-    """Of each group, without what wrappers have put into them; positions where there are none."""
-    named: bool
-    """Whether they are more than positions."""
-    parameters: list[tuple[str, Tensor]]
-    trained: list[tuple[str, Tensor, int]]
-    """Those that require a gradient, with the number of their group."""
-    frozen: list[tuple[str, Tensor]]
-    """The others."""
-
-
-def contents_of(groups: Sequence[Mapping[str, Any]]) -> GroupContents:
-    """What these groups have."""
+def names_of(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The parameters' names in each group; their positions where they have none."""
     positions = map(str, itertools.count())
-    names, everything = [], []
-    for g, group in enumerate(groups):
-        unnamed = list(itertools.islice(positions, len(group["params"])))
-        names.append([plain_name(name) for name in group.get("param_names", unnamed)])
-        pairs = zip(names[-1], group["params"], strict=True)
-        everything += [(name, parameter, g) for name, parameter in pairs]
-    return GroupContents(
-        names,
-        "param_names" in groups[0],
-        [(name, p) for name, p, _ in everything],
-        [(name, p, g) for name, p, g in everything if p.requires_grad],
-        [(name, p) for name, p, _ in everything if not p.requires_grad],
-    )
+    unnamed = [list(itertools.islice(positions, len(group["params"]))) for group in groups]
+    names = [group.get("param_names", own) for group, own in zip(groups, unnamed, strict=True)]
+    return [list(map(plain_name, own)) for own in names]
+
+
+def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor, int]]:
+    """All parameters, with their names and the numbers of their groups."""
+    pairs = enumerate(zip(names_of(groups), groups, strict=True))
+    return [(n, p, g) for g, (own, of) in pairs for n, p in zip(own, of["params"], strict=True)]
 
 
 def plain_name(name: str) -> str:
@@ -121,7 +100,7 @@ def _plain_lr(lr: Any) -> Any:
 
 
 def find_saved(
-    given: GroupContents, saved_groups: Sequence[Mapping[str, Any]]
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[Mapping[str, Any] | None]]:
     """The keys of the saved state that belong to the parameters here, by name, and the saved
     settings of each group here, None where there are none.
@@ -130,21 +109,22 @@ def find_saved(
     order.
 
     Args:
-        given: the parameters here.
+        groups: of the optimizer here.
         saved_groups: of the state dict.
 
     Raises:
         ValueError: if neither names nor numbers of parameters tell which is which.
     """
-    names = given.names
+    names = names_of(groups)
     saved_names = [group.get("param_names", ()) for group in saved_groups]
     theirs = [[plain_name(name) for name in group] for group in saved_names]
     sizes = [len(group) for group in names]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     # (The keys of torch.distributed.checkpoint.state_dict are names of the parameters here.)
     numbered = all(isinstance(key, int) for group in saved_groups for key in group["params"])
-    named = given.named and numbered and list(map(len, theirs)) == saved_sizes and any(theirs)
-    if sizes == saved_sizes and not (named and theirs != list(map(list, names))):
+    named = "param_names" in groups[0] and numbered and any(theirs)
+    named = named and list(map(len, theirs)) == saved_sizes
+    if sizes == saved_sizes and not (named and theirs != names):
         pairs = zip(names, saved_groups, strict=True)
         keys = {n: k for ours, g in pairs for n, k in zip(ours, g["params"], strict=True)}
         return keys, list(saved_groups)

@@ -189,11 +189,11 @@ def count(members: Sequence[Member], first_refresh: int) -> None:
             member.counters["refreshed"].fill_(1.0)
 
 
-def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
+def check_parameters(named: Sequence[tuple[str, Tensor, int]]) -> None:
     """Raise a ValueError that names the first parameter that Shampoo cannot train."""
     name_of: dict[Tensor, str] = {}
     names = set[str]()
-    for name, parameter in named:
+    for name, parameter, _ in named:
         problem = None
         if name in names:
             problem = "is there twice; names must be unique"
@@ -207,7 +207,7 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         elif not parameter.is_floating_point():
             problem = f"is of type {parameter.dtype}; only real floating-point ones can be trained"
         elif parameter.device != named[0][1].device:
-            other, first = named[0]
+            other, first, _ = named[0]
             problem = (
                 f"is on {parameter.device} but '{other}' on {first.device}; allowed: one device"
             )
@@ -217,12 +217,12 @@ def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
         name_of[parameter] = name
 
 
-def refuse_offloaded(named: Iterable[tuple[str, Tensor]]) -> None:
+def refuse_offloaded(named: Iterable[tuple[str, Tensor, int]]) -> None:
     """Raise a ValueError that names the first parameter that FSDP2 keeps on the CPU beside GPUs.
 
     On a mesh of one rank it is a warning: TorchTitan makes seed checkpoints so, without a step.
     """
-    for name, parameter in named:
+    for name, parameter, _ in named:
         if not isinstance(parameter, DTensor) or parameter.device.type != "cpu":
             continue
         if (device := parameter.device_mesh.device_type) != "cpu":

@@ -20,7 +20,6 @@ from shampoo_fsdp.rules.precision import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.runtime.bucket import Bucket, Stopwatch
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
-from shampoo_fsdp.runtime.groups import GroupContents
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet, tell_all
 from shampoo_fsdp.validation import name_some
@@ -67,7 +66,8 @@ class Team:
 class Parameters:
     """All parameters of an optimizer, on this rank."""
 
-    given: GroupContents
+    frozen: list[tuple[str, Tensor]]
+    """Parameters that did not require a gradient."""
     config: ShampooConfig
     """With the device's defaults."""
     chosen_by_device: str
@@ -152,7 +152,7 @@ class Parameters:
                 )
             return True
         moved = any(member.parameter.device != self.device for member in self.members)
-        unfrozen = any(parameter.requires_grad for _, parameter in self.given.frozen)
+        unfrozen = any(parameter.requires_grad for _, parameter in self.frozen)
         return same and not moved and not unfrozen
 
     @property
