@@ -36,6 +36,7 @@ from benchmarks.gpu_training import measure_training
 from benchmarks.rows import Row, meta_rows, shampoo_row, torch_rows
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec
+from shampoo_fsdp.runtime.choice import excluded_names
 from shampoo_fsdp.tools.machine import Machine
 
 __all__ = ["main"]
@@ -146,7 +147,7 @@ def _measurements(options: argparse.Namespace) -> Iterator[_Measurement]:
     """Each with the part that it belongs to, and its name."""
     sizes, device = llama.sizes_of(options), options.device
     ours = [shampoo_row(name, **settings) for name, settings in _OURS.items()]
-    rows = [*torch_rows(_DEFAULT.excluded_names), *ours, *meta_rows()]
+    rows = [*torch_rows(excluded_names(_DEFAULT)), *ours, *meta_rows()]
     rows = [row for row in rows if re.search(options.rows, row.name)]
     expected: dict[str, dict[str, float]] = {}
 

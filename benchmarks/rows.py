@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.runtime.choice import excluded_names
 
 __all__ = ["Row", "meta_rows", "our_rows", "shampoo_row", "torch_rows"]
 
@@ -68,7 +69,7 @@ def shampoo_row(name: str, **settings: Any) -> Row:
         lambda model: [Shampoo(model.named_parameters(), **HYPERPARAMETERS, **settings)],
         period=config.precondition_frequency,
         cap=config.max_preconditioner_dim,
-        exclude=tuple(config.excluded_names),
+        exclude=tuple(excluded_names(config)),
     )
 
 

@@ -23,24 +23,10 @@ from shampoo_fsdp.validation import (
     refuse,
 )
 
-__all__ = [
-    "DEFAULT_EXCLUDE",
-    "FIELD_TEXTS",
-    "RULES",
-    "ShampooConfig",
-]
+__all__ = ["DEFAULT_EXCLUDE", "FIELD_TEXTS", "RULES", "ShampooConfig"]
 
 DEFAULT_EXCLUDE = "default"
 """In `exclude`, what stands for embeddings and the output layer."""
-
-# Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
-# their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
-_EMBEDDINGS_AND_OUTPUT = (
-    r"(^|[._])emb",
-    r"(^|\.)(wte|wpe|lm_head)\.",
-    r"^(model\.)?(output|head|score)\.",
-)
-
 
 _DTYPES = ("factor_dtype", "root_dtype", "momentum_dtype", "second_moment_dtype")
 
@@ -68,10 +54,9 @@ class ShampooConfig:
     shortest side has one in any case."""
 
     merge_dims: Literal["matrix", "small"] = "matrix"
-    """Which dimensions are seen as one. 'matrix': a tensor of four or more dimensions (a
-    convolution) is the matrix [out, rest]; 'small': neighbours whose product is at most
-    max_preconditioner_dim, as in the paper, in matrices too. A parameter of three dimensions is a
-    batch of matrices in any case, as the experts of a MoE layer are."""
+    """Which dimensions are seen as one. 'matrix': a tensor of four or more (a convolution) is the
+    matrix [out, rest]; 'small': neighbours whose product is at most max_preconditioner_dim, as in
+    the paper, in matrices too. One of three is a batch of matrices in any case, as experts are."""
 
     split_heads: list[str] = field(default_factory=list)
     """Regular expressions; a matrix [rows, in], or each of a batch of them, whose name contains a
@@ -97,12 +82,12 @@ class ShampooConfig:
 
     refresh_warmup_steps: NonNegativeInt | None = None
     """Steps over which the time between two refreshes grows from 1 to precondition_frequency, as
-    factors change fastest at the start; more, if each length could not be in use for as many steps
-    as it has. Default: 10 * precondition_frequency."""
+    factors change fastest at the start. (More, if a length would be in use for fewer steps than it
+    has.) Default: 10 * precondition_frequency."""
 
     refresh_schedule: Literal["staggered", "together"] = "staggered"
-    """'staggered' spreads the refreshes of the blocks evenly over the steps of a period, so that
-    no step is slow; 'together' refreshes every block on the same step, as the papers do."""
+    """'staggered' spreads the refreshes of blocks evenly over the steps of a period; 'together'
+    refreshes every block on the same step, as the papers do."""
 
     root_method: str | None = None
     """How inverse roots are taken. 'eigh': by eigendecomposition; 'eigh_pseudo_inverse': the same
@@ -112,12 +97,11 @@ class ShampooConfig:
     CPUs and where products cannot take the root; for soap, which knows 'eigh' and 'qr', 'qr'."""
 
     matmul_precision: Literal["highest", "high", "medium"] | None = None
-    """Of the matrix products of every step, in torch's words: 'highest': fp32; 'high': TF32, where
-    the device has it; 'medium': inputs in bf16, sums in fp32. (Inverse roots and eigenbases choose
-    for themselves.) Rounding to bf16 gives every gradient all directions. Where they lack some, as
-    with few rows in a batch, these come to count, unless it is 'highest' or, for kl_shampoo,
-    preconditioner_eps is 0.004. Default: 'medium' (for soap 'high') where the device is faster in
-    it, also CPUs with bf16 arithmetic; else 'highest'."""
+    """Of the matrix products of every step, but not of roots: 'highest': fp32; 'high': TF32, where
+    the device has it; 'medium': inputs in bf16, sums in fp32, by which directions that gradients
+    lack, as with few rows in a batch, come to count, unless, for kl_shampoo, preconditioner_eps is
+    0.004. Default: 'medium' (for soap 'high') where the device is faster in it, also CPUs with bf16
+    arithmetic; else 'highest'."""
 
     root_exponents: list[NonNegativeFloat] = field(default_factory=list)
     """Entry k - 1 is the p of factor^(-p) for blocks with k factors; where it is missing or zero, p
@@ -142,7 +126,7 @@ class ShampooConfig:
     """Ridge that is added to the factors before their inverse roots are taken; for kl_shampoo
     relative to the mean of the factor's eigenvalues. Before that 'eigh' and 'qr' raise eigenvalues
     to 1.2e-7 times the largest (1e-5 for kl_shampoo, 2.4e-4 with factors in bf16), 'polynomial' to
-    1e-5 times it. (The optimizer's `eps` is the epsilon of the grafted method, and of soap.)"""
+    1e-5 times it. (`eps` is that of the grafted method, and of soap.)"""
 
     use_bias_correction: bool = True
     """Whether averages are divided by 1 - beta^t, as they start at zero."""
@@ -262,12 +246,6 @@ class ShampooConfig:
         return copy
 
     @property
-    def excluded_names(self) -> list[str]:
-        """The expressions of `exclude`, with those that "default" stands for."""
-        named = [pattern for pattern in self.exclude if pattern != DEFAULT_EXCLUDE]
-        return named if len(named) == len(self.exclude) else [*_EMBEDDINGS_AND_OUTPUT, *named]
-
-    @property
     def rule(self) -> Any:
         """What `preconditioner` names."""
         return RULES[self.preconditioner]
@@ -298,18 +276,11 @@ class ShampooConfig:
 def _texts() -> dict[str, str]:
     """What stands below each field; {} where there is no source, as in a frozen program."""
     try:
-        (of_class,) = ast.parse(inspect.getsource(ShampooConfig)).body
+        of_class: Any = ast.parse(inspect.getsource(ShampooConfig)).body[0]
     except OSError:
         return {}
-    assert isinstance(of_class, ast.ClassDef)
-    return {
-        field.target.id: " ".join(str(text.value.value).split())
-        for field, text in itertools.pairwise(of_class.body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
+    fields = (of for of in itertools.pairwise(of_class.body) if type(of[0]) is ast.AnnAssign)
+    return {field.target.id: " ".join(text.value.value.split()) for field, text in fields}
 
 
 FIELD_TEXTS = _texts()

@@ -1,7 +1,6 @@
 """The optimizer: `step()` and what torch.optim and checkpoints expect of it."""
 
 from collections.abc import Callable, Iterable
-from logging import getLogger
 from typing import Any, overload
 
 import torch
@@ -14,27 +13,22 @@ from shampoo_fsdp.hyperparameters import GroupSettings, settings_from_keywords
 from shampoo_fsdp.kernels.language import kernels
 from shampoo_fsdp.rules.matrices import sides_without_factor
 from shampoo_fsdp.rules.precision import full_precision
-from shampoo_fsdp.runtime.diagnostics import Diagnostics, diagnose
+from shampoo_fsdp.runtime.diagnostics import Diagnostics, counters, diagnose
 from shampoo_fsdp.runtime.groups import (
     check_entries,
     check_group,
     find_saved,
     settings_to_load,
+    settle_initial_lr,
     take_types,
+    warn_of_initial_lr,
 )
-from shampoo_fsdp.runtime.parameters import count, find_gradients, refuse_moved
+from shampoo_fsdp.runtime.parameters import refuse_moved
 from shampoo_fsdp.runtime.ranks import Replicas, group_of
-from shampoo_fsdp.runtime.team import (
-    Parameters,
-    changes_nothing,
-    refuse_nonfinite,
-    refuse_without_gradients,
-)
+from shampoo_fsdp.runtime.team import Parameters
 from shampoo_fsdp.state import State
 
 __all__ = ["Shampoo"]
-
-_logger = getLogger(__name__)
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -51,19 +45,17 @@ class Shampoo(torch.optim.Optimizer):
     Set lr to two or three times AdamW's (once, for convolutions), and keep betas, eps, weight
     decay, schedule and clipping. Then `step()` and `zero_grad()` as with any optimizer.
 
-    How it works (Shi et al. 2023, arXiv 2309.06497): a parameter is cut into blocks; each block has
-    one owner among the ranks of the parameter's mesh, which keeps all of its state. On a step
+    How it works (Shi et al. 2023, arXiv 2309.06497): a parameter is cut into blocks, in the same
+    way on every mesh; each has one owner among the ranks of the mesh, which keeps its state. On a
+    step
 
     1. the pieces of each gradient block travel to its owner, in one all-to-all per bucket;
     2. the owner updates factors and momentum, refreshes the inverse roots that are due,
        preconditions, and gives the direction the size of the grafted method's step;
     3. the pieces of the updates travel back and are subtracted from the shards.
 
-    While one bucket travels, another is computed.
-
     Parameters that are not preconditioned (see `exclude`, `precondition_1d`) take the grafted
-    method's own step on their shards, with the lr that `excluded_lr_factor` says. Blocks, and so
-    the update, do not depend on the mesh.
+    method's own step on their shards, with the lr that `excluded_lr_factor` says.
     """
 
     def __init__(
@@ -79,11 +71,10 @@ class Shampoo(torch.optim.Optimizer):
     ) -> None:
         """
         Args:
-            params: `shampoo_fsdp.param_groups(model)`, `model.named_parameters()`, or groups of
-                these, or of plain parameters and 'param_names', with their own lr, betas, eps and
-                weight_decay. The first of these knows embeddings by their type, the others by name.
-                Parameters without names are refused where embeddings among them could not be told,
-                unless `exclude` is [].
+            params: `shampoo_fsdp.param_groups(model)`, which knows embeddings by their type,
+                `model.named_parameters()`, or groups of these, or of plain parameters and
+                'param_names', with their own lr, betas, eps and weight_decay. Without names
+                `exclude` has to be [], or there are no matrices.
             lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor, on the CPU. betas[1] also
                 averages the factors. For the kind of weight decay see `weight_decay_type`.
             replicas: the mesh (of one dimension) or process group on which plain tensors are
@@ -144,8 +135,8 @@ class Shampoo(torch.optim.Optimizer):
         return self._built
 
     def _build(self) -> State:
-        groups, replicas = self.param_groups, self._replicas
-        return build(groups, self.state, self._given, replicas, self._is_embedding)
+        given, replicas = self._given, self._replicas
+        return build(self.param_groups, self.state, given, replicas, self._is_embedding)
 
     @property
     def _parameters(self) -> Parameters:
@@ -171,79 +162,48 @@ class Shampoo(torch.optim.Optimizer):
         """Update the parameters that have a gradient.
 
         Every rank of a mesh must call it. A block whose gradient has a non-finite entry keeps its
-        state and gets no update on this step but weight decay, and its parameter not that
-        either while it has been so for 10 steps in a row or more; a preconditioned parameter where
-        that, or a root that fails, has gone on for 10, 100 and 1,000 times is named in a warning of
-        `logging`, 10 steps later. In the other parameters it is such an entry alone that keeps its
-        state, and its weight as well. Both are counted (see :meth:`counters`).
+        state and gets no update but weight decay; after 10 such steps in a row not that either, and
+        a warning of `logging` names the parameter, as it does where roots keep failing. In other
+        parameters such an entry alone stays as it is. Both are counted (see :meth:`counters`).
 
         A first step with an lr and gradients of zero, with which loaders of checkpoints let state
         be made, changes nothing and does not count.
 
         Raises:
-            ValueError: names a parameter that has moved to another device since the optimizer was
-                built (another floating-point type is followed), or whose gradient is sparse or
-                complex, or that was frozen when the optimizer was built, or, on all ranks and with
-                on_nonfinite = "raise", is not finite. Nothing has been changed then, except on
-                several ranks where some have a sparse, complex or frozen one, which the others
-                cannot know: the step is taken as if it were NaN, and the ranks that have it raise
-                at its end.
+            ValueError: names a parameter that has moved to another device, or was frozen when the
+                optimizer was built, or whose gradient is sparse or complex or, on all ranks and
+                with on_nonfinite = "raise", not finite. Nothing has been changed then, except where
+                one of several ranks has a sparse, complex or frozen one: the step is taken as if it
+                were NaN, and this rank raises at its end.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        built = self._ready()
-        with full_precision(built.parameters.device.type), kernels(self.config.kernels):
-            self._step(built)
-        return loss
-
-    def _step(self, built: State) -> None:
-        parameters, built.whole = built.parameters, None
+        built, parameters = self._ready(), self._parameters
+        built.whole = None
         parameters.watch.start()
         refuse_moved(parameters.members, parameters.device)
-        put_by_others = built.take_back(self.state)
-        self._settle_initial_lr()
-        problem = find_gradients(parameters.members, parameters.frozen) or put_by_others
-        if not parameters.has_seen_gradients:
-            refuse_without_gradients(parameters)
-            lrs = [float(group["lr"]) for group in self.param_groups]
-            if changes_nothing(parameters, lrs):
-                return
-            parameters.has_seen_gradients = True
-        if problem and all(ranks.group is None for ranks in parameters.rank_sets):
-            raise problem
-        if self.config.on_nonfinite == "raise":
-            refuse_nonfinite(parameters, problem)
-        count(parameters.members, self.config.start_preconditioning_step)
-        parameters.take_steps(self.param_groups)
-        built.streaks.look()
-        for member in parameters.members:
-            member.gradient = None  # the caller may free them
+        with full_precision(parameters.device.type), kernels(self.config.kernels):
+            trouble = built.take_back(self.state)
+            settle_initial_lr(self.param_groups, self._own_lrs, self._loaded_lrs)
+            self._own_lrs = []
+            problem = parameters.step(self.param_groups, trouble)
+            if parameters.has_seen_gradients:
+                built.streaks.look()
         if problem:
             raise problem
-
-    def _settle_initial_lr(self) -> None:
-        """After loading: if a schedule of this job has set another lr than the checkpoint's, go by
-        this job's initial lr, which "independent" weight decay is relative to."""
-        own_lrs, self._own_lrs = self._own_lrs, []
-        for group, (initial, lr), loaded in zip(
-            self.param_groups, own_lrs, self._loaded_lrs, strict=False
-        ):
-            now, own = float(group["lr"]), lr if initial is None else initial
-            if "initial_lr" in group and now != loaded and (initial is not None or now == own):
-                group["initial_lr"] = own
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's: all tensors are those of the optimizer.
 
         Where several ranks share blocks, their state is in ShardedBlocks, a DTensor, for
-        torch.distributed.checkpoint, also with `full_state_dict`. In one process tensors are plain
-        or, where they consist of several blocks, behave so (see OwnedBlocks). What one rank can
-        save alone: :meth:`consolidate_state_dict`.
+        torch.distributed.checkpoint, also with `full_state_dict`; in one process tensors are, or
+        behave as, plain ones. What one rank can save alone: :meth:`consolidate_state_dict`.
 
         As long as the model may still have to be sharded or materialised there is no state in it:
-        Accelerate asks before it shards, when state would be that of the whole model on each rank.
+        Accelerate asks before it shards.
         """
         state = self.state
         if not self._waits:
@@ -259,9 +219,9 @@ class Shampoo(torch.optim.Optimizer):
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Let the next :meth:`state_dict` of one rank have whole tensors, which it may save alone.
 
-        For tools that ask the first rank alone, as many do under DDP: torch.save there writes what
-        any mesh can load. All ranks must call it, after the last step before. The name is that of
-        torch.distributed.optim.ZeroRedundancyOptimizer, by which Lightning knows to call it.
+        All ranks must call it, for tools that ask the first rank alone, as many do under DDP: what
+        torch.save writes there any mesh can load. (Lightning knows the name, that of
+        torch.distributed.optim.ZeroRedundancyOptimizer.)
 
         Args:
             to: the rank; None for all. The tensors, on the CPU, are kept for one call of
@@ -278,9 +238,6 @@ class Shampoo(torch.optim.Optimizer):
         found by their names if both optimizers have been given names; where settings or parameters
         differ `on_mismatch` decides. All ranks of the parameters' meshes must call it.
 
-        A parameter whose `factor_step` is zero starts its factors anew, whatever is loaded for
-        them: :class:`shampoo_fsdp.checkpoint.ShampooLoadPlanner` sets it where they do not fit.
-
         Raises:
             ValueError: on every rank, names the parameter and the entry or setting that does not
                 fit; nothing has been changed then.
@@ -292,10 +249,8 @@ class Shampoo(torch.optim.Optimizer):
                 result = hook(self, result) or result
             return result
 
-        # (It may be loaded several times before a step.)
-        self._own_lrs = self._own_lrs or [
-            (g.get("initial_lr"), float(g["lr"])) for g in self.param_groups
-        ]
+        own = [(group.get("initial_lr"), float(group["lr"])) for group in self.param_groups]
+        self._own_lrs = self._own_lrs or own  # it may be loaded several times before a step
         if self._waits and state_dict.get("state") == {}:
             _, saved = find_saved(self.param_groups, read()["param_groups"])
             loaded = settings_to_load(self.config, self.param_groups, saved)
@@ -304,14 +259,8 @@ class Shampoo(torch.optim.Optimizer):
         else:
             self._ready().load(self.param_groups, self.state, read)
         self._loaded_lrs = [float(group["lr"]) for group in self.param_groups]
-        for group, (initial, lr) in zip(self.param_groups, self._own_lrs, strict=True):
-            own, then = lr if initial is None else initial, group.get("initial_lr", group["lr"])
-            if then != own and self.config.weight_decay_type == "independent":
-                _logger.warning(
-                    f"The initial lr is {then} in the checkpoint and {own} here. Independent "
-                    "weight decay is relative to this job's if the first step has another lr than "
-                    "the checkpoint, else to the checkpoint's."
-                )
+        if self.config.weight_decay_type == "independent":
+            warn_of_initial_lr(self.param_groups, self._own_lrs)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -324,15 +273,7 @@ class Shampoo(torch.optim.Optimizer):
         """[inverse roots taken, roots that failed, blocks skipped for a bad gradient, entries of
         other parameters skipped for one] so far, for this rank's blocks and shards; int64, on the
         parameters' device. Of replicas one counts, so that ranks may add theirs."""
-        parameters = self._parameters
-        counts = torch.zeros(4, dtype=torch.int64, device=parameters.device)
-        for team in parameters.teams:
-            for stack in team.stacks if team.is_first_replica else ():
-                counts[0] += stack.refreshes
-                counts[1] += stack.failed_roots[0].sum()
-                counts[2] += stack.skipped[0].sum()
-        counts[3] += parameters.excluded.skipped_entries
-        return counts
+        return counters(self._parameters)
 
     @torch.no_grad()
     def diagnostics(self) -> Diagnostics:
@@ -346,16 +287,16 @@ class Shampoo(torch.optim.Optimizer):
 
     def matrices_left_to_grafting(self) -> list[str]:
         """Names of the parameters of two or more dimensions that are not preconditioned."""
-        excluded = self._parameters.excluded.members
-        return [member.name for member in excluded if member.parameter.ndim > 1]
+        members = self._parameters.excluded.members
+        return [member.name for member in members if member.parameter.ndim > 1]
 
     def sides_without_factor(self) -> dict[tuple[int, ...], list[int]]:
         """For each shape of block, of all ranks, the sides that have no factor; see
         `max_factor_ratio` and `large_dim`."""
         parts = [member.part for member in self._parameters.members if member.part]
         shapes = {shape for part in parts for shape in part.grid.block_shapes}
-        found = {shape: sides_without_factor(shape, self.config) for shape in sorted(shapes)}
-        return {shape: sides for shape, sides in found.items() if sides}
+        found = ((shape, sides_without_factor(shape, self.config)) for shape in sorted(shapes))
+        return {shape: sides for shape, sides in found if sides}
 
     def summary(self) -> dict[str, float]:
         """Figures about the plan, the same on every rank of a mesh."""

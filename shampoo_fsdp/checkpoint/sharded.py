@@ -37,7 +37,7 @@ from shampoo_fsdp.rules.layout import MARKER, saved_entries, settings_marker
 
 aten = torch.ops.aten
 
-__all__ = ["state_entries"]
+__all__ = ["local_parts", "state_entries"]
 
 Pieces = Mapping[tuple[int, ...], Tensor]
 """Values by their offsets in the whole."""

@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # `_names` imports it for all others
     import triton.language as tl
 
-__all__ = [
-    "can_run",
-    "describable",
-    "kernels",
-    "missing",
-    "observed_by",
-    "per_block",
-    "sums_in_fp32",
-]
-
-T = TypeVar("T", Tensor, float | Tensor)
+__all__ = ["can_run", "describable", "kernels", "missing", "observed_by", "sums_in_fp32"]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -178,14 +168,6 @@ def number(value: float | Tensor, blocks: int) -> float | Tensor:
     if not isinstance(value, Tensor):
         return float(value)
     return value.float().reshape(-1).expand(blocks).contiguous()
-
-
-def per_block(values: T, ndim: int) -> T:
-    """The same for operators of PyTorch: a number as it is, or [blocks, 1, ...] of this many
-    dimensions."""
-    if not isinstance(values, Tensor):
-        return values
-    return values.view(-1, *(1 for _ in range(ndim - 1)))
 
 
 def of_block(value, block):

@@ -20,7 +20,6 @@ from shampoo_fsdp.kernels.language import (
     launch,
     number,
     of_block,
-    per_block,
     size_of,
     sums_in_fp32,
     triangle,
@@ -29,7 +28,7 @@ from shampoo_fsdp.kernels.language import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["Sum", "product", "product_reference"]
+__all__ = ["Sum", "product"]
 
 
 class Sum(NamedTuple):
@@ -168,11 +167,12 @@ def _summed(p: Tensor, c: Tensor | None, sum_: Sum, in_place: bool = False) -> T
             total = (p.mul_(alpha) if alpha != 1.0 else p) if in_place else p * alpha
             total.add_(c, alpha=beta)
     else:
+        alpha, beta = (v.view(-1, 1, 1) if isinstance(v, Tensor) else v for v in (alpha, beta))
         total = p
         if isinstance(alpha, Tensor) or alpha != 1.0 or not in_place:
-            total = torch.mul(p, per_block(alpha, 3), out=p if in_place else None)
+            total = torch.mul(p, alpha, out=p if in_place else None)
         if c is not None:
-            total.addcmul_(c, torch.as_tensor(per_block(beta, 3)))
+            total.addcmul_(c, torch.as_tensor(beta))
     if isinstance(gamma, Tensor):
         gamma = gamma.view(-1, 1)
     total.diagonal(dim1=1, dim2=2).add_(gamma)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from shampoo_fsdp.kernels.language import per_block
-from shampoo_fsdp.rules.matrices import Positions
+from shampoo_fsdp.rules.matrices import Positions, per_block
 
 TOLERANCE = 1e-6
 """`warm_eigenbasis` keeps a basis whose ||offdiag(Q^T A Q)||_F is at most this times ||A||_F."""

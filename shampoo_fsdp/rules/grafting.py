@@ -16,7 +16,6 @@ from shampoo_fsdp.rules.matrices import on_device
 __all__ = [
     "LARGEST_GRADIENT",
     "accelerate",
-    "bias_correction",
     "graft_step",
     "second_moment_name",
     "update_second_moment",

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.grafting import LARGEST_GRADIENT
-from shampoo_fsdp.rules.matrices import Positions, mean_eigenvalue
+from shampoo_fsdp.rules.matrices import Positions, mean_eigenvalue, per_block
 from shampoo_fsdp.rules.rule import Step, register
 from shampoo_fsdp.rules.shampoo import ShampooRule
 from shampoo_fsdp.validation import refuse

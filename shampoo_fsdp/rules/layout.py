@@ -9,8 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.rules.grafting import second_moment_name
-from shampoo_fsdp.rules.matrices import StateEntry, factor_kinds
-from shampoo_fsdp.rules.precision import torch_dtype
+from shampoo_fsdp.rules.matrices import StateEntry, factor_kinds, torch_dtype
 from shampoo_fsdp.rules.roots import by_products
 
 __all__ = [

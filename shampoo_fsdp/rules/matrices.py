@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,15 +12,18 @@ from shampoo_fsdp.config import ShampooConfig
 
 __all__ = [
     "FactorKind",
-    "Positions",
     "condition_number",
     "factor_kinds",
     "is_matrix",
+    "on_device",
     "resolution_of",
     "sides_without_factor",
     "to_device",
+    "torch_dtype",
     "unpacked",
 ]
+
+_T = TypeVar("_T", Tensor, float | Tensor)
 
 Positions = slice | Tensor
 """Some blocks of a stack."""
@@ -69,13 +72,26 @@ def condition_number(largest: Tensor, smallest: Tensor, resolution: float) -> Te
     return largest / torch.maximum(smallest, largest * resolution)
 
 
-def matrix_entry(n: int, dtype: torch.dtype, *, packed: bool) -> StateEntry:
-    """How an n x n matrix is kept; `packed` keeps the upper triangle of a symmetric one."""
-    return ((n * (n + 1) // 2,) if packed else (n, n)), dtype
+def torch_dtype(name: str) -> torch.dtype:
+    """The type that a setting names."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def matrix_entries(i: int, n: int, config: ShampooConfig, *kinds: str) -> dict[str, StateEntry]:
+    """How n x n matrices of each kind are kept for dimension i. `symmetric_packing` keeps the upper
+    triangles, but not of eigenvectors, which are no symmetric matrices."""
+    entries: dict[str, StateEntry] = {}
+    for kind in kinds:
+        dtype = config.factor_dtype if kind == "factors" else config.root_dtype or "float32"
+        packed = config.symmetric_packing and kind != "eigenvectors"
+        shape = (n * (n + 1) // 2,) if packed else (n, n)
+        entries[f"{kind}_{i}"] = shape, torch_dtype(dtype)
+    return entries
 
 
 class MatrixStack:
-    """Matrices [B, n, n] that are kept in `storage`, see :func:`matrix_entry`."""
+    """Matrices [B, n, n] that are kept in `storage`, see :func:`matrix_entries`."""
 
     def __init__(self, storage: Tensor) -> None:
         self.storage = storage
@@ -131,6 +147,11 @@ def mean_eigenvalue(factors: Tensor) -> Tensor:
     """Of factors [B, d, d], or [B, d] if they are diagonals; [B]."""
     diagonal = factors if factors.ndim == 2 else factors.diagonal(dim1=1, dim2=2)
     return diagonal.mean(1)
+
+
+def per_block(values: _T, ndim: int) -> _T:
+    """A number as it is, or numbers [B] as [B, 1, ...] of this many dimensions."""
+    return values.view(-1, *(1,) * (ndim - 1)) if isinstance(values, Tensor) else values
 
 
 def scale_along(blocks: Tensor, factors: Tensor, i: int) -> Tensor:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import can_run, describable, kernels, per_block, sums_in_fp32
+from shampoo_fsdp.kernels.language import can_run, describable, kernels, sums_in_fp32
 from shampoo_fsdp.kernels.product import Sum, product
 from shampoo_fsdp.kernels.refresh import line, two_sums
+from shampoo_fsdp.rules.matrices import per_block
 from shampoo_fsdp.rules.precision import products_in
 
 

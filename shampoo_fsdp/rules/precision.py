@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.kernels.language import sums_in_fp32
 
-__all__ = ["full_precision", "has_fast_bfloat16", "torch_dtype"]
+__all__ = ["full_precision", "has_fast_bfloat16"]
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 """Values of the setting `matmul_precision`."""
@@ -20,12 +20,6 @@ _MATMULS: tuple[Any, ...] = (
 )
 
 _SUMS_OF_FP16 = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The type that a setting names."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 @contextmanager

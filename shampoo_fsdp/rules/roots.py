@@ -6,9 +6,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.eigenbasis import eigenbasis
-from shampoo_fsdp.rules.matrices import to_device
+from shampoo_fsdp.rules.matrices import per_block, to_device
 from shampoo_fsdp.rules.polynomial import polynomial_root
 
 ROOT_METHODS = ("eigh", "eigh_pseudo_inverse", "coupled_newton", "polynomial")

@@ -11,18 +11,18 @@ from torch import Tensor
 from shampoo_fsdp.config import RULES, ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.kernels.gram import can_update, update_factors
-from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.matrices import (
     MatrixStack,
     Positions,
     StateEntry,
     factor_kinds,
     is_matrix,
-    matrix_entry,
+    per_block,
     resolution_of,
+    torch_dtype,
     unfold,
 )
-from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram, torch_dtype
+from shampoo_fsdp.rules.precision import MatmulPrecision, add_gram, gram
 from shampoo_fsdp.rules.roots import check_exponent
 
 __all__ = ["Rule", "Step", "register"]
@@ -148,22 +148,6 @@ class Rule(ABC):
         to dimension i, and those that differ in i alone are of one type; others have the shape of
         the block."""
 
-    @staticmethod
-    def _matrix_entries(
-        i: int, n: int, config: ShampooConfig, *kinds: str
-    ) -> dict[str, StateEntry]:
-        """Entries of an n x n matrix of each kind for dimension i. Eigenvectors are no symmetric
-        matrices; packing keeps the others as triangles."""
-        dtypes = {"factors": config.factor_dtype}
-        return {
-            f"{kind}_{i}": matrix_entry(
-                n,
-                torch_dtype(dtypes.get(kind, config.root_dtype or "float32")),
-                packed=config.symmetric_packing and kind != "eigenvectors",
-            )
-            for kind in kinds
-        }
-
     def __init__(
         self, shape: Sequence[int], config: ShampooConfig, state: Mapping[str, Tensor]
     ) -> None:
@@ -197,11 +181,12 @@ class Rule(ABC):
     def restart(self, where: Positions) -> None:
         """Set the state of these blocks to what it is before the first step: zero, and the identity
         for eigenvectors and roots."""
-        for name in self.layout(self.shape, self.config):
-            if name.startswith(("eigenvectors_", "inverse_roots_")):
-                MatrixStack(self.state[name]).write_identity(where)
-            else:
-                self.state[name][where] = 0.0
+        for name, kept in self.state.items():
+            kind = name.rstrip("_0123456789")
+            if kind in ("eigenvectors", "inverse_roots"):
+                MatrixStack(kept).write_identity(where)
+            elif kind in self.entries:
+                kept[where] = 0.0
 
     @abstractmethod
     def accumulate(self, gradient: Tensor, step: Step) -> None:

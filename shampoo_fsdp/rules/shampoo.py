@@ -21,7 +21,6 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.kernels.gram import can_update
-from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.kernels.refresh import keep, parts
 from shampoo_fsdp.rules.eigenbasis import updated_basis
 from shampoo_fsdp.rules.matrices import (
@@ -31,6 +30,8 @@ from shampoo_fsdp.rules.matrices import (
     along,
     condition_number,
     factor_kinds,
+    matrix_entries,
+    per_block,
     scale_along,
 )
 from shampoo_fsdp.rules.roots import ROOT_METHODS, inverse_root, ridged_powers, root_from_basis
@@ -113,7 +114,7 @@ class ShampooRule(Rule):
         entries: dict[str, StateEntry] = {}
         for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
             if kind == "full":
-                entries |= cls._matrix_entries(i, n, config, *kept)
+                entries |= matrix_entries(i, n, config, *kept)
             elif kind == "diagonal":
                 entries[f"diagonals_{i}"] = (n,), torch.float32
         return entries

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.rules.eigenbasis import updated_basis
 from shampoo_fsdp.rules.matrices import (
     Positions,
@@ -29,6 +28,8 @@ from shampoo_fsdp.rules.matrices import (
     along,
     condition_number,
     factor_kinds,
+    matrix_entries,
+    per_block,
     scale_along,
 )
 from shampoo_fsdp.rules.rule import Rule, Step, register
@@ -186,7 +187,7 @@ class SoapRule(Rule):
         entries: dict[str, StateEntry] = {"second_moment": (tuple(shape), torch.float32)}
         for i, (n, kind) in enumerate(zip(shape, factor_kinds(shape, config), strict=True)):
             if kind == "full":
-                entries |= cls._matrix_entries(i, n, config, "factors", "eigenvectors")
+                entries |= matrix_entries(i, n, config, "factors", "eigenvectors")
         return entries
 
     def health(self, correction: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.kernels.language import per_block
 from shampoo_fsdp.kernels.momenta import momenta
 from shampoo_fsdp.rules.grafting import (
     LARGEST_GRADIENT,
@@ -19,7 +18,7 @@ from shampoo_fsdp.rules.grafting import (
     update_second_moment,
 )
 from shampoo_fsdp.rules.layout import saved_entries, split_rows
-from shampoo_fsdp.rules.matrices import Positions, blank, largest_entries, on_device
+from shampoo_fsdp.rules.matrices import Positions, blank, largest_entries, on_device, per_block
 from shampoo_fsdp.rules.precision import products_in
 from shampoo_fsdp.rules.rule import Rule, Step
 
@@ -55,13 +54,11 @@ class BlockStack:
         self.allocate()
         self.norms: tuple[Tensor, Tensor] | None = None
         """The norm of the last direction, and what grafting multiplied it by, [B, 1, ...]."""
-        self._precision = config.matmul_precision or "highest"
         self.refreshes = 0
         self.skipped = torch.zeros(2, len(phases), dtype=torch.int32, device=device)
-        """How often each block was skipped for a bad gradient: in all, and the last times in a
-        row; it is counted on the device, and nobody waits."""
+        """How often each block was skipped for a bad gradient: in all, and in a row until now."""
         self.failed_roots = torch.zeros_like(self.skipped)
-        """The same of roots that failed; a streak is of refreshes with such a root."""
+        """The same of roots that failed, and of refreshes with such a root."""
 
     def allocate(self) -> None:
         """Make the state, as it is before the first step."""
@@ -105,7 +102,7 @@ class BlockStack:
         step.in_one_pass = all(step.refreshed) and self.rule.skips_blocks(gradient)
         if not step.in_one_pass:
             blank(gradient, per_block(step.usable, gradient.ndim))
-        with products_in(self._precision):
+        with products_in(self.config.matmul_precision or "highest"):
             self.rule.accumulate(gradient, step)
         if not step.in_one_pass:
             self._average(step)
@@ -139,7 +136,7 @@ class BlockStack:
 
     def direct(self, step: Step) -> None:
         """Replace the gradients in `gradient` by the updates D, to be subtracted times lr."""
-        with products_in(self._precision):
+        with products_in(self.config.matmul_precision or "highest"):
             self._direct(step)
         if self.config.momentum:
             self._accelerate(step)
@@ -152,10 +149,6 @@ class BlockStack:
         health = self.rule.health(step.correction)
         condition, residual = (float(figures.nan_to_num(0.0).amax()) for figures in health)
         return condition, residual
-
-    def restart_factors(self, positions: Sequence[int]) -> None:
-        """Forget what the rule knows of these blocks."""
-        self.rule.restart(on_device(positions, self.device, torch.int64))
 
     def _average(self, step: Step) -> None:
         """Let the gradients into the momentum and the second moment."""

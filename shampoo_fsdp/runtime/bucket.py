@@ -15,13 +15,14 @@ from torch.optim.sgd import sgd
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.assignment import OwnedBlock, Part
+from shampoo_fsdp.rules.matrices import on_device
 from shampoo_fsdp.rules.rule import Step
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 
-__all__ = ["Stopwatch"]
+__all__ = ["Bucket", "Stopwatch", "elements", "fill_buckets"]
 
 _BUCKET_ELEMENTS = 84 * 2**20
 """A rank's share of the gradients of one bucket, where `buckets` is not set: 336 MiB in fp32."""
@@ -123,15 +124,12 @@ class Bucket:
     def begin(self, stack: BlockStack, groups: Sequence[GroupSettings]) -> Step:
         """The record of a step of one of its stacks; `groups` are those of the optimizer."""
         members = [member for member, _ in self.stacks[stack]]
-        of = {
-            m: (m.step, m.factor_step, m.gradient is not None, m.refreshed, m.cold)
-            for m in dict.fromkeys(members)
-        }
-        blocks = zip(*(of[member] for member in members), strict=True)
+        now = {member: member.now for member in dict.fromkeys(members)}
+        blocks = zip(*(now[member] for member in members), strict=True)
         return stack.begin(Step(groups[members[0].group], *blocks))
 
     def step(self, groups: Sequence[GroupSettings], watch: Stopwatch) -> Iterator[None]:
-        """Take a step, up to the next yield at a time; see `Parameters.take_steps`.
+        """Take a step, up to the next yield at a time; see `Parameters._take_steps`.
 
         Args:
             groups: of the optimizer.
@@ -195,7 +193,7 @@ class Bucket:
         """Start the factors anew of parameters whose factors have seen no gradient."""
         for stack, owned in self.stacks.items():
             if anew := [b for b, (member, _) in enumerate(owned) if member.factor_step == 0]:
-                stack.restart_factors(anew)
+                stack.rule.restart(on_device(anew, stack.device, torch.int64))
 
     def _active(
         self, groups: Sequence[GroupSettings]

@@ -12,6 +12,7 @@ from shampoo_fsdp.validation import name_some, unmatched
 
 __all__ = [
     "exactly",
+    "excluded_names",
     "is_preconditioned",
     "refuse_nameless",
     "what_names_miss",
@@ -22,11 +23,26 @@ __all__ = [
 _TALL = 8
 
 
+# Embeddings see few rows per step and the output layer has one row per token of the vocabulary:
+# their factors would be large, nearly diagonal and slow to fill, so Adam treats them better.
+_EMBEDDINGS_AND_OUTPUT = (
+    r"(^|[._])emb",
+    r"(^|\.)(wte|wpe|lm_head)\.",
+    r"^(model\.)?(output|head|score)\.",
+)
+
+
+def excluded_names(config: ShampooConfig) -> list[str]:
+    """The expressions of `exclude`, with those that "default" stands for."""
+    named = [pattern for pattern in config.exclude if pattern != DEFAULT_EXCLUDE]
+    return named if len(named) == len(config.exclude) else [*_EMBEDDINGS_AND_OUTPUT, *named]
+
+
 def is_preconditioned(name: str, shape: Sequence[int], config: ShampooConfig) -> bool:
     """Whether Shampoo preconditions a parameter; the grafted method alone updates it otherwise."""
     if not shape or math.prod(shape) == 0:
         return False
-    if any(re.search(pattern, name) for pattern in config.excluded_names):
+    if any(re.search(pattern, name) for pattern in excluded_names(config)):
         return False
     if config.precondition_1d:
         return True
@@ -45,7 +61,7 @@ def with_embeddings(config: ShampooConfig, names: Iterable[str]) -> ShampooConfi
     """The settings, with embeddings of these names in `exclude` if it has the default ones."""
     if DEFAULT_EXCLUDE not in config.exclude:
         return config
-    others = [n for n in names if not any(re.search(p, n) for p in config.excluded_names)]
+    others = [n for n in names if not any(re.search(p, n) for p in excluded_names(config))]
     return config.completed(exclude=[*config.exclude, *map(exactly, others)])
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.rules.matrices import to_device
 from shampoo_fsdp.runtime.bucket import Bucket
-from shampoo_fsdp.runtime.team import Team
+from shampoo_fsdp.runtime.team import Parameters, Team
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Diagnostics", "Streaks", "diagnose", "merged"]
+__all__ = ["Diagnostics", "Streaks", "counters", "diagnose", "merged"]
 
 _logger = getLogger(__name__)
 
@@ -69,6 +69,18 @@ def merged(ranks: Iterable[Diagnostics]) -> dict[str, float]:
         root = math.exp if name == _RATIO else math.sqrt
         figures[name] = root(total / number)
     return figures
+
+
+def counters(parameters: Parameters) -> Tensor:
+    """See :meth:`shampoo_fsdp.Shampoo.counters`."""
+    counts = torch.zeros(4, dtype=torch.int64, device=parameters.device)
+    for team in parameters.teams:
+        for stack in team.stacks if team.is_first_replica else ():
+            counts[0] += stack.refreshes
+            counts[1] += stack.failed_roots[0].sum()
+            counts[2] += stack.skipped[0].sum()
+    counts[3] += parameters.excluded.skipped_entries
+    return counts
 
 
 def diagnose(

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import OwnedBlock, Part, Slices
-from shampoo_fsdp.rules.matrices import to_device
-from shampoo_fsdp.rules.precision import torch_dtype
+from shampoo_fsdp.rules.matrices import to_device, torch_dtype
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 

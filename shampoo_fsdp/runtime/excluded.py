@@ -19,7 +19,7 @@ from shampoo_fsdp.rules.grafting import (
     second_moment_name,
     update_second_moment,
 )
-from shampoo_fsdp.runtime.parameters import Member, local_shard
+from shampoo_fsdp.runtime.parameters import Member
 
 __all__ = ["ExcludedParameters"]
 
@@ -83,8 +83,7 @@ class ExcludedParameters:
         alike: dict[tuple[int, int, bool, torch.dtype], list[_Span]] = defaultdict(list)
         for member in self.members:
             if member.gradient is not None:
-                span = {name: local_shard(member.state[name]) for name in self._names}
-                span |= {"value": member.shard(), "gradient": member.gradient.reshape(-1)}
+                span = member.shards(self._names) | {"gradient": member.gradient.reshape(-1)}
                 key = member.group, member.step, member.counts, member.parameter.dtype
                 alike[key].append(span)
         for (number, step, counts, _), spans in alike.items():

@@ -23,7 +23,9 @@ __all__ = [
     "named_parameters",
     "plain_name",
     "settings_to_load",
+    "settle_initial_lr",
     "take_types",
+    "warn_of_initial_lr",
 ]
 
 _logger = getLogger(__name__)
@@ -163,3 +165,30 @@ def settings_to_load(
         check_group(config, {**group, **settings, "lr": 0.0})
         result.append(settings)
     return result
+
+
+def warn_of_initial_lr(
+    groups: Sequence[Mapping[str, Any]], own_lrs: Sequence[tuple[float | None, float]]
+) -> None:
+    """Say where the one that was loaded is not this job's, given its own initial lr and lr."""
+    for group, (initial, lr) in zip(groups, own_lrs, strict=True):
+        own, then = lr if initial is None else initial, group.get("initial_lr", group["lr"])
+        if then != own:
+            _logger.warning(
+                f"The initial lr is {then} in the checkpoint and {own} here. Independent weight "
+                "decay is relative to this job's if the first step has another lr than the "
+                "checkpoint, else to the checkpoint's."
+            )
+
+
+def settle_initial_lr(
+    groups: Sequence[dict[str, Any]],
+    own_lrs: Sequence[tuple[float | None, float]],
+    loaded_lrs: Sequence[float],
+) -> None:
+    """After loading: if a schedule of this job has set another lr than the checkpoint's, go by
+    this job's initial lr, which "independent" weight decay is relative to."""
+    for group, (initial, lr), loaded in zip(groups, own_lrs, loaded_lrs, strict=False):
+        now, own = float(group["lr"]), lr if initial is None else initial
+        if "initial_lr" in group and now != loaded and (initial is not None or now == own):
+            group["initial_lr"] = own

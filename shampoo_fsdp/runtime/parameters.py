@@ -17,9 +17,8 @@ from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
 __all__ = [
     "Member",
     "check_parameters",
-    "count",
     "describe",
-    "find_gradients",
+    "local_shard",
     "refuse_moved",
     "refuse_offloaded",
 ]
@@ -112,9 +111,19 @@ class Member:
         """Whether its blocks have had their first refresh."""
         return bool(self.counters["refreshed"].tolist())
 
+    @property
+    def now(self) -> tuple[int, int, bool, bool, bool]:
+        """What a step's record says of it, see :class:`shampoo_fsdp.rules.Step`."""
+        active = self.gradient is not None
+        return self.step, self.factor_step, active, self.refreshed, self.cold
+
     def shard(self) -> Tensor:
         """This rank's part of the parameter; shares its memory."""
         return local_shard(self.parameter)
+
+    def shards(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The same of these entries of its state, and of itself as `value`."""
+        return {n: local_shard(self.state[n]) for n in names} | {"value": self.shard()}
 
     def find_gradient(self) -> None:
         """Set `gradient` to this rank's shard of the parameter's gradient.

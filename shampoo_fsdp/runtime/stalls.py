@@ -14,8 +14,6 @@ from logging import getLogger
 
 import torch
 
-__all__ = ["told_if_long"]
-
 _logger = getLogger(__name__)
 
 _PAUSE = 1.0  # seconds between two looks, at most

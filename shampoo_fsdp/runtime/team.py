@@ -16,23 +16,15 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import GroupSettings
 from shampoo_fsdp.plan.assignment import Assignment, OwnedBlock, Part
 from shampoo_fsdp.plan.totals import Totals, summed
-from shampoo_fsdp.rules.precision import torch_dtype
+from shampoo_fsdp.rules.matrices import torch_dtype
 from shampoo_fsdp.rules.stack import BlockStack
 from shampoo_fsdp.runtime.bucket import Bucket, Stopwatch
 from shampoo_fsdp.runtime.excluded import ExcludedParameters
-from shampoo_fsdp.runtime.parameters import Member
+from shampoo_fsdp.runtime.parameters import Member, count, find_gradients
 from shampoo_fsdp.runtime.ranks import RankSet, tell_all
 from shampoo_fsdp.validation import name_some
 
-__all__ = [
-    "Groups",
-    "Parameters",
-    "Team",
-    "changes_nothing",
-    "refuse_nonfinite",
-    "refuse_without_gradients",
-    "tensors_of",
-]
+__all__ = ["Groups", "Parameters", "Team", "tensors_of"]
 
 Groups = Sequence[Mapping[str, Any]]
 """Those of an optimizer."""
@@ -93,7 +85,33 @@ class Parameters:
     def buckets(self) -> list[Bucket]:
         return [bucket for team in self.teams for bucket in team.buckets]
 
-    def take_steps(self, groups: Groups) -> None:
+    def step(self, groups: Groups, trouble: Exception | None) -> Exception | None:
+        """Update those that have a gradient; all ranks must call it.
+
+        Args:
+            groups: of the optimizer.
+            trouble: why this rank cannot take part as it should, if anything is wrong.
+
+        Returns:
+            what this rank has to raise at the end: others, which wait for it, take the step.
+        """
+        trouble = find_gradients(self.members, self.frozen) or trouble
+        if not self.has_seen_gradients:
+            _refuse_without_gradients(self)
+            if _changes_nothing(self, [float(group["lr"]) for group in groups]):
+                return None
+            self.has_seen_gradients = True
+        if trouble and all(ranks.group is None for ranks in self.rank_sets):
+            raise trouble
+        if self.config.on_nonfinite == "raise":
+            _refuse_nonfinite(self, trouble)
+        count(self.members, self.config.start_preconditioning_step)
+        self._take_steps(groups)
+        for member in self.members:
+            member.gradient = None  # the caller may free them
+        return trouble
+
+    def _take_steps(self, groups: Groups) -> None:
         """Take the step of all parameters; all ranks do so in this order.
 
         While something travels, something else is computed: the excluded parameters; the first half
@@ -188,7 +206,7 @@ def tensors_of(groups: Groups) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def refuse_nonfinite(parameters: Parameters, cause: Exception | None) -> None:
+def _refuse_nonfinite(parameters: Parameters, cause: Exception | None) -> None:
     """Raise a ValueError on all ranks if one of them has a gradient with a NaN or infinity.
 
     Args:
@@ -212,7 +230,7 @@ def refuse_nonfinite(parameters: Parameters, cause: Exception | None) -> None:
     ) from cause
 
 
-def refuse_without_gradients(parameters: Parameters) -> None:
+def _refuse_without_gradients(parameters: Parameters) -> None:
     """Raise a RuntimeError on all ranks if none of them has a gradient: nothing would be trained,
     which is what an optimizer does that has kept the tensors of before `fully_shard`."""
     members = parameters.members
@@ -225,7 +243,7 @@ def refuse_without_gradients(parameters: Parameters) -> None:
         )
 
 
-def changes_nothing(parameters: Parameters, lrs: Sequence[float]) -> bool:
+def _changes_nothing(parameters: Parameters, lrs: Sequence[float]) -> bool:
     """Whether no step was taken, and every lr and every gradient is zero, on all ranks; their
     gradients are let go then.
 

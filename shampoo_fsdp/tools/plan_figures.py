@@ -22,9 +22,8 @@ from shampoo_fsdp.plan.shards import ParameterSpec, shard_rectangle, volume
 from shampoo_fsdp.plan.totals import Totals
 from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.layout import block_costs
-from shampoo_fsdp.rules.matrices import sides_without_factor
-from shampoo_fsdp.rules.precision import torch_dtype
-from shampoo_fsdp.runtime.choice import is_preconditioned
+from shampoo_fsdp.rules.matrices import sides_without_factor, torch_dtype
+from shampoo_fsdp.runtime.choice import excluded_names, is_preconditioned
 from shampoo_fsdp.tools.tables import times
 from shampoo_fsdp.validation import refuse, unmatched
 
@@ -78,7 +77,7 @@ class JobPlan:
         names = [spec.name for of in self.assignments for spec in of.parameters]
         for pattern in unmatched(config.split_heads, names):
             refuse("split_heads", pattern, "what the name of a preconditioned parameter matches")
-        for pattern in unmatched(config.excluded_names, [spec.name for spec in self.specs]):
+        for pattern in unmatched(excluded_names(config), [spec.name for spec in self.specs]):
             if pattern in config.exclude:
                 refuse("exclude", pattern, "what the name of a parameter matches")
         self.excluded = [s for s in self.specs if not is_preconditioned(s.name, s.shape, config)]
