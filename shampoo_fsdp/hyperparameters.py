@@ -8,12 +8,7 @@ from numbers import Real
 from typing import Any
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.validation import (
-    TORCH_OPTIONS,
-    check_torch_options,
-    refuse,
-    refuse_unknown,
-)
+from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, refuse, refuse_unknown
 
 __all__ = ["GroupSettings", "settings_from_keywords", "validate_hyperparameters"]
 

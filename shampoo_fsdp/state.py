@@ -14,13 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from shampoo_fsdp.checkpoint.fits import decide, is_state_entry
-from shampoo_fsdp.checkpoint.loading import (
-    carry_out,
-    copy_own_part,
-    flat,
-    other_pieces,
-    start_anew,
-)
+from shampoo_fsdp.checkpoint.loading import carry_out, copy_own_part, flat, other_pieces, start_anew
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
 from shampoo_fsdp.checkpoint.sharded import state_entries
 from shampoo_fsdp.rules.stack import BlockStack
@@ -134,9 +128,7 @@ class State:
         self._start_factors()
         return problem
 
-    def _make_entries(
-        self,
-    ) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
+    def _make_entries(self) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
         """The entries of all members, of a few at a time, and the stacks that they are views of."""
         for member in self.parameters.excluded.members:
             yield [], {member: member.counters | self.parameters.excluded.create_entries(member)}
@@ -170,10 +162,7 @@ class State:
             bucket.state_was_loaded()
 
     def load(
-        self,
-        param_groups: list[dict[str, Any]],
-        states: States,
-        read: Callable[[], dict[str, Any]],
+        self, param_groups: list[dict[str, Any]], states: States, read: Callable[[], dict[str, Any]]
     ) -> None:
         """Take over a state dict; all ranks must call it.
 

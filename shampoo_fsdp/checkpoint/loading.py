@@ -81,10 +81,7 @@ def other_pieces(
 
 
 def carry_out(
-    here: Mapping[str, Any],
-    saved: Mapping[str, Any],
-    report: LoadReport,
-    gathered: Collection[str],
+    here: Mapping[str, Any], saved: Mapping[str, Any], report: LoadReport, gathered: Collection[str]
 ) -> None:
     """Copy saved entries, keeping types and devices, as was decided.
 

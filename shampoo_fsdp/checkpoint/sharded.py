@@ -24,12 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._pytree import tree_map
 
-from shampoo_fsdp.checkpoint.owned import (
-    OF_EACH_PIECE,
-    OwnedBlocks,
-    Reading,
-    reduce_blocks,
-)
+from shampoo_fsdp.checkpoint.owned import OF_EACH_PIECE, OwnedBlocks, Reading, reduce_blocks
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.plan.assignment import OwnedBlock
 from shampoo_fsdp.plan.grid import BlockGrid
@@ -79,7 +74,10 @@ def state_entries(
         having = [(block, saved[name]) for block, saved in owned if name in saved]
         whole: Sequence[int]
         if kept[shapes[0]].get(name, ((), dtype))[0] == shapes[0]:
-            pieces = dict(_rectangle(block, values) for block, values in having)
+            pieces = {
+                tuple(start for start, _ in block.rectangle): values.view(block.sizes)
+                for block, values in having
+            }
             whole = grid.view_shape
         else:
             size = {shape: math.prod(kept[shape].get(name, ((0,),))[0]) for shape in kept}
@@ -92,11 +90,6 @@ def state_entries(
         else:
             entries[name] = blocks(whole, pieces, dtype)
     return entries
-
-
-def _rectangle(block: OwnedBlock, values: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    offsets = tuple(start for start, _ in block.rectangle)
-    return offsets, values.view(tuple(stop - start for start, stop in block.rectangle))
 
 
 def local_parts(entry: Tensor) -> list[Tensor]:

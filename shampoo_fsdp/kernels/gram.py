@@ -24,12 +24,7 @@ __all__ = ["can_update", "update_factors"]
 
 
 def update_factors(
-    factors: Tensor,
-    blocks: Tensor,
-    rate: Tensor,
-    share: float,
-    *,
-    sums: bool = False,
+    factors: Tensor, blocks: Tensor, rate: Tensor, share: float, *, sums: bool = False
 ) -> None:
     """F <- (1 - rate) F + rate share U U^T in place, or F + rate share U U^T for sums; in fp32.
 

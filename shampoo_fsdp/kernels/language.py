@@ -81,7 +81,7 @@ def can_run(*tensors: Tensor | None) -> bool:
     def fits(t: Tensor) -> bool:
         if _observer is not None:
             return t.device.type == "cuda"
-        return type(t) in (Tensor, torch.nn.Parameter) and _has_kernels(t.device)
+        return type(t) in (Tensor, torch.nn.Parameter) and not missing(t.device)
 
     return _wanted and all(t is None or (t.dtype in _TYPES and fits(t)) for t in tensors)
 
@@ -93,10 +93,6 @@ def large_tiles(device: torch.device) -> bool:
 
 
 @functools.cache
-def _has_kernels(device: torch.device) -> bool:
-    return not missing(device)
-
-
 def missing(device: torch.device) -> str:
     """What kernels lack on a device; "" if it is nothing."""
     if importlib.util.find_spec("triton") is None:

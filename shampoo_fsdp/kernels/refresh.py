@@ -26,11 +26,7 @@ _SLACK = 1e-3
 
 
 def line(
-    squares: Tensor,
-    unit: Tensor,
-    ridge: Tensor,
-    divisor: float | Tensor,
-    order: int,
+    squares: Tensor, unit: Tensor, ridge: Tensor, divisor: float | Tensor, order: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a polynomial of t = slope A + offset I needs to know, by one launch; [B] each.
 
@@ -56,11 +52,7 @@ def line(
 
 
 def line_reference(
-    squares: Tensor,
-    unit: Tensor,
-    ridge: Tensor,
-    divisor: float | Tensor,
-    order: int,
+    squares: Tensor, unit: Tensor, ridge: Tensor, divisor: float | Tensor, order: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain PyTorch."""
     scale = torch.add(ridge, squares.sum(1).pow_(0.25), alpha=1.0 + _SLACK)
@@ -153,18 +145,7 @@ def _line(
 
 
 def _two_sums(
-    square,
-    matrices,
-    inner,
-    slope,
-    offset,
-    middle,
-    half,
-    a,
-    b,
-    c,
-    n,
-    CHUNK: tl.constexpr,
+    square, matrices, inner, slope, offset, middle, half, a, b, c, n, CHUNK: tl.constexpr
 ):
     """Grid: programs of a matrix, blocks."""
     block = tl.program_id(1)

@@ -90,11 +90,7 @@ class Assignment:
     """
 
     def __init__(
-        self,
-        parameters: Sequence[ParameterSpec],
-        config: ShampooConfig,
-        costs: Costs,
-        rank: int,
+        self, parameters: Sequence[ParameterSpec], config: ShampooConfig, costs: Costs, rank: int
     ) -> None:
         """
         Args:

@@ -217,7 +217,9 @@ def _sharding_order(
             continue
         position = None
         if isinstance(placement, Sharded):
-            position = _position_after(placement.split, order, mesh_shape)
+            split, ends = placement.split, range(len(order) + 1)
+            cut_before = (math.prod(mesh_shape[d] for d in order[:end]) for end in ends)
+            position = next((end for end, pieces in enumerate(cut_before) if pieces == split), None)
         if position is None:
             raise ValueError(
                 f"placement {placement}; supported: Replicate, Shard, and "
@@ -225,13 +227,6 @@ def _sharding_order(
             )
         order.insert(position, mesh_dim)
     return order
-
-
-def _position_after(split: int, order: Sequence[int], mesh_shape: Sequence[int]) -> int | None:
-    for position in range(len(order) + 1):
-        if math.prod(mesh_shape[d] for d in order[:position]) == split:
-            return position
-    return None
 
 
 def view_rectangle(

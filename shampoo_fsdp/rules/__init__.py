@@ -13,12 +13,4 @@ from shampoo_fsdp.rules.rule import Rule, Step, register
 from shampoo_fsdp.rules.shampoo import ShampooRule
 from shampoo_fsdp.rules.soap import SoapRule
 
-__all__ = [
-    "KLShampooRule",
-    "Positions",
-    "Rule",
-    "ShampooRule",
-    "SoapRule",
-    "Step",
-    "register",
-]
+__all__ = ["KLShampooRule", "Positions", "Rule", "ShampooRule", "SoapRule", "Step", "register"]

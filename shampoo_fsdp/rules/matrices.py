@@ -167,12 +167,7 @@ def unfold(blocks: Tensor, i: int) -> Tensor:
 
 
 def along(
-    blocks: Tensor,
-    matrices: Tensor,
-    i: int,
-    *,
-    symmetric: bool = False,
-    out: Tensor | None = None,
+    blocks: Tensor, matrices: Tensor, i: int, *, symmetric: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Multiply blocks [B, d_1, ..., d_k] by matrices [B, e, d_i] along dimension i.
 

@@ -109,11 +109,7 @@ def polynomial_root(
 
 
 def _polynomial_root(
-    matrices: Tensor,
-    order: int,
-    eps: float | Tensor,
-    divisor: float | Tensor,
-    rounded: torch.dtype,
+    matrices: Tensor, order: int, eps: float | Tensor, divisor: float | Tensor, rounded: torch.dtype
 ) -> Tensor:
     # Squares must not overflow or vanish. The largest entry of a second moment is on its diagonal.
     lift = eps * divisor
@@ -149,12 +145,7 @@ def _polynomial_root(
 
 
 def _first_of_a(
-    stage: Stage,
-    a: Tensor,
-    square: Tensor,
-    slope: Tensor,
-    offset: Tensor,
-    dtype: torch.dtype,
+    stage: Stage, a: Tensor, square: Tensor, slope: Tensor, offset: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """T = q(t) and t T in this type, t being slope A + offset I, [B].
 

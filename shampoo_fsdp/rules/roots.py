@@ -150,11 +150,7 @@ def check_exponent(method: str, exponent: float) -> None:
 
 
 def root_residual(
-    matrices: Tensor,
-    roots: Tensor,
-    order: int,
-    eps: float | Tensor,
-    divisor: float | Tensor = 1.0,
+    matrices: Tensor, roots: Tensor, order: int, eps: float | Tensor, divisor: float | Tensor = 1.0
 ) -> Tensor:
     """||((A + eps I) X^p - I) v|| / ||v|| of X, which should be (A + eps I)^(-1/p), in the 1-norm,
     whose sums stay in range where squares would not.

@@ -147,7 +147,10 @@ class SoapRule(Rule):
         """What entries of the direction are multiplied by: 1, or less where V is rounding."""
         floor = moment.amax(tuple(range(1, moment.ndim)), keepdim=True).mul_(_FLOOR)
         if self.full:  # in the basis of the axes small entries are no rounding
-            floor.mul_(per_block(self._turned(), moment.ndim))
+            bases = (self.state[f"eigenvectors_{i}"] for i in self.full)
+            least = [basis.diagonal(dim1=1, dim2=2).amin(1) for basis in bases]
+            turned = functools.reduce(torch.minimum, least) < 1.0
+            floor.mul_(per_block(turned, moment.ndim))
         floor.clamp_min_(torch.finfo(torch.float32).tiny)
         return moment.div(floor).clamp_max_(1.0)
 
@@ -171,13 +174,6 @@ class SoapRule(Rule):
         self.state["second_moment"][where] = torch.where(
             per_block(failed, before.ndim), before, started
         )
-
-    def _turned(self) -> Tensor:
-        """Whether a block has another basis than that of the axes, [B]."""
-        least = [
-            self.state[f"eigenvectors_{i}"].diagonal(dim1=1, dim2=2).amin(1) for i in self.full
-        ]
-        return functools.reduce(torch.minimum, least) < 1.0
 
     def _vectors(self, i: int) -> Tensor:
         return self.state[f"eigenvectors_{i}"].to(self.products_in)

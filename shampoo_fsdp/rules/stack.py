@@ -139,7 +139,12 @@ class BlockStack:
         with products_in(self.config.matmul_precision or "highest"):
             self._direct(step)
         if self.config.momentum:
-            self._accelerate(step)
+            weights = [1.0 if steps <= 1 else 1.0 - self.config.dampening for steps in step.steps]
+            weight = per_block(one_or_each(weights, self.device), self.gradient.ndim)
+            buffer = self.state["momentum_buffer"].float()
+            each = per_block(step.usable, self.gradient.ndim)
+            accelerate(self.config, self.gradient, buffer, weight, each)
+            self._keep("momentum_buffer", buffer)
 
     def health(self, step: Step) -> tuple[float, float]:
         """The largest condition number of a factor, and the largest residual of a root; the host
@@ -241,14 +246,6 @@ class BlockStack:
         method, eps = self.config.grafting, step.group.graft_eps
         moment = None if self._second_moment is None else self._second_moment.float()
         return graft_step(method, momentum, moment, first, second, eps)
-
-    def _accelerate(self, step: Step) -> None:
-        weights = [1.0 if steps <= 1 else 1.0 - self.config.dampening for steps in step.steps]
-        weight = per_block(one_or_each(weights, self.device), self.gradient.ndim)
-        each = per_block(step.usable, self.gradient.ndim)
-        buffer = self.state["momentum_buffer"].float()
-        accelerate(self.config, self.gradient, buffer, weight, each)
-        self._keep("momentum_buffer", buffer)
 
     def _keep(self, name: str, values: Tensor) -> None:
         if self.state[name].dtype != torch.float32:  # else they are the state itself

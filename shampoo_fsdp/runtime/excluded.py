@@ -100,9 +100,20 @@ class ExcludedParameters:
         old = {name: _joined([span[name].reshape(-1) for span in chunk]) for name in chunk[0]}
         gradient = old.pop("gradient")
         sizes = [span["gradient"].numel() for span in chunk]
+        beta1, beta2 = group.betas[0], group.graft_beta2
         small = gradient.numel() < 2**31
         if self._plain_adamw and small and can_run(gradient, *old.values()):
-            self._adamw_kernel(gradient, old, step, counts, group)
+            adamw_masked(
+                *(old["value"], gradient, old["exp_avg"], old["exp_avg_sq"]),
+                self.skipped_entries if counts else torch.zeros_like(self.skipped_entries),
+                LARGEST_GRADIENT,
+                step_size=group.lr / (1.0 - beta1**step),
+                lost=group.lost,
+                rate1=1.0 - beta1,
+                rate2=1.0 - beta2,
+                eps=group.graft_eps,
+                root=(1.0 - beta2**step) ** 0.5,
+            )
         else:
             self._step_copies(gradient, old, sizes, step, counts, group)
         for name, values in old.items():
@@ -131,62 +142,30 @@ class ExcludedParameters:
         gradient = torch.where(usable, gradient, 0.0)
         # The fused kernel alone takes the step without reading it back.
         if self._plain_adamw and gradient.device.type in ("cpu", "cuda", "xpu"):
-            lists = {name: list(torch.split(values, sizes)) for name, values in new.items()}
-            self._adamw(list(torch.split(gradient, sizes)), lists, step, group)
+            names = "value", "exp_avg", "exp_avg_sq"
+            weights, first, second = (list(torch.split(new[name], sizes)) for name in names)
+            # The kernel counts them up itself.
+            steps = gradient.new_full((len(sizes),), step - 1.0, dtype=torch.float32)
+            adamw(
+                weights,
+                list(torch.split(gradient, sizes)),
+                first,
+                second,
+                [],
+                list(steps.unbind()),
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                lr=group.lr,
+                beta1=group.betas[0],
+                beta2=group.graft_beta2,
+                eps=group.graft_eps,
+                weight_decay=group.weight_decay,
+            )
         else:
             self._other(gradient, new, step, group)
         for name, values in old.items():
             torch.where(usable, new.pop(name), values, out=values)
-
-    def _adamw_kernel(
-        self,
-        gradient: Tensor,
-        kept: Mapping[str, Tensor],
-        step: int,
-        counts: bool,
-        group: GroupSettings,
-    ) -> None:
-        beta1, beta2 = group.betas[0], group.graft_beta2
-        adamw_masked(
-            kept["value"],
-            gradient,
-            kept["exp_avg"],
-            kept["exp_avg_sq"],
-            self.skipped_entries if counts else torch.zeros_like(self.skipped_entries),
-            LARGEST_GRADIENT,
-            step_size=group.lr / (1.0 - beta1**step),
-            lost=group.lost,
-            rate1=1.0 - beta1,
-            rate2=1.0 - beta2,
-            eps=group.graft_eps,
-            root=(1.0 - beta2**step) ** 0.5,
-        )
-
-    def _adamw(
-        self,
-        gradients: list[Tensor],
-        kept: Mapping[str, list[Tensor]],
-        step: int,
-        group: GroupSettings,
-    ) -> None:
-        # The kernel counts them up itself.
-        steps = gradients[0].new_full((len(gradients),), step - 1.0, dtype=torch.float32)
-        adamw(
-            kept["value"],
-            gradients,
-            kept["exp_avg"],
-            kept["exp_avg_sq"],
-            [],
-            list(steps.unbind()),
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            lr=group.lr,
-            beta1=group.betas[0],
-            beta2=group.graft_beta2,
-            eps=group.graft_eps,
-            weight_decay=group.weight_decay,
-        )
 
     def _other(
         self, gradient: Tensor, kept: Mapping[str, Tensor], step: int, group: GroupSettings

@@ -69,8 +69,14 @@ def take_types(group: dict[str, Any]) -> dict[str, bool]:
 
 def check_group(config: ShampooConfig, group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
-    values = {name: group[name] for name in ("betas", "eps", "weight_decay")}
-    validate_hyperparameters(config, lr=_plain_lr(group["lr"]), **values)
+    values = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    if isinstance(lr := group["lr"], Tensor):
+        if lr.device.type != "cpu" or lr.numel() != 1 or not lr.is_floating_point():
+            refuse(
+                "lr", lr, "a finite number >= 0, or a tensor of one, of floating point, on the CPU"
+            )
+        values["lr"] = float(lr)
+    validate_hyperparameters(config, **values)
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -90,15 +96,6 @@ def named_parameters(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Ten
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers have put into it."""
     return _WRAPPERS.sub("", name)
-
-
-def _plain_lr(lr: Any) -> Any:
-    """A tensor of one number as a number; the rest as it is."""
-    if not isinstance(lr, Tensor):
-        return lr
-    if lr.device.type != "cpu" or lr.numel() != 1 or not lr.is_floating_point():
-        refuse("lr", lr, "a finite number >= 0, or a tensor of one, of floating point, on the CPU")
-    return float(lr)
 
 
 def find_saved(

@@ -62,10 +62,7 @@ class Member:
         self.counters |= {"factor_step": _zero(), "refreshed": _zero()}
 
     def show(
-        self,
-        state: dict[str, Any],
-        entries: Mapping[str, Tensor],
-        when_gone: Callable[[Any], None],
+        self, state: dict[str, Any], entries: Mapping[str, Tensor], when_gone: Callable[[Any], None]
     ) -> None:
         """Put the entries that a step works with into the optimizer's state.
 
