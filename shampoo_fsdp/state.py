@@ -255,9 +255,7 @@ def _take(name: str, entries: Mapping[str, Tensor], found: Mapping[str, Any]) ->
             shape = f"shape {tuple(theirs.shape)}" if isinstance(theirs, Tensor) else repr(theirs)
             problem = (
                 f"the entry '{entry}' of optimizer.state of parameter '{name}' is "
-                f"{'missing' if entry in missing else shape}, but Shampoo has put a "
-                f"{type(mine).__name__} of shape {tuple(mine.shape)} there; allowed is another one "
-                "with all values of this rank, on any device. To start a parameter anew remove all "
-                "of its entries."
+                f"{'missing' if entry in missing else shape}; allowed: a {type(mine).__name__} of "
+                f"shape {tuple(mine.shape)}, on any device; or remove all entries to start anew."
             )
     return problem

@@ -177,9 +177,8 @@ def check_others(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         chunks = getattr(saved[key], "chunks", None)
         if chunks is not None and sum(math.prod(c.sizes) for c in chunks) < value.numel():
             raise CheckpointMismatch(
-                f"the checkpoint has only a part of '{key}'; was it saved by one of several ranks "
-                "alone (no_dist)? Save on all ranks, or with "
-                "StateDictOptions(full_state_dict=True)."
+                f"the checkpoint has only a part of '{key}': save on all ranks (not no_dist), or "
+                "with StateDictOptions(full_state_dict=True)."
             )
 
 
@@ -206,8 +205,7 @@ def _reason(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str
         then, now = ("is", "is not") if MARKER in saved else ("is not", "is")
         return (
             f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
-            "settings 'exclude' (whose 'default' knows embeddings by their type too) and "
-            "'precondition_1d' (which counts a matrix of one row or column as one dimension)."
+            "settings 'exclude' and 'precondition_1d'."
         )
     if MARKER in here and (before := shape_of(saved[MARKER])) != (after := shape_of(here[MARKER])):
         if len(before) != len(after):

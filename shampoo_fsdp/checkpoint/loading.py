@@ -73,9 +73,8 @@ def other_pieces(
                 keys.append(key)
             elif not theirs.complete:
                 raise ValueError(
-                    f"'{key}' is the part of another rank; to change the mesh, use a full state "
-                    "dict (StateDictOptions(full_state_dict=True)), or save and load with "
-                    "torch.distributed.checkpoint."
+                    f"'{key}' is the part of another rank; to change the mesh, use "
+                    "torch.distributed.checkpoint, or StateDictOptions(full_state_dict=True)."
                 )
     return keys
 

@@ -53,10 +53,9 @@ class Reading:
         """Raise a RuntimeError, on all ranks alike, if the state may be of two checkpoints."""
         if self.is_open():
             raise RuntimeError(
-                "a checkpoint was read into the state of this optimizer, or a part of it, and "
-                "load_state_dict() has not taken it over. If reading it went well, call "
+                "a checkpoint was read into the state of this optimizer, or a part of it: call "
                 "load_state_dict() with what was read, as set_optimizer_state_dict() does; if "
-                "not, load another checkpoint, or start anew with an optimizer that is built again."
+                "reading failed load another checkpoint, or build the optimizer again."
             )
 
     def _count(self, change: int) -> bool:
@@ -123,10 +122,8 @@ class OwnedBlocks(torch.Tensor):
         if self.unread and self.reading.is_open():
             raise ValueError(
                 f"{name} was not read completely: the checkpoint lacks the block at "
-                f"{min(self.unread)}, one of {len(self.unread)}. Was it saved by one of several "
-                "ranks alone (no_dist)? Save on all ranks, or with "
-                "StateDictOptions(full_state_dict=True). The state here is unusable now: load "
-                "another checkpoint."
+                f"{min(self.unread)}, one of {len(self.unread)}. Save on all ranks, not no_dist, "
+                "or with StateDictOptions(full_state_dict=True); here load another checkpoint."
             )
 
     def load(self, saved: Tensor) -> None:
@@ -138,9 +135,8 @@ class OwnedBlocks(torch.Tensor):
         if saved.shape != self.shape:
             raise ValueError(
                 f"state of shape {tuple(saved.shape)} does not fit {tuple(self.shape)}: it was "
-                "saved with other settings (preconditioner, max_preconditioner_dim, ...), or of "
-                "another model. The state here may be overwritten in part: build the optimizer "
-                "again with the settings of then."
+                "saved with other settings, or of another model. The state here may be overwritten "
+                "in part: build the optimizer again with the settings of then."
             )
         same = isinstance(saved, OwnedBlocks) and saved.has_pieces_of(self)
         if isinstance(saved, OwnedBlocks) and not same:
@@ -198,11 +194,9 @@ class OwnedBlocks(torch.Tensor):
         if self.complete:
             return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         raise TypeError(
-            "the state of Shampoo is spread over ranks by block; a rank that pickles its part "
-            "would lose the rest: call optimizer.consolidate_state_dict() on all ranks before "
-            "rank 0 asks for its state_dict() and saves it, or save with "
-            "torch.distributed.checkpoint. (Replicas of DDP with owner_scope = 'shard' have all "
-            "of it, and do all of the work.)"
+            "the state of Shampoo is spread over ranks by block: call "
+            "optimizer.consolidate_state_dict() on all ranks before rank 0 saves its state_dict(), "
+            "or save with torch.distributed.checkpoint."
         )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:

@@ -143,9 +143,8 @@ class SafeFileSystemReader(FileSystemReader):
         resolve = os.path.realpath if isinstance(path, Path) else os.path.normpath
         if not (real := str(resolve(path))).startswith(f"{resolve(self.path)}/"):
             raise UnsafeCheckpoint(
-                f"{name!r} is {real!r}, outside of the folder, which was not read; if it is a link "
-                "of yours, put the file itself there: cp -rL does so, and Hugging Face's "
-                "snapshot_download with a local_dir"
+                f"{name!r} is {real!r}, outside of the folder, which was not read; in the place of "
+                "a link put the file itself (cp -rL; snapshot_download with a local_dir)"
             )
         if isinstance(path, Path):
             return path.stat().st_size if path.is_file() else None

@@ -14,6 +14,7 @@ from shampoo_fsdp.kernels.language import (
     large_tiles,
     launch,
     size_of,
+    tiles,
     triangle,
 )
 
@@ -43,7 +44,7 @@ def update_factors(
     packed = factors.ndim == 2
     transposed = blocks.stride(2) != 1
     source = blocks.mT if transposed else blocks
-    cut = tiles(n, packed, large_tiles(blocks.device))
+    cut = tiles(n, blocks.itemsize, not packed and large_tiles(blocks.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
     side = -(-n // tile)
     launch(
@@ -75,17 +76,6 @@ def can_update(factors: Tensor, blocks: Tensor) -> bool:
         return False
     source = blocks if blocks.stride(2) == 1 else blocks.mT
     return describable(source) and (factors.ndim == 2 or describable(factors))
-
-
-def tiles(n: int, packed: bool, large: bool) -> dict[str, int]:
-    """How the work is cut, such that registers do."""
-    large = large and n > 64 and not packed
-    return {
-        "TILE": 128 if large else 64,
-        "DEPTH": 64 if large else 32,
-        "num_warps": 8 if large else 4,
-        "num_stages": 3,
-    }
 
 
 def _update_factors(

@@ -92,6 +92,17 @@ def large_tiles(device: torch.device) -> bool:
     return interpreted() or _observer is not None or 90 <= _generation(device) < 110
 
 
+def tiles(n: int, itemsize: int, large: bool) -> dict[str, int]:
+    """How products of n x n matrices are cut, such that registers do, for operands of this size."""
+    large = large and n > 64
+    return {
+        "TILE": 128 if large else 64,
+        "DEPTH": (128 if large else 64) // itemsize,
+        "num_warps": 8 if large else 4,
+        "num_stages": 3,
+    }
+
+
 @functools.cache
 def missing(device: torch.device) -> str:
     """What kernels lack on a device; "" if it is nothing."""

@@ -22,6 +22,7 @@ from shampoo_fsdp.kernels.language import (
     of_block,
     size_of,
     sums_in_fp32,
+    tiles,
     triangle,
 )
 
@@ -73,7 +74,7 @@ def product(
     if not rows or not can_run(*given) or not all(map(describable, given)):
         return product_reference(a, b, *sums, c=c, symmetric=symmetric, squares=squares)
     results = [torch.empty(a.shape, dtype=sum_.dtype, device=a.device) for sum_ in sums]
-    cut = product_tiles(n, a.dtype, large_tiles(a.device))
+    cut = tiles(n, a.itemsize, large_tiles(a.device))
     tile, depth = cut["TILE"], cut["DEPTH"]
     side = -(-n // tile)
     programs = side * (side + 1) // 2 if symmetric else side * side
@@ -177,17 +178,6 @@ def _summed(p: Tensor, c: Tensor | None, sum_: Sum, in_place: bool = False) -> T
         gamma = gamma.view(-1, 1)
     total.diagonal(dim1=1, dim2=2).add_(gamma)
     return total.to(sum_.dtype)
-
-
-def product_tiles(n: int, dtype: torch.dtype, large: bool) -> dict[str, int]:
-    """How the work is cut, such that registers do."""
-    large = large and n > 64
-    return {
-        "TILE": 128 if large else 64,
-        "DEPTH": (128 if large else 64) // dtype.itemsize,
-        "num_warps": 8 if large else 4,
-        "num_stages": 3,
-    }
 
 
 def _product(

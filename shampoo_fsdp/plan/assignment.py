@@ -254,8 +254,7 @@ def _narrowed(parameter: ParameterSpec, members: set[int]) -> dict[str, tuple[in
     mesh_shape = tuple(len(set(along)) for along in zip(*kept.values(), strict=True))
     if math.prod(mesh_shape) != len(kept):
         raise ValueError(
-            f"owner_scope = 'shard' is impossible: the ranks {sorted(members)}, which hold all "
-            f"parameters once, are no part of the mesh {parameter.mesh_shape} of parameter "
-            f"'{parameter.name}'; set owner_scope = 'all'."
+            f"owner_scope = 'shard' is impossible: ranks {sorted(members)}, which hold all once, "
+            f"are no part of the mesh {parameter.mesh_shape} of '{parameter.name}'; set 'all'."
         )
     return {"ranks": tuple(kept), "mesh_shape": mesh_shape}

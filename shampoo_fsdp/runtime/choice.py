@@ -70,10 +70,9 @@ def refuse_nameless(shapes: Mapping[str, tuple[int, ...]], config: ShampooConfig
     matrices = [s for n, s in shapes.items() if len(s) > 1 and is_preconditioned(n, s, config)]
     if matrices:
         raise ValueError(
-            f"{len(shapes)} parameters have no names, so that Shampoo cannot tell which of "
-            f"{len(matrices)} matrices are embeddings and the output layer. Give it "
-            "shampoo_fsdp.param_groups(model) or model.named_parameters(), or groups with "
-            "'param_names'; or set exclude = [] to precondition all matrices."
+            f"{len(shapes)} parameters have no names, which tell what of {len(matrices)} matrices "
+            "are embeddings and the output layer. Give Shampoo shampoo_fsdp.param_groups(model) or "
+            "model.named_parameters(); or set exclude = [] to precondition all matrices."
         )
 
 
@@ -113,9 +112,8 @@ def what_names_miss(
     if config.exclude and (found := _doubtful(shapes, embeddings, chosen)):
         yield (
             f"{name_some(found)}: preconditioned, but by type, shape or place embeddings or the "
-            f"output layer. To leave them to the method '{config.elementwise_method}' name them in "
-            "'exclude', or give Shampoo the parameters of shampoo_fsdp.param_groups(model), which "
-            "knows embeddings by their type. (exclude = [] preconditions all matrices.)"
+            f"output layer. To leave them to '{config.elementwise_method}' name them in 'exclude', "
+            "or use shampoo_fsdp.param_groups(model). (exclude = [] preconditions all matrices.)"
         )
 
 

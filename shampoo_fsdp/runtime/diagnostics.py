@@ -24,8 +24,7 @@ _SAID_AT = (10, 100, 1000)
 
 _BAD_GRADIENT = (
     "the gradient of {} has been unusable for {} steps in a row: entries that are not finite, or "
-    "above 1e15. What they reach gets no updates meanwhile, and the parameter no weight decay. "
-    "Look at the model and the data; with on_nonfinite = 'raise' such a step is an error."
+    "above 1e15. It gets no weight decay meanwhile, and what they reach no updates."
 )
 _FAILED_ROOT = (
     "an inverse root or eigenbasis of {} has failed at {} refreshes in a row: the last good one "

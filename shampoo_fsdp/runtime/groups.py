@@ -173,8 +173,7 @@ def warn_of_initial_lr(
         if then != own:
             _logger.warning(
                 f"The initial lr is {then} in the checkpoint and {own} here. Independent weight "
-                "decay is relative to this job's if the first step has another lr than the "
-                "checkpoint, else to the checkpoint's."
+                "decay is relative to this job's if a schedule sets another lr than was loaded."
             )
 
 

@@ -233,11 +233,9 @@ def refuse_offloaded(named: Iterable[tuple[str, Tensor, int]]) -> None:
             continue
         if (device := parameter.device_mesh.device_type) != "cpu":
             problem = (
-                f"parameter '{name}' is on the CPU and its mesh on '{device}' (CPU offload): all "
-                "of Shampoo's work would be done on the CPU. Write "
+                f"parameter '{name}' is on the CPU and its mesh on '{device}': write "
                 "fully_shard(..., offload_policy=OffloadPolicy()), in TorchTitan "
-                "training.enable_cpu_offload = false; with memory = 'low' state is as large as "
-                "AdamW's. To work on the CPU all the same say how: root_method = 'eigh'."
+                "training.enable_cpu_offload = false; or, to work on the CPU, root_method = 'eigh'."
             )
             if parameter.device_mesh.size() > 1:
                 raise ValueError(problem)
@@ -253,8 +251,7 @@ def refuse_moved(members: Iterable[Member], device: torch.device) -> None:
         if parameter.device != device or not parameter.is_floating_point():
             raise ValueError(
                 f"parameter '{member.name}' is of {parameter.dtype} on {parameter.device} now, but "
-                f"the state that Shampoo was built with is for real ones on {device}: build it "
-                "again, and load_state_dict() the old one's state_dict()."
+                f"its state is for a real one on {device}: build Shampoo anew and load_state_dict()"
             )
 
 

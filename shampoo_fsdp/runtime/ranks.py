@@ -107,8 +107,7 @@ class RankSet:
             return (
                 f"{what} {where}: the exchange with ranks {in_runs(peers)} (of "
                 f"{in_runs(self.ranks)}, which share blocks) has taken {seconds:.0f} s so far. "
-                "This rank goes on waiting. One that does not say this is late, or waits for "
-                "something else."
+                "This rank goes on waiting. One that does not say this is late, or waits elsewhere."
             )
 
         def wait() -> None:
@@ -214,9 +213,8 @@ def find_groups(
         device = next(iter(on)).device.type
         if (group := found[ranks]) and f"{device}:" not in (has := dist.get_backend_config(group)):
             raise ValueError(
-                f"parameters are on '{device}', for which the process group of ranks "
-                f"{in_runs(ranks)} has no backend ('{has}'): name one for each kind of device, as "
-                'in init_process_group("cpu:gloo,cuda:nccl").'
+                f"parameters are on '{device}', for which the group of ranks {in_runs(ranks)} has "
+                f"no backend ('{has}'): give init_process_group both, as in 'cpu:gloo,cuda:nccl'."
             )
     return found
 

@@ -164,9 +164,8 @@ class Parameters:
         if self.has_values:
             if not same:
                 raise RuntimeError(
-                    "the parameters in 'param_groups' are no longer those that this optimizer has "
-                    "state for: build another one for the new ones, with names, and "
-                    "load_state_dict() what state_dict() gave before into it."
+                    "the parameters in 'param_groups' are no longer those that it has state for: "
+                    "build another one, with names, and load_state_dict() what was saved before."
                 )
             return True
         moved = any(member.parameter.device != self.device for member in self.members)
@@ -237,9 +236,9 @@ def _refuse_without_gradients(parameters: Parameters) -> None:
     some = any(member.gradient is not None for member in members)
     if not tell_all(parameters.rank_sets, some) and members:
         raise RuntimeError(
-            f"none of the {len(members)} parameters of this optimizer has a gradient on its first "
-            "step: call backward() first, and if the optimizer was built before fully_shard() or "
-            "another wrapper that replaces parameters, build it after that."
+            f"none of the {len(members)} parameters has a gradient on the first step: call "
+            "backward() first, and if the optimizer was built before fully_shard() or another "
+            "wrapper that replaces parameters, build it after that."
         )
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from shampoo_fsdp.kernels.adamw import _adamw_masked
-from shampoo_fsdp.kernels.gram import _update_factors, tiles
-from shampoo_fsdp.kernels.language import jit
+from shampoo_fsdp.kernels.gram import _update_factors
+from shampoo_fsdp.kernels.language import jit, tiles
 from shampoo_fsdp.kernels.momenta import _momenta
-from shampoo_fsdp.kernels.product import _product, product_tiles
+from shampoo_fsdp.kernels.product import _product
 from shampoo_fsdp.kernels.refresh import _keep, _line, _two_sums
 
 triton = pytest.importorskip("triton", reason="kernels are in Triton, which is not installed")
@@ -71,7 +71,7 @@ def adamw_case(generation):
 
 
 def factors_case(generation, transposed, packed):
-    cut = tiles(1024, packed, generation >= 90)
+    cut = tiles(1024, 2, not packed and generation >= 90)
     tile, depth = cut["TILE"], cut["DEPTH"]
     rows, columns = (depth, tile) if transposed else (tile, depth)
     types = {
@@ -101,7 +101,7 @@ def keep_case(generation):
 
 
 def product_case(generation, dtype, symmetric, second):
-    cut = product_tiles(1024, dtype, generation >= 90)
+    cut = tiles(1024, dtype.itemsize, generation >= 90)
     tile, depth = cut["TILE"], cut["DEPTH"]
     name = NAMES[dtype]
     rows = f"tensordesc<{name}[1,{tile},{depth}]>"
