@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.roots import in_turns
-from shampoo_fsdp.kernels.adamw import AdamW, adamw_masked
+from shampoo_fsdp.kernels.adamw import adamw_masked
 from shampoo_fsdp.kernels.gram import update_factors
-from shampoo_fsdp.kernels.keep import keep, parts
-from shampoo_fsdp.kernels.language import Cost, kernels, observed_by
-from shampoo_fsdp.kernels.momenta import Rates, momenta
+from shampoo_fsdp.kernels.language import kernels, observed_by
+from shampoo_fsdp.kernels.momenta import momenta
 from shampoo_fsdp.kernels.product import Sum, product
-from shampoo_fsdp.kernels.quadratics import two_sums
+from shampoo_fsdp.kernels.refresh import keep, parts, two_sums
 from shampoo_fsdp.rules.precision import full_precision, products_in
+from tests.reference import kernels as references
 
 __all__ = ["measure_kernels", "measure_products"]
 
@@ -28,19 +28,20 @@ def measure_kernels(n: int, device: str) -> list[dict[str, Any]]:
     """Milliseconds of a stack of [n, n] blocks, with bandwidth and TFLOP/s by each kernel's own
     count, and how much longer plain PyTorch takes. On CPUs both are plain."""
     rows = []
-    for name, call in _calls(n, device).items():
-        costs: list[Cost] = []
+    for name, (call, plain) in _calls(n, device).items():
+        costs = [(0, 0)]
         if device == "cuda":
-            with observed_by(costs.append):
+            with observed_by(lambda *cost, of=costs: of.append(cost)):
                 call()
-        times = in_turns({"ours": call, "plain": partial(_plain, call)}, _wait(device))
+        ours = call if device == "cuda" else plain
+        times = in_turns({"ours": ours, "plain": plain}, _wait(device))
         seconds = times["ours"]
         rows.append(
             {
                 "kernel": f"{name}, [{n}, {n}]",
                 "ms": 1e3 * seconds,
-                "gb_per_s": sum(cost.bytes for cost in costs) / seconds / 1e9,
-                "tflops": sum(cost.flops for cost in costs) / seconds / 1e12,
+                "gb_per_s": sum(moved for moved, _ in costs) / seconds / 1e9,
+                "tflops": sum(flops for _, flops in costs) / seconds / 1e12,
                 "plain": times["plain"] / seconds,
             }
         )
@@ -72,28 +73,43 @@ def measure_products(n: int, device: str) -> list[dict[str, Any]]:
     ]
 
 
-def _calls(n: int, device: str) -> dict[str, _Call]:
-    """By kernel a call as the optimizer makes it: 16-bit operands, state in fp32."""
+def _calls(n: int, device: str) -> dict[str, tuple[_Call, _Call]]:
+    """By kernel a call as the optimizer makes it, with 16-bit operands and state in fp32, and its
+    plain form."""
     shape = _blocks(n, device), n, n
     blocks = shape[0]
     g, m, v = (torch.randn(shape, device=device).square_() for _ in range(3))
     mixed = torch.empty_like(g, dtype=torch.bfloat16)
-    ones, numbers = torch.ones(blocks, device=device), Rates(0.1, 0.05, 0.9, 1e-8)
+    ones, rates = torch.ones(blocks, device=device), (0.1, 0.05, 0.9, 1e-8)
     halves = (g / n).half()
     bad = torch.zeros(blocks, dtype=torch.bool, device=device)
     changes = torch.empty(blocks, parts(n), 2, device=device)
     skipped = torch.zeros((), dtype=torch.int64, device=device)
-    step = AdamW(1e-3, 1e-4, 0.1, 0.05, 1e-8, 1.0, 1.0)
+    step = {"step_size": 1e-3, "lost": 1e-4, "rate1": 0.1, "rate2": 0.05, "eps": 1e-8, "root": 1.0}
     polynomial = Sum(torch.float16, alpha=0.5, beta=1.0, gamma=0.1)
     squares = {"symmetric": True, "squares": True}
-    return {
-        "momenta": lambda: momenta(g, ones, m, v, mixed, numbers),
-        "gram": lambda: update_factors(v, mixed, ones * 0.05, 1.0 / n),
+    momenta_of, adamw_of = (g, ones, m, v, mixed, *rates), (m, g, m, v, skipped, 1e30)
+    gram_of = v, mixed, ones * 0.05, 1.0 / n
+    calls: dict[str, _Call] = {
         "product, split fp32": lambda: product(g, g, Sum(), **squares),
         "product, fp16": lambda: product(halves, halves, polynomial, c=halves, symmetric=True),
         "two_sums": lambda: two_sums(v, m, ones, ones, (0.5, 0.5, 0.1, 0.2, 0.3)),
         "keep": lambda: keep(g, mixed, bad, changes),
-        "adamw": lambda: adamw_masked(m, g, m, v, skipped, step, 1e30),
+    }
+    return {
+        "momenta": (
+            partial(momenta, *momenta_of),
+            partial(references.momenta_reference, *momenta_of),
+        ),
+        "gram": (
+            partial(update_factors, *gram_of),
+            partial(references.update_factors_reference, *gram_of),
+        ),
+        **{name: (call, partial(_plain, call)) for name, call in calls.items()},
+        "adamw": (
+            partial(adamw_masked, *adamw_of, **step),
+            partial(references.adamw_masked_reference, *adamw_of, **step),
+        ),
     }
 
 
