@@ -1,5 +1,6 @@
 """What each rank owns, computes and sends: for reports, which look at all ranks."""
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ class Totals:
     """
 
     def __init__(self, assignment: Assignment) -> None:
-        config, costs = assignment.config, assignment.costs
+        config, costs = assignment.config, functools.cache(assignment.costs)
         frequency, n = config.precondition_frequency, len(assignment.ranks)
         self.ranks = assignment.ranks
         self.owned = [0] * n

@@ -113,23 +113,21 @@ _REFRESH_FLOPS = {
 def block_costs(config: ShampooConfig) -> Callable[[tuple[int, ...]], tuple[float, float, int]]:
     """A function that gives for a shape of block FLOPs on every step (factors and preconditioning),
     those of a refresh, as many as a matrix product makes in its time, and bytes of state."""
-    rule = config.rule
+    return functools.partial(_costs, config)
 
-    @functools.cache
-    def costs(shape: tuple[int, ...]) -> tuple[float, float, int]:
-        kinds = factor_kinds(shape, config)
-        full = [n for n, kind in zip(shape, kinds, strict=True) if kind == "full"]
-        # The method of somebody else's rule costs what eigenvectors do, for want of a better guess.
-        method = config.basis_method
-        if full:
-            factors = len(shape) - kinds.count("none")
-            method = by_products(method, -rule.root_exponent(config, factors))
-        cubed, squared = _REFRESH_FLOPS.get(method, _REFRESH_FLOPS["eigh"])
-        refresh = rule.refresh_cost * sum(cubed * n**3 + squared * n**2 for n in full)
-        if config.matmul_precision == "medium":
-            refresh /= _BF16
-        # Elementwise work counts as one more row of a product.
-        every = 2.0 * rule.products * math.prod(shape) * (sum(full) + 1)
-        return every, refresh, state_bytes(shape, config)
 
-    return costs
+def _costs(config: ShampooConfig, shape: tuple[int, ...]) -> tuple[float, float, int]:
+    rule, kinds = config.rule, factor_kinds(shape, config)
+    full = [n for n, kind in zip(shape, kinds, strict=True) if kind == "full"]
+    # The method of somebody else's rule costs what eigenvectors do, for want of a better guess.
+    method = config.basis_method
+    if full:
+        factors = len(shape) - kinds.count("none")
+        method = by_products(method, -rule.root_exponent(config, factors))
+    cubed, squared = _REFRESH_FLOPS.get(method, _REFRESH_FLOPS["eigh"])
+    refresh = rule.refresh_cost * sum(cubed * n**3 + squared * n**2 for n in full)
+    if config.matmul_precision == "medium":
+        refresh /= _BF16
+    # Elementwise work counts as one more row of a product.
+    every = 2.0 * rule.products * math.prod(shape) * (sum(full) + 1)
+    return every, refresh, state_bytes(shape, config)
