@@ -23,7 +23,7 @@ stand_in() {
 
 if [ "${TITAN:-}" = main ]; then
   make_venv
-  if [ $# -eq 0 ]; then set -- $titans/test_{main,groups_04,metrics}.py; fi
+  if [ $# -eq 0 ]; then set -- $titans/test_{main,configs,job_config,groups_04,metrics}.py; fi
   PATH="$PWD/$venv/bin:$PATH" exec pytest -q "$@"
 elif [ "${TITAN:-}" = 0.4 ]; then
   unset TITAN

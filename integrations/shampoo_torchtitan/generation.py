@@ -5,25 +5,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JOBS_ARE_FUNCTIONS", "groups", "need_02", "parallel_dims", "register_demo", "titan"]
+__all__ = [
+    "JOBS_ARE_FUNCTIONS",
+    "TEXT_IS_OF_GRAIN",
+    "groups",
+    "need_02",
+    "parallel_dims",
+    "register_demo",
+    "text",
+    "titan",
+]
 
 
-def _jobs_are_functions() -> bool:
+def _titan_has(part: str) -> bool:
     """By what is in it: builds and forks of many versions call themselves 0.0.0."""
     found = importlib.util.find_spec("torchtitan")
     folders = (found and found.submodule_search_locations) or ()
-    return any(Path(folder, "trainer.py").exists() for folder in folders)
+    return any(Path(folder, part).exists() for folder in folders)
 
 
-JOBS_ARE_FUNCTIONS = _jobs_are_functions()
+JOBS_ARE_FUNCTIONS = _titan_has("trainer.py")
 """From 0.3 on a job is a Python function that returns its configuration, and TOML files are one
 kind of them here; before, a job is a TOML file."""
+
+TEXT_IS_OF_GRAIN = _titan_has("components/data")
+"""Since August 2026."""
 
 
 def titan() -> Any:
     """All that differs with 0.3: the module `titan_02` or `titan_03`, whose names are the same.
     (Without a GPU it needs `cpu` to be enabled first.)"""
     module = "titan_03" if JOBS_ARE_FUNCTIONS else "titan_02"
+    return importlib.import_module(f"shampoo_torchtitan.{module}")
+
+
+def text() -> Any:
+    """All that differs where Grain reads text and a batch is one row of tokens: the module
+    `text_03` or `text_04`, whose names are the same."""
+    module = "text_04" if TEXT_IS_OF_GRAIN else "text_03"
     return importlib.import_module(f"shampoo_torchtitan.{module}")
 
 

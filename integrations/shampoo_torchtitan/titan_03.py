@@ -9,17 +9,13 @@ from torch import nn
 from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager
 from torchtitan.config.override import apply_overrides, derive
 from torchtitan.distributed import ParallelDims
-from torchtitan.models.common.attention import (
-    FlexAttention,
-    ScaledDotProductAttention,
-    VarlenAttention,
-)
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_torchtitan import cpu, toml
-from shampoo_torchtitan.generation import groups, register_demo
+from shampoo_torchtitan.generation import groups, register_demo, text
 
 loads_remote_folders = True
 """Whether a job goes on from checkpoints in `s3://...` and the like."""
@@ -71,7 +67,7 @@ def fit_to_cpu(config: Any) -> list[str]:
         changes.append("activation_checkpoint.mode = none")
     for kind in (FlexAttention.Config, VarlenAttention.Config):
         for _, _, parent, name in list(config.model_spec.model.traverse(kind)):
-            setattr(parent, name, ScaledDotProductAttention.Config())
+            setattr(parent, name, text().attention(config))
     return changes
 
 

@@ -32,7 +32,7 @@ from shampoo_fsdp.validation import (
 )
 from shampoo_torchtitan.configs import ShampooOptimizers
 from shampoo_torchtitan.container import ADAM
-from shampoo_torchtitan.generation import groups, register_demo
+from shampoo_torchtitan.generation import groups, register_demo, text
 
 __all__ = ["is_of_files", "read", "value_of"]
 
@@ -85,7 +85,7 @@ _OF_OPTIMIZER = ("name", "lr", "beta1", "beta2", "eps", "weight_decay")
 _OF_FILES = (
     *("job.config_file", "job.description", "model.name", "model.flavor", _IMPORT),
     *(f"optimizer.{key}" for key in _OF_OPTIMIZER),
-    *(*_MOVED, *_GONE, *_LEFT_OUT),
+    *(*_MOVED, *_GONE, *_LEFT_OUT, *text().KEYS),
 )
 # All that a file may say, for whoever looks for it elsewhere.
 _EVERYWHERE = dict.fromkeys([*_OF_FILES, *setting_names(ShampooOptimizers.Config, "optimizer")])
@@ -140,6 +140,7 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
         importlib.import_module(f"{module}")
     name, flavor = settings.pop("model.name", "llama3"), settings.pop("model.flavor", "debugmodel")
     config = _model(name, flavor)
+    text().take(config, settings)
     config.optimizer = _optimizer(settings)
     if (mode := settings.pop("activation_checkpoint.mode", None)) is not None:
         if not isinstance(mode, str) or mode not in _RECOMPUTE:
@@ -158,8 +159,8 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
             _set(config, key, value)
         elif value != gone[0]:
             raise ValueError(
-                f"{key} = {value!r}: TorchTitan 0.3 has no such setting; what needs it starts from "
-                "a Python function"
+                f"{key} = {value!r}: this TorchTitan has no such setting; what needs it starts "
+                "from a Python function"
             )
     for field in dataclasses.fields(config):
         if check := getattr(getattr(config, field.name), "__post_init__", None):
@@ -171,14 +172,10 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
 def _model(name: Any, flavor: Any) -> Trainer.Config:
     """A job of this model, whose other settings are defaults."""
     try:
-        from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
-    except ImportError:
-        raise ValueError(
-            "this TorchTitan reads text as files in TOML cannot say; start from a Python function"
-        ) from None
-    try:
         registry = importlib.import_module(f"torchtitan.models.{name}")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != f"torchtitan.models.{name}":  # what the model needs
+            raise
         refuse("model.name", name, " or ".join(map(repr, sorted(_supported_models))))
     flavors = next((there for key, there in vars(registry).items() if key.endswith("_configs")), ())
     if flavors and flavor not in flavors:
@@ -188,14 +185,10 @@ def _model(name: Any, flavor: Any) -> Trainer.Config:
         loss = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
     except (AssertionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"model.name = {name!r}, model.flavor = {flavor!r}: TorchTitan 0.3 has no such "
+            f"model.name = {name!r}, model.flavor = {flavor!r}: this TorchTitan has no such "
             "language model"
         ) from error
-    return Trainer.Config(
-        model_spec=spec,
-        loss=ChunkedLossWrapper.Config(loss_fn=loss),
-        dataloader=HuggingFaceTextDataLoader.Config(),
-    )
+    return Trainer.Config(model_spec=spec, loss=ChunkedLossWrapper.Config(loss_fn=loss))
 
 
 def _optimizer(settings: dict[str, Any]) -> OptimizersContainer.Config:

@@ -2,12 +2,9 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torchtitan.components.data import (
     ConcatThenSplitPackingConfig,
     GrainDataLoader,
@@ -16,28 +13,10 @@ from torchtitan.components.data import (
 from torchtitan.components.data.sources import IndexedJsonlSource
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.hf_datasets.text_datasets import TextProcessor
-from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
-from torchtitan.protocols.module import Module
 
 from shampoo_torchtitan.configs import shampoo
 from shampoo_torchtitan.demo import BYTE_TOKENIZER
-
-
-class CpuAttention(Module):
-    """Over all tokens of a batch; TorchTitan's own is for GPUs."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        pass
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-
-    def forward(self, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, **_: Any) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TNH, v_TNH))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1)
 
 
 def adamw() -> Any:
@@ -51,8 +30,6 @@ def adamw() -> Any:
     packed = ConcatThenSplitPackingConfig(dataset=dataset)
     config.dataloader = GrainDataLoader.Config(dataset=packed, shuffle=False)
     config.hf_assets_path = str(BYTE_TOKENIZER)
-    for _, _, parent, name in list(config.model_spec.model.traverse(FlexAttention.Config)):
-        setattr(parent, name, CpuAttention.Config())
     config.parallelism.spmd_backend = "partial_dtensor"
     config.training.max_context_length = 32
     config.training.num_tokens_per_microbatch_per_dp_rank = 64

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from torchtitan.config import ConfigManager
+from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.train import JobReader
@@ -154,7 +155,7 @@ def test_keys_of_02_go_where_they_are_now(tmp_path):
     [profiling]
     enable_profiling = true
     [training]
-    dataset = "c4_test"
+    dataset = "c4"
     [optimizer]
     name = "AdamW"
     lr = 0.5
@@ -166,7 +167,8 @@ def test_keys_of_02_go_where_they_are_now(tmp_path):
     """
     config = read(tmp_path, text, "--job.dump_folder=there", "--optimizer.weight_decay", "0.25")
     assert config.dump_folder == "there" and config.profiler.enable_profiling
-    assert config.dataloader.dataset == "c4_test"
+    dataset = config.dataloader.dataset
+    assert dataset == "c4" or dataset.dataset is DATASETS["c4"]
     if hasattr(config.optimizer, "param_groups"):
         (group,) = config.optimizer.param_groups
         given = group.optimizer_kwargs

@@ -9,7 +9,7 @@ TorchTitan's and Shampoo's alone.
 from importlib import import_module
 from pathlib import Path
 
-from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS, TEXT_IS_OF_GRAIN
 
 __all__ = ["BYTE_TOKENIZER", "VOCABULARY", "register"]
 
@@ -23,9 +23,7 @@ VOCABULARY = 260
 def register() -> None:
     """Makes our data sets and models known to TorchTitan. Calling it again changes nothing."""
     # Here: `cpu` must come before TorchTitan.
+    data = "data_04" if TEXT_IS_OF_GRAIN else "data_03"
     models = "models_03" if JOBS_ARE_FUNCTIONS else "models_02"
-    for name in ("data", models):
-        try:
-            import_module(f"shampoo_torchtitan.demo.{name}").register()
-        except ImportError:  # TorchTitan's main, since August 2026, reads text with Grain
-            return
+    for name in (data, models):
+        import_module(f"shampoo_torchtitan.demo.{name}").register()

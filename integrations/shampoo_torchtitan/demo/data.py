@@ -1,21 +1,16 @@
 """Real text that is on every machine: the source of Python's own standard library.
 
-Registers the data sets `python_source` and `python_source_validation` (every 20th file) with
-TorchTitan. `training.dataset_path` names another folder of Python files.
+TorchTitan has it as the data sets `python_source` and `python_source_validation` (every 20th file).
+`training.dataset_path` names another folder of Python files.
 """
 
 import hashlib
 import os
-import sysconfig
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
 
-__all__ = ["python_source", "register"]
+__all__ = ["python_source"]
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _VALIDATION_EVERY = 20
@@ -52,16 +47,3 @@ def _names(root: Path) -> list[Path]:
         below = Path(folder).relative_to(root)
         names += [below / name for name in files if name.endswith(".py")]
     return names
-
-
-def register() -> None:
-    """Adds the two data sets to those of TorchTitan."""
-    library = sysconfig.get_paths()["stdlib"]
-    for name, validation in (("python_source", False), ("python_source_validation", True)):
-        load = partial(python_source, validation=validation)
-        DATASETS.setdefault(name, DatasetConfig(library, load, _text))
-
-
-def _text(document: dict[str, Any]) -> str:
-    text: str = document["text"]
-    return text

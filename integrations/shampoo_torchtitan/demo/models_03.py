@@ -1,10 +1,11 @@
 """Small flavors of TorchTitan 0.3's Llama 3, for the byte tokenizer and machines without a GPU."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 from torchtitan.models import llama3
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm, compute_ffn_hidden_dim
+from torchtitan.models.common import Embedding, Linear, RMSNorm, compute_ffn_hidden_dim
 
 from shampoo_torchtitan.demo import VOCABULARY
 
@@ -13,6 +14,7 @@ __all__ = ["llama", "register"]
 
 def llama(dim: int, n_layers: int, n_heads: int, multiple_of: int, **layers: Any) -> Any:
     """A config of TorchTitan's Llama 3; `layers` go to what makes its layers."""
+    rope = llama3._debugmodel("flex").layers[0].attention.rope
     return llama3.Llama3Model.Config(
         dim=dim,
         vocab_size=VOCABULARY,
@@ -28,7 +30,7 @@ def llama(dim: int, n_layers: int, n_heads: int, multiple_of: int, **layers: Any
             dim=dim,
             n_heads=n_heads,
             hidden_dim=compute_ffn_hidden_dim(dim, multiple_of=multiple_of),
-            rope=ComplexRoPE.Config(dim=dim // n_heads, max_seq_len=131072, theta=10000),
+            rope=dataclasses.replace(rope, dim=dim // n_heads, theta=10000, scaling="none"),
             **layers,
         ),
     )
