@@ -1,7 +1,7 @@
 """What all commands of the benchmarks and studies share: their parser, and tables for people."""
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from shampoo_fsdp.tools.parser import Parser
 
-__all__ = ["console", "parser_of", "table"]
+__all__ = ["console", "markdown_table", "parser_of", "table"]
 
 
 def parser_of(module: str, text: str | None) -> Parser:
@@ -52,3 +52,9 @@ def _cell(value: Any, form: str) -> str:
     if form:
         return form.format(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The heads, a rule, and a line for each row."""
+    first, *lines = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return "\n".join([first, "|" + "---|" * len(heads), *lines])

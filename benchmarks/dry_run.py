@@ -16,7 +16,7 @@ import linecache
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,16 @@ def dry_run_of(
     mesh: str,
     config: ShampooConfig,
     machine: Machine,
-    rank: int | None = None,
     *,
     by_line: bool = False,
 ) -> dict[str, Any]:
     """A dry run of a well-known model on a mesh such as "dp_shard=64,tp=8", of the rank with the
-    most work unless another is given."""
+    most work."""
     sizes = mesh_of(mesh)
     specs = llama.specs(llama.MEASURED) if model == "665m" else model_specs(model, sizes)
-    rank = _busiest(specs, config) if rank is None else rank
-    return dry_run(specs, config, machine, rank, sizes.get("tp", 1), by_line=by_line)
+    return dry_run(
+        specs, config, machine, _busiest(specs, config), sizes.get("tp", 1), by_line=by_line
+    )
 
 
 def dry_run(
@@ -99,21 +99,22 @@ def dry_run(
     return {
         "rank": rank,
         "elements": sum(stack.gradient.numel() for stack in stacks),
-        "parts": {part: dict(counts) for part, counts in work.counts.items()},
+        "parts": {
+            part: {**counts, "ms": work.busy[part], "peak bytes": work.peaks[part]}
+            for part, counts in work.counts.items()
+        },
         "total": dict(work.total),
-        "ms of parts": dict(work.busy),
         "timeline": [dataclasses.asdict(transfer) for transfer in work.transfers],
         "ms waited": sum(t.waited for t in work.transfers),
         "ms": work.now,
         "peak bytes": work.peak,
-        "peak bytes of parts": dict(work.peaks),
         "AdamW": {**baseline.total, "ms": baseline.now, "peak bytes": baseline.peak},
         "Muon": muon,
         "training step, ms": training,
         "lines": [
-            {"file": Path(file).name, "number": number, "source": source.strip(), **done}
+            {"place": f"{Path(file).name}:{number}", **done}
+            | {"source": escape(linecache.getline(file, number).strip()[:60])}
             for (file, number), done in sorted(work.lines.items(), key=lambda of: -of[1]["ms"])
-            for source in [linecache.getline(file, number)]
         ],
         "share": work.now / training,
         "AdamW's share": baseline.now / training,
@@ -164,7 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("case", nargs="?", choices=CASES, help="in the place of model and mesh")
     parser.add_argument("--model", default="llama3-8b", choices=MODELS)
     parser.add_argument("--mesh", default="dp_shard=8", help="as in dp_shard=64,tp=8")
-    parser.add_argument("--rank", type=int, help="default: the one with the most work")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings")
     parser.add_argument(
         "--by_line", action="store_true", help="what each line of our code asks for, per element"
@@ -177,18 +177,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = settings_from_keywords({name: value_of(text) for name, text in settings.items()})
     model, mesh = CASES.get(options["case"], (options["model"], options["mesh"]))
     by_line = options["by_line"]
-    figures = dry_run_of(model, mesh, config, machine, options["rank"], by_line=by_line)
+    figures = dry_run_of(model, mesh, config, machine, by_line=by_line)
     if options["json"]:
         print(json.dumps(figures, indent=2))
         return
     say = console().print
     title = f"{model} on {mesh}, rank {figures['rank']}"
     if by_line:
-        title += f": bytes and FLOPs per preconditioned element, of {figures['elements']:,}"
+        title += f": by line, of {figures['elements']:,} preconditioned elements"
         lines = [line for line in figures["lines"] if line["ms"] >= _LEAST * figures["ms"]]
-        say(table(title, [_line(line, figures["elements"]) for line in lines]))
+        say(table(title, lines, {"line": ("place", ""), "": ("source", ""), **_COLUMNS}))
         return
-    say(table(title, list(_rows(figures))))
+    whole = {"Shampoo": figures["total"] | {n: figures[n] for n in ("ms", "peak bytes")}}
+    rows = figures["parts"] | whole | {name: figures[name] for name in ("AdamW", "Muon")}
+    named = [{"part": part, **counts} for part, counts in rows.items()]
+    say(table(title, named, {"": ("part", ""), **_COLUMNS, "peak, bytes": ("peak bytes", _EXACT)}))
     if timeline := figures["timeline"]:
         say(table("What is on its way: bytes in the node and to others, ms", timeline))
     shares = {"Shampoo": "share", "AdamW": "AdamW's share", "Muon": "Muon's share"}
@@ -202,41 +205,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 _LEAST = 0.001
 """Lines that take less of a step are not shown."""
 
-
-def _line(line: Mapping[str, Any], elements: int) -> dict[str, Any]:
-    per_element = {
-        f"{kind} FLOP": f"{line.get(kind, 0) / elements:,.0f}" for kind in ("bf16", "tf32", "fp32")
-    }
-    return {
-        "line": f"{line['file']}:{line['number']}",
-        "": escape(line["source"][:60]),
-        "kernels": f"{line['launches']:,}",
-        "bytes": f"{line.get('bytes', 0) / elements:.2f}",
-        "operands": f"{line.get('operands', 0) / elements:.2f}",
-        **per_element,
-        "ms": f"{line['ms']:.2f}",
-    }
-
-
-def _rows(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of the parts of a step, and of whole steps."""
-    for part, counts in figures["parts"].items():
-        yield _row(part, counts, figures["ms of parts"][part], figures["peak bytes of parts"][part])
-    yield _row("Shampoo", figures["total"], figures["ms"], figures["peak bytes"])
-    for name in ("AdamW", "Muon"):
-        yield _row(name, figures[name], figures[name]["ms"], figures[name]["peak bytes"])
-
-
-def _row(name: str, counts: Mapping[str, float], took: float, peak: float) -> dict[str, Any]:
-    return {
-        "": name,
-        "kernels": f"{counts.get('launches', 0):,.0f}",
-        **{f"{kind}, TFLOP": counts.get(kind, 0) / 1e12 for kind in ("bf16", "tf32", "fp32")},
-        "memory moved, GB": counts.get("bytes", 0) / 1e9,
-        "operands, GB": counts.get("operands", 0) / 1e9,
-        "peak, MiB": f"{peak / 2**20:,.1f}",
-        "ms": f"{took:.2f}",
-    }
+_EXACT = "{:,.0f}"
+_COLUMNS = {
+    "kernels": ("launches", _EXACT),
+    **{f"{kind}, FLOP": (kind, "{:.3g}") for kind in ("bf16", "tf32", "fp32")},
+    "memory moved, bytes": ("bytes", "{:.3g}"),
+    "of it operands": ("operands", "{:.3g}"),
+    "ms": ("ms", "{:.2f}"),
+}
+"""Of a part of a step, of a whole one or of a line."""
 
 
 def _busiest(specs: Sequence[ParameterSpec], config: ShampooConfig) -> int:

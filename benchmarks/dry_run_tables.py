@@ -3,11 +3,8 @@
     python -m benchmarks.dry_run_tables
     python -m benchmarks.dry_run_tables --cases 8b-on-8 665m
 
-In Markdown, as in docs/performance.md. "B/el" is bytes of device memory that are read and written
-per preconditioned element of the rank, with those of excluded parameters; in brackets those of them
-that are operands of PyTorch's matrix products, which hide behind FLOPs for the most part. Rates are
-the default ones. What was measured is an earlier step, which the model of that time stands beside;
-roots are today's beside those of that time.
+In Markdown, as in docs/performance.md. Rates are the default ones. What was measured is an earlier
+step, which the model of that time stands beside; roots are today's beside those of that time.
 """
 
 import json
@@ -18,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import parser_of
+from benchmarks.command import markdown_table, parser_of
 from benchmarks.dry_run import CASES, dry_run_of
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.kernels.language import kernels
@@ -34,7 +31,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "soap": {"preconditioner": "soap"},
     "fp32, coupled_newton": {"matmul_precision": "highest", "root_method": "coupled_newton"},
 }
-_COLUMNS = "case | kernels | B/el | products, ms | all, ms | of it waiting | share | Muon's | peak"
+_COLUMNS = "case", "kernels", "all, ms", "of it waiting", "share", "Muon's", "peak"
 _RESULTS = Path(__file__).with_name("results") / "h100.json"
 
 
@@ -42,28 +39,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print."""
     parser = parser_of("benchmarks.dry_run_tables", __doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    cases = parser.parse_args(arguments).cases
-    _print_heads(_COLUMNS)
-    for case, (title, settings) in _runs(cases):
-        figures = dry_run_of(*CASES[case], ShampooConfig(**settings), Machine())
-        _print_row(f"{case}{title}", *_cells(figures))
+    print(markdown_table(_COLUMNS, _cases(parser.parse_args(arguments).cases)))
     results = json.loads(_RESULTS.read_text(encoding="utf-8"))
-    print()
-    _print_heads("665m as it was measured | its step alone, ms | in a training | model | off by")
+    heads = "665m as it was measured", "its step alone, ms", "in a training", "model", "off by"
+    print("\n" + markdown_table(heads, _steps_beside_measured(results)))
+    heads = "roots of 16 matrices of 1024 x 1024", "exponent", "ms", "model", "off by"
+    roots = [row for row in results["roots"] if row["method"] in ROOT_METHODS]
+    print("\n" + markdown_table(heads, map(_root_beside_measured, roots)))
+
+
+def _cases(cases: Sequence[str]) -> Iterator[list[str]]:
+    for case in cases:
+        settings = {", off": {"kernels": "off"}, "": {}}
+        if case == "8b-on-8":
+            settings |= {f", {name}": others for name, others in _OTHERS.items()}
+        for title, chosen in settings.items():
+            found = dry_run_of(*CASES[case], ShampooConfig(**chosen), Machine())
+            times = (f"{found[name]:.1f}" for name in ("ms", "ms waited"))
+            shares = (f"{found[name]:.2%}" for name in ("share", "Muon's share"))
+            peak = f"{found['peak bytes'] / 2**20:,.0f} MiB"
+            yield [f"{case}{title}", f"{found['total']['launches']:,}", *times, *shares, peak]
+
+
+def _steps_beside_measured(results: dict[str, Any]) -> Iterator[list[str]]:
+    trained = {row["row"]: row["optimizer_ms"] for row in results["training"]}
     for row in results["steps"]:
         if model := row.get("model_ms"):
-            alone, trained = row["median_ms"], _trained(results, row["row"])
-            off = f"{model / alone - 1.0:+.0%}, {model / trained - 1.0:+.0%}"
-            _print_row(row["row"], f"{alone:.1f}", f"{trained:.1f}", f"{model:.1f}", off)
-    print()
-    _print_heads("roots of 16 matrices of 1024 x 1024 | exponent | ms | model | off by")
-    for row in results["roots"]:
-        if row["method"] in ROOT_METHODS:
-            _print_row(*_root_beside_measured(row))
-
-
-def _trained(results: dict[str, Any], name: str) -> float:
-    return next(row["optimizer_ms"] for row in results["training"] if row["row"] == name)
+            times = row["median_ms"], trained[row["row"]]
+            off = ", ".join(f"{model / took - 1.0:+.0%}" for took in times)
+            yield [row["row"], *(f"{took:.1f}" for took in (*times, model)), off]
 
 
 def _root_beside_measured(row: dict[str, Any]) -> list[str]:
@@ -73,40 +77,6 @@ def _root_beside_measured(row: dict[str, Any]) -> list[str]:
     took, model = row["ms"], work.now
     numbers = (f"{took:.1f}", f"{model:.1f}", f"{model / took - 1.0:+.0%}")
     return [row["method"], f"{row['exponent']}", *numbers]
-
-
-def _runs(cases: Sequence[str]) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
-    for case in cases:
-        yield case, (", off", {"kernels": "off"})
-        yield case, ("", {})
-        if case == "8b-on-8":
-            yield from ((case, (f", {name}", settings)) for name, settings in _OTHERS.items())
-
-
-def _cells(figures: dict[str, Any]) -> list[str]:
-    total, elements, machine = figures["total"], figures["elements"], Machine()
-    muons = figures["Muon's share"]
-    products = {kind: total.get(kind, 0) for kind in ("bf16", "tf32", "fp32")}
-    return [
-        f"{total['launches']:,}",
-        f"{total['bytes'] / elements:.0f} ({total.get('operands', 0) / elements:.0f})",
-        f"{machine.milliseconds(products):.1f}",
-        f"{figures['ms']:.1f}",
-        f"{figures['ms waited']:.1f}",
-        f"{figures['share']:.2%}",
-        f"{muons:.2%}",
-        f"{figures['peak bytes'] / 2**20:,.0f} MiB",
-    ]
-
-
-def _print_heads(columns: str) -> None:
-    heads = columns.split(" | ")
-    _print_row(*heads)
-    print("|" + "---|" * len(heads))
-
-
-def _print_row(*cells: str) -> None:
-    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

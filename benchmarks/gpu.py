@@ -42,8 +42,8 @@ from shampoo_fsdp.tools.machine import Machine
 __all__ = ["main"]
 
 _ROWS = "^AdamW, fused|Muon|^ours"  # decompositions of the others would take all of the time
+_SECONDS = 480.0  # nothing is begun after that
 _ROOT_ELEMENTS = 2**24  # of a stack, as the optimizer takes them at once
-_SPECTRA = ("condition 1e4", "condition 1e12")
 _DEFAULT = ShampooConfig()
 # The rules with default settings, in the long run.
 _OURS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "left_out": [],
         **{part: [] for part in _COLUMNS},
     }
-    deadline = time.monotonic() + 60.0 * options.minutes
+    deadline = time.monotonic() + _SECONDS
     for part, name, measure in _measurements(options):
         if time.monotonic() > deadline:
             figures["left_out"].append(f"{name}: no time left")
@@ -135,7 +135,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokens", type=int, nargs="*", default=[16384], help="of whole training steps"
     )
     parser.add_argument("--root_sizes", type=int, nargs="*", default=[256, 1024])
-    parser.add_argument("--minutes", type=float, default=8.0, help="nothing is begun after that")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file as well")
     return parser.parse_args(arguments)
 
@@ -208,17 +207,16 @@ def _expected(launches: float, figures: Mapping[str, float]) -> dict[str, float]
 
 def _roots(n: int, device: str) -> roots.Rows:
     """Milliseconds for a stack, and the error of a root times a gradient for each spectrum."""
-    exponents = (-0.25, -0.5)
     errors = {
         (spectrum, row["exponent"], row["method"]): row["effect"]
-        for spectrum in _SPECTRA
-        for row in roots.measure_errors(n, spectrum, exponents, device)
+        for spectrum in roots.SPECTRA
+        for row in roots.measure_errors(n, spectrum, device)
     }
     elements = _ROOT_ELEMENTS if device == "cuda" else n * n
     return [
         {key: row[key] for key in ("n", "blocks", "exponent", "method", "ms", "time / eigh")}
-        | {f"effect, {s}": errors.get((s, exponent, row["method"]), "-") for s in _SPECTRA}
-        for exponent in exponents
+        | {f"effect, {s}": errors.get((s, exponent, row["method"]), "-") for s in roots.SPECTRA}
+        for exponent in roots.EXPONENTS
         for row in roots.measure_cost(n, max(1, elements // n**2), exponent, device)
     ]
 

@@ -1,8 +1,6 @@
 """A Llama's parameters without its forward pass, sharded by FSDP2, and gradients for them."""
 
 import argparse
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,19 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from shampoo_fsdp import ShampooConfig
+from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ParameterSpec, Sharded
+from shampoo_fsdp.plan.totals import Totals
+from shampoo_fsdp.rules.layout import block_costs
+from shampoo_fsdp.runtime.choice import is_preconditioned
 from tests.models import deterministic_gradients, set_gradients
-
-__all__ = [
-    "MEASURED",
-    "Sizes",
-    "add_size_arguments",
-    "build",
-    "gradient_sets",
-    "least_bytes",
-    "sizes_of",
-    "specs",
-]
 
 
 @dataclass(frozen=True)
@@ -57,11 +49,9 @@ class _Layer(nn.Module):
         super().__init__()
         for name in ("wq", "wk", "wv", "wo"):
             self.add_module(name, nn.Linear(dim, dim, bias=False))
-        self.w1 = nn.Linear(dim, ffn, bias=False)
+        self.w1, self.w3 = (nn.Linear(dim, ffn, bias=False) for _ in range(2))
         self.w2 = nn.Linear(ffn, dim, bias=False)
-        self.w3 = nn.Linear(dim, ffn, bias=False)
-        self.attention_norm = nn.RMSNorm(dim)
-        self.ffn_norm = nn.RMSNorm(dim)
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
 
 
 class _Llama(nn.Module):
@@ -95,12 +85,12 @@ def gradient_sets(model: nn.Module, sets: int = 4) -> list[dict[str, Tensor]]:
     return found
 
 
-def specs(sizes: Sizes) -> list[ParameterSpec]:
-    """The model's parameters under FSDP2 on one rank."""
+def specs(sizes: Sizes, ranks: int = 1) -> list[ParameterSpec]:
+    """The model's parameters under FSDP2."""
     with torch.device("meta"):
         model = _Llama(sizes)
     return [
-        ParameterSpec(name, tuple(p.shape), (0,), (1,), (Sharded(0),))
+        ParameterSpec(name, tuple(p.shape), tuple(range(ranks)), (ranks,), (Sharded(0),))
         for name, p in model.named_parameters()
     ]
 
@@ -113,18 +103,6 @@ def least_bytes(sizes: Sizes, exclude: Sequence[str], cap: int, ranks: int) -> f
         exclude: regular expressions; matrices whose names match have no blocks.
         cap: the largest side of a block.
     """
-    elements = 0
-    for spec in specs(sizes):
-        if len(spec.shape) != 2 or any(re.search(pattern, spec.name) for pattern in exclude):
-            continue
-        rows, columns = spec.shape
-        shard = math.ceil(rows / ranks)  # as FSDP2 cuts
-        tiles = math.ceil(rows / cap)
-        for tile in range(tiles):
-            start, stop = tile * rows // tiles, (tile + 1) * rows // tiles
-            held = [
-                max(0, min(stop, (rank + 1) * shard) - max(start, rank * shard))
-                for rank in range(ranks)
-            ]
-            elements += (stop - start - max(held)) * columns
-    return 2 * 4 * elements / ranks
+    config = ShampooConfig(max_preconditioner_dim=cap, exclude=list(exclude))
+    chosen = [s for s in specs(sizes, ranks) if is_preconditioned(s.name, s.shape, config)]
+    return 4 * Totals(Assignment(chosen, config, block_costs(config), 0)).least_sent / ranks

@@ -1,7 +1,7 @@
 """What lr does: AdamW and Shampoo on the same short job, at the same lr.
 
     python -m benchmarks.lr_sweep
-    python -m benchmarks.lr_sweep --steps 60 240 --lr 3e-4 1e-3 --set optimizer.shampoo.beta3=0.9
+    python -m benchmarks.lr_sweep --steps 60 --lr 3e-4 1e-3
 
 TorchTitan's own Trainer in one process, the job of configs/llama3_small_cpu.toml with the smallest
 flavor. For each lr the loss, the mean of the last steps, and the alignment: the cosine between
@@ -37,10 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("benchmarks.lr_sweep", __doc__)
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 240])
-    parser.add_argument("--flavor", default="tiny")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the job"
-    )
     options = parser.parse_args(arguments)
     need_02("benchmarks.lr_sweep")
     import shampoo_torchtitan.train  # noqa: F401  (once, before ranks are forked, after --help)
@@ -49,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for steps, lr in itertools.product(options.steps, options.lr):
         rows.append({"steps": steps, "lr": lr})
         for name in ("AdamW", "shampoo"):
-            job = (options.flavor, steps, lr, name, options.set)
-            loss, alignment = run_on_ranks(1, _train, *job, init=False)
+            loss, alignment = run_on_ranks(1, _train, steps, lr, name, init=False)
             rows[-1] |= {name: loss, f"alignment of {name}": alignment}
     console().print(table("Loss of AdamW and Shampoo, by lr", rows, _COLUMNS))
 
@@ -65,9 +60,7 @@ _COLUMNS = {
 }
 
 
-def _train(
-    flavor: str, steps: int, lr: float, name: str, extra: Sequence[str]
-) -> tuple[float, float]:
+def _train(steps: int, lr: float, name: str) -> tuple[float, float]:
     from shampoo_torchtitan.train import JobReader, Trainer
 
     logging.getLogger().setLevel(logging.ERROR)
@@ -80,11 +73,10 @@ def _train(
         settings = {
             "job.config_file": _JOB,
             "job.dump_folder": folder,
-            "model.flavor": flavor,
+            "model.flavor": "tiny",
             "optimizer.name": name,
             "optimizer.lr": lr,
             "training.steps": steps,
-            **dict(pair.split("=", 1) for pair in extra),
         }
         arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         arguments += ["--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]

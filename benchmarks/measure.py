@@ -1,4 +1,4 @@
-"""Exact counts of what a step does: operators, read-backs, bytes sent and kept, matrix products."""
+"""Exact counts of what a step does: bytes that it sends, and that are kept."""
 
 import itertools
 import time
@@ -7,101 +7,34 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch.autograd import ProfilerActivity, _disable_profiler, _enable_profiler, _prepare_profiler
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp.checkpoint.sharded import local_parts
 
-__all__ = ["Counts", "Products", "memory", "state_bytes"]
-
-_aten = torch.ops.aten
-_READ_BACKS = {
-    _aten._local_scalar_dense.default,
-    _aten.item.default,
-    _aten.is_nonzero.default,
-    _aten.nonzero.default,
-    _aten.masked_select.default,
-    _aten.equal.default,
-    _aten._unique2.default,
-    _aten.unique_dim.default,
-}
-_PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
-_DECOMPOSITIONS = {"_linalg_eigh", "linalg_qr", "_linalg_svd"}
+__all__ = ["Sent", "memory", "state_bytes"]
 
 
-class _Dispatched(TorchDispatchMode):
-    """Sees the operators on local tensors; DTensor's own are taken apart first."""
+class Sent(TorchDispatchMode):
+    """Within it, counts the bytes that the calling rank sends to others, by the least that each
+    collective has to send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented
-        return self.run(func, args, kwargs or {})
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-
-class Counts(_Dispatched):
-    """Within it, counts what the calling rank does.
-
-    operators: dispatched ones that are not views (collectives are among them).
-    read_backs: values of tensors, or shapes that depend on them, given to Python.
-    bytes_sent: to other ranks, by the least that each collective has to send.
-    """
-
-    def __init__(self, on_host: Iterable[Tensor] = ()) -> None:
-        """
-        Args:
-            on_host: tensors that are on the CPU on every machine, which nobody waits for.
-        """
-        super().__init__()
-        self.operators = self.read_backs = self.bytes_sent = 0
-        self._conversions = _Conversions(on_host)
-
-    def __enter__(self) -> "Counts":
-        self._conversions.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._conversions.__exit__(*error)
-        self.read_backs += self._conversions.number
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.operators += not func.is_view
-        # Indexing with a mask has a result whose shape depends on values.
-        by_mask = func is _aten.index.Tensor and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        self.read_backs += func in _READ_BACKS or by_mask
+            return NotImplemented  # its own operators are taken apart first
         if func.namespace in ("c10d", "_c10d_functional"):
-            self.bytes_sent += _bytes_sent(func, args)
-        return func(*args, **kwargs)
-
-
-class _Conversions(TorchFunctionMode):
-    """Counts tensors that become lists or arrays, which is not dispatched on CPUs."""
-
-    def __init__(self, on_host: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.number = 0
-        self._on_host = {id(tensor) for tensor in on_host}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        converts = func in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
-        self.number += converts and id(args[0]) not in self._on_host
+            self.bytes += _bytes_sent(func, args)
         return func(*args, **(kwargs or {}))
 
 
@@ -134,29 +67,6 @@ def _bytes_sent(func: Any, args: tuple[Any, ...]) -> int:
         return sum(_bytes(tensor) for i, tensor in enumerate(args[1]) if i != rank)
     argument, times = _SENT[name]
     return int(sum(map(_bytes, _tensors(args[argument]))) * times(n))
-
-
-class Products(_Dispatched):
-    """Within it, the time of matrix products and of decompositions, and the products' FLOPs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds = self.decomposition_seconds = self.flops = 0.0
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = func._schema.name.split("::")[1]
-        if name not in _PRODUCTS | _DECOMPOSITIONS:
-            return func(*args, **kwargs)
-        start = time.perf_counter()
-        result = func(*args, **kwargs)
-        took = time.perf_counter() - start
-        if name in _DECOMPOSITIONS:
-            self.decomposition_seconds += took
-            return result
-        self.seconds += took
-        left, right = [a for a in args if isinstance(a, Tensor)][-2:]
-        self.flops += 2.0 * right.shape[-1] * left.numel()
-        return result
 
 
 def state_bytes(optimizers: Iterable[Any]) -> int:

@@ -1,7 +1,6 @@
 """What float rounding in the gradients, as another mesh makes it, does to a training.
 
-    python -m benchmarks.noise
-    python -m benchmarks.noise --rules kl_shampoo --precisions medium --rows 8
+    python -m benchmarks.noise --rules kl_shampoo    # or all
 
 Two trainings from the same weights on the same batches, a regression by two layers, one of them
 with each entry of its gradients changed by one unit in the last place of fp32. The difference is
@@ -33,27 +32,24 @@ RULES: dict[str, dict[str, Any] | None] = {
     "AdamW": None,
 }
 PRECISIONS = ("highest", "medium")
-STEPS = 20
+ROWS, SEEDS, STEPS = (8, 512), 3, 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = parser_of("benchmarks.noise", __doc__)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 512])
-    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found = []
     for rule in options.rules:
-        for precision in options.precisions if RULES[rule] is not None else ("-",):
+        for precision in PRECISIONS if RULES[rule] is not None else ("-",):
             make, row = maker(rule, precision), {"rule": rule, "matmul_precision": precision}
-            for rows in options.rows:
-                apart = [moved_apart(make, rows, seed) for seed in range(options.seeds)]
+            for rows in ROWS:
+                apart = [moved_apart(make, rows, seed) for seed in range(SEEDS)]
                 shown = f"{statistics.median(apart):.1e}, {max(apart):.1e}"
                 row[f"{rows} rows: median, largest"] = shown
-            kept = [range_kept(make, seed) for seed in range(options.seeds)]
+            kept = [range_kept(make, seed) for seed in range(SEEDS)]
             shown = f"{statistics.median(kept):.1%}, {min(kept):.1%}"
             # AdamW's entries know nothing of a range.
             row["range kept: median, smallest"] = shown if RULES[rule] is not None else "-"

@@ -27,12 +27,7 @@ from shampoo_fsdp.runtime.choice import excluded_names
 __all__ = ["Row", "meta_rows", "our_rows", "shampoo_row", "torch_rows"]
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
-HYPERPARAMETERS: dict[str, Any] = {
-    "lr": LR,
-    "betas": BETAS,
-    "eps": EPS,
-    "weight_decay": WEIGHT_DECAY,
-}
+HYPERPARAMETERS = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,11 @@ class Row:
     """... and the matrices that have none."""
 
 
+_CAP = 256
 _LIKE_PEERS: dict[str, Any] = {
     "preconditioner": "shampoo",
     "exclude": [],
-    "max_preconditioner_dim": 256,
+    "max_preconditioner_dim": _CAP,
     "beta3": BETAS[0],
 }
 
@@ -75,9 +71,7 @@ def shampoo_row(name: str, **settings: Any) -> Row:
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "256, every 10": {},
-    "1024, every 10": {"max_preconditioner_dim": 1024},
     "256, every step": {"precondition_frequency": 1},
-    "256, every 10, one bucket": {"buckets": 1},
     "SOAP, 256, every 10": {"preconditioner": "soap"},
     "KL-Shampoo, 256, every 10": {"preconditioner": "kl_shampoo"},
     "256, every 10, low memory": {
@@ -132,14 +126,13 @@ def meta_rows() -> list[Row]:
     logging.getLogger("distributed_shampoo").setLevel(logging.ERROR)
     _let_meta_use_gloo()
     return [
-        _meta_row("Meta 256, every 10", 256, 10),
-        _meta_row("Meta 1024, every 10", 1024, 10),
-        _meta_row("Meta 256, every step", 256, 1),
-        _meta_row("Meta SOAP, 256, every 10", 256, 10, "DefaultSOAPConfig"),
+        _meta_row("Meta 256, every 10", 10),
+        _meta_row("Meta 256, every step", 1),
+        _meta_row("Meta SOAP, 256, every 10", 10, "DefaultSOAPConfig"),
     ]
 
 
-def _meta_row(name: str, cap: int, frequency: int, method: str = "DefaultShampooConfig") -> Row:
+def _meta_row(name: str, frequency: int, method: str = "DefaultShampooConfig") -> Row:
     meta = importlib.import_module("distributed_shampoo")
     soap = "SOAP" in method
 
@@ -152,7 +145,7 @@ def _meta_row(name: str, cap: int, frequency: int, method: str = "DefaultShampoo
             epsilon=EPS if soap else 1e-12,
             weight_decay=WEIGHT_DECAY,
             weight_decay_type=meta.WeightDecayType.DECOUPLED,
-            max_preconditioner_dim=cap,
+            max_preconditioner_dim=_CAP,
             precondition_frequency=frequency,
             grafting_config=None
             if soap
@@ -165,7 +158,7 @@ def _meta_row(name: str, cap: int, frequency: int, method: str = "DefaultShampoo
         )
         return optimizer
 
-    return Row(name, partial(_with_adamw, build), period=frequency, cap=cap)
+    return Row(name, partial(_with_adamw, build), period=frequency, cap=_CAP)
 
 
 def _let_meta_use_gloo() -> None:

@@ -5,7 +5,7 @@
 
 A Llama's parameters under FSDP2 on forked CPU ranks (gloo, one thread each). All optimizers take
 their steps in turns, in one run; a step takes as long as its slowest rank. Times are comparable
-within a run only. Everything but times and rates is an exact count.
+within a run only. Everything else is an exact count.
 """
 
 import gc
@@ -24,10 +24,9 @@ from torch.optim import Optimizer
 
 from benchmarks import llama
 from benchmarks.command import console, parser_of, table
-from benchmarks.measure import Counts, Products, memory, state_bytes
+from benchmarks.measure import Sent, memory, state_bytes
 from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import Row, meta_rows, our_rows, torch_rows
-from shampoo_fsdp import Shampoo
 from shampoo_fsdp.runtime.parameters import local_shard
 
 __all__ = ["main"]
@@ -60,13 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 _COLUMNS = {
     "optimizer": ("row", "{}"),
     "mean, ms": ("mean_ms", "{:.1f}"),
-    "to first row": ("mean_to_first_row", "{:.2f}"),
     "slowest / median": ("slowest_to_median", "{:.2f}"),
-    "in products": ("product_share", "{:.0%}"),
-    "in eigh, QR": ("decomposition_share", "{:.0%}"),
-    "operators": ("operators_per_step", "{:,.0f}"),
-    "read-backs": ("read_backs_per_step", "{:.1f}"),
-    "GFLOP": ("gflop_per_step", "{:.2f}"),
     "MB sent": ("mb_sent_per_step", "{:.2f}"),
     "at least": ("mb_sent_per_step_least", "{:.2f}"),
     "state, bytes / parameter": ("state_bytes_per_parameter", "{:.1f}"),
@@ -104,12 +97,6 @@ class _Runner:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def counters_on_host(self) -> list[Tensor]:
-        """Counts of steps, which Shampoo keeps on the CPU on every machine."""
-        states = [s for o in self.optimizers if isinstance(o, Shampoo) for s in o.state.values()]
-        names = ("step", "factor_step", "refreshed")
-        return [state[name] for state in states for name in names if name in state]
-
 
 def _measure(
     rows: Sequence[Row], sizes: llama.Sizes, steps: int, seconds: float
@@ -129,15 +116,12 @@ def _measure(
     times = _times(runners, steps, seconds)
     gc.enable()
     for runner, figure, own in zip(runners, figures, times, strict=True):
-        mean = statistics.fmean(own)
         figure |= {
-            "mean_ms": 1e3 * mean,
-            "mean_to_first_row": mean / statistics.fmean(times[0]),
-            "slowest_ms": 1e3 * max(own),
+            "mean_ms": 1e3 * statistics.fmean(own),
             "slowest_to_median": max(own) / statistics.median(own),
             "timed_steps": len(own),
         }
-        figure |= _count_figures(runner, sizes, mean)
+        figure |= _sent_figures(runner, sizes)
     return figures
 
 
@@ -160,24 +144,19 @@ def _times(runners: Sequence[_Runner], steps: int, seconds: float) -> list[list[
     return times
 
 
-def _count_figures(runner: _Runner, sizes: llama.Sizes, mean: float) -> dict[str, Any]:
-    row, ranks = runner.row, dist.get_world_size()
-    counts, products = Counts(runner.counters_on_host()), Products()
+def _sent_figures(runner: _Runner, sizes: llama.Sizes) -> dict[str, Any]:
+    row, sent = runner.row, Sent()
     for _ in range(row.period):
         runner.give_gradients()
         dist.barrier()
-        # Counting is no part of compiled code: the operators are those before they were fused.
-        with torch.compiler.set_stance("force_eager"), products, counts:
+        with torch.compiler.set_stance("force_eager"), sent:
             runner.step()
-    least = llama.least_bytes(sizes, row.exclude, row.cap, ranks) / 1e6 if row.cap else None
+    least = None
+    if row.cap:
+        least = llama.least_bytes(sizes, row.exclude, row.cap, dist.get_world_size()) / 1e6
     return {
-        "operators_per_step": _largest(counts.operators / row.period),
-        "read_backs_per_step": _largest(counts.read_backs / row.period),
-        "mb_sent_per_step": _mean(counts.bytes_sent / row.period / 1e6),
+        "mb_sent_per_step": _mean(sent.bytes / row.period / 1e6),
         "mb_sent_per_step_least": least,
-        "gflop_per_step": _mean(products.flops / row.period / 1e9),
-        "product_share": _mean(products.seconds / row.period / mean),
-        "decomposition_share": _mean(products.decomposition_seconds / row.period / mean),
     }
 
 

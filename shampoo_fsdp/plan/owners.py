@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
@@ -55,7 +55,7 @@ def choose_owners(
     limits: list[tuple[float, float]] = [(math.inf, math.inf)] * len(order)
     if config.block_alignment != "shard":
         limits = _limits(kinds, order, len(ranks))
-    return _deal(kinds, order, len(ranks), limits)[0]
+    return _deal(kinds, order, len(ranks), limits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def _limits(
     every = mean = 0.0
     all_means = sum(kind.mean for kind in kinds) / ranks
     limits = []
-    for blocks, (even_step, even_mean) in zip(order, _deal(kinds, order, ranks)[1], strict=True):
+    for blocks, (even_step, even_mean) in zip(order, _evenly(kinds, order, ranks), strict=True):
         step = every + sum(kinds[block].step for block in blocks) / ranks
         every += sum(kinds[block].every for block in blocks) / ranks
         mean += sum(kinds[block].mean for block in blocks) / ranks
@@ -125,35 +125,48 @@ def _limits(
     return limits
 
 
+def _evenly(
+    kinds: Sequence[_Kind], order: Sequence[Sequence[int]], ranks: int
+) -> Iterator[tuple[float, float]]:
+    """For each phase the largest FLOPs and mean FLOPs that a rank comes to, if each block goes to
+    the rank with the least work."""
+    every, mean = [0.0] * ranks, [0.0] * ranks
+    for blocks in order:
+        heap = [(load, rank) for rank, load in enumerate(every)]
+        heapq.heapify(heap)
+        for block in blocks:
+            kind, (load, rank) = kinds[block], heap[0]
+            heapq.heapreplace(heap, (load + kind.step, rank))
+            every[rank] += kind.every
+            mean[rank] += kind.mean
+        yield max(heap)[0], max(mean)
+
+
 def _deal(
     kinds: Sequence[_Kind],
     order: Sequence[Sequence[int]],
     ranks: int,
-    limits: Sequence[tuple[float, float]] | None = None,
-) -> tuple[list[int], list[tuple[float, float]]]:
-    """The owners of the blocks, each near its block within the limits, or for even work alone; for
-    each phase the largest FLOPs and mean FLOPs that a rank came to."""
-    owners, largest, everybody = [-1] * len(kinds), [], tuple(range(ranks))
+    limits: Sequence[tuple[float, float]],
+) -> list[int]:
+    """The owners of the blocks, each near its block within the limits, else for even work."""
+    owners, everybody = [-1] * len(kinds), tuple(range(ranks))
     every, mean = [0.0] * ranks, [0.0] * ranks
-    for phase, blocks in enumerate(order):
+    for blocks, (most_step, most_mean) in zip(order, limits, strict=True):
         load = list(every)
-        most_step, most_mean = limits[phase] if limits else (0.0, 0.0)
         heaps: _Heaps = {}
         for block in blocks:
-            kind, owner = kinds[block], -1
-            for group in kind.near if limits else ():
-                rank = _least_busy(group, load, heaps)
-                if load[rank] + kind.step <= most_step and mean[rank] + kind.mean <= most_mean:
-                    owner = rank
+            kind = kinds[block]
+            for group in kind.near:
+                owner = _least_busy(group, load, heaps)
+                if load[owner] + kind.step <= most_step and mean[owner] + kind.mean <= most_mean:
                     break
-            if owner < 0:
+            else:
                 owner = _least_busy(everybody, load, heaps)
             owners[block] = owner
             load[owner] += kind.step
             every[owner] += kind.every
             mean[owner] += kind.mean
-        largest.append((max(load), max(mean)))
-    return owners, largest
+    return owners
 
 
 def _deal_near(

@@ -121,36 +121,29 @@ def _parser() -> Parser:
     what = plan.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help=", ".join(MODELS))
     what.add_argument("--hf", metavar="config.json", help="a language model of Hugging Face's")
-    what.add_argument(
-        "--module", metavar="FILE.py:FUNCTION", help="returns a module, built without memory"
-    )
-    plan.add_argument(
-        "--mesh", required=True, help=f"sizes of {', '.join(MESH_DIMS)}, as in dp_shard=64,tp=8"
-    )
+    built = "returns a module, built without memory"
+    what.add_argument("--module", metavar="FILE.py:FUNCTION", help=built)
+    sizes = f"sizes of {', '.join(MESH_DIMS)}, as in dp_shard=64,tp=8"
+    plan.add_argument("--mesh", required=True, help=sizes)
     add_plan_options(plan)
     settings = plan.add_argument_group("settings of Shampoo")
     for name, annotation in _SETTINGS.items():
         text = FIELD_TEXTS.get(name, "").replace("%", "%%")
-        if annotation == list[str]:
-            settings.add_argument(f"--{name}", nargs="+", metavar="X", help=text)
-        else:
-            settings.add_argument(f"--{name}", type=value_of, metavar="X", help=text)
+        kind: Any = {"nargs": "+"} if annotation == list[str] else {"type": value_of}
+        settings.add_argument(f"--{name}", metavar="X", help=text, **kind)
     comparison = commands.add_parser("compare", help="train with AdamW, Muon and Shampoo")
     comparison.set_defaults(run=compare)
     add_options(comparison)
     inspect = commands.add_parser("inspect", help="show what is in a checkpoint")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument(
-        "checkpoint", nargs="+", help="its folder, such as outputs/checkpoint/step-500; or two"
-    )
+    folder = "its folder, such as outputs/checkpoint/step-500; or two"
+    inspect.add_argument("checkpoint", nargs="+", help=folder)
     inspect.add_argument("--json", action="store_true", help="figures as JSON")
     inspect.add_argument("--html", metavar="FILE", help="a page with pictures, too")
-    inspect.add_argument(
-        "--parameter", default="", metavar="REGEX", help="only those whose name contains a match"
-    )
-    inspect.add_argument(
-        "--blocks", type=int, metavar="N", help="eigenvalues of N blocks of each parameter (all)"
-    )
+    chosen = "only those whose name contains a match"
+    inspect.add_argument("--parameter", default="", metavar="REGEX", help=chosen)
+    few = "eigenvalues of N blocks of each parameter (all)"
+    inspect.add_argument("--blocks", type=int, metavar="N", help=few)
     return parser
 
 

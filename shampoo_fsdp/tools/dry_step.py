@@ -18,10 +18,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -72,13 +70,13 @@ def dry_optimizer(
             # A part of a model may lack what an expression is about.
             warnings.filterwarnings("ignore", message=".*which the name of no parameter matches")
             meshes: dict[Any, DeviceMesh] = {}
-            named = {spec.name: _sharded(spec, rank, meshes) for spec in specs}
+            named = {spec.name: _sharded(spec, rank, meshes).requires_grad_() for spec in specs}
             optimizer = _DryShampoo(named.items(), assignments, **settings)
             for member in optimizer._parameters.members:
                 for name, counter in member.counters.items():
                     counter.fill_(1.0 if name == "refreshed" else _STEPS)
-            for parameter in named.values():
-                parameter.grad = _like(parameter)
+            for spec in specs:
+                named[spec.name].grad = _sharded(spec, rank, meshes)
             yield optimizer
     finally:
         dist.destroy_process_group()
@@ -108,12 +106,11 @@ def model_step(job: JobPlan, machine: Machine, sharing: int = 1) -> dict[str, An
     """
     rank = job.figures["worst_rank"]["rank"]
     works = []
-    with Console(stderr=True).status("Modelling a step"):  # of large models for half a minute
+    with Console(stderr=True).status("Modelling a step"):  # of large models for some seconds
         for specs in job.models:
             if here := [spec for spec in specs if rank in spec.ranks]:
                 with dry_optimizer(here, job.config, rank, job.assignments) as optimizer:
                     works.append(dry_step(optimizer, machine))
-    total = sum((work.total for work in works), Counter[str]())
     parts = Counter[str]()
     for work in works:
         parts.update(work.busy)
@@ -126,7 +123,7 @@ def model_step(job: JobPlan, machine: Machine, sharing: int = 1) -> dict[str, An
         "sharing": sharing,
         "parts": {part: float(of) for part, of in parts.items()},
         "waited": waited,
-        "kernels": total["launches"],
+        "kernels": sum(work.total["launches"] for work in works),
         "peak_bytes": max((work.peak for work in works), default=0),
         "ms": took,
         "training_ms": training,
@@ -216,6 +213,7 @@ class _DryWatch(Stopwatch):
 
 
 def _sharded(spec: ParameterSpec, rank: int, meshes: dict[Any, DeviceMesh]) -> Tensor:
+    """The parameter, or its gradient."""
     coordinate, position = list[int](), spec.ranks.index(rank)
     for size in reversed(spec.mesh_shape):
         position, at = divmod(position, size)
@@ -223,15 +221,15 @@ def _sharded(spec: ParameterSpec, rank: int, meshes: dict[Any, DeviceMesh]) -> T
     rectangle = shard_rectangle(spec.shape, spec.mesh_shape, spec.placements, coordinate)
     local = torch.empty(shape_of(rectangle), device=CUDA)
     if not spec.mesh_shape:
-        return torch.nn.Parameter(local)
+        return local
     where = spec.ranks, spec.mesh_shape
     if where not in meshes:
-        with unset_fake_temporarily():
-            meshes[where] = DeviceMesh("cuda", torch.tensor(spec.ranks).view(spec.mesh_shape))
-    stride = torch.empty(spec.shape, device="meta").stride()
-    meta = TensorMeta(torch.Size(spec.shape), stride, local.dtype)
-    placements = tuple(map(_placement, spec.placements))
-    return _dtensor(local, DTensorSpec(meshes[where], placements, meta), trained=True)
+        meshes[where] = DeviceMesh("cuda", torch.tensor(spec.ranks).view(spec.mesh_shape))
+    whole = torch.empty(spec.shape, device="meta")
+    placements, strides = list(map(_placement, spec.placements)), whole.stride()
+    return DTensor.from_local(
+        local, meshes[where], placements, run_check=False, shape=whole.shape, stride=strides
+    )
 
 
 def _placement(placement: Any) -> Placement:
@@ -240,13 +238,3 @@ def _placement(placement: Any) -> Placement:
     if placement.split > 1:
         return _StridedShard(placement.dim, split_factor=placement.split)
     return Shard(placement.dim)
-
-
-def _like(parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return torch.empty_like(parameter)
-    return _dtensor(torch.empty_like(parameter._local_tensor), parameter._spec, trained=False)
-
-
-def _dtensor(local: Tensor, spec: DTensorSpec, *, trained: bool) -> DTensor:
-    return DTensor(local, spec, requires_grad=trained)  # type: ignore[no-untyped-call]

@@ -59,24 +59,20 @@ def inspect_checkpoint(
     Raises:
         ValueError: says what is wrong with the folder, the pattern or the state of a parameter.
     """
-    reader = CheckpointReader(folder)
-    found = _state_of(reader, folder)
+    reader, found = _opened(folder)
     try:
         chosen = sorted((name for name in found if re.search(pattern, name)), key=_natural)
     except re.error as error:
         raise ValueError(f"'{pattern}' is no regular expression: {error}.") from None
     if not chosen:
         raise ValueError(f"no name matches '{pattern}'; there are {name_some(list(found))}.")
-    files = [path for path in folder.iterdir() if path.is_file()]
-    training = {
-        m[1]: reader.value(key) for key in reader.metadata if (m := _TRAINING.fullmatch(key))
-    }
-    settings = reader.settings()
-    parameters = []
+    files = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
+    counts = filter(None, map(_TRAINING.fullmatch, reader.metadata))
+    settings, parameters = reader.settings(), []
     for name in chosen:
         try:
-            group = settings.get(name, {})
-            parameters.append(_parameter(reader, name, found[name], group, most_blocks))
+            of_group = {"name": name, "settings": settings.get(name, {})}
+            parameters.append(of_group | _parameter(reader, name, found[name], most_blocks))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             (line, *_) = str(error).splitlines() or [""]
             raise ValueError(
@@ -86,9 +82,9 @@ def inspect_checkpoint(
     return {
         "folder": str(folder),
         "optimizer": "Shampoo" if any(MARKER in keys for keys in found.values()) else "another",
-        "training": training,
+        "training": {count[1]: reader.value(count[0]) for count in counts},
         "files": len(files),
-        "bytes_on_disk": sum(path.stat().st_size for path in files),
+        "bytes_on_disk": sum(files),
         "parameters": parameters,
     }
 
@@ -101,32 +97,30 @@ def differences(old: Path, new: Path, names: Sequence[str]) -> dict[str, dict[st
     Raises:
         ValueError: as :func:`inspect_checkpoint`.
     """
-    readers = [CheckpointReader(folder) for folder in (old, new)]
-    states = [_state_of(reader, old) for reader in readers]
+    (one, first), (other, second) = _opened(old), _opened(new)
     result = {}
     for name in names:
-        first, second = (
-            _tensors(reader, name, state[name])
-            for reader, state in zip(readers, states, strict=True)
-        )
+        before, after = _tensors(one, name, first[name]), _tensors(other, name, second[name])
         moved = {}
-        for entry in first.keys() & second.keys() - {"step", "factor_step", "refreshed"}:
-            shape = readers[0].shape(first[entry])
-            if shape == readers[1].shape(second[entry]) and 0 not in shape:
-                before = readers[0].tensor(first[entry]).double()
-                after = readers[1].tensor(second[entry]).double()
-                norm = before.norm().item()
-                moved[entry] = (after - before).norm().item() / norm if norm else math.inf
-        result[name] = dict(sorted(moved.items()))
+        for entry in sorted(before.keys() & after.keys() - {"step", "factor_step", "refreshed"}):
+            shape = one.shape(before[entry])
+            if shape == other.shape(after[entry]) and 0 not in shape:
+                values = one.tensor(before[entry]).double()
+                norm = values.norm().item()
+                change = (other.tensor(after[entry]).double() - values).norm().item()
+                moved[entry] = change / norm if norm else math.inf
+        result[name] = moved
     return result
 
 
-def _state_of(reader: CheckpointReader, folder: Path) -> dict[str, Mapping[str, str]]:
-    """The keys of each parameter's entries."""
-    found = {key.partition("state.")[2]: keys for key, keys in state_keys(reader.metadata).items()}
+def _opened(folder: Path) -> tuple[CheckpointReader, dict[str, Mapping[str, str]]]:
+    """A checkpoint, and the keys of each parameter's entries."""
+    reader, found = CheckpointReader(folder), dict[str, Mapping[str, str]]()
+    for key, keys in state_keys(reader.metadata).items():
+        found[key.partition("state.")[2]] = keys
     if not found:
         raise ValueError(f"{folder} has no optimizer state; was only the model saved?")
-    return dict(found)
+    return reader, found
 
 
 def _tensors(reader: CheckpointReader, name: str, keys: Mapping[str, str]) -> dict[str, str]:
@@ -143,54 +137,48 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _parameter(
-    reader: CheckpointReader,
-    name: str,
-    keys: Mapping[str, str],
-    settings: dict[str, Any],
-    most_blocks: int | None,
+    reader: CheckpointReader, name: str, keys: Mapping[str, str], most_blocks: int | None
 ) -> dict[str, Any]:
     tensors = _tensors(reader, name, keys)
     marker, view = (reader.shape(keys[e]) if e in keys else () for e in (MARKER, "exp_avg"))
     grid = _grid(reader, keys["exp_avg"], marker) if marker else None
     places = list(grid.coordinates()) if grid else []
     count = min(most_blocks or len(places), len(places))
-    blocks = {i * len(places) // count: list[dict[str, Any]]() for i in range(count)}
+    blocks = {
+        i * len(places) // count: {
+            "offsets": [start for start, _ in grid.rectangle(place)],
+            "shape": grid.block_shape(place),
+            "factors": list[dict[str, Any]](),
+        }
+        for i in range(count)
+        for place in [places[i * len(places) // count]]
+        if grid
+    }
     nonfinite, of_factors = {}, factor_entries()
     for entry, key in tensors.items():  # each is read once
         values = reader.tensor(key)
         if number := values.numel() - int(values.isfinite().sum()):
             nonfinite[entry] = number
         if grid and entry in ("factors", "diagonals"):
-            shapes = [grid.block_shape(place) for place in places]
-            _add_factors(blocks, entry, values, shapes, marker)
+            _add_factors(blocks, entry, values, list(map(grid.block_shape, places)), marker)
+    sizes = {"moments": 0, "factors": 0}
+    for entry, key in keys.items():
+        sizes["factors" if entry in of_factors else "moments"] += reader.size_in_bytes(key)
     return {
-        "name": name,
         "shape": view,
         "step": int(reader.value(keys["step"])) if "step" in keys else 0,
         "factor_step": int(reader.value(keys["factor_step"])) if "factor_step" in keys else None,
-        "settings": settings,
         "preconditioner": preconditioner_of(marker),
         "max_preconditioner_dim": marker[0] if marker else None,
-        "bytes": {
-            name: sum(reader.size_in_bytes(k) for e, k in keys.items() if (e in of_factors) == of)
-            for name, of in (("moments", False), ("factors", True))
-        },
+        "bytes": sizes,
         "nonfinite": nonfinite,
         "number_of_blocks": len(places),
-        "blocks": [
-            {
-                "offsets": [start for start, _ in grid.rectangle(places[position])],
-                "shape": grid.block_shape(places[position]),
-                "factors": factors,
-            }
-            for position, factors in blocks.items()
-            if grid
-        ],
+        "blocks": list(blocks.values()),
     }
 
 
 def _add_factors(
-    blocks: Mapping[int, list[dict[str, Any]]],
+    blocks: Mapping[int, dict[str, Any]],
     entry: str,
     values: Tensor,
     shapes: Sequence[tuple[int, ...]],
@@ -210,7 +198,7 @@ def _add_factors(
             if position in blocks:
                 spectrum = _factor(values[start:stop], n, kept, resolution)
                 of_all = {"dimension": dimension, "n": n, "kind": kept}
-                blocks[position].append(of_all | spectrum)
+                blocks[position]["factors"].append(of_all | spectrum)
             start = stop
 
 
@@ -238,8 +226,8 @@ def _grid(reader: CheckpointReader, key: str, marker: Sequence[int]) -> BlockGri
     view, (cap, fingerprint, *_) = reader.shape(key), marker
     if not math.prod(view):
         raise ValueError(f"'{key}' is empty.")
-    chunks = [(chunk.offsets, chunk.sizes) for chunk in reader.metadata[key].chunks]
-    ends = zip(*(map(sum, zip(*chunk, strict=True)) for chunk in chunks), strict=True)
+    chunks = reader.metadata[key].chunks
+    ends = zip(*(map(sum, zip(c.offsets, c.sizes, strict=True)) for c in chunks), strict=True)
     cuts = tuple(tuple(sorted({0, *along})) for along in ends)
     guesses = (BlockGrid(view, batch_dims, cuts) for batch_dims in (0, 1))
     for grid in itertools.chain(guesses, _grids(view, cap)):

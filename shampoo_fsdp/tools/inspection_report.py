@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from shampoo_fsdp.tools import page
-from shampoo_fsdp.tools.tables import Table, by_size, for_terminal, times, without_numbers
+from shampoo_fsdp.tools.tables import (
+    Part,
+    Table,
+    by_size,
+    print_parts,
+    times,
+    without_numbers,
+)
 
 _HEADS = (
     "parameter", "shape", "step", "blocks", "condition number", "effective rank", "vanishing",
@@ -30,12 +36,7 @@ def print_report(checkpoints: Sequence[_Checkpoint], console: Console) -> None:
         checkpoints: one or two, see :func:`shampoo_fsdp.tools.inspection.inspect_checkpoint`; the
             second one with what "moved" since the first.
     """
-    for part in _parts(checkpoints):
-        if isinstance(part, Table):
-            console.print(for_terminal(part))
-        else:
-            style = "red" if "NaN or infinite in" in part else None
-            console.print(escape(part), highlight=False, style=style)
+    print_parts(_parts(checkpoints), console)
 
 
 def write_report(path: Path, checkpoints: Sequence[_Checkpoint]) -> None:
@@ -44,15 +45,13 @@ def write_report(path: Path, checkpoints: Sequence[_Checkpoint]) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    parts = []
+    pictures = []
     for checkpoint in checkpoints:
         if spectra := _spectra(checkpoint["parameters"]):
             drawn = page.curves(spectra, "place among the eigenvalues", "eigenvalue by the largest")
-            parts.append(f"<h2>Spectra of factors at step {_step(checkpoint)}</h2>{drawn}")
-    verdicts = [(p["name"], verdict_of(p)) for p in checkpoints[-1]["parameters"]]
-    parts.append(page.table(Table("Health", ("parameter", "verdict"), verdicts)))
+            pictures.append(f"<h2>Spectra of factors at step {_step(checkpoint)}</h2>{drawn}")
     title = " and ".join(Path(checkpoint["folder"]).name for checkpoint in checkpoints)
-    page.write_report(path, f"Checkpoint {title}", _parts(checkpoints), parts)
+    page.write_report(path, f"Checkpoint {title}", _parts(checkpoints), pictures)
 
 
 def verdict_of(parameter: Mapping[str, Any]) -> str:
@@ -70,37 +69,33 @@ def verdict_of(parameter: Mapping[str, Any]) -> str:
     return "healthy" if factors else "healthy (not preconditioned)"
 
 
-def _parts(checkpoints: Sequence[_Checkpoint]) -> Iterator[str | Table]:
+def _parts(checkpoints: Sequence[_Checkpoint]) -> Iterator[Part]:
     for checkpoint in checkpoints:
         yield from _head(checkpoint)
     if len(checkpoints) == 2:
         yield from _changes(*checkpoints)
     last = checkpoints[-1]["parameters"]
+    verdicts = {p["name"]: verdict_of(p) for p in last}
+    ill = {name: said for name, said in verdicts.items() if not said.startswith("healthy")}
+    yield f"Health: {len(last) - len(ill):,} of {len(last):,} parameters are healthy."
+    yield from (f"{name}: {said}" for name, said in ill.items())
     groups = Counter(", ".join(_settings(p)) for p in last)
     rows = [(of or "(none are saved)", f"{number:,}") for of, number in groups.items()]
     yield Table("Settings of parameter groups", ("settings", "parameters"), rows)
     yield Table("Parameters", _HEADS, [_figures(p) for p in last])
-    for p in last:
-        if not (verdict := verdict_of(p)).startswith("healthy"):
-            yield f"{p['name']}: {verdict}"
-    if not any(p["nonfinite"] for p in last):
-        yield "All numbers are finite."
-    if any(p["blocks"] for p in last):
-        yield (
-            "Vanishing: eigenvalues below the floor of the roots, 2^-23 of the largest (1e-5 "
-            "with kl_shampoo, 2^-12 for factors in bf16). Condition number: largest eigenvalue by "
-            "smallest, which counts as at least the floor. Effective rank: exp of the entropy of "
-            "the eigenvalues, by n. Medians over blocks, / between dimensions."
-        )
+    yield (
+        "Vanishing: eigenvalues below the floor of the roots, 2^-23 of the largest (1e-5 with "
+        "kl_shampoo, 2^-12 for factors in bf16). Condition number: largest eigenvalue by smallest, "
+        "which counts as at least the floor. Effective rank: exp of the entropy of the "
+        "eigenvalues, by n. Medians over blocks, / between dimensions."
+    )
 
 
 def _head(checkpoint: _Checkpoint) -> Iterator[str]:
     parameters = checkpoint["parameters"]
     preconditioned = [p for p in parameters if p["max_preconditioner_dim"] is not None]
-    yield (
-        f"{checkpoint['folder']}: step {_step(checkpoint)}, {checkpoint['files']:,} files of "
-        f"{by_size(checkpoint['bytes_on_disk'])}"
-    )
+    files = f"{checkpoint['files']:,} files of {by_size(checkpoint['bytes_on_disk'])}"
+    yield f"{checkpoint['folder']}: step {_step(checkpoint)}, {files}"
     if preconditioned:
         rules = ", ".join(sorted({p["preconditioner"] for p in preconditioned}))
         yield (
@@ -112,33 +107,28 @@ def _head(checkpoint: _Checkpoint) -> Iterator[str]:
         yield "None of these parameters is preconditioned."
     else:
         yield "No parameter is preconditioned: AdamW (or another optimizer) has saved this."
-    if checkpoint["training"]:
-        found = ", ".join(f"{name} = {value}" for name, value in checkpoint["training"].items())
-        yield f"The training's own count: {found}."
+    if counts := ", ".join(f"{name} = {value}" for name, value in checkpoint["training"].items()):
+        yield f"The training's own count: {counts}."
 
 
-def _changes(old: _Checkpoint, new: _Checkpoint) -> Iterator[str | Table]:
+def _changes(old: _Checkpoint, new: _Checkpoint) -> Iterator[Part]:
     before, after = ({p["name"]: p for p in of["parameters"]} for of in (old, new))
     for where, only in (("first", before.keys() - after), ("second", after.keys() - before)):
         if only:
             yield f"Only in the {where}: {', '.join(sorted(only))}."
     both = {name: (before[name], p) for name, p in after.items() if name in before}
-    settings = Counter(
-        change for one, other in both.values() for change in {*_settings(one)} ^ {*_settings(other)}
-    )
+    settings = {s for one, other in both.values() for s in {*_settings(one)} ^ {*_settings(other)}}
     if settings:
         yield f"Settings that only one has: {', '.join(sorted(settings))}."
     entries = sorted({entry for moved in new["moved"].values() for entry in moved})
     entries.sort(key=lambda entry: entry != "weight")
     rows = []
-    for name, pair in both.items():
-        steps, ranks = ([figure[k] for figure in map(_figures, pair)] for k in (2, 5))
-        moved = (
-            f"{of:.3g}" if (of := new["moved"][name].get(e)) is not None else "-" for e in entries
-        )
-        rows.append((name, " to ".join(steps), *moved, " to ".join(dict.fromkeys(ranks))))
+    for name, (one, other) in both.items():
+        moved = new["moved"][name]
+        shown = (f"{moved[entry]:.3g}" if entry in moved else "-" for entry in entries)
+        rows.append((name, f"{one['step']} to {other['step']}", *shown))
     title = "What has moved: the norm of the difference by the norm before"
-    yield Table(title, ("parameter", "step", *entries, "effective rank"), rows)
+    yield Table(title, ("parameter", "step", *entries), rows)
 
 
 def _spectra(parameters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
@@ -149,13 +139,10 @@ def _spectra(parameters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[fl
         for factor in (factor for block in p["blocks"] for factor in block["factors"]):
             if factor["spectrum"]:
                 found[f"{kind}, {_SIDES.get(factor['dimension'], '')}"].append(factor["spectrum"])
-    return {
-        name: (
-            [k / 64 for k in range(65)],
-            [statistics.median(of) for of in zip(*all_, strict=True)],
-        )
-        for name, all_ in found.items()
+    medians = {
+        name: list(map(statistics.median, zip(*of, strict=True))) for name, of in found.items()
     }
+    return {name: ([k / 64 for k in range(65)], values) for name, values in medians.items()}
 
 
 _SIDES = {0: "rows", 1: "columns"}

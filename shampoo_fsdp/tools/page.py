@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shampoo_fsdp.tools.tables import Table
+from shampoo_fsdp.tools.tables import Part, Table
 
-__all__ = ["COLORS", "bars", "curves", "maps", "paragraph", "table", "write_page", "write_report"]
+__all__ = ["COLORS", "bars", "curves", "maps", "paragraph", "table", "write_report"]
 
 COLORS = {"AdamW": "#1f77b4", "Muon": "#ff7f0e", "KL-Shampoo": "#9467bd"}
 COLORS |= {"Shampoo": "#2ca02c", "SOAP": "#d62728", "SGD": "#8c564b"}
@@ -34,26 +34,9 @@ svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 """
 
 
-def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
-    """Write a page of parts, which the other functions make.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
-    head = f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    view = '<meta name="viewport" content="width=device-width">'
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8">{view}{head}'
-    page += f"<h1>{html.escape(title)}</h1>" + "\n".join(parts) + "</html>\n"
-    try:
-        path.write_text(page)
-    except OSError as error:
-        raise ValueError(f"'{path}' cannot be written: {error.strerror}") from None
-
-
-def write_report(
-    path: Path, title: str, said: Iterable[str | Table], pictures: Iterable[str]
-) -> None:
-    """Write a page of what a command says, its pictures after the first paragraphs.
+def write_report(path: Path, title: str, said: Iterable[Part], pictures: Iterable[str]) -> None:
+    """Write a page of what a command says, its pictures after the first paragraphs; these are what
+    the other functions make.
 
     Raises:
         ValueError: the file cannot be written.
@@ -61,7 +44,17 @@ def write_report(
     parts = list(said)
     first = next((k for k, part in enumerate(parts) if isinstance(part, Table)), len(parts))
     shown = [table(part) if isinstance(part, Table) else paragraph(part) for part in parts]
-    write_page(path, title, [*shown[:first], *pictures, *shown[first:]])
+    body = "\n".join([*shown[:first], *pictures, *shown[first:]])
+    name = html.escape(title)
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{name}</title><style>{_STYLE}</style><h1>{name}</h1>{body}</html>\n"
+    )
+    try:
+        path.write_text(page)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be written: {error.strerror}") from None
 
 
 def paragraph(text: str) -> str:
@@ -73,17 +66,15 @@ def table(given: Table) -> str:
     """Make a table with a heading."""
     rows = [given.heads, *given.rows]
     is_text = [all(cell[:1].isalpha() for cell in column) for column in zip(*rows, strict=True)]
-    first, body = "", ""
-    for k, row in enumerate(rows):
-        kind = "td" if k else "th"
+    lines = []
+    for row in rows:
+        kind = "td" if lines else "th"
         cells = (
             f"<{kind}{' class=text' * text}>{html.escape(cell)}</{kind}>"
             for cell, text in zip(row, is_text, strict=True)
         )
-        body += f"<tr>{''.join(cells)}</tr>"
-        if not k:
-            first, body = body, ""
-    written = f"<table><thead>{first}</thead><tbody>{body}</tbody></table>"
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    written = f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
     return f'<h2>{html.escape(given.title)}</h2><div class="wide">{written}</div>'
 
 

@@ -4,6 +4,7 @@ A job has one plan for each set of parameters that share their ranks (the stages
 have one each); a rank's figures are the sums over its plans.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -24,7 +25,7 @@ from shampoo_fsdp.rules.device import on_device, reasons
 from shampoo_fsdp.rules.layout import block_costs
 from shampoo_fsdp.rules.matrices import sides_without_factor, torch_dtype
 from shampoo_fsdp.runtime.choice import excluded_names, is_preconditioned
-from shampoo_fsdp.tools.tables import times
+from shampoo_fsdp.tools.tables import times, without_numbers
 from shampoo_fsdp.validation import refuse, unmatched
 
 __all__ = ["JobPlan", "fit_of"]
@@ -57,6 +58,7 @@ class JobPlan:
         models: Sequence[Sequence[ParameterSpec]],
         config: ShampooConfig,
         device: str = "cuda",
+        known: Sequence[Assignment] = (),
     ) -> None:
         """
         Args:
@@ -64,6 +66,7 @@ class JobPlan:
             models: the parameters of each optimizer of the job, the excluded ones included: one
                 list, or one for each part of the model under pipeline parallelism.
             device: type of what it will run on, which decides about settings that are None.
+            known: the assignments, of settings that make no other ones.
 
         Raises:
             ValueError: as :class:`shampoo_fsdp.plan.assignment.Assignment`, or if an expression of
@@ -72,7 +75,9 @@ class JobPlan:
         self.title, self.models, self.given, self.device = title, models, config, device
         self.chosen_by_device = reasons(config, torch.device(device))
         self.config = config = on_device(config, torch.device(device))
-        self.assignments = [of for members in models for of in _assignments(members, config)]
+        self.assignments = [_with_config(of, config) for of in known]
+        if not known:
+            self.assignments = [of for members in models for of in _assignments(members, config)]
         self.specs = list(itertools.chain.from_iterable(models))
         names = [spec.name for of in self.assignments for spec in of.parameters]
         for pattern in unmatched(config.split_heads, names):
@@ -97,11 +102,31 @@ class JobPlan:
         """
         return _figures_of(self)
 
+    def with_setting(self, name: str, value: Any) -> "JobPlan":
+        """The same job with another value of a setting."""
+        given = dataclasses.replace(self.given, **{name: value})
+        known = self.assignments if name in ("communication_dtype", "memory") else ()
+        return JobPlan(self.title, self.models, given, self.device, known)
+
     def loads(self) -> list[list[float]]:
         """For each refresh phase each rank's work on its steps by the mean."""
         phases = [self.values[f"{_PHASE}{i}"] for i in range(self.config.precondition_frequency)]
         means = [sum(of_ranks) / len(of_ranks) or 1.0 for of_ranks in phases]
         return [[load / mean for load in of] for of, mean in zip(phases, means, strict=True)]
+
+    def owners(self) -> dict[str, list[list[float]]]:
+        """For the first parameter of each kind the rank that owns each of its blocks; of experts
+        those of the first, and of eight kinds."""
+        found: dict[str, tuple[str, list[list[float]]]] = {}
+        for of in self.assignments:
+            for spec, shard_map, first in zip(of.parameters, of.maps, of.first, strict=True):
+                *_, rows, columns = 1, *shard_map.grid.tiles
+                blocks = of.owners[first : first + rows * columns]
+                owners = [float(of.ranks[owner]) for owner in blocks]
+                if len(blocks) > 1:
+                    lines = [owners[row * columns :][:columns] for row in range(rows)]
+                    found.setdefault(without_numbers(spec.name), (spec.name, lines))
+        return dict(list(found.values())[:8])
 
 
 def fit_of(figures: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, float]:
@@ -199,6 +224,13 @@ def _assignments(specs: Sequence[ParameterSpec], config: ShampooConfig) -> list[
     return [Assignment(members, config, costs, ranks[0]) for ranks, members in sharing.items()]
 
 
+def _with_config(assignment: Assignment, config: ShampooConfig) -> Assignment:
+    """The same owners, of blocks with other costs."""
+    result = copy.copy(assignment)
+    result.config, result.costs = config, block_costs(config)
+    return result
+
+
 def _values_of(job: JobPlan) -> dict[str, list[float]]:
     config = job.config
     numbers = _GIB / torch_dtype(config.communication_dtype).itemsize
@@ -269,23 +301,19 @@ def _reason(figures: dict[str, Any], plans: Sequence[Totals]) -> str:
     groups = len({plan.ranks for plan in plans})  # as many as stages of a pipeline
     loads = [load for plan in plans for load in (plan.load, *zip(*plan.phase_load, strict=True))]
     inside = max(map(_max_over_mean, loads))
-    why = (
-        f"Blocks are whole: a smaller max_preconditioner_dim (now "
+    if figures["even"]:
+        return f"{said}. That is even: within {_EVEN}"
+    if groups > 1 and inside <= _EVEN and blocks >= ranks:
+        return (
+            f"{said}. Blocks cannot move between the {groups} sets of ranks that hold different "
+            f"parameters, such as pipeline stages; within each set the work is even ({inside:.3f})"
+        )
+    idle = f" At least {ranks - blocks:,} ranks own none." if blocks < ranks else ""
+    return (
+        f"{said}.{idle} Blocks are whole: a smaller max_preconditioner_dim (now "
         f"{settings['max_preconditioner_dim']}) makes more and smaller ones, a smaller "
         f"precondition_frequency (now {settings['precondition_frequency']}) more refreshes per step"
     )
-    if blocks < ranks:
-        why = f"At least {ranks - blocks:,} ranks own none. {why}"
-    elif figures["even"]:
-        why = f"That is even: within {_EVEN}"
-    elif groups > 1 and inside <= _EVEN:
-        why = (
-            f"Blocks cannot move between the {groups} sets of ranks that hold different "
-            f"parameters, such as pipeline stages; within each set the work is even ({inside:.3f})"
-        )
-    elif settings["block_alignment"] == "shard":
-        why = "With block_alignment = 'shard' blocks stay where they lie"
-    return f"{said}. {why}"
 
 
 def _max_over_mean(values: Sequence[float]) -> float:

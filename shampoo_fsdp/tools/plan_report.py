@@ -1,19 +1,17 @@
 """What the two commands that plan say: for people in the terminal, on a page, or as JSON."""
 
 import argparse
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from shampoo_fsdp.tools import page
 from shampoo_fsdp.tools.dry_step import model_step
 from shampoo_fsdp.tools.machine import Machine, add_rates, machine_of
 from shampoo_fsdp.tools.plan_figures import QUANTITIES, JobPlan, fit_of
-from shampoo_fsdp.tools.tables import Table, for_terminal, four_digits, print_json, without_numbers
+from shampoo_fsdp.tools.tables import Part, Table, four_digits, print_json, print_parts
 
 __all__ = ["add_plan_options", "print_plan", "report_plan"]
 
@@ -41,14 +39,14 @@ def report_plan(job: JobPlan, options: dict[str, Any], sharing: int) -> None:
     machine = machine_of(options)
     plan = _with_step(job, machine, sharing)
     if options["html"]:
-        others = {}
-        for settings in _other_settings(job) if "step" in plan else ():
-            name = ", ".join(f"{name} = {value}" for name, value in settings.items())
-            other = JobPlan(
-                name, job.models, dataclasses.replace(job.given, **settings), job.device
-            )
-            others[name] = _with_step(other, machine, sharing)
-        _write_page(Path(options["html"]), job, plan, others)
+        pictures = list(_maps(job))
+        if "step" in plan:
+            others = {
+                f"{name} = {value}": _with_step(job.with_setting(name, value), machine, sharing)
+                for name, value in _other_settings(job)
+            }
+            pictures = [*_comparison({"this plan": plan, **others}), *pictures]
+        page.write_report(Path(options["html"]), plan["title"], _parts(plan), pictures)
     if options["json"]:
         print_json(plan)
     else:
@@ -70,15 +68,10 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
             see :func:`shampoo_fsdp.tools.dry_step.model_step`, and what fits, see
             :func:`shampoo_fsdp.tools.plan_figures.fit_of`.
     """
-    console.print(f"[bold]{escape(plan['title'])}[/bold]", highlight=False)
-    for part in _parts(plan):
-        if isinstance(part, Table):
-            console.print(for_terminal(part))
-        else:
-            console.print(escape(part), highlight=False)
+    print_parts([f"{plan['title']}:", *_parts(plan)], console)
 
 
-def _parts(plan: Mapping[str, Any]) -> Iterator[str | Table]:
+def _parts(plan: Mapping[str, Any]) -> Iterator[Part]:
     share = plan["elements_preconditioned"] / max(plan["elements"], 1)
     repeated = ", and every other replica repeats the work"
     yield (
@@ -90,17 +83,16 @@ def _parts(plan: Mapping[str, Any]) -> Iterator[str | Table]:
     if plan["chosen_by_device"]:
         yield f"It would choose {plan['chosen_by_device']}."
     if "fit" in plan:
-        yield _what_fits(plan["fit"])
+        yield _what_fits({name: four_digits(gib) for name, gib in plan["fit"].items()}, plan["fit"])
     yield _table_of_ranks(plan)
     yield _table_of_shapes(plan)
     yield _table_of_phases(plan)
     if len(stages := plan["stages"]) > 1:
-        dearest = max(range(len(stages)), key=lambda k: stages[k]["gflop_per_step"])
         loads = [stage["gflop_per_step"] for stage in stages]
         yield (
-            f"Of {len(stages)} pipeline stages the dearest is number {dearest}: "
-            f"{four_digits(loads[dearest])} GFLOP per rank and step, "
-            f"{loads[dearest] * len(loads) / (sum(loads) or 1.0):.3f} x the mean of all."
+            f"Of {len(stages)} pipeline stages the dearest is number {loads.index(max(loads))}: "
+            f"{four_digits(max(loads))} GFLOP per rank and step, "
+            f"{max(loads) * len(loads) / (sum(loads) or 1.0):.3f} x the mean of all."
         )
     if left_out := plan["sides_without_factor"]:
         named = "; ".join(f"{s}: {', '.join(map(str, sides))}" for s, sides in left_out.items())
@@ -119,23 +111,17 @@ def _parts(plan: Mapping[str, Any]) -> Iterator[str | Table]:
         yield from _parts_of_step(plan["step"], plan["settings"]["precondition_frequency"])
 
 
-def _what_fits(fit: Mapping[str, float]) -> str:
+def _what_fits(said: Mapping[str, str], fit: Mapping[str, float]) -> str:
     names = "parameters", "gradients", "state", "connections"
-    kept = ", ".join(f"{name} {four_digits(fit[name])}" for name in names)
-    fits = "It fits" if fit["left"] > fit["step"] else "It does not fit"
-    left = (
-        f"leaves {four_digits(fit['left'])} GiB to activations and, when these are free, to the "
-        f"optimizer's step, which needs {four_digits(fit['step'])}"
-    )
-    if fit["left"] < 0.0:
-        left = f"is {four_digits(-fit['left'])} GiB too much"
     return (
-        f"{fits} into {four_digits(fit['gpu'])} GiB of a GPU: {kept} GiB, the first two in fp32. "
-        f"That {left}."
+        f"It {'fits' if fit['left'] > fit['step'] else 'does not fit'} into {said['gpu']} GiB of a "
+        f"GPU: {', '.join(f'{name} {said[name]}' for name in names)} GiB, the first two in fp32. "
+        f"{said['left']} GiB are left for activations and, when these are free, for the "
+        f"optimizer's step, which needs {said['step']}."
     )
 
 
-def _parts_of_step(step: Mapping[str, Any], frequency: int) -> Iterator[str | Table]:
+def _parts_of_step(step: Mapping[str, Any], frequency: int) -> Iterator[Part]:
     machine, training = Machine(**step["machine"]), step["training_ms"]
     parts = step["parts"] | {"waiting for the network": step["waited"], "optimizer": step["ms"]}
     shared = f", on {step['sharing']} GPUs" if step["sharing"] > 1 else ""
@@ -172,87 +158,56 @@ def _table_of_shapes(plan: Mapping[str, Any]) -> Table:
 
 
 def _table_of_phases(plan: Mapping[str, Any]) -> Table:
-    phases = plan["phases"]
-    ratios = [plan["imbalance"][f"gflop_in_phase_{i}"] for i in range(len(phases))]
     rows = []
-    for i in sorted(range(len(phases)), key=lambda phase: -ratios[phase])[:_PHASES_SHOWN]:
-        _, mean, most = map(four_digits, phases[i]["gflop"].values())
-        rows.append((str(i), f"{phases[i]['blocks_refreshed']:,}", mean, most, f"{ratios[i]:.3f}"))
-    title = f"Load per refresh phase, the least even of {len(phases)} first"
-    return Table(
-        title, ("phase", "blocks refreshed", "GFLOP, mean", "GFLOP, max", "max / mean"), rows
-    )
+    for i, phase in enumerate(plan["phases"]):
+        _, mean, most = map(four_digits, phase["gflop"].values())
+        ratio = f"{plan['imbalance'][f'gflop_in_phase_{i}']:.3f}"
+        rows.append((str(i), f"{phase['blocks_refreshed']:,}", mean, most, ratio))
+    rows.sort(key=lambda row: -float(row[-1]))
+    heads = "phase", "blocks refreshed", "GFLOP, mean", "GFLOP, max", "max / mean"
+    title = f"Load per refresh phase, the least even of {len(rows)} first"
+    return Table(title, heads, rows[:_PHASES_SHOWN])
 
 
-def _other_settings(job: JobPlan) -> Iterator[dict[str, Any]]:
+def _other_settings(job: JobPlan) -> list[tuple[str, Any]]:
     """Of which the page says what they would change."""
-    if job.config.communication_dtype != "bfloat16":
-        yield {"communication_dtype": "bfloat16"}
-    if job.config.memory != "low":
-        yield {"memory": "low"}
-    yield {"precondition_frequency": 2 * job.config.precondition_frequency}
+    others = {"communication_dtype": "bfloat16", "memory": "low"}
+    changed = [
+        (name, value) for name, value in others.items() if getattr(job.config, name) != value
+    ]
+    return [*changed, ("precondition_frequency", 2 * job.config.precondition_frequency)]
 
 
-def _write_page(
-    path: Path, job: JobPlan, plan: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
-) -> None:
-    drawn: list[str] = []
-    if "step" in plan:
-        all_of_them = {"this plan": plan, **others}
-        fits = {name: dict(of["fit"]) for name, of in all_of_them.items()}
-        gpu = plan["fit"]["gpu"]
-        for fit in fits.values():
-            del fit["gpu"], fit["left"]
-        adamw = dict.fromkeys(("parameters", "gradients"), plan["fit"]["parameters"])
-        fits["AdamW"] = adamw | {"state": plan["per_rank"]["adamw_state_gib"]["max"]}
-        steps = {
-            n: of["step"]["parts"] | {"waiting": of["step"]["waited"]}
-            for n, of in all_of_them.items()
-        }
-        heads = (
-            "settings",
-            "step, ms",
-            "of forward and backward",
-            "state, GiB",
-            "left, GiB",
-            "sent, GiB",
-        )
-        rows = [
-            (
-                name,
-                f"{of['step']['ms']:,.1f}",
-                f"{of['step']['share']:.2%}",
-                *(four_digits(of["fit"][kind]) for kind in ("state", "left")),
-                four_digits(of["gib_sent_by_all_ranks"] / of["ranks"]),
-            )
-            for name, of in all_of_them.items()
-        ]
-        drawn = [
-            "<h2>What fits into a GPU</h2>" + page.bars(fits, "GiB per rank", gpu),
-            page.paragraph("The dashed line is the memory of the GPU."),
-            "<h2>Where the time of a step goes</h2>" + page.bars(steps, "ms"),
-            page.table(Table("What another setting would change", heads, rows)),
-        ]
-    owners = page.maps(_owners(job), "rank", "blocks along the columns", "along the rows")
+def _comparison(plans: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Pictures of a plan, the first, beside what other settings make of it."""
+    plan = next(iter(plans.values()))
+    kept = ("parameters", "gradients", "state", "connections", "step")
+    fits = {name: {kind: of["fit"][kind] for kind in kept} for name, of in plans.items()}
+    adamw = dict.fromkeys(("parameters", "gradients"), plan["fit"]["parameters"])
+    fits["AdamW"] = adamw | {"state": plan["per_rank"]["adamw_state_gib"]["max"]}
+    yield "<h2>What fits into a GPU</h2>" + page.bars(fits, "GiB per rank", plan["fit"]["gpu"])
+    yield page.paragraph("The dashed line is the memory of the GPU.")
+    steps = {n: of["step"]["parts"] | {"waiting": of["step"]["waited"]} for n, of in plans.items()}
+    yield "<h2>Where the time of a step goes</h2>" + page.bars(steps, "ms")
+    heads = (
+        "settings",
+        "step, ms",
+        "of forward and backward",
+        "state, GiB",
+        "left, GiB",
+        "sent, GiB",
+    )
+    rows = []
+    for name, of in plans.items():
+        sent = of["gib_sent_by_all_ranks"] / of["ranks"]
+        gib = map(four_digits, (of["fit"]["state"], of["fit"]["left"], sent))
+        rows.append((name, f"{of['step']['ms']:,.1f}", f"{of['step']['share']:.2%}", *gib))
+    yield page.table(Table("What another setting would change", heads, rows))
+
+
+def _maps(job: JobPlan) -> Iterator[str]:
+    if owners := job.owners():
+        drawn = page.maps(owners, "rank", "blocks along the columns", "along the rows")
+        yield f"<h2>Who owns the blocks of a layer</h2>{drawn}"
     load = page.maps({"": job.loads()}, "load / mean", "rank", "refresh phase")
-    pictures = [f"<h2>Who owns the blocks of a layer</h2>{owners}"] if owners else []
-    pictures.append(f"<h2>Load of each rank in each refresh phase</h2>{load}")
-    page.write_report(path, plan["title"], _parts(plan), [*drawn, *pictures])
-
-
-def _owners(job: JobPlan) -> dict[str, list[list[float]]]:
-    """For the first parameter of each kind the rank that owns each of its blocks; of experts those
-    of the first."""
-    found: dict[str, list[list[float]]] = {}
-    kinds = set()
-    for of in job.assignments:
-        for spec, shard_map, first in zip(of.parameters, of.maps, of.first, strict=True):
-            kind = without_numbers(spec.name)
-            columns = shard_map.grid.tiles[-1]
-            rows = shard_map.grid.tiles[-2] if len(shard_map.grid.tiles) > 1 else 1
-            if kind in kinds or rows * columns == 1:
-                continue
-            kinds.add(kind)
-            ranks = [float(of.ranks[owner]) for owner in of.owners[first : first + rows * columns]]
-            found[spec.name] = [ranks[row * columns :][:columns] for row in range(rows)]
-    return dict(list(found.items())[:8])
+    yield f"<h2>Load of each rank in each refresh phase</h2>{load}"

@@ -8,14 +8,15 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from shampoo_fsdp.kernels.language import observed_by
 from shampoo_fsdp.rules.precision import full_precision
 
 CUDA = torch.device("cuda")
+_META = torch.device("meta")
 
 
 @contextmanager
@@ -25,18 +26,67 @@ def pretended_gpu() -> Iterator[None]:
     # Builds for CPUs have no memory that is pinned, and no events.
     pinned = mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor)
     events = mock.patch("torch.cuda.Event")
-    pretended = FakeTensorMode(allow_non_fake_inputs=True), _OnHost(), _Indexing()  # type: ignore[no-untyped-call]
     hidden = mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="")  # what there is
     with ExitStack() as stack:
-        stack.enter_context(hidden)
-        for context in (*pretended, pinned, events, full_precision("cuda"), torch.no_grad()):
+        for context in (hidden, _Indexing(), pinned, events, torch.no_grad()):
             stack.enter_context(context)
+        stack.enter_context(_Factories())  # type: ignore[no-untyped-call]
+        stack.enter_context(full_precision("cuda"))  # which sees no GPU
         stack.enter_context(observed_by(lambda moved, flops: None))  # kernels of our own do nothing
         yield
 
 
-class _OnHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operators on tensors of the host alone are carried out."""
+class PretendedTensor(Tensor):
+    """A tensor of PyTorch's "meta" device, which has no memory, that says it is on the GPU.
+
+    (PyTorch's own fake tensors find out what comes of any operator, which takes them milliseconds.)
+    """
+
+    _on_meta = False
+    """Whether an operator of that device is at work."""
+
+    @staticmethod
+    def __new__(cls, meta: Tensor) -> "PretendedTensor":
+        return Tensor._make_subclass(cls, meta, dispatch_device=True, device_for_backend_keys=CUDA)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return _META if PretendedTensor._on_meta else CUDA
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return _META if cls._on_meta else CUDA
+        if func is torch.ops.aten._fused_sgd_.default:
+            return None  # the one operator of a step that the meta device does not know
+        kwargs = kwargs or {}
+        on_gpu = _is_gpu(kwargs.get("device") or CUDA)
+        if on_gpu:
+            kwargs = {k: _META if k == "device" else value for k, value in kwargs.items()}
+        with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+            torch._C._set_meta_in_tls_dispatch_include(True)
+            cls._on_meta = True
+            try:
+                result = func(*args, **kwargs)
+            finally:
+                cls._on_meta = False
+        return tree_map_only(Tensor, _pretended, result) if on_gpu else result
+
+
+def _is_gpu(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _pretended(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, PretendedTensor) else PretendedTensor(tensor)
+
+
+class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What makes tensors on the GPU makes pretended ones."""
+
+    _mode_key = torch._C._TorchDispatchModeKey.FAKE  # no GPU is looked for
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -46,13 +96,9 @@ class _OnHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._fused_sgd_.default:
-            return None  # the one operator of a step that fake tensors do not know
-        device = kwargs.get("device")
-        if FakeTensor in types or (device is not None and torch.device(device).type == "cuda"):
-            return func(*args, **kwargs)
-        with unset_fake_temporarily():
-            return func(*args, **kwargs)
+        if (device := kwargs.get("device")) and _is_gpu(device):
+            return PretendedTensor.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **kwargs)
 
 
 class _Indexing(TorchFunctionMode):
@@ -62,20 +108,20 @@ class _Indexing(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], PretendedTensor):
             view, chosen = self._at(*args)
             return torch.ops.aten.index.Tensor(view, chosen) if chosen else view
-        if func is torch.Tensor.__setitem__ and isinstance(args[0], FakeTensor):
+        if func is torch.Tensor.__setitem__ and isinstance(args[0], PretendedTensor):
             (view, chosen), value = self._at(*args[:2]), args[2]
             if chosen:
                 return torch.ops.aten.index_put_.default(view, chosen, value)
             copy = torch.ops.aten.copy_.default
             return copy(view, value) if isinstance(value, Tensor) else view.fill_(value)
-        if func is torch.Tensor.copy_ and isinstance(args[0], FakeTensor):
+        if func is torch.Tensor.copy_ and isinstance(args[0], PretendedTensor):
             return torch.ops.aten.copy_.default(*args[:2])
         if func is torch.Tensor.to and len(args) > 1 and args[1] == CUDA:
             tensor = args[0]
-            if isinstance(tensor, FakeTensor):
+            if isinstance(tensor, PretendedTensor):
                 return tensor
             moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
             return torch.ops.aten.copy_.default(moved, tensor)

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rich import table
+from rich.console import Console
 from rich.markup import escape
 
 
@@ -17,7 +18,19 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def for_terminal(given: Table) -> table.Table:
+Part = str | Table
+"""Of a report."""
+
+
+def print_parts(parts: Iterable[Part], console: Console) -> None:
+    for part in parts:
+        if isinstance(part, Table):
+            console.print(_for_terminal(part))
+        else:
+            console.print(escape(part), highlight=False)
+
+
+def _for_terminal(given: Table) -> table.Table:
     shown = table.Table(title=given.title, title_justify="left", title_style="bold")
     short = all(len(row[0]) < 20 for row in given.rows)
     for k, head in enumerate(given.heads):

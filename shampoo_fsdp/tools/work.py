@@ -4,7 +4,7 @@ for what."""
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shampoo_fsdp.kernels.language import observed_by
 from shampoo_fsdp.tools.machine import Machine
+from shampoo_fsdp.tools.pretended_gpu import PretendedTensor
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.is_view:
+        if func.is_view or func is torch.ops.prim.device.default:
             return result
         given, made = _storages((args, kwargs)), _storages(result)
         if not given and not made:
@@ -163,8 +163,8 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
     """The storages on the GPU."""
-    tensors = [t for t in tree_leaves(values) if isinstance(t, FakeTensor)]
-    return [t.untyped_storage() for t in tensors if t.device.type == "cuda"]
+    tensors = [t for t in tree_leaves(values) if isinstance(t, PretendedTensor)]
+    return [t.untyped_storage() for t in tensors]
 
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -234,23 +234,12 @@ def _bytes(values: Any) -> int:
     return sum(t.numel() * t.element_size() for t in places.values())
 
 
-# Operators that do nothing on the device: memory is only named or taken.
-_NO_KERNEL = frozenset(
-    {
-        "_reshape_alias",
-        "_unsafe_view",
-        "alias",
-        "detach",
-        "device",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "lift_fresh",
-        "new_empty",
-        "new_empty_strided",
-        "scalar_tensor",  # of a number in Python, which goes with the kernel that reads it
-    }
+_NO_KERNEL = (
+    *("_reshape_alias", "_unsafe_view", "alias", "detach", "device", "empty", "empty_like"),
+    *("empty_strided", "lift_fresh", "new_empty", "new_empty_strided"),
+    "scalar_tensor",  # of a number in Python, which goes with the kernel that reads it
 )
+"""Operators that do nothing on the device: memory is only named or taken."""
 
 
 def _launches(func: Any, args: Sequence[Any], kwargs: Any) -> int:
@@ -266,32 +255,23 @@ def _launches(func: Any, args: Sequence[Any], kwargs: Any) -> int:
         return 0
     if not name.startswith("_foreach_"):
         return 1
-    lists = list(_lists(args, kwargs))
-    return 1 if _fused(lists, name.startswith("_foreach_copy")) else len(lists[0])
-
-
-def _lists(args: Sequence[Any], kwargs: Any) -> Iterator[list[Tensor]]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
-            yield list(value)
-
-
-def _fused(lists: Sequence[Sequence[Tensor]], converts: bool) -> bool:
+    values = (*args, *kwargs.values())
+    lists = [v for v in values if isinstance(v, list | tuple) and v and isinstance(v[0], Tensor)]
     types = [{t.dtype for t in tensors} for tensors in lists]
-    alike = all(len(of) == 1 for of in types) and (converts or len(set.union(*types)) == 1)
-    return alike and all(
-        _is_dense(tensors[0])
-        and all(t.shape == tensors[0].shape and t.stride() == tensors[0].stride() for t in tensors)
-        for tensors in zip(*lists, strict=True)
+    converts = name.startswith("_foreach_copy")
+    fused = all(len(of) == 1 for of in types) and (converts or len(set.union(*types)) == 1)
+    fused = fused and all(
+        _is_dense(first) and all((t.shape, t.stride()) == (first.shape, first.stride()) for t in of)
+        for first, *of in zip(*lists, strict=True)
     )
+    return 1 if fused else len(lists[0])
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its elements are all of some part of memory, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
     return True

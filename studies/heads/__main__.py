@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import parser_of
+from benchmarks.command import markdown_table, parser_of
 from studies.pretrain.results import Results, Run, complete
-from studies.tables import markdown_table
 
 _RESULTS = Path(__file__).parent / "results" / "runs.jsonl"
 _SEEDS = (1, 2, 3)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.command import markdown_table
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.tools.dry_step import dry_optimizer, dry_step
@@ -15,7 +16,6 @@ from studies.pretrain.job import trainer_of
 from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
 from studies.pretrain.summary import BASELINE, at, seconds, summaries, target
-from studies.tables import markdown_table
 
 __all__ = ["flops_of_a_step", "table"]
 

@@ -14,6 +14,7 @@ often roots are taken, which Meta's leaves to the user and which are ours: 1024 
 import importlib
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,66 +33,53 @@ def build(code: str, config: Any, parameters: list[nn.Parameter]) -> Optimizer:
     """
     if code not in BUILDERS:
         raise ValueError(f"optimizer.peer.code = {code!r}; allowed are {', '.join(BUILDERS)}.")
-    return BUILDERS[code](config, parameters)
+    optimizer, own = BUILDERS[code](config)
+    betas = {"betas": (config.beta1, config.beta2)}
+    built: Optimizer = optimizer(
+        parameters, lr=config.lr, weight_decay=config.weight_decay, **betas | own
+    )
+    return built
 
 
-def _meta(method: str, config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+_Found = tuple[Callable[..., Any], dict[str, Any]]
+"""An optimizer, and the arguments that not all of them have."""
+
+
+def _meta(method: str, config: Any) -> _Found:
     meta = importlib.import_module("distributed_shampoo")
     soap = "SOAP" in method
     adam = meta.AdamPreconditionerConfig(beta2=config.beta2, epsilon=config.eps)
-    optimizer: Optimizer = meta.DistributedShampoo(
-        parameters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
+    return meta.DistributedShampoo, {
         # Its SOAP uses this one as Adam's; the others as the ridge.
-        epsilon=config.eps if soap else 1e-12,
-        weight_decay=config.weight_decay,
-        weight_decay_type=meta.WeightDecayType.DECOUPLED,
-        max_preconditioner_dim=1024,
-        precondition_frequency=10,
-        grafting_config=None if soap else adam,
-        preconditioner_config=meta.DefaultSOAPConfig if soap else getattr(meta, method)(),
-    )
-    return optimizer
+        "epsilon": config.eps if soap else 1e-12,
+        "weight_decay_type": meta.WeightDecayType.DECOUPLED,
+        "max_preconditioner_dim": 1024,
+        "precondition_frequency": 10,
+        "grafting_config": None if soap else adam,
+        "preconditioner_config": meta.DefaultSOAPConfig if soap else getattr(meta, method)(),
+    }
 
 
-def _heavyball(method: str, config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+def _heavyball(name: str, config: Any) -> _Found:
     heavyball = importlib.import_module("heavyball")
     heavyball.utils.compile_mode = None
-    optimizer: Optimizer = getattr(heavyball, method)(
-        parameters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-    return optimizer
+    return getattr(heavyball, name), {"eps": config.eps}
 
 
-def _nvidia(config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+def _nvidia(config: Any) -> _Found:
     soap = importlib.import_module("emerging_optimizers.shampoo.soap_v3")
-    optimizer: Optimizer = soap.KlSoapV3(
-        parameters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-    return optimizer
+    return soap.KlSoapV3, {"eps": config.eps}
 
 
-def _tilde(config: Any, parameters: list[nn.Parameter]) -> Optimizer:
+def _tilde(config: Any) -> _Found:
     okls = importlib.import_module("okls")
     roots = importlib.import_module("okls.scaled_cans_coupled_ns")
     roots.torch = types.SimpleNamespace(**vars(torch) | {"baddbmm": _baddbmm})
-    optimizer: Optimizer = okls.OnlineKLShampoo(
-        parameters,
-        lr=config.lr,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-    )
-    return optimizer
+
+    def make(parameters: Any, *, betas: tuple[float, float], **settings: Any) -> Any:
+        return okls.OnlineKLShampoo(parameters, beta1=betas[0], beta2=betas[1], **settings)
+
+    return make, {}
 
 
 def _baddbmm(start: Tensor, a: Tensor, b: Tensor, out_dtype: Any = None, **factors: Any) -> Tensor:
@@ -100,11 +88,11 @@ def _baddbmm(start: Tensor, a: Tensor, b: Tensor, out_dtype: Any = None, **facto
     return result.to(out_dtype or a.dtype)
 
 
-BUILDERS: dict[str, Callable[[Any, list[nn.Parameter]], Optimizer]] = {
-    "meta_kl_shampoo": lambda *of: _meta("RootInvKLShampooPreconditionerConfig", *of),
-    "meta_soap": lambda *of: _meta("DefaultSOAPConfig", *of),
-    "heavyball_kl_shampoo": lambda *of: _heavyball("KLShampoo", *of),
-    "heavyball_soap": lambda *of: _heavyball("SOAP", *of),
+BUILDERS: dict[str, Callable[[Any], _Found]] = {
+    "meta_kl_shampoo": partial(_meta, "RootInvKLShampooPreconditionerConfig"),
+    "meta_soap": partial(_meta, "DefaultSOAPConfig"),
+    "heavyball_kl_shampoo": partial(_heavyball, "KLShampoo"),
+    "heavyball_soap": partial(_heavyball, "SOAP"),
     "nvidia_kl_soap": _nvidia,
     "tilde_kl_shampoo": _tilde,
 }

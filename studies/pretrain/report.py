@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from benchmarks.command import markdown_table
 from studies.pretrain.plan import LR, Study
 from studies.pretrain.results import Results
 from studies.pretrain.summary import (
@@ -15,7 +16,6 @@ from studies.pretrain.summary import (
     summaries,
     target,
 )
-from studies.tables import markdown_table
 
 __all__ = ["markdown"]
 

@@ -14,19 +14,13 @@ from shampoo_fsdp.tools import page
 from shampoo_fsdp.tools.compare import small_llama
 from shampoo_fsdp.tools.compare.contest import CONTESTANTS, Run, train
 from shampoo_fsdp.tools.models import function_of
-from shampoo_fsdp.tools.tables import Table, by_size, for_terminal, four_digits
+from shampoo_fsdp.tools.tables import Table, by_size, four_digits, print_parts
 
 _BASELINE = "AdamW"
 _HEADS = (
-    "optimizer",
-    "lr",
-    "loss",
-    f"steps to {_BASELINE}'s",
-    "seconds to it",
-    "in all",
-    "ms a step",
+    "optimizer", "lr", "loss", f"steps to {_BASELINE}'s", "seconds to it", "in all", "ms a step",
     "state",
-)
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=LR",
-        help="such as AdamW=3e-4 Muon=1e-3; default: " + _said_lr(),
+        help="default: " + " ".join(f"{name}={of.lr:g}" for name, of in CONTESTANTS.items()),
     )
     parser.add_argument("--html", default="compare.html", metavar="FILE", help="compare.html")
 
@@ -99,23 +93,19 @@ def compare(
 def _report(runs: Sequence[Run], what: str, path: Path) -> None:
     rows = [_row(run, runs[0]) for run in runs]
     title = f"{what}, {runs[0].steps[-1]:,} steps, the same batches and initial weights for all"
-    Console().print(for_terminal(Table(title, _HEADS, rows)))
-    end = runs[0].losses[-1]
+    table, end = Table(title, _HEADS, rows), runs[0].losses[-1]
+    print_parts([table], Console())
+    text = (
+        f"One seed. The dotted line is the loss at which {_BASELINE} ends; 'ms a step' are the "
+        "optimizer's part."
+    )
     by_step = {run.name: (run.steps, run.losses) for run in runs}
     by_time = {run.name: (run.seconds, run.losses) for run in runs}
-    page.write_page(
-        path,
-        "AdamW, Muon and Shampoo",
-        [
-            page.paragraph(
-                f"{title}. One seed. The dotted line is the loss at which {_BASELINE} ends; 'ms a "
-                "step' are the optimizer's part."
-            ),
-            page.table(Table("In numbers", _HEADS, rows)),
-            "<h2>Loss against steps</h2>" + page.curves(by_step, "steps", "loss", end),
-            "<h2>Loss against time</h2>" + page.curves(by_time, "seconds", "loss", end),
-        ],
-    )
+    curves = [
+        "<h2>Loss against steps</h2>" + page.curves(by_step, "steps", "loss", end),
+        "<h2>Loss against time</h2>" + page.curves(by_time, "seconds", "loss", end),
+    ]
+    page.write_report(path, "AdamW, Muon and Shampoo", [text, table], curves)
     print(f"Curves: {path}")
 
 
@@ -143,24 +133,19 @@ def _beside(value: float | None, baseline: float) -> str:
     return f"{value:,.0f}" if value == baseline else f"{value:,.0f} ({value / baseline - 1:+.0%})"
 
 
-def _said_lr() -> str:
-    return ", ".join(f"{name}={contestant.lr:g}" for name, contestant in CONTESTANTS.items())
-
-
 def _rates(given: Sequence[str]) -> dict[str, float]:
     rates = {}
     for text in given:
         name, _, value = text.partition("=")
         try:
-            rate = float(value)
+            rates[name] = float(value)
         except ValueError:
-            rate = 0.0
-        if name not in CONTESTANTS or not rate > 0.0:
+            rates[name] = 0.0
+        if name not in CONTESTANTS or not rates[name] > 0.0:
             names = ", ".join(CONTESTANTS)
             raise ValueError(
                 f"--lr '{text}': write NAME=LR, a name of {names} and a number above 0."
             )
-        rates[name] = rate
     return rates
 
 

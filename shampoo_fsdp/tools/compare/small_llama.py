@@ -1,9 +1,7 @@
 """What `compare` trains without a model of yours: a Llama of 1.1 M parameters on bytes of Python
 source, the text that is on every machine with Python."""
 
-import hashlib
 import math
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,16 +90,11 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _text() -> Tensor:
-    """All modules of the standard library, mixed, so that batches resemble each other."""
-    files = []
-    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
-        folders[:] = [name for name in folders if name not in _NOT_READ]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    files.sort(
-        key=lambda path: hashlib.sha256(path.name.encode() + path.parent.name.encode()).digest()
-    )
-    data = b"".join(path.read_bytes() for path in files)
-    # Neighbours in a batch come from far apart.
+    """All modules of the standard library, in pieces that are mixed, so that batches resemble each
+    other."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [f for f in library.rglob("*.py") if not _NOT_READ & {*f.relative_to(library).parts}]
+    data = b"".join(path.read_bytes() for path in sorted(files))
     rows = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     rows = rows[: len(rows) // (_LENGTH + 1) * (_LENGTH + 1)].view(-1, _LENGTH + 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
