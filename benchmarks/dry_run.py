@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mesh", default="dp_shard=8", help="as in dp_shard=64,tp=8")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings")
     parser.add_argument(
-        "--by_line", action="store_true", help="what each line of our code asks for, per element"
+        "--by_line", action="store_true", help="what each line of our code asks for"
     )
     parser.add_argument("--json", action="store_true")
     add_rates(parser)

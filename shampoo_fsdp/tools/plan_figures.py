@@ -303,6 +303,8 @@ def _reason(figures: dict[str, Any], plans: Sequence[Totals]) -> str:
     inside = max(map(_max_over_mean, loads))
     if figures["even"]:
         return f"{said}. That is even: within {_EVEN}"
+    if settings["block_alignment"] == "shard" and blocks >= ranks:
+        return f"{said}. With block_alignment = 'shard' blocks stay where they lie"
     if groups > 1 and inside <= _EVEN and blocks >= ranks:
         return (
             f"{said}. Blocks cannot move between the {groups} sets of ranks that hold different "

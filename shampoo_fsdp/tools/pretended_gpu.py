@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from shampoo_fsdp.kernels.language import observed_by
 from shampoo_fsdp.rules.precision import full_precision
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
 
 
