@@ -88,18 +88,6 @@ def test_kl_shampoo_does_not_feel_the_scale_of_small_gradients(grafting: str) ->
         torch.testing.assert_close(their * (1.0 if grafting == "none" else 1e3), our)
 
 
-def test_first_step_of_kl_shampoo() -> None:
-    # There are no roots yet to whiten with, and the second factor starts from the identity.
-    gradient = random_gradients(1, (3, 4))[0]
-    (direction,) = updates(
-        [gradient], preconditioner="kl_shampoo", betas=(0.9, 0.8), grafting="none"
-    )
-    left = gradient @ gradient.T / 4
-    right = 0.8 * torch.eye(4).double() + 0.2 * gradient.T @ gradient / 3
-    expected = matrix_power(left, -0.5) @ gradient @ matrix_power(right, -0.5)
-    torch.testing.assert_close(direction, expected)
-
-
 def test_two_diagonal_steps_of_kl_shampoo_by_hand() -> None:
     # Each side is whitened by the other's factor of the step before, which has been refreshed.
     g1, g2, beta = [2.0, 1.0], [1.0, -3.0], 0.75
@@ -138,12 +126,12 @@ def test_kl_shampoo_finds_the_factors_of_a_kronecker_product() -> None:
     kl = reference(
         {"w": (2, 3)},
         preconditioner="kl_shampoo",
-        betas=(0.0, 0.995),
+        betas=(0.0, 0.98),
         precondition_frequency=10,
         grafting="none",
     )
     params = {"w": torch.zeros(2, 3, dtype=torch.float64)}
-    for step in range(1200):
+    for step in range(320):
         kl.step(params, {"w": a @ patterns[step % 8] @ b})
     (block,) = kl.blocks["w"]
     probe = random_gradients(1, (2, 3))[0]
