@@ -14,7 +14,7 @@ an optimizer needs.
 import itertools
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+
+from shampoo_fsdp import Shampoo
 
 LAYOUTS = ("single", "fsdp", "hsdp", "tp_fsdp", "tp", "ddp")
 """Names for `build`. hsdp and tp_fsdp need an even number of ranks, tp 2; the others any."""
@@ -212,7 +214,7 @@ def set_gradients(
             continue
         if gradient.shape != p.shape:
             raise ValueError(f"{name}: a gradient of {tuple(gradient.shape)} for {tuple(p.shape)}")
-        gradient = gradient.to(p.dtype)
+        gradient = gradient.to(p.device, p.dtype)
         if isinstance(p, DTensor):
             p.grad = DTensor.from_local(
                 local_part(gradient, p),
@@ -226,8 +228,18 @@ def set_gradients(
             p.grad = gradient.clone()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+def with_shampoo(
+    layout: str, sizes: Mapping[str, int] | None = None, **settings: Any
+) -> tuple[Built, Shampoo]:
+    """A model by `build`, and its optimizer; under "ddp" replicas share the work."""
+    built = build(layout, **(sizes or {}))
+    replicas = built.mesh if layout == "ddp" else None
+    return built, Shampoo(built.model.named_parameters(), replicas=replicas, **settings)
+
+
+def train(model: nn.Module | Built, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
     """Take these steps, with the gradients of their numbers."""
+    model = model.model if isinstance(model, Built) else model
     for step in steps:
         set_gradients(model, deterministic_gradients(model, step))
         optimizer.step()

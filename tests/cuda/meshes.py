@@ -4,14 +4,12 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from shampoo_fsdp import Shampoo
-from tests.models import TinyLlama, deterministic_gradients, set_gradients
+from tests.models import TinyLlama
 
-__all__ = ["SETTINGS", "own_device", "sharded_llama", "start", "step_with"]
+__all__ = ["SETTINGS", "own_device", "sharded_llama", "start"]
 
 SETTINGS = {"lr": 1e-2, "max_preconditioner_dim": 16, "precondition_frequency": 4}
 
@@ -38,11 +36,3 @@ def sharded_llama(device_type: str) -> TinyLlama:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
-
-
-def step_with(model: TinyLlama, optimizer: Shampoo, step: int) -> None:
-    """A step with the same gradients on every mesh."""
-    device = next(model.parameters()).device
-    gradients: dict[str, Tensor] = deterministic_gradients(model, step)
-    set_gradients(model, {name: gradient.to(device) for name, gradient in gradients.items()})
-    optimizer.step()

@@ -5,19 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
 from shampoo_fsdp import Shampoo
 from tests.cuda.training import SETTINGS
+from tests.distributed.test_checkpoints import load, states
 from tests.distributed.test_meshes import relative_difference
-from tests.models import TinyLlama, deterministic_gradients, full_parameters, set_gradients
+from tests.models import Built, TinyLlama, full_parameters, train
 
 pytestmark = [
     pytest.mark.cuda,
@@ -25,7 +19,6 @@ pytestmark = [
 ]
 
 SAVED_AT, END = 8, 14  # in the middle of a period
-OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 CPU = torch.device("cpu")
 RULES = pytest.mark.parametrize(
     "settings",
@@ -39,57 +32,44 @@ RULES = pytest.mark.parametrize(
 )
 
 
-def make(device: torch.device, settings: dict[str, object]) -> tuple[nn.Module, Shampoo]:
+def make(device: torch.device, settings: dict[str, object]) -> tuple[Built, Shampoo]:
     model = TinyLlama(n_layers=1).to(device)
     common = {**SETTINGS, "start_preconditioning_step": 2, "matmul_precision": "highest"}
-    return model, Shampoo(model.named_parameters(), **{**common, **settings})
+    return Built(model, None), Shampoo(model.named_parameters(), **{**common, **settings})
 
 
-def train(model: nn.Module, optimizer: Shampoo, steps: range) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    for step in steps:
-        gradients = deterministic_gradients(model, step)
-        set_gradients(model, {name: g.to(device) for name, g in gradients.items()})
-        optimizer.step()
-    return {name: p.cpu() for name, p in full_parameters(model).items()}
+def end(built: Built, optimizer: Shampoo) -> dict[str, Tensor]:
+    train(built, optimizer, range(SAVED_AT, END))
+    return {name: p.cpu() for name, p in full_parameters(built.model).items()}
 
 
-def states(model: nn.Module, optimizer: Shampoo) -> dict[str, dict[str, object]]:
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=OPTIONS),
-    }
+def saved(folder: Path, built: Built, optimizer: Shampoo) -> dict[str, Tensor]:
+    """Where it comes to, after a checkpoint in the middle."""
+    train(built, optimizer, range(SAVED_AT))
+    dcp.save(states(built, optimizer, True), checkpoint_id=folder)
+    return end(built, optimizer)
 
 
-def load(folder: Path, device: torch.device, settings: dict) -> tuple[nn.Module, Shampoo]:
-    model, optimizer = make(device, settings)
-    saved = states(model, optimizer)
-    dcp.load(saved, checkpoint_id=folder)
-    set_model_state_dict(model, saved["model"])
-    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=OPTIONS)
-    return model, optimizer
+def loaded(folder: Path, device: torch.device, settings: dict) -> tuple[Built, Shampoo]:
+    built, optimizer = make(device, settings)
+    load(built, optimizer, folder, True)
+    return built, optimizer
 
 
 @RULES
 @pytest.mark.parametrize("way", ["to the CPU", "from the CPU"])
 def test_training_goes_on_where_it_is_loaded(device, tmp_path, settings, way):
     here, there = (device, CPU) if way == "to the CPU" else (CPU, device)
-    model, optimizer = make(here, settings)
-    train(model, optimizer, range(SAVED_AT))
-    dcp.save(states(model, optimizer), checkpoint_id=tmp_path)
-    uninterrupted = train(model, optimizer, range(SAVED_AT, END))
-    moved = load(tmp_path, there, settings)
-    assert all(p.device.type == there.type for p in moved[0].parameters())
-    assert relative_difference(train(*moved, range(SAVED_AT, END)), uninterrupted) < 1e-4
+    uninterrupted = saved(tmp_path, *make(here, settings))
+    moved = loaded(tmp_path, there, settings)
+    assert all(p.device.type == there.type for p in moved[0].model.parameters())
+    assert relative_difference(end(*moved), uninterrupted) < 1e-4
 
 
 @RULES
 def test_the_way_there_and_back_changes_no_bit(device, tmp_path, settings):
-    model, optimizer = make(device, settings)
-    train(model, optimizer, range(SAVED_AT))
-    dcp.save(states(model, optimizer), checkpoint_id=tmp_path / "there")
-    uninterrupted = train(model, optimizer, range(SAVED_AT, END))
-    moved = load(tmp_path / "there", CPU, settings)
-    dcp.save(states(*moved), checkpoint_id=tmp_path / "back")
-    back = load(tmp_path / "back", device, settings)
-    assert relative_difference(train(*back, range(SAVED_AT, END)), uninterrupted) == 0.0
+    uninterrupted = saved(tmp_path / "there", *make(device, settings))
+    moved = loaded(tmp_path / "there", CPU, settings)
+    dcp.save(states(*moved, True), checkpoint_id=tmp_path / "back")
+    back = loaded(tmp_path / "back", device, settings)
+    assert relative_difference(end(*back), uninterrupted) == 0.0

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp import Shampoo
-from tests.cuda.meshes import SETTINGS, sharded_llama, start, step_with
+from tests.cuda.meshes import SETTINGS, sharded_llama, start
 from tests.distributed.test_meshes import relative_difference
-from tests.models import TinyLlama, full_parameters
+from tests.models import TinyLlama, full_parameters, train
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.cuda
@@ -29,20 +29,18 @@ CASES = [
 ]
 
 
-def train(model: TinyLlama, settings: dict[str, object]) -> dict[str, Tensor]:
-    optimizer = Shampoo(model.named_parameters(), **SETTINGS, **settings)
-    for step in range(STEPS):
-        step_with(model, optimizer, step)
+def trained(model: TinyLlama, settings: dict[str, object]) -> dict[str, Tensor]:
+    train(model, Shampoo(model.named_parameters(), **SETTINGS, **settings), range(STEPS))
     return {name: p.cpu() for name, p in full_parameters(model).items()}
 
 
 def train_on_ranks(device_type: str, settings: dict[str, object]) -> dict[str, Tensor]:
     start(device_type)
-    return train(sharded_llama(device_type), settings)
+    return trained(sharded_llama(device_type), settings)
 
 
 def compare(device: torch.device, ranks: int, settings: dict[str, object], most: float) -> None:
-    alone = train(TinyLlama().to(device), settings)
+    alone = trained(TinyLlama().to(device), settings)
     found = run_ranks(ranks, train_on_ranks, init=False, device_type=device.type, settings=settings)
     for parameters in found:
         assert relative_difference(parameters, alone) <= most

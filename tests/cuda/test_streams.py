@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.runtime.exchange import Exchange
-from tests.cuda.meshes import SETTINGS, own_device, sharded_llama, start, step_with
-from tests.models import full_parameters
+from tests.cuda.meshes import SETTINGS, own_device, sharded_llama, start
+from tests.models import full_parameters, train
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.cuda
@@ -91,7 +91,7 @@ def weights(device_type: str, careful: bool, **settings: object) -> dict[str, Te
         for step in range(STEPS):
             if not careful:
                 disturbance.before(step)
-            step_with(model, optimizer, step)
+            train(model, optimizer, [step])
             if not careful:
                 disturbance.after()
     return {name: p.cpu() for name, p in full_parameters(model).items()}

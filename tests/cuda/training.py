@@ -34,7 +34,6 @@ class Training:
     """Parameters and their optimizer."""
 
     def __init__(self, device: torch.device, **settings: object) -> None:
-        self.device = device
         generator = torch.Generator().manual_seed(0)
         self.parameters = {
             name: nn.Parameter((0.1 * torch.randn(shape, generator=generator)).to(device))
@@ -43,8 +42,7 @@ class Training:
         self.optimizer = Shampoo(self.parameters.items(), **{**SETTINGS, **settings})
 
     def give(self, step: int) -> None:
-        gradients = spread_gradients(SHAPES, step)
-        set_gradients(self.parameters, {n: g.to(self.device) for n, g in gradients.items()})
+        set_gradients(self.parameters, spread_gradients(SHAPES, step))
 
     def run(self, steps: Iterable[int]) -> dict[str, Tensor]:
         """The parameters after these steps."""

@@ -15,7 +15,8 @@ from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 from shampoo_fsdp.runtime.diagnostics import merged
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.tools.inspection import inspect_checkpoint
-from tests.distributed.test_checkpoints import Built, make, states, train
+from tests.distributed.test_checkpoints import Built, make, states
+from tests.models import train
 from tests.ranks import run_ranks
 
 WQ = "layers.0.attention.wq.weight"
@@ -46,9 +47,10 @@ def save(names: list[str], folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inspection")
-    for world, layout in ((1, "single"), (2, "fsdp")):
-        names = [name for name, case in CHECKPOINTS.items() if case[0] == layout]
-        run_ranks(world, save, names=names, folder=path)
+    names = {layout: [n for n, case in CHECKPOINTS.items() if case[0] == layout]
+             for layout in ("single", "fsdp")}  # fmt: skip
+    save(names["single"], path)
+    run_ranks(2, save, names=names["fsdp"], folder=path)
     return path
 
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
-from tests.distributed.test_checkpoints import SETTINGS, states, train
-from tests.models import build, full_parameters
+from tests.distributed.test_checkpoints import SETTINGS, states
+from tests.models import build, full_parameters, train
 from tests.ranks import run_ranks
 
 SAVED_AT, END = 6, 10

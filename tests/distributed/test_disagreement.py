@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint.sharded import ShardedBlocks
-from tests.models import build, deterministic_gradients, set_gradients
+from tests.models import build, with_shampoo
 from tests.ranks import ranks
 
 
@@ -39,24 +39,6 @@ def test_an_unsupported_placement_is_named():
         Shampoo([("w", torch.nn.Parameter(weight))])
 
 
-@ranks(2)
-def test_a_gradient_that_one_rank_lacks_does_not_hang():
-    built = build("fsdp")
-    optimizer = Shampoo(
-        built.model.named_parameters(),
-        max_preconditioner_dim=64,
-        precondition_frequency=2,
-        exclude=[],
-    )
-    for step in range(4):
-        gradients = dict(deterministic_gradients(built.model, step))
-        if dist.get_rank() == 1 and step == 2:
-            gradients["layers.0.attention.wq.weight"] = None
-        set_gradients(built.model, gradients)
-        optimizer.step()
-    assert all(p.to_local().isfinite().all() for p in built.model.parameters())
-
-
 def forget_the_groups(_, state_dict):
     if dist.get_rank() == 0:
         del state_dict["param_groups"]
@@ -79,17 +61,8 @@ def test_a_state_dict_that_one_rank_cannot_load_is_an_error_on_every_rank():
 
 
 @ranks(2)
-def test_state_that_is_spread_over_ranks_is_not_pickled_in_part(tmp_path):
-    built = build("fsdp")
-    optimizer = Shampoo(built.model.named_parameters())
-    with pytest.raises(TypeError, match=r"or save with torch\.distributed\.checkpoint"):
-        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-
-
-@ranks(2)
 def test_a_rank_can_hand_its_part_to_a_process_that_saves_it():
-    built = build("fsdp")
-    optimizer = Shampoo(built.model.named_parameters())
+    _, optimizer = with_shampoo("fsdp")
     entries = optimizer.state_dict()["state"][1]
     received = pickle.loads(ForkingPickler.dumps(entries))
     for name, value in entries.items():

@@ -1,6 +1,5 @@
 """Whole tensors on rank 0 from state that is spread over ranks, and back onto any mesh."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner
-from tests.models import build, full_parameters, train
+from tests.models import full_parameters, train, with_shampoo
 from tests.ranks import ranks, run_ranks
 
 OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 3}
@@ -25,10 +24,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def optimizer_on(layout, **options):
-    built = build(layout)
-    replicas = dist.group.WORLD if layout == "ddp" else None
-    options = OPTIONS | options
-    return built.model, Shampoo(built.model.named_parameters(), replicas=replicas, **options)
+    built, optimizer = with_shampoo(layout, **OPTIONS | options)
+    return built.model, optimizer
 
 
 def plain(value):
@@ -62,11 +59,8 @@ def goes_on_as_the_original(layout, state, options, expected):
     """
     model, optimizer = optimizer_on(layout, **options)
     train(model, optimizer, range(4))  # for the weights
-    other = Shampoo(
-        model.named_parameters(),
-        replicas=dist.group.WORLD if layout == "ddp" else None,
-        **OPTIONS | options,
-    )
+    replicas = dist.group.WORLD if layout == "ddp" else None
+    other = Shampoo(model.named_parameters(), replicas=replicas, **OPTIONS | options)
     names = [name for name, _ in model.named_parameters()]
     if isinstance(state, Path):
         state = torch.load(state, weights_only=True)
@@ -86,21 +80,37 @@ def goes_on_as_the_original(layout, state, options, expected):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
-LAYOUTS = ("fsdp", "hsdp", "tp_fsdp", "ddp", "single")
-IN_BF16 = dict.fromkeys(("factor_dtype", "root_dtype", "momentum_dtype"), "bfloat16")
-SMALL = {"preconditioner": "shampoo", "symmetric_packing": True, **IN_BF16}
-
-
-@pytest.mark.parametrize(("source", "target"), [*itertools.pairwise(LAYOUTS), ("single", "fsdp")])
-def test_a_full_state_dict_moves_between_meshes(source, target):
-    options = SMALL if target in ("hsdp", "single") else {}
-    of_source, of_target = (1 if layout == "single" else 4 for layout in (source, target))
-    whole = whole_state_after_four_steps
-    state = run_ranks(of_source, whole, layout=source, options=options)[0]
+def alone_after_seven_steps(options):
     model, optimizer = optimizer_on("single", **options)
     train(model, optimizer, range(7))
-    given = {"state": state, "options": options, "expected": full_parameters(model)}
-    run_ranks(of_target, goes_on_as_the_original, layout=target, **given)
+    return full_parameters(model)
+
+
+IN_BF16 = dict.fromkeys(("factor_dtype", "root_dtype", "momentum_dtype"), "bfloat16")
+SMALL = {"preconditioner": "shampoo", "symmetric_packing": True, **IN_BF16}
+MOVES = [("fsdp", "hsdp", SMALL), ("hsdp", "tp_fsdp", {}), ("tp_fsdp", "ddp", {})]
+
+
+def moves_on_four_ranks(alone, expected):
+    """Args:
+    alone: the state of one process; expected: what it comes to.
+
+    Returns:
+        the last state, in other settings, on rank 0.
+    """
+    for source, target, options in MOVES:
+        state = [whole_state_after_four_steps(source, options)]
+        dist.broadcast_object_list(state)
+        goes_on_as_the_original(target, state[0], options, expected[bool(options)])
+    goes_on_as_the_original("fsdp", alone, {}, expected[False])
+    return whole_state_after_four_steps("ddp", SMALL)
+
+
+def test_a_full_state_dict_moves_between_meshes():
+    expected = [alone_after_seven_steps(options) for options in ({}, SMALL)]
+    given = {"alone": whole_state_after_four_steps("single", {}), "expected": expected}
+    last = run_ranks(4, moves_on_four_ranks, **given)[0]
+    goes_on_as_the_original("single", last, SMALL, expected[True])
 
 
 def rank_0_saves_alone(layout, file):
@@ -108,7 +118,7 @@ def rank_0_saves_alone(layout, file):
     train(model, optimizer, range(4))
     rank = dist.get_rank()
     if rank == 0:
-        with pytest.raises(TypeError, match=r"consolidate_state_dict\(\) on all ranks"):
+        with pytest.raises(TypeError, match=r"\(\) on all ranks .* or save with torch\.dist"):
             torch.save(optimizer.state_dict(), file)
     optimizer.consolidate_state_dict(to=1)
     optimizer.consolidate_state_dict()  # nothing is left of the one before
@@ -124,16 +134,13 @@ def rank_0_saves_alone(layout, file):
         assert isinstance(optimizer.state_dict()["state"][index]["factors"], DTensor)
 
 
-@pytest.mark.parametrize("source", ["ddp", "fsdp"])
-def test_what_rank_0_saves_alone_goes_on_anywhere(source, tmp_path):
+@pytest.mark.parametrize(("source", "n", "target"), [("ddp", 2, "fsdp"), ("fsdp", 4, "ddp")])
+def test_what_rank_0_saves_alone_goes_on_anywhere(source, n, target, tmp_path):
     file = tmp_path / "optimizer.pt"
     run_ranks(2, rank_0_saves_alone, layout=source, file=file)
-    model, optimizer = optimizer_on("single")
-    train(model, optimizer, range(7))
-    expected = full_parameters(model)
-    given = {"state": file, "options": {}, "expected": expected}
-    for n, layout in ((1, "single"), (4, "ddp"), (2, "fsdp")):
-        run_ranks(n, goes_on_as_the_original, layout=layout, **given)
+    given = {"state": file, "options": {}, "expected": alone_after_seven_steps({})}
+    goes_on_as_the_original("single", **given)
+    run_ranks(n, goes_on_as_the_original, layout=target, **given)
 
 
 @ranks(2)

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp import Shampoo
-from tests.models import build, deterministic_gradients, full_parameters, set_gradients
+from tests import models
+from tests.models import deterministic_gradients, full_parameters, set_gradients, with_shampoo
 from tests.ranks import ranks, run_ranks
 
 STEPS = 20
@@ -18,45 +19,45 @@ FEWER_ROWS_THAN_RANKS = {"dim": 3, "hidden": 2, "vocab": 5}
 
 def train(layout: str, sizes: dict[str, int] | None = None, **settings) -> dict[str, Tensor]:
     """Full parameters after some steps with given gradients; layer 1's wq has none at times."""
-    built = build(layout, **(sizes or {}))
-    optimizer = Shampoo(
-        built.model.named_parameters(),
-        replicas=built.mesh if layout == "ddp" else None,
-        **{**SETTINGS, **settings},
-    )
+    (model, _), optimizer = with_shampoo(layout, sizes, **{**SETTINGS, **settings})
     for step in range(STEPS):
-        gradients: dict[str, Tensor | None] = dict(deterministic_gradients(built.model, step))
+        gradients: dict[str, Tensor | None] = dict(deterministic_gradients(model, step))
         if step % 5 == 2:
             gradients["layers.1.attention.wq.weight"] = None
-        set_gradients(built.model, gradients)
+        set_gradients(model, gradients)
         optimizer.step()
-    return full_parameters(built.model)
+    return full_parameters(model)
 
 
 def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(((ours[n] - theirs[n]).norm() / theirs[n].norm()).item() for n in theirs)
 
 
-@pytest.mark.parametrize(
-    ("layout", "world", "sizes", "scope"),
-    [
-        ("fsdp", 2, None, "all"),
-        ("fsdp", 4, UNEVEN, "all"),
-        ("fsdp", 4, FEWER_ROWS_THAN_RANKS, "all"),
-        ("ddp", 2, None, "all"),
-        ("ddp", 4, None, "shard"),
-        ("hsdp", 4, None, "all"),
-        ("hsdp", 4, UNEVEN, "shard"),
-        ("tp", 2, None, "all"),
-        ("tp_fsdp", 4, {"hidden": 53}, "all"),
+MESHES = {
+    2: [("fsdp", None, "all"), ("ddp", None, "all"), ("tp", None, "all")],
+    4: [
+        ("fsdp", UNEVEN, "all"),
+        ("fsdp", FEWER_ROWS_THAN_RANKS, "all"),
+        ("ddp", None, "shard"),
+        ("hsdp", None, "all"),
+        ("hsdp", UNEVEN, "shard"),
+        ("tp_fsdp", {"hidden": 53}, "all"),
     ],
-)
-def test_every_mesh_equals_one_process(layout, world, sizes, scope):
-    alone = train("single", sizes)
-    found = run_ranks(world, train, layout=layout, sizes=sizes, owner_scope=scope)
-    for parameters in found:
-        assert relative_difference(parameters, alone) <= 1e-5
-        assert relative_difference(parameters, found[0]) == 0.0
+}
+"""By the number of ranks: layout, sizes and owner_scope."""
+
+
+def train_all(world: int) -> list[dict[str, Tensor]]:
+    return [train(layout, sizes, owner_scope=scope) for layout, sizes, scope in MESHES[world]]
+
+
+@pytest.mark.parametrize("world", MESHES)
+def test_every_mesh_equals_one_process(world):
+    found = run_ranks(world, train_all, world=world)
+    for mesh, first, *others in zip(MESHES[world], *found, strict=True):
+        assert relative_difference(first, train("single", mesh[1])) <= 1e-5, mesh
+        for parameters in others:
+            assert relative_difference(parameters, first) == 0.0, mesh
 
 
 HEADS = {"split_heads": [r"\.w[qkv]\."], "head_dim": 6}
@@ -64,11 +65,8 @@ HEADS = {"split_heads": [r"\.w[qkv]\."], "head_dim": 6}
 
 def train_with_heads(layout: str) -> tuple[dict[str, Tensor], list[tuple[object, ...]], float]:
     """Parameters, the blocks of each matrix, and the state of all ranks together."""
-    built = build(layout)
-    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS, **HEADS)
-    for step in range(6):
-        set_gradients(built.model, deterministic_gradients(built.model, step))
-        optimizer.step()
+    built, optimizer = with_shampoo(layout, **SETTINGS, **HEADS)
+    models.train(built, optimizer, range(6))
     parts = [part for team in optimizer._parameters.teams for part in team.parts.items()]
     grids = sorted((member.name, part.grid.view_shape, part.grid.cuts) for member, part in parts)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -98,15 +96,7 @@ def test_blocks_cut_at_shards_are_trained_as_well():
 @ranks(4)
 def test_nothing_crosses_replicas_that_repeat_the_work():
     for layout, groups in (("hsdp", [2]), ("ddp", [])):
-        built = build(layout)
-        replicas = built.mesh if layout == "ddp" else None
-        optimizer = Shampoo(
-            built.model.named_parameters(), replicas=replicas, owner_scope="shard", **SETTINGS
-        )
-        set_gradients(built.model, deterministic_gradients(built.model, 0))
-        optimizer.step()  # the first one asks whether anyone has a gradient
-        with Collectives() as collectives:
-            optimizer.step()
+        _, collectives = second_step(layout, owner_scope="shard")
         assert sorted(set(collectives.group_sizes)) == groups
 
 
@@ -130,13 +120,16 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_bytes(layout: str) -> None:
-    built = build(layout)
-    optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-    set_gradients(built.model, deterministic_gradients(built.model, 0))
-    optimizer.step()  # the first one asks whether anyone has a gradient
+def second_step(layout: str, **settings) -> tuple[Shampoo, Collectives]:
+    built, optimizer = with_shampoo(layout, **SETTINGS, **settings)
+    models.train(built, optimizer, range(1))  # the first one asks whether anyone has a gradient
     with Collectives() as collectives:
         optimizer.step()
+    return optimizer, collectives
+
+
+def check_bytes(layout: str) -> None:
+    optimizer, collectives = second_step(layout)
     names = [name for name, _ in collectives.calls]
     buckets = len(optimizer._parameters.buckets)
     assert len(names) == 2 * buckets <= 6 and all("alltoall_base" in name for name in names), names
@@ -157,12 +150,5 @@ def test_a_step_is_two_all_to_alls_of_the_bytes_that_the_plan_says():
 
 @ranks(2)
 def test_no_collective_where_nothing_moves():
-    built = build("fsdp")
-    optimizer = Shampoo(
-        built.model.named_parameters(), block_alignment="shard", max_preconditioner_dim=16
-    )
-    set_gradients(built.model, deterministic_gradients(built.model, 0))
-    optimizer.step()  # the first one asks whether anyone has a gradient
-    with Collectives() as collectives:
-        optimizer.step()
+    _, collectives = second_step("fsdp", block_alignment="shard")
     assert collectives.calls == []

@@ -99,21 +99,16 @@ def test_state_of_steps_is_not_lost_in_silence(tmp_path):
 
 
 @ranks(2)
-def test_a_step_that_would_update_nothing_is_an_error(tmp_path):
-    sharded = model()
-    optimizer = Shampoo(param_groups(sharded), lr=1e-2)
-    shard(sharded)  # and nobody tells the optimizer
-    set_gradients(sharded, deterministic_gradients(sharded, 0))
-    with pytest.raises(RuntimeError, match=r"none of the 21 .* build it after that"):
-        optimizer.step()
-
-
-@ranks(2)
 def test_a_rank_may_be_without_gradients(tmp_path):
+    """All of them on the first step, or of one matrix later."""
     sharded = model()
     shard(sharded)
-    optimizer = Shampoo(param_groups(sharded), lr=1e-2)
-    set_gradients(sharded, deterministic_gradients(sharded, 0))
-    if dist.get_rank() == 1:
-        sharded.zero_grad()
-    optimizer.step()
+    optimizer = Shampoo(param_groups(sharded), lr=1e-2, precondition_frequency=2)
+    for step in range(4):
+        set_gradients(sharded, deterministic_gradients(sharded, step))
+        if dist.get_rank() == 1 and step == 0:
+            sharded.zero_grad()
+        if dist.get_rank() == 1 and step == 2:
+            sharded.layers["0"].attention.wq.weight.grad = None
+        optimizer.step()
+    assert all(p.to_local().isfinite().all() for p in sharded.parameters())

@@ -9,9 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
-from tests.distributed.test_checkpoints import make, resume, states, train
+from tests.distributed.test_checkpoints import make, resume_all, states
 from tests.distributed.test_meshes import relative_difference
-from tests.models import full_parameters
+from tests.models import full_parameters, train
 from tests.ranks import ranks, run_ranks
 from tests.shampoo_fsdp.test_state import move
 
@@ -39,10 +39,6 @@ def moved_and_saved(layouts: list[str], folder: Path) -> list[tuple[dict[str, Te
     return ends
 
 
-def resumed(runs: list[dict]) -> list[dict[str, Tensor]]:
-    return [resume(flat=True, **run) for run in runs]
-
-
 def test_moved_state_goes_on_and_is_saved_for_any_mesh(tmp_path):
     layouts = ["fsdp", "tp", "ddp"]
     ends = run_ranks(2, moved_and_saved, layouts=layouts, folder=tmp_path)
@@ -51,8 +47,9 @@ def test_moved_state_goes_on_and_is_saved_for_any_mesh(tmp_path):
             assert relative_difference(found, expected) == 0.0
     expected = [before for before, _ in ends[0]]
     for world, on in ((2, ["fsdp"] * 3), (1, ["single"] * 3)):
-        runs = [{"layout": o, "folder": tmp_path / s} for o, s in zip(on, layouts, strict=True)]
-        for results in run_ranks(world, resumed, runs=runs):
+        cases = zip(on, layouts, strict=True)
+        runs = [{"layout": o, "folder": tmp_path / s, "flat": True} for o, s in cases]
+        for results in run_ranks(world, resume_all, runs=runs):
             for found, whole in zip(results, expected, strict=True):
                 assert relative_difference(found, whole) <= 1e-5
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp import Shampoo
-from tests.models import build, deterministic_gradients, set_gradients
+from tests.models import deterministic_gradients, set_gradients, train, with_shampoo
 from tests.ranks import ranks
 
 SOAP, KL = {"preconditioner": "soap"}, {"preconditioner": "kl_shampoo"}
@@ -316,17 +316,10 @@ def test_an_infinite_weight_stays_what_it_is_and_so_do_entries_of_others():
 
 
 def distributed(**options) -> tuple[nn.Module, Shampoo]:
-    built = build("fsdp", dim=12, hidden=20, vocab=16, n_layers=1)
-    optimizer = Shampoo(
-        built.model.named_parameters(),
-        lr=1e-2,
-        max_preconditioner_dim=8,
-        precondition_frequency=2,
-        **options,
-    )
-    for step in range(3):
-        set_gradients(built.model, deterministic_gradients(built.model, step))
-        optimizer.step()
+    sizes = {"dim": 12, "hidden": 20, "vocab": 16, "n_layers": 1}
+    few = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 2}
+    built, optimizer = with_shampoo("fsdp", sizes, **few, **options)
+    train(built, optimizer, range(3))
     return built.model, optimizer
 
 

@@ -1,7 +1,7 @@
 """Shampoo in one process, as a torch.optim.Optimizer."""
 
 import copy
-from collections.abc import Mapping
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,33 +9,6 @@ from torch import Tensor, nn
 
 from shampoo_fsdp import Shampoo
 from tests.models import TinyLlama, deterministic_gradients, set_gradients, train
-
-
-def parameters_like(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
-
-
-LLAMA_LIKE = {
-    "tok_embeddings.weight": (40, 24),
-    "layers.0.attention.wq.weight": (24, 24),
-    "layers.1.attention.wq.weight": (24, 24),
-    "layers.0.feed_forward.w1.weight": (53, 24),
-    "layers.0.attention_norm.weight": (24,),
-}
-
-
-def test_excluded_parameters_take_exactly_the_steps_of_adamw():
-    options = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
-    ours, theirs = parameters_like(LLAMA_LIKE), parameters_like(LLAMA_LIKE)
-    optimizer = Shampoo(ours.items(), exclude=["."], **options)
-    adamw = torch.optim.AdamW(theirs.values(), fused=True, **options)
-    for step in range(10):
-        for parameters in (ours, theirs):
-            set_gradients(parameters, deterministic_gradients(LLAMA_LIKE, step))
-        optimizer.step()
-        adamw.step()
-    assert all(torch.equal(ours[name], theirs[name]) for name in LLAMA_LIKE)
 
 
 class TestAsATorchOptimizer:
@@ -167,18 +140,6 @@ class TestAsATorchOptimizer:
         assert state["tags"] == {"a": [1]} and state["tags"] is not saved["state"][1]["tags"]
         train(model, again, range(1))
 
-    def test_what_does_not_fit_changes_nothing(self):
-        model = self.model()
-        optimizer = Shampoo(model.named_parameters(), lr=1e-3)
-        train(model, optimizer, range(2))
-        saved = optimizer.state_dict()
-        other = Shampoo(model.named_parameters(), lr=5e-3)
-        saved["state"][len(saved["state"]) - 1]["exp_avg"] = torch.zeros(3)
-        with pytest.raises(ValueError, match=r"'exp_avg' of parameter 'output\.weight'.*\(3,\)"):
-            other.load_state_dict(saved)
-        assert other.param_groups[0]["lr"] == 5e-3
-        assert not other.state_dict()["state"][0]["exp_avg"].any()
-
     def test_a_group_can_be_added_until_there_is_something_to_lose(self):
         a, b, c = (nn.Parameter(torch.eye(2)) for _ in range(3))
         optimizer = Shampoo([("a", a)], weight_decay=0.0)
@@ -224,22 +185,17 @@ class TestBadParameters:
             found.append(weight.detach())
         assert torch.equal(*found)
 
-    def test_unfrozen_before_the_first_step(self):
+    @pytest.mark.parametrize("before", [True, False], ids=["before the first step", "later"])
+    def test_unfrozen(self, before):
         weight, other = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
         weight.requires_grad_(False)
         optimizer = Shampoo([("w", weight), ("v", other)])
-        weight.requires_grad_(True)
+        weight.requires_grad_(before)
         weight.grad = other.grad = torch.ones(2, 2)
-        optimizer.step()
-        assert weight.any() and torch.equal(weight, other)
-
-    def test_unfrozen_later(self):
-        weight, other = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
-        weight.requires_grad_(False)
-        optimizer = Shampoo([("w", weight), ("v", other)])
-        weight.grad = other.grad = torch.ones(2, 2)
-        with pytest.raises(ValueError, match="'w' has a gradient but did not require one"):
+        refused = pytest.raises(ValueError, match="'w' has a gradient but did not require one")
+        with nullcontext() if before else refused:
             optimizer.step()
+        assert weight.any() == before and (not before or torch.equal(weight, other))
 
     def test_no_gradient_at_all(self):
         weight = nn.Parameter(torch.zeros(2, 2))

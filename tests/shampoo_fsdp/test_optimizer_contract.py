@@ -11,8 +11,6 @@ from torch.optim import lr_scheduler as schedulers
 
 from shampoo_fsdp import Shampoo
 
-SMALL = {"dim": 12, "hidden": 20, "vocab": 16}
-
 # Of those that only set lr, one.
 SCHEDULERS = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),

@@ -141,6 +141,13 @@ def test_before_the_start_it_is_the_optimizer_of_torch(preconditioner, case):
     check(ours, train_with_torch(case))
 
 
+def test_excluded_parameters_take_exactly_the_steps_of_adamw():
+    options = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    ours = train(lambda named: Shampoo(named.items(), exclude=["."], **options))
+    theirs = train(lambda named: torch.optim.AdamW(named.values(), fused=True, **options))
+    assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
+
+
 OF_EXCLUDED = {"exclude": ["."], "excluded_lr_factor": 0.25, "weight_decay": 0.01}
 INDEPENDENT = {"weight_decay_type": "independent"}
 SCHEDULED = {
