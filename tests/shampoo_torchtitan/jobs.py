@@ -1,22 +1,28 @@
 """Small TorchTitan jobs for tests, run on the CPU inside the calling process."""
 
 import argparse
+import contextlib
 import inspect
+import io
+import logging
 import os
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torchtitan.components.metrics import BaseLogger
 
 from shampoo_torchtitan import cpu
 from shampoo_torchtitan.demo import BYTE_TOKENIZER
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.train import JobReader, Trainer
 from tests.models import deterministic_gradients, full_parameters, local_part
+from tests.ranks import run_ranks
 
 if JOBS_ARE_FUNCTIONS:
     from tests.shampoo_torchtitan import tiny_moe_03  # noqa: F401  registers it
@@ -99,15 +105,68 @@ def make_trainer(job: Path, *arguments: str) -> Trainer:
     return Trainer(read_job(job, *arguments))
 
 
-def train(job: Path, *arguments: str, same_batches: bool = False) -> Trainer:
-    """Trains on this rank and closes the job, without TorchTitan's rest at the end."""
-    trainer = make_trainer(job, *arguments)
-    if same_batches:
-        give_batches(trainer)
-    with mock.patch("time.sleep"):
-        trainer.train()
-    trainer.close()
-    return trainer
+@dataclass
+class Outcome:
+    """What a rank saw of a job."""
+
+    exit_code: int | None
+    """None if it ran to its end."""
+    logged: str
+    """Log and errors."""
+    metrics: list[dict[str, float]]
+    """Of the steps that this job made."""
+    step: int = -1
+    weights: dict[str, torch.Tensor] | None = None
+    """All of them, whole, in the end."""
+    expert_biases: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def losses(self) -> list[float]:
+        """Of these steps."""
+        return [metrics["loss_metrics/global_avg_loss"] for metrics in self.metrics]
+
+
+@contextlib.contextmanager
+def _logged_lines() -> Iterator[io.StringIO]:
+    """Collects what is logged, as text."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    yield text
+
+
+def _run(job: Path, arguments: list[str], same_batches: bool) -> Outcome:
+    os.environ["LOG_RANK"] = os.environ["RANK"]  # no rank waits for the one that is shown
+    outcome = Outcome(None, "", [])
+    with (
+        mock.patch.object(BaseLogger, "log", lambda self, m, step: outcome.metrics.append(m)),
+        mock.patch("time.sleep"),
+        _logged_lines() as logged,
+        contextlib.redirect_stderr(logged),
+    ):
+        try:
+            trainer = make_trainer(job, *arguments)
+            if same_batches:
+                give_batches(trainer)
+            trainer.train()
+            trainer.close()  # without TorchTitan's rest at the end
+        except SystemExit as exit:
+            outcome.exit_code = exit.code
+        else:
+            (model,) = trainer.model_parts
+            outcome.step, outcome.weights = trainer.step, full_parameters(model)
+            buffers = model.named_buffers()
+            outcome.expert_biases = tuple(b.clone() for name, b in buffers if "expert_bias" in name)
+    outcome.logged = logged.getvalue()
+    return outcome
+
+
+def run(n: int, job: Path, *arguments: str, same_batches: bool = True) -> list[Outcome]:
+    """A job on n ranks; by default with batches that depend on the step alone."""
+    given = {"arguments": list(arguments), "same_batches": same_batches}
+    return run_ranks(n, _run, init=False, timeout=240, job=job, **given)
 
 
 def give_batches(trainer: Trainer, sequences: int = 8) -> None:
@@ -144,8 +203,3 @@ def put_weights(parts: list[torch.nn.Module]) -> None:
             for name, p in part.named_parameters():
                 value = local_part(values[name], p) if isinstance(p, DTensor) else values[name]
                 (p.to_local() if isinstance(p, DTensor) else p).copy_(value)
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All weights, whole."""
-    return full_parameters(trainer.model_parts[0])

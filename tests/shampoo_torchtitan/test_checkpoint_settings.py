@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from shampoo_torchtitan.checkpoint_folders import complete_checkpoints
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.shampoo_torchtitan import jobs
-from tests.shampoo_torchtitan.checkpointing import run
+from tests.shampoo_torchtitan.jobs import run
 from tests.shampoo_torchtitan.test_checkpoint_trouble import hostile_metadata
 
 pytestmark = jobs.on_cpu
@@ -21,33 +21,21 @@ COMMON = ["--checkpoint.enable", "--checkpoint.interval=3", "--lr_scheduler.tota
 def test_a_run_of_adamw_goes_on_with_shampoo_and_back(tmp_path):
     """Until its first preconditioned step, Shampoo of AdamW's momentum is AdamW: nothing of the
     moments is lost."""
-    job = jobs.write_job(tmp_path)
-    adamw = [*COMMON, "--optimizer.name=AdamW"]
-    at_once = run(2, job, *adamw, "--training.steps=9", "--checkpoint.folder=at_once")[0]
-    run(2, job, *adamw, "--training.steps=3")
-    later = ["start_preconditioning_step=100", "beta3=0.9"]
-    settings = [f"--optimizer.shampoo.{setting}" for setting in later]
+    job, name = jobs.write_job(tmp_path), "--optimizer.name=AdamW"
+    at_once = run(2, job, *COMMON, name, "--training.steps=9", "--checkpoint.folder=at_once")[0]
+    settings = [f"--checkpoint.initial_load_path={tmp_path}/at_once/step-3"]
+    settings += ["--checkpoint.no-initial_load_model_only", "--optimizer.shampoo.beta3=0.9"]
+    settings += ["--optimizer.shampoo.start_preconditioning_step=100"]
     shampoo = run(2, job, *COMMON, *settings, "--training.steps=6")
     assert shampoo[0].losses == pytest.approx(at_once.losses[3:6], rel=1e-5)
     assert "factors start anew for 'layers.0." in shampoo[0].logged
     assert "factors start anew" not in shampoo[1].logged
-    back = run(2, job, *adamw, "--training.steps=9")[0]
+    back = run(2, job, *COMMON, name, "--training.steps=9")[0]
     assert back.losses == pytest.approx(at_once.losses[6:], rel=1e-5)
 
 
-def test_data_loaders_of_another_number_of_ranks_are_refused_with_what_to_do(tmp_path):
-    job = jobs.write_job(tmp_path)
-    run(2, job, *COMMON, "--training.steps=3")
-    (outcome,) = run(1, job, *COMMON, "--training.steps=6")
-    assert outcome.exit_code == 2 and outcome.losses == []
-    assert "data loaders were those of 2 data-parallel ranks, and here are 1" in outcome.logged
-    assert 'set checkpoint.exclude_from_loading = ["dataloader"]' in outcome.logged
-    excluded = "--checkpoint.exclude_from_loading=dataloader"
-    (outcome,) = run(1, job, *COMMON, "--training.steps=4", excluded)
-    assert outcome.step == 4 and len(outcome.losses) == 1
-
-
-def test_another_block_size_is_refused(tmp_path):
+def test_what_does_not_fit_is_refused_with_what_to_do(tmp_path):
+    """The data loaders of another number of ranks, and another size of blocks."""
     job = jobs.write_job(tmp_path)
     run(2, job, *COMMON, "--training.steps=3")
     smaller = [*COMMON, "--training.steps=6", "--optimizer.shampoo.max_preconditioner_dim=32"]
@@ -56,6 +44,13 @@ def test_another_block_size_is_refused(tmp_path):
         assert f"{tmp_path}/checkpoint/step-3 does not fit this job" in outcome.logged
         assert "'max_preconditioner_dim' is 1024 in the checkpoint, but 32 here" in outcome.logged
         assert 'on_mismatch = "rebuild"' in outcome.logged
+    (outcome,) = run(1, job, *COMMON, "--training.steps=6")
+    assert outcome.exit_code == 2 and outcome.losses == []
+    assert "data loaders were those of 2 data-parallel ranks, and here are 1" in outcome.logged
+    assert 'set checkpoint.exclude_from_loading = ["dataloader"]' in outcome.logged
+    excluded = "--checkpoint.exclude_from_loading=dataloader"
+    (outcome,) = run(1, job, *COMMON, "--training.steps=4", excluded)
+    assert outcome.step == 4 and len(outcome.losses) == 1
 
 
 # --------------- folders that are reached through fsspec (s3://, gs://), here file:// and memory://

@@ -1,6 +1,6 @@
 """What is found in the model for Shampoo."""
 
-from types import SimpleNamespace
+import re
 
 import pytest
 import torch.distributed as dist
@@ -37,16 +37,14 @@ def blocks(job, arguments) -> dict[str, tuple[int, ...]]:
     trainer = jobs.make_trainer(job, *arguments)
     (optimizer,) = trainer.optimizers.optimizers
     members = [member for member in optimizer._parameters.members if member.part]
-    shapes = {m.name: tuple(m.part.grid.tiles) for m in members if "attention.w" in m.name}
-    shapes |= {m.name: tuple(m.part.grid.tiles) for m in members if "wqkv" in m.name}
     trainer.close()
-    return shapes
+    return {m.name: m.part.grid.tiles for m in members if re.search(r"attention\.w|wqkv", m.name)}
 
 
 @jobs.on_cpu
 def test_attention_of_a_job_is_cut_between_heads(tmp_path):
     arguments = ["--optimizer.shampoo.split_heads", r"\.w[qkv]\.,wqkv"]
-    found = run_ranks(2, blocks, init=False, job=jobs.write_job(tmp_path), arguments=arguments)[0]
+    (found,) = run_ranks(1, blocks, init=False, job=jobs.write_job(tmp_path), arguments=arguments)
     # 4 heads of 16 rows each for queries, keys and values, in one matrix or three.
     assert sum(tiles[0] for name, tiles in found.items() if "layers.0" in name) in (12, 13)
     assert max(tiles[0] for tiles in found.values()) in (4, 12)
@@ -68,13 +66,9 @@ def test_embeddings_of_every_part_are_known_by_their_type(recwarn):
         container = ShampooOptimizers(ShampooOptimizers.Config(), model_parts=parts)
     else:
         from shampoo_torchtitan.optimizer import build_optimizers
+        from tests.shampoo_torchtitan.test_optimizer import ONE_RANK, config
 
-        job = SimpleNamespace(
-            name="shampoo", lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1
-        )
-        job.implementation, job.early_step_in_backward = "for-loop", False
-        no_ranks = SimpleNamespace(dp_replicate_enabled=False, fsdp_enabled=False)
-        container = build_optimizers(parts, job, no_ranks)
+        container = build_optimizers(parts, config(), ONE_RANK)
     left = [optimizer.matrices_left_to_grafting() for optimizer in container.optimizers]
     assert left == [["token.weight", "position.weight"], []]
     assert not [warning for warning in recwarn if "exclude" in str(warning.message)]

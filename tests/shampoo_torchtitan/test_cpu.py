@@ -1,41 +1,13 @@
 """Training without a GPU."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from shampoo_torchtitan import cpu
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
-from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
 
 pytestmark = jobs.on_cpu
-
-
-def _initial_weights(job: Path, arguments: list[str]) -> dict[str, torch.Tensor]:
-    trainer = jobs.make_trainer(job, *arguments)
-    trainer.close()
-    return jobs.weights(trainer)
-
-
-def test_initial_weights_do_not_depend_on_the_mesh(tmp_path):
-    job = jobs.write_job(tmp_path)
-    meshes = [
-        (1, []),
-        (4, ["--parallelism.tensor_parallel_degree=2"]),
-        (4, ["--parallelism.data_parallel_replicate_degree=2"]),
-    ]
-    expected = None
-    for n, arguments in meshes:
-        arguments = [*arguments, "--optimizer.name=AdamW"]
-        for found in run_ranks(n, _initial_weights, init=False, job=job, arguments=arguments):
-            expected = expected or found
-            assert found.keys() == expected.keys()
-            for name in expected:
-                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
-    halves = expected["layers.0.feed_forward.w1.weight"].chunk(2)
-    assert not torch.equal(halves[0], halves[1])
 
 
 def test_settings_for_gpus_are_put_right(tmp_path):

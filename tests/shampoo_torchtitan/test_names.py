@@ -10,7 +10,7 @@ import pytest
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.names import name_in_03
 from tests.shampoo_torchtitan import jobs
-from tests.shampoo_torchtitan.checkpointing import run
+from tests.shampoo_torchtitan.jobs import run
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def as_02_would_name_it(checkpoint: Path) -> None:
 def test_a_job_goes_on_with_what_fits_of_a_checkpoint_of_02(tmp_path):
     job = jobs.write_job(tmp_path)
     common = ["--checkpoint.enable", "--checkpoint.exclude_from_loading=dataloader"]
-    first = run(2, job, *common, "--training.steps=4")[0]
+    (first,) = run(1, job, *common, "--training.steps=4")
     as_02_would_name_it(tmp_path / "checkpoint" / "step-4")
-    refused = run(2, job, *common, "--training.steps=8")[0]
+    (refused,) = run(1, job, *common, "--training.steps=8")
     assert refused.exit_code == 2
     qkv = "'layers.0.attention.qkv_linear.wqkv.weight'"
     assert f"no optimizer state for parameter {qkv}" in refused.logged
     rebuild = "--optimizer.shampoo.on_mismatch=rebuild"
-    outcome = run(2, job, *common, "--training.steps=8", rebuild)[0]
+    (outcome,) = run(1, job, *common, "--training.steps=8", rebuild)
     assert outcome.step == 8 and outcome.losses[0] < first.losses[-1]
     assert f"all starts anew for {qkv}" in outcome.logged

@@ -21,7 +21,7 @@ from torchtitan.components.optimizer import OptimizersContainer
 from shampoo_torchtitan import optimizer
 
 
-def _config(**changes):
+def config(**changes):
     values = {
         "name": "SHAMPOO",
         "lr": 1e-3,
@@ -35,7 +35,7 @@ def _config(**changes):
     return SimpleNamespace(**(values | changes))
 
 
-_ONE_RANK = SimpleNamespace(
+ONE_RANK = SimpleNamespace(
     dp_replicate_enabled=False, fsdp_enabled=False, ep_enabled=False, pp_enabled=False
 )
 
@@ -50,7 +50,7 @@ def test_every_model_gets_our_builder_however_it_reaches_titans():
     model.layers["0"].moe_enabled = True
     model.layers["0"].moe = SimpleNamespace(load_balance_coeff=1e-3)
     build = torchtitan.models.deepseek_v3.get_train_spec().build_optimizers_fn
-    container = build([model], _config(), _ONE_RANK)
+    container = build([model], config(), ONE_RANK)
     assert shampoos_of(container)
     assert len(container._optimizer_step_pre_hooks) == 1
 
@@ -60,23 +60,16 @@ def test_registering_again_changes_nothing():
     shampoo_torchtitan.register()
     assert torchtitan.components.metrics.MetricsProcessor is before
     assert torchtitan.components.optimizer.build_optimizers is optimizer.build_optimizers
-    config = _config(name="AdamW")
-    adamw = optimizer.build_optimizers([torch.nn.Linear(2, 2)], config, _ONE_RANK)
+    of_adamw = config(name="AdamW")
+    adamw = optimizer.build_optimizers([torch.nn.Linear(2, 2)], of_adamw, ONE_RANK)
     assert type(adamw) is OptimizersContainer
 
 
-@pytest.mark.parametrize(
-    "changes, ft_manager, said",
-    [
-        ({"early_step_in_backward": True}, None, "early_step_in_backward"),
-        ({}, SimpleNamespace(enabled=True), "fault_tolerance"),
-    ],
-)
-def test_what_shampoo_cannot_do_is_refused(changes, ft_manager, said):
-    with pytest.raises(ValueError, match=said):
-        optimizer.build_optimizers(
-            [torch.nn.Linear(2, 2)], _config(**changes), _ONE_RANK, ft_manager
-        )
+def test_torchft_is_refused():
+    """As is what else Shampoo cannot do; the rest is in test_job_config."""
+    manager = SimpleNamespace(enabled=True)
+    with pytest.raises(ValueError, match="fault_tolerance"):
+        optimizer.build_optimizers([torch.nn.Linear(2, 2)], config(), ONE_RANK, manager)
 
 
 def test_wrapped_modules_keep_their_names():
@@ -85,5 +78,5 @@ def test_wrapped_modules_keep_their_names():
     model._checkpoint_wrapped_module = torch.nn.Module()
     model._checkpoint_wrapped_module._orig_mod = torch.nn.Module()
     model._checkpoint_wrapped_module._orig_mod.output = torch.nn.Linear(8, 8, bias=False)
-    container = optimizer.build_optimizers([model], _config(), _ONE_RANK)
+    container = optimizer.build_optimizers([model], config(), ONE_RANK)
     assert container.optimizers[0].matrices_left_to_grafting() == ["output.weight"]

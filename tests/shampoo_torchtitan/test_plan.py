@@ -1,4 +1,4 @@
-"""The plan of a job, made without running it, is the one that the job makes."""
+"""The plan of a job, made without running it. (That the job makes it: test_meshes.)"""
 
 import dataclasses
 import json
@@ -10,14 +10,11 @@ import torch
 from torch import nn
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.rules.device import on_device
-from shampoo_fsdp.rules.layout import block_costs
 from shampoo_fsdp.tools.models import model_specs
 from shampoo_torchtitan import plan
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from shampoo_torchtitan.plan import job_plan, job_specs, main, read_job
-from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
 
 
@@ -57,36 +54,6 @@ def test_the_built_in_models_are_laid_out_as_torchtitan_does(
     ours = {spec.name: spec for spec in model_specs(built_in, mesh)}
     matrices = {spec.name: spec for spec in theirs if len(spec.shape) > 1}
     assert matrices == {name: spec for name, spec in ours.items() if len(spec.shape) > 1}
-
-
-def fingerprint_of_training(job: Path, arguments: list[str]) -> str:
-    trainer = jobs.make_trainer(job, *arguments)
-    (optimizer,) = trainer.optimizers.optimizers
-    (team,) = optimizer._parameters.teams
-    return team.assignment.fingerprint
-
-
-@jobs.on_cpu
-@pytest.mark.parametrize(
-    "degrees",
-    [
-        [],
-        ["--parallelism.tensor_parallel_degree", "2"],
-        [
-            *("--parallelism.data_parallel_replicate_degree", "4"),
-            *("--parallelism.data_parallel_shard_degree", "1"),
-        ],
-    ],
-)
-def test_a_job_makes_the_plan_that_was_shown(tmp_path, degrees):
-    job = jobs.write_job(tmp_path)
-    of_ranks = run_ranks(4, fingerprint_of_training, init=False, job=job, arguments=degrees)
-    config = read_job(["--job.config_file", str(job), *degrees])
-    (specs,) = job_specs(config, 4)
-    settings = on_device(config.optimizer.shampoo, torch.device("cpu"))
-    assert settings.precondition_frequency == 2  # the job's own
-    chosen = [s for s in specs if len(s.shape) == 2 and "layers" in s.name]
-    assert set(of_ranks) == {Assignment(chosen, settings, block_costs(settings), 0).fingerprint}
 
 
 @pytest.mark.skipif(not jobs.PIPELINES, reason="needs torch 2.14 in TorchTitan 0.3")
