@@ -8,8 +8,7 @@ from torch import Tensor
 
 from tests.reference.algebra import eigenbasis, warm_qr_step
 from tests.reference.soap import SoapRule
-from tests.test_reference import orthogonal, reference
-from tests.test_reference_settings import matrix_power, random_gradients, updates
+from tests.test_reference import matrix_power, orthogonal, random_gradients, reference, updates
 
 # --------------------------------------------------------------------------------------- SOAP
 

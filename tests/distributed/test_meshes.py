@@ -11,7 +11,7 @@ from tests import models
 from tests.models import deterministic_gradients, full_parameters, set_gradients, with_shampoo
 from tests.ranks import ranks, run_ranks
 
-STEPS = 20
+STEPS = 12
 SETTINGS = {"lr": 1e-2, "max_preconditioner_dim": 16, "precondition_frequency": 4}
 UNEVEN = {"dim": 10, "hidden": 17, "vocab": 11}
 FEWER_ROWS_THAN_RANKS = {"dim": 3, "hidden": 2, "vocab": 5}

@@ -305,20 +305,6 @@ def test_gradients_that_are_zero_until_after_the_first_refresh(rule, grafting):
     assert error_of_rule(rule, change=change, **settings) <= 1.0
 
 
-def test_lr_by_width_is_that_of_the_width_for_all_matrices_as_wide():
-    shapes = {"layers.0.w": (24, 32)}
-    found = []
-    for lr, width in ((0.01, None), (0.02, 8)):
-        parameter = nn.Parameter(torch.zeros(shapes["layers.0.w"]))
-        optimizer = Shampoo([("layers.0.w", parameter)], lr=lr, weight_decay=0.0, base_width=width)
-        for step in range(3):
-            parameter.grad = spread_gradients(shapes, step)["layers.0.w"].float()
-            optimizer.step()
-        found.append(parameter.detach())
-    torch.testing.assert_close(*found)
-    assert found[0].any()
-
-
 @st.composite
 def members(draw) -> tuple[tuple[int, ...], dict[str, object]]:
     """A shape and settings that are allowed together."""

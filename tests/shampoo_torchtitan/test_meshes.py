@@ -1,8 +1,8 @@
 """Every mesh that TorchTitan builds from a job's settings gives the update of one process, by the
 plan that was shown, and goes on with what any other has saved.
 
-By default a path through all meshes, and each to itself; with --all-pairs all pairs. Meshes with
-FSDP save asynchronously.
+By default a path through all meshes, and the first two to themselves; with --all-pairs all pairs.
+Meshes with FSDP save asynchronously.
 """
 
 import functools
@@ -166,7 +166,7 @@ def test_each_trains_as_one_process_and_as_planned_and_checkpoints_move(tmp_path
     pairs = (
         itertools.product(names, names) if everything else itertools.pairwise([*names, names[0]])
     )
-    pairs = dict.fromkeys([*((name, name) for name in names), *pairs])
+    pairs = dict.fromkeys([*((name, name) for name in names[:2]), *pairs])
     job, done = jobs.write_job(tmp_path), set()
     for mesh in [*names, *names]:  # the second time for what had not been saved yet
         loads = [s for s, target in pairs if target == mesh and (s, mesh) not in done]

@@ -1,7 +1,11 @@
-"""Matrices whose inverse roots the tests take."""
+"""Matrices whose inverse roots the tests take, and one that is trained."""
+
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from shampoo_fsdp import Shampoo
 
 
 def with_spectrum(eigenvalues: Tensor, blocks: int = 3, seed: int = 0) -> Tensor:
@@ -21,3 +25,19 @@ def long_average(blocks: int, n: int, *, rank: int, steps: int, decay: float) ->
         gradients = directions @ torch.randn(blocks, rank, 2 * rank, generator=generator)
         factors.mul_(decay).baddbmm_(gradients, gradients.mT, alpha=1.0 - decay)
     return factors
+
+
+def trained(
+    steps: Iterable[int], state: dict[str, object] | None = None, **settings: object
+) -> tuple[Tensor, Shampoo]:
+    """[24, 16], from zeros, on the gradients of these steps; and its optimizer."""
+    weight = nn.Parameter(torch.zeros(24, 16))
+    optimizer = Shampoo([("w", weight)], lr=1e-2, precondition_frequency=2, **settings)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        mixing = torch.linspace(0.1, 1.0, 16)
+        weight.grad = torch.randn(24, 16, generator=generator) * mixing
+        optimizer.step()
+    return weight.detach(), optimizer

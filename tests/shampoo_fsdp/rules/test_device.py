@@ -7,6 +7,7 @@ from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.rules import device as production
 from shampoo_fsdp.rules.device import kernels_used, on_device, reasons
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
+from tests.shampoo_fsdp.rules.matrices import trained
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -78,19 +79,6 @@ def test_the_optimizer_says_what_it_chose():
     optimizer = Shampoo([("w", torch.nn.Parameter(torch.ones(2, 2)))])
     expected = "root_method = 'eigh', matmul_precision = 'highest' (the default on cpu)"
     assert optimizer.chosen_by_device == expected
-
-
-def trained(steps: range, state: dict | None = None, **settings: object) -> tuple:
-    weight = torch.nn.Parameter(torch.zeros(24, 16))
-    optimizer = Shampoo([("w", weight)], lr=1e-2, precondition_frequency=2, **settings)
-    if state is not None:
-        optimizer.load_state_dict(state)
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        mixing = torch.linspace(0.1, 1.0, 16)
-        weight.grad = torch.randn(24, 16, generator=generator) * mixing
-        optimizer.step()
-    return weight.detach(), optimizer
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo"])

@@ -98,10 +98,12 @@ def test_a_gpus_units_bear_what_rounding_makes_of_missing_directions(exponent, m
 
 @pytest.mark.parametrize("exponent", [-2.0, -1.0, -0.75, -0.5, -0.25, -0.0625])
 @pytest.mark.parametrize("rank", [3, 20])
-def test_no_exponent_fails_for_a_matrix_that_lacks_rank(exponent, rank):
+@pytest.mark.parametrize("method", ["polynomial", "coupled_newton"])
+def test_no_exponent_fails_for_a_matrix_that_lacks_rank(exponent, rank, method):
+    """Whose residual says nothing for some: what the matrix lacks counts most in it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 60, rank, generator=generator)
-    root, failed = inverse_root(x @ x.mT, exponent, 1e-12, "polynomial")
+    root, failed = inverse_root(x @ x.mT, exponent, 1e-12, method)
     assert root.isfinite().all() and not failed.any()
 
 
@@ -121,6 +123,6 @@ def test_the_first_polynomial_needs_its_precision(monkeypatch):
 
 
 def test_a_large_matrix():
-    matrix = with_spectrum(torch.logspace(0, -6, 2048), blocks=1)
+    matrix = with_spectrum(torch.logspace(0, -6, 1024), blocks=1)
     root, _ = inverse_root(matrix.float(), -0.5, 0.0, "polynomial", resolution=1e-5)
     assert error_on_gradients(root, matrix, 1e-5) < 0.15

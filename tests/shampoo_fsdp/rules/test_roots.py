@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shampoo_fsdp.rules import roots as production
 from shampoo_fsdp.rules.eigenbasis import eigenbasis, warm_eigenbasis
 from shampoo_fsdp.rules.roots import ROOT_METHODS, check_exponent, root_residual
 from tests.shampoo_fsdp.rules.matrices import long_average, with_spectrum
+from tests.shampoo_fsdp.test_step_operators import NoReadBack
 
 RESOLUTION = 2.0**-23
 PRODUCTS_ALONE = ("coupled_newton", "polynomial")
@@ -76,14 +76,6 @@ def test_the_root_is_the_inverse_root(method, exponent, n, condition, scale, see
     assert relative_error(root, exact) < 1e-5 + max(-exponent, 0.5) * moved
 
 
-@pytest.mark.parametrize("method", PRODUCTS_ALONE)
-@pytest.mark.parametrize("exponent", [-0.75, -2.0])
-def test_a_matrix_without_rank_has_such_roots_too(method, exponent):
-    """Their residual says nothing: what the matrix lacks counts most in it."""
-    matrices = with_spectrum(torch.tensor([1.0] * 4 + [0.0] * 20)).float()
-    assert inverse_root(matrices, exponent, 1e-12, method).isfinite().all()
-
-
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])
 def test_fp64_has_fp64s_accuracy(exponent):
     matrices = with_spectrum(decaying(30, 1e6))
@@ -143,7 +135,7 @@ def test_matrix_products_add_no_ridge_of_their_own():
 
 
 @pytest.mark.parametrize("method", ["eigh", "coupled_newton"])
-@pytest.mark.parametrize("n", [4, 32, 128, 512, 1024])
+@pytest.mark.parametrize("n", [4, 64, 512])
 @pytest.mark.parametrize("samples", [2, None], ids=["rank 2", "full rank"])
 def test_small_eigenvalues_above_the_resolution_are_exact(method, n, samples):
     generator = torch.Generator().manual_seed(0)
@@ -248,25 +240,15 @@ def test_an_unknown_method_is_refused():
         inverse_root(torch.eye(3).unsqueeze(0), -0.5, 1e-12, "cholesky")
 
 
-class _Refuses(TorchDispatchMode):
-    """Raises where a value of a tensor goes to the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        refused = (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal, aten.item)
-        assert func.overloadpacket not in refused, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @every_method
 def test_nothing_is_read_back_to_the_host(method):
     """On CUDA eigh itself reads back whether it succeeded; nothing else may."""
     matrices = with_spectrum(decaying(12, 1e3)).float()
     matrices[1] = torch.nan
     _, vectors = eigenbasis(with_spectrum(decaying(12, 1e2)).float())
-    with pytest.raises(AssertionError, match="waits"), _Refuses():
+    with pytest.raises(AssertionError, match="reads"), NoReadBack():
         bool(matrices[0, 0, 0] > 0.0)
-    with _Refuses():
+    with NoReadBack():
         roots = inverse_root(matrices, -0.25, 1e-12, method)
         root_residual(matrices, roots, 4, 1e-12)
         warm_eigenbasis(matrices, vectors)

@@ -5,26 +5,14 @@ import torch
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.rules import stack
+from tests.shampoo_fsdp.rules.matrices import trained
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "kl_shampoo", "soap"])
 def test_roots_are_the_same_in_however_many_parts_they_are_taken(preconditioner, monkeypatch):
-    def trained() -> tuple[torch.Tensor, list[int]]:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.nn.Parameter(torch.zeros(24, 16))
-        optimizer = Shampoo(
-            [("w", weight)],
-            lr=1e-2,
-            preconditioner=preconditioner,
-            max_preconditioner_dim=8,  # 6 blocks
-            precondition_frequency=2,
-        )
-        for _ in range(8):
-            weight.grad = torch.randn(24, 16, generator=generator)
-            optimizer.step()
-        return weight.detach(), optimizer.counters().tolist()
-
-    whole, counted = trained()
+    settings = {"preconditioner": preconditioner, "max_preconditioner_dim": 8}  # 6 blocks
+    whole, optimizer = trained(range(8), **settings)
+    counted = optimizer.counters().tolist()
     calls = []
     monkeypatch.setattr(stack, "_AT_ONCE", 2 * 2 * 8**2)
     original = stack.BlockStack._refresh
@@ -33,9 +21,9 @@ def test_roots_are_the_same_in_however_many_parts_they_are_taken(preconditioner,
         "_refresh",
         lambda self, chosen, *rest: calls.append(chosen) or original(self, chosen, *rest),
     )
-    in_parts, counted_again = trained()
+    in_parts, optimizer = trained(range(8), **settings)
     assert max(map(len, calls)) == 2
-    assert counted == counted_again
+    assert optimizer.counters().tolist() == counted
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -43,7 +31,7 @@ def test_roots_are_the_same_in_however_many_parts_they_are_taken(preconditioner,
 def test_a_block_does_not_depend_on_neighbours_that_have_had_no_gradient(precision):
     """Which blocks are in one stack depends on the mesh."""
 
-    def trained(names: str) -> torch.Tensor:
+    def of_two(names: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         weights = {name: torch.nn.Parameter(torch.zeros(12, 8)) for name in names}
         optimizer = Shampoo(weights.items(), lr=1e-2, matmul_precision=precision)
@@ -52,4 +40,4 @@ def test_a_block_does_not_depend_on_neighbours_that_have_had_no_gradient(precisi
             optimizer.step()
         return weights["a"].detach()
 
-    torch.testing.assert_close(trained("ab"), trained("a"), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(of_two("ab"), of_two("a"), rtol=1e-6, atol=1e-8)

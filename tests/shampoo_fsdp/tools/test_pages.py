@@ -75,19 +75,6 @@ def test_the_page_of_two_checkpoints(tmp_path, capsys):
     check(page, ("Health", "healthy", "What has moved", "effective rank"), pictures=2)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--hf", "no.json", "--mesh", "dp_shard=2"], "--hf 'no.json': there is no such file"),
-        (["--module", "no.py:build", "--mesh", "dp_shard=2"], "--module 'no.py:build'"),
-        (["--model", "llama3-8b", "--mesh", "pp=33"], "pp = 33 stages cannot share the 32 layers"),
-    ],
-)
-def test_what_cannot_be_planned_is_one_line(capsys, arguments, message):
-    assert main(["plan", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_config_of_hugging_face_is_planned(tmp_path, capsys):
     pytest.importorskip("transformers")
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
