@@ -66,7 +66,7 @@ def table(given: Table) -> str:
     """Make a table with a heading."""
     rows = [given.heads, *given.rows]
     is_text = [all(cell[:1].isalpha() for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
+    lines: list[str] = []
     for row in rows:
         kind = "td" if lines else "th"
         cells = (
