@@ -60,22 +60,10 @@ def adamw_masked(
 
 
 def _adamw_masked(
-    weights,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
-    skipped,
-    step_size,
-    lost,
-    rate1,
-    rate2,
-    eps,
-    root,
-    largest,
-    size,
-    CHUNK: tl.constexpr,
-    TURNS: tl.constexpr,
-):
+    weights, gradient, exp_avg, exp_avg_sq, skipped,
+    step_size, lost, rate1, rate2, eps, root, largest, size,
+    CHUNK: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
     """Grid: programs of TURNS chunks each."""
     left_out = tl.zeros((CHUNK,), tl.int32)
     for turn in range(TURNS):

@@ -79,20 +79,10 @@ def can_update(factors: Tensor, blocks: Tensor) -> bool:
 
 
 def _update_factors(
-    blocks,
-    factors,
-    rate,
-    share,
-    n,
-    rest,
-    stride,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SUMS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    blocks, factors, rate, share, n, rest, stride,
+    TILE: tl.constexpr, DEPTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Grid: tiles of a triangle, blocks. `blocks` is a descriptor of U or U^T, `factors` one of F,
     or the address of packed ones."""
     row, column = triangle(tl.program_id(0))

@@ -73,23 +73,10 @@ def momenta(
 
 
 def _momenta(
-    gradient,
-    exp_avg,
-    moment,
-    mixed,
-    usable,
-    squares,
-    rate1,
-    rate2,
-    share,
-    eps,
-    factor,
-    size,
-    programs,
-    CHUNK: tl.constexpr,
-    TURNS: tl.constexpr,
-    SUMS: tl.constexpr,
-):
+    gradient, exp_avg, moment, mixed, usable, squares, rate1, rate2, share, eps, factor,
+    size, programs,
+    CHUNK: tl.constexpr, TURNS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
     """Grid: the programs of a block, block after block, of TURNS chunks each."""
     block = tl.program_id(0) // programs
     program = tl.program_id(0) % programs

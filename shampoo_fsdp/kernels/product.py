@@ -181,24 +181,9 @@ def _summed(p: Tensor, c: Tensor | None, sum_: Sum, in_place: bool = False) -> T
 
 
 def _product(
-    a,
-    b,
-    c,
-    out,
-    second,
-    squares,
-    alpha,
-    beta,
-    gamma,
-    alpha2,
-    beta2,
-    gamma2,
-    n,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    a, b, c, out, second, squares, alpha, beta, gamma, alpha2, beta2, gamma2, n,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, SYMMETRIC: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """Grid: tiles of a matrix or of its upper triangle, blocks. Matrices come as descriptors."""
     block = tl.program_id(1)
     if SYMMETRIC:

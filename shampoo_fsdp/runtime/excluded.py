@@ -97,7 +97,8 @@ class ExcludedParameters:
     ) -> None:
         # In one piece, so that the number of kernels does not grow with that of the parameters; one
         # that is alone needs no copy for that.
-        old = {name: _joined([span[name].reshape(-1) for span in chunk]) for name in chunk[0]}
+        parts = {name: [span[name].reshape(-1) for span in chunk] for name in chunk[0]}
+        old = {name: torch.cat(of) if len(of) > 1 else of[0] for name, of in parts.items()}
         gradient = old.pop("gradient")
         sizes = [span["gradient"].numel() for span in chunk]
         beta1, beta2 = group.betas[0], group.graft_beta2
@@ -119,8 +120,8 @@ class ExcludedParameters:
         for name, values in old.items():
             targets = [span[name] for span in chunk]
             if len(chunk) > 1 or not targets[0].is_contiguous():
-                parts = zip(torch.split(values, sizes), targets, strict=True)
-                torch._foreach_copy_(targets, [part.view_as(target) for part, target in parts])
+                pairs = zip(torch.split(values, sizes), targets, strict=True)
+                torch._foreach_copy_(targets, [part.view_as(target) for part, target in pairs])
 
     def _step_copies(
         self,
@@ -147,21 +148,11 @@ class ExcludedParameters:
             # The kernel counts them up itself.
             steps = gradient.new_full((len(sizes),), step - 1.0, dtype=torch.float32)
             adamw(
-                weights,
-                list(torch.split(gradient, sizes)),
-                first,
-                second,
-                [],
-                list(steps.unbind()),
-                fused=True,
-                amsgrad=False,
-                maximize=False,
-                lr=group.lr,
-                beta1=group.betas[0],
-                beta2=group.graft_beta2,
-                eps=group.graft_eps,
+                weights, list(torch.split(gradient, sizes)), first, second, [],
+                list(steps.unbind()), fused=True, amsgrad=False, maximize=False,
+                lr=group.lr, beta1=group.betas[0], beta2=group.graft_beta2, eps=group.graft_eps,
                 weight_decay=group.weight_decay,
-            )
+            )  # fmt: skip
         else:
             self._other(gradient, new, step, group)
         for name, values in old.items():
@@ -214,7 +205,3 @@ def _chunks(spans: Sequence[_Span]) -> Iterator[list[_Span]]:
             elements += part["gradient"].numel()
     if chunk:
         yield chunk
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
