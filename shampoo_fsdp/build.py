@@ -39,7 +39,7 @@ from shampoo_fsdp.runtime.team import Groups, Parameters, Team, tensors_of
 from shampoo_fsdp.state import State, States
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["build", "check", "waits"]
+__all__ = ["build"]
 
 
 def waits(groups: Groups, replicas: dist.ProcessGroup | None) -> bool:

@@ -23,7 +23,7 @@ from shampoo_fsdp.validation import (
     refuse,
 )
 
-__all__ = ["DEFAULT_EXCLUDE", "FIELD_TEXTS", "RULES", "ShampooConfig"]
+__all__ = ["FIELD_TEXTS", "RULES", "ShampooConfig"]
 
 DEFAULT_EXCLUDE = "default"
 """In `exclude`, what stands for embeddings and the output layer."""

@@ -10,7 +10,7 @@ from typing import Any
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, refuse, refuse_unknown
 
-__all__ = ["GroupSettings", "settings_from_keywords", "validate_hyperparameters"]
+__all__ = ["settings_from_keywords", "validate_hyperparameters"]
 
 
 @dataclass(frozen=True)

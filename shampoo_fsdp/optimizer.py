@@ -111,11 +111,7 @@ class Shampoo(torch.optim.Optimizer):
         return self._built.parameters.config if self._built else self._given
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, as long as no step has been taken.
-
-        Raises:
-            RuntimeError: one has.
-        """
+        """Add a group of parameters; a RuntimeError if a step has been taken."""
         if self._built and self._parameters.has_values:
             raise RuntimeError(
                 "add_param_group() after a step. Build another one with all groups and "
@@ -180,8 +176,8 @@ class Shampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        built, parameters = self._ready(), self._parameters
-        built.whole = None
+        built = self._ready()
+        parameters, built.whole = built.parameters, None
         parameters.watch.start()
         refuse_moved(parameters.members, parameters.device)
         with full_precision(parameters.device.type), kernels(self.config.kernels):

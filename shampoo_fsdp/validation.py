@@ -11,15 +11,7 @@ from numbers import Real
 from typing import Annotated, Any, Literal, NoReturn
 
 __all__ = [
-    "TORCH_OPTIONS",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "PositiveFloat",
-    "PositiveInt",
-    "Share",
     "check_fields",
-    "check_patterns",
-    "check_torch_options",
     "field_types",
     "name_some",
     "refuse",

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from shampoo_fsdp.rules.layout import MARKER, factor_entries, preconditioner_of
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["CheckpointMismatch", "LoadReport", "decide", "is_state_entry", "state_keys"]
+__all__ = ["CheckpointMismatch", "LoadReport", "state_keys"]
 
 OnMismatch = Literal["refuse", "rebuild"]
 

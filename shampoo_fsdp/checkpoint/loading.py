@@ -32,7 +32,7 @@ from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 from shampoo_fsdp.rules.layout import factor_entries
 from shampoo_fsdp.validation import refuse
 
-__all__ = ["ShampooLoadPlanner", "carry_out", "copy_own_part", "flat", "other_pieces", "start_anew"]
+__all__ = ["ShampooLoadPlanner"]
 
 _logger = getLogger(__name__)
 

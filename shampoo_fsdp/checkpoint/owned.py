@@ -15,8 +15,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.utils._pytree import tree_map
 
-__all__ = ["OwnedBlocks", "Reading"]
-
 OF_EACH_PIECE = (
     torch.ops.aten.detach.default,
     torch.ops.aten.clone.default,

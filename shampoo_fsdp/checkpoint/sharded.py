@@ -32,7 +32,7 @@ from shampoo_fsdp.rules.layout import MARKER, saved_entries, settings_marker
 
 aten = torch.ops.aten
 
-__all__ = ["local_parts", "state_entries"]
+__all__ = ["local_parts"]
 
 Pieces = Mapping[tuple[int, ...], Tensor]
 """Values by their offsets in the whole."""

@@ -21,7 +21,7 @@ from shampoo_fsdp.kernels.language import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["can_update", "update_factors"]
+__all__ = ["update_factors"]
 
 
 def update_factors(

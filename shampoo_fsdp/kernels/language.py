@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # `_names` imports it for all others
     import triton.language as tl
 
-__all__ = ["can_run", "describable", "kernels", "missing", "observed_by", "sums_in_fp32"]
+__all__ = ["kernels", "observed_by"]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -14,7 +14,7 @@ from shampoo_fsdp.kernels.language import can_run, launch, number, of_block, siz
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["keep", "line", "parts", "two_sums"]
+__all__ = ["keep", "parts", "two_sums"]
 
 _CHUNK = 2048
 """Entries that a program of `two_sums` has."""

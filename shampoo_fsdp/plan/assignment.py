@@ -24,7 +24,7 @@ from shampoo_fsdp.plan.shards import (
     volume,
 )
 
-__all__ = ["Assignment", "OwnedBlock", "Part", "Slices", "parts_of"]
+__all__ = ["Assignment"]
 
 Slices = tuple[slice, ...]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
 
-__all__ = ["BlockGrid", "cut_view", "lr_scale", "view_dims"]
+__all__ = ["BlockGrid", "cut_view"]
 
 _UNIT = 8
 

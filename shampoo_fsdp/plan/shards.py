@@ -146,7 +146,8 @@ class ShardMap:
         for shard in itertools.product(*overlapping):
             ranks = self._holders.get(shard)
             if ranks is not None:
-                yield _intersection(block, shard), ranks
+                pairs = zip(block, shard, strict=True)
+                yield tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in pairs), ranks
 
 
 def shard_maps(parameters: Sequence[ParameterSpec], config: ShampooConfig) -> list[ShardMap]:
@@ -262,7 +263,3 @@ def shape_of(rectangle: Rectangle) -> tuple[int, ...]:
 
 def volume(rectangle: Rectangle) -> int:
     return math.prod(shape_of(rectangle))
-
-
-def _intersection(a: Rectangle, b: Rectangle) -> Rectangle:
-    return tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))

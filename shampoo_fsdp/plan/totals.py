@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from shampoo_fsdp.plan.assignment import Assignment
 from shampoo_fsdp.plan.shards import ShardMap, Site, volume
 
-__all__ = ["Totals", "summed"]
+__all__ = ["Totals"]
 
 
 class Totals:

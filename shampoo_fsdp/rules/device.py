@@ -9,7 +9,7 @@ from shampoo_fsdp.kernels.language import missing
 from shampoo_fsdp.rules.precision import has_fast_bfloat16
 from shampoo_fsdp.rules.roots import check_exponent
 
-__all__ = ["kernels_used", "on_device", "reasons"]
+__all__ = ["on_device", "reasons"]
 
 
 def on_device(config: ShampooConfig, device: torch.device) -> ShampooConfig:

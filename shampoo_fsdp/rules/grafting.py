@@ -13,14 +13,6 @@ from torch import Tensor
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.rules.matrices import on_device
 
-__all__ = [
-    "LARGEST_GRADIENT",
-    "accelerate",
-    "graft_step",
-    "second_moment_name",
-    "update_second_moment",
-]
-
 LARGEST_GRADIENT = 1e15
 """Squares of larger entries, summed over a block, would leave the range of fp32."""
 

@@ -12,14 +12,7 @@ from shampoo_fsdp.rules.grafting import second_moment_name
 from shampoo_fsdp.rules.matrices import StateEntry, factor_kinds, torch_dtype
 from shampoo_fsdp.rules.roots import by_products
 
-__all__ = [
-    "MARKER",
-    "block_costs",
-    "factor_entries",
-    "preconditioner_of",
-    "saved_entries",
-    "settings_marker",
-]
+__all__ = ["MARKER", "block_costs", "factor_entries", "preconditioner_of"]
 
 MARKER = "max_preconditioner_dim"
 """Name of the entry whose shape is :func:`settings_marker`."""

@@ -12,13 +12,11 @@ from shampoo_fsdp.config import ShampooConfig
 
 __all__ = [
     "FactorKind",
+    "Positions",
     "condition_number",
     "factor_kinds",
-    "is_matrix",
-    "on_device",
     "resolution_of",
     "sides_without_factor",
-    "to_device",
     "torch_dtype",
     "unpacked",
 ]

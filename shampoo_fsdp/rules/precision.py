@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shampoo_fsdp.kernels.language import sums_in_fp32
 
-__all__ = ["full_precision", "has_fast_bfloat16"]
+__all__ = ["full_precision", "has_fast_bfloat16", "products_in"]
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 """Values of the setting `matmul_precision`."""
@@ -93,26 +93,22 @@ def gram(blocks: Tensor) -> Tensor:
 def add_gram(factors: Tensor, blocks: Tensor, weight: float) -> Tensor:
     """factors [B, n, n] + weight U U^T, in place, summed in fp32; blocks U [B, n, m], fp32 or
     bf16."""
-    if factors.device.type == "cpu":
-        blocks = blocks.float()
-        if factors.shape[1] >= _IN_STRIPS:
-            return _add_gram_in_strips(factors, blocks, weight)
-    elif blocks.dtype == torch.bfloat16:
-        return factors.add_(gram(blocks), alpha=weight)
-    return factors.baddbmm_(blocks, blocks.mT, alpha=weight)
-
-
-# Sides from which on a symmetric product is cheaper in strips, on CPUs: 0.7 of the time. (On GPUs
-# the copy would cost what the products save.)
-_IN_STRIPS = 128
-
-
-def _add_gram_in_strips(factors: Tensor, blocks: Tensor, weight: float) -> Tensor:
-    """The lower triangle in four strips of rows, and the upper one from it."""
-    n = factors.shape[1]
+    if factors.device.type != "cpu":
+        if blocks.dtype == torch.bfloat16:
+            return factors.add_(gram(blocks), alpha=weight)
+        return factors.baddbmm_(blocks, blocks.mT, alpha=weight)
+    blocks, n = blocks.float(), factors.shape[1]
+    if n < _IN_STRIPS:
+        return factors.baddbmm_(blocks, blocks.mT, alpha=weight)
+    # The lower triangle in four strips of rows, and the upper one from it.
     for start in range(0, n, -(-n // 4)):
         rows = slice(start, min(start - (-n // 4), n))
         strip = factors[:, rows, : rows.stop]
         strip.baddbmm_(blocks[:, rows], blocks[:, : rows.stop].mT, alpha=weight)
         factors[:, :start, rows].copy_(strip[:, :, :start].mT)
     return factors
+
+
+# Sides from which on a symmetric product is cheaper in strips, on CPUs: 0.7 of the time. (On GPUs
+# the copy would cost what the products save.)
+_IN_STRIPS = 128

@@ -126,9 +126,6 @@ class SoapRule(Rule):
         if not step.warm:
             return blocks.float()
         blocks = blocks.to(self.products_in)
-        if self.two_sided:
-            left, right = self._vectors(0), self._vectors(1)
-            return (left.mT @ blocks @ right).float()
         for i in self.full:
             blocks = along(blocks, self._vectors(i).mT, i)
         return blocks.float()
@@ -136,9 +133,6 @@ class SoapRule(Rule):
     def _from_basis(self, blocks: Tensor, out: Tensor) -> Tensor:
         """Q_L D Q_R^T."""
         blocks = blocks.to(self.products_in)
-        if self.two_sided:
-            left, right = self._vectors(0), self._vectors(1)
-            return torch.bmm(left, blocks @ right.mT, out=out)
         for i in reversed(self.full):
             blocks = along(blocks, self._vectors(i), i, out=out)
         return blocks

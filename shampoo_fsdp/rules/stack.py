@@ -22,8 +22,6 @@ from shampoo_fsdp.rules.matrices import Positions, blank, largest_entries, on_de
 from shampoo_fsdp.rules.precision import products_in
 from shampoo_fsdp.rules.rule import Rule, Step
 
-__all__ = ["BlockStack"]
-
 # Elements of factors whose roots are taken in one call: five to ten times their memory is needed,
 # and while all roots are refreshed on each step, as at the start, all would be many.
 _AT_ONCE = 2**25

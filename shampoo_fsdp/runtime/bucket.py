@@ -22,7 +22,7 @@ from shampoo_fsdp.runtime.exchange import Exchange
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
 
-__all__ = ["Bucket", "Stopwatch", "elements", "fill_buckets"]
+__all__ = ["Stopwatch"]
 
 _BUCKET_ELEMENTS = 84 * 2**20
 """A rank's share of the gradients of one bucket, where `buckets` is not set: 336 MiB in fp32."""

@@ -10,14 +10,7 @@ from shampoo_fsdp.plan.grid import view_dims
 from shampoo_fsdp.rules.matrices import is_matrix
 from shampoo_fsdp.validation import name_some, unmatched
 
-__all__ = [
-    "exactly",
-    "excluded_names",
-    "is_preconditioned",
-    "refuse_nameless",
-    "what_names_miss",
-    "with_embeddings",
-]
+__all__ = ["exactly", "excluded_names", "is_preconditioned", "with_embeddings"]
 
 # So many more rows than columns are those of a vocabulary more often than not.
 _TALL = 8

@@ -15,7 +15,7 @@ from shampoo_fsdp.runtime.bucket import Bucket
 from shampoo_fsdp.runtime.team import Parameters, Team
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Diagnostics", "Streaks", "counters", "diagnose", "merged"]
+__all__ = ["Streaks", "merged"]
 
 _logger = getLogger(__name__)
 

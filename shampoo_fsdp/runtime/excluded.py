@@ -21,8 +21,6 @@ from shampoo_fsdp.rules.grafting import (
 )
 from shampoo_fsdp.runtime.parameters import Member
 
-__all__ = ["ExcludedParameters"]
-
 _CHUNK_ELEMENTS = 2**24
 _CHUNK_ELEMENTS_ON_CPU = 2**18
 """How much is updated at a time, which bounds the memory of the copies; on CPUs so that they stay

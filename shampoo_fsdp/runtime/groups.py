@@ -14,19 +14,7 @@ from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
 from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, name_some, refuse
 
-__all__ = [
-    "FromEmbedding",
-    "FromModel",
-    "check_entries",
-    "check_group",
-    "find_saved",
-    "named_parameters",
-    "plain_name",
-    "settings_to_load",
-    "settle_initial_lr",
-    "take_types",
-    "warn_of_initial_lr",
-]
+__all__ = ["FromEmbedding", "FromModel", "plain_name"]
 
 _logger = getLogger(__name__)
 

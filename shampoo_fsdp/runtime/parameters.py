@@ -14,14 +14,7 @@ from torch.distributed.tensor import DTensor
 from shampoo_fsdp.plan.assignment import Part
 from shampoo_fsdp.plan.shards import ParameterSpec, placement_of
 
-__all__ = [
-    "Member",
-    "check_parameters",
-    "describe",
-    "local_shard",
-    "refuse_moved",
-    "refuse_offloaded",
-]
+__all__ = ["describe", "local_shard"]
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo_fsdp.runtime.stalls import told_if_long
 
-__all__ = ["RankSet", "Replicas", "find_groups", "group_of", "is_first_replica", "tell_all"]
+__all__ = ["RankSet"]
 
 Replicas = DeviceMesh | dist.ProcessGroup | None
 """Where plain tensors are replicated."""

@@ -24,8 +24,6 @@ from shampoo_fsdp.runtime.parameters import Member, count, find_gradients
 from shampoo_fsdp.runtime.ranks import RankSet, tell_all
 from shampoo_fsdp.validation import name_some
 
-__all__ = ["Groups", "Parameters", "Team", "tensors_of"]
-
 Groups = Sequence[Mapping[str, Any]]
 """Those of an optimizer."""
 
