@@ -76,13 +76,8 @@ def head_settings(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model has no such projections, or its config does not tell their heads.
     """
-    found = sorted(
-        {
-            part
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and (part := name.rpartition(".")[2]) in _TO_HEADS
-        }
-    )
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    found = sorted({name.rpartition(".")[2] for name in linear}.intersection(_TO_HEADS))
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
     head_dim = getattr(config, "head_dim", None)

@@ -108,8 +108,11 @@ class State:
         self.whole = {**states, **entries} if keep else None
 
     def _is_shown(self, states: States) -> bool:
-        shown = all(member.is_shown(states) for member in self.parameters.members)
-        return shown and self.parameters.excluded.has_types_of_the_model()
+        if not all(member.is_shown(states) for member in self.parameters.members):
+            return False
+        # Parameters may be cast to other types, which the state of excluded ones follows.
+        excluded = self.parameters.excluded.members
+        return all(m.state["exp_avg"].dtype == m.parameter.dtype for m in excluded)
 
     def _return_entries(self, states: States, *, in_any_case: bool = False) -> str | None:
         """What is wrong with an entry; nothing is changed then, unless it is so in any case."""
@@ -130,28 +133,22 @@ class State:
 
     def _make_entries(self) -> Iterator[tuple[list[BlockStack], dict[Member, dict[str, Tensor]]]]:
         """The entries of all members, of a few at a time, and the stacks that they are views of."""
-        for member in self.parameters.excluded.members:
-            yield [], {member: member.counters | self.parameters.excluded.create_entries(member)}
-        for team in self.parameters.teams:
+        parameters = self.parameters
+        for member in parameters.excluded.members:
+            yield [], {member: member.counters | parameters.excluded.create_entries(member)}
+        for team in parameters.teams:
             for bucket in team.buckets:
                 for member in bucket.members:  # what was shown may free the stacks
                     member.hide()
                 owned = defaultdict(list)
                 for member, block, saved in bucket.saved():
                     owned[member].append((block, saved))
-                of_members = {
-                    member: member.counters
-                    | state_entries(
-                        team.parts[member].grid,
-                        owned[member],
-                        self.parameters.config,
-                        self.parameters.device,
-                        team.mesh,
-                        self._reading,
-                    )
-                    for member in bucket.members
-                }
-                yield list(bucket.stacks), of_members
+                common = parameters.config, parameters.device, team.mesh, self._reading
+                made = {}
+                for member in bucket.members:
+                    entries = state_entries(team.parts[member].grid, owned[member], *common)
+                    made[member] = member.counters | entries
+                yield list(bucket.stacks), made
 
     def _start_factors(self) -> None:
         """Anew where a parameter's factors have seen no gradient, whatever was loaded for them."""

@@ -115,10 +115,14 @@ class Assignment:
         """Of each block, as are the owners, positions among the ranks."""
         self.first: list[int] = []
         """Number of each parameter's first block."""
+        frequency, together = config.precondition_frequency, config.refresh_schedule == "together"
         for parameter, shard_map in zip(parameters, self.maps, strict=True):
             self.first.append(len(self.sites))
             self.sites += shard_map.sites
-            self.phases += _phases(parameter.name, len(shard_map.grid), config)
+            blocks = len(shard_map.grid)
+            start = refresh_phase(parameter.name, 0, blocks, frequency)
+            phases = [(start + index) % frequency for index in range(blocks)]
+            self.phases += [0] * blocks if together else phases
         self.owners = choose_owners(self.sites, self.phases, self.ranks, config, costs)
         facts = repr((parameters, config, self.owners))
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()
@@ -178,14 +182,6 @@ def _add_owned(part: Part, block: OwnedBlock, site: Site, shard_map: ShardMap, m
 
 def _slices(inner: Iterable[tuple[int, int]], outer: Rectangle) -> Slices:
     return tuple(slice(p[0] - q[0], p[1] - q[0]) for p, q in zip(inner, outer, strict=True))
-
-
-def _phases(name: str, blocks: int, config: ShampooConfig) -> Sequence[int]:
-    if config.refresh_schedule == "together":
-        return [0] * blocks
-    frequency = config.precondition_frequency
-    phase = refresh_phase(name, 0, blocks, frequency)
-    return [(phase + index) % frequency for index in range(blocks)]
 
 
 def refresh_phase(name: str, index: int, blocks: int, frequency: int) -> int:

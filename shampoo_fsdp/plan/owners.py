@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shampoo_fsdp.config import ShampooConfig
@@ -40,11 +40,27 @@ def choose_owners(
     for position, rank in enumerate(ranks):
         on_node[rank // config.ranks_per_node].append(position)
     nodes = {node: tuple(positions) for node, positions in on_node.items()}
-    groups = {positions: positions for positions in nodes.values()}
-    of_site = {
-        site: _kind(number, site, ranks, nodes, groups, config, costs)
-        for number, site in enumerate(dict.fromkeys(sites))
-    }
+    groups = {positions: positions for positions in nodes.values()}  # which kinds share
+
+    def kind_of(number: int, site: Site) -> _Kind:
+        every, refresh, _ = costs(site.shape)
+        by_size: dict[int, list[int]] = defaultdict(list)
+        by_node: dict[int, int] = defaultdict(int)
+        for rank, elements in site.held.items():
+            by_size[elements].append(rank)
+            by_node[ranks[rank] // config.ranks_per_node] += elements
+        near = [tuple(sorted(by_size[elements])) for elements in sorted(by_size, reverse=True)]
+        near.append(nodes[max(by_node, key=lambda node: (by_node[node], -node))])
+        near = [groups.setdefault(group, group) for group in near]
+        return _Kind(
+            every=every,
+            step=every + refresh,
+            mean=every + refresh / config.precondition_frequency,
+            near=tuple(near[:1] if config.block_alignment == "shard" else near),
+            urgency=(-(every + refresh), -max(by_size), number),
+        )
+
+    of_site = {site: kind_of(number, site) for number, site in enumerate(dict.fromkeys(sites))}
     kinds = [of_site[site] for site in sites]
     in_phase: dict[int, list[int]] = defaultdict(list)
     for block, phase in enumerate(phases):
@@ -74,34 +90,6 @@ class _Kind:
     urgency: tuple[float, int, int]
     """Costly blocks first. Of equal ones first those that lose most by going elsewhere; those
     that many ranks hold a little of then level out the work."""
-
-
-def _kind(
-    number: int,
-    site: Site,
-    ranks: Sequence[int],
-    nodes: Mapping[int, tuple[int, ...]],
-    groups: dict[tuple[int, ...], tuple[int, ...]],
-    config: ShampooConfig,
-    costs: Costs,
-) -> _Kind:
-    """Kinds share the `groups` that are equal."""
-    every, refresh, _ = costs(site.shape)
-    by_size: dict[int, list[int]] = defaultdict(list)
-    by_node: dict[int, int] = defaultdict(int)
-    for rank, elements in site.held.items():
-        by_size[elements].append(rank)
-        by_node[ranks[rank] // config.ranks_per_node] += elements
-    near = [tuple(sorted(by_size[elements])) for elements in sorted(by_size, reverse=True)]
-    near.append(nodes[max(by_node, key=lambda node: (by_node[node], -node))])
-    near = [groups.setdefault(group, group) for group in near]
-    return _Kind(
-        every=every,
-        step=every + refresh,
-        mean=every + refresh / config.precondition_frequency,
-        near=tuple(near[:1] if config.block_alignment == "shard" else near),
-        urgency=(-(every + refresh), -max(by_size), number),
-    )
 
 
 def _limits(

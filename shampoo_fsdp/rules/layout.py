@@ -74,12 +74,6 @@ def _places(
         used[entry] += math.prod(kept[0])
 
 
-def state_bytes(shape: Sequence[int], config: ShampooConfig) -> int:
-    """Bytes of state of a block."""
-    entries = saved_entries(shape, config).values()
-    return sum(math.prod(kept) * dtype.itemsize for kept, dtype in entries)
-
-
 def _moments(shape: Sequence[int], config: ShampooConfig) -> dict[str, StateEntry]:
     momentum_dtype = torch_dtype(config.momentum_dtype)
     entries: dict[str, StateEntry] = {"exp_avg": (tuple(shape), momentum_dtype)}
@@ -123,4 +117,5 @@ def _costs(config: ShampooConfig, shape: tuple[int, ...]) -> tuple[float, float,
         refresh /= _BF16
     # Elementwise work counts as one more row of a product.
     every = 2.0 * rule.products * math.prod(shape) * (sum(full) + 1)
-    return every, refresh, state_bytes(shape, config)
+    entries = saved_entries(shape, config).values()
+    return every, refresh, sum(math.prod(kept) * dtype.itemsize for kept, dtype in entries)

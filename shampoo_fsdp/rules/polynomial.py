@@ -103,45 +103,39 @@ def polynomial_root(
     # (In fp16 a row has to begin at a multiple of 16 bytes.)
     ours = can_run(matrices) and describable(matrices) and matrices.shape[1] % 8 == 0
     halves = matrices.dtype == torch.float32 and (ours or sums_in_fp32(matrices.device.type))
+    rounded = torch.float16 if halves else matrices.dtype
     with kernels("auto" if ours else "off"):
-        rounded = torch.float16 if halves else matrices.dtype
-        return _polynomial_root(matrices, order, eps, divisor, rounded)
+        # Squares must not overflow or vanish. A second moment's largest entry is on its diagonal.
+        lift = eps * divisor
+        unit = matrices.diagonal(dim1=-2, dim2=-1).amax(-1) + lift
+        unit.clamp_min_(torch.finfo(unit.dtype).tiny)
+        a, ridge = matrices / per_block(unit, 3), lift / unit
+        square, squares = product(a, a, Sum(a.dtype), symmetric=True, squares=True)
+        # Between the largest eigenvalue and that times the fourth root of how many are as large;
+        # the Frobenius norm, with a square root, would be 8 times it where they decay slowly.
+        slope, offset, power = line(squares, unit, ridge, divisor, order)
 
-
-def _polynomial_root(
-    matrices: Tensor, order: int, eps: float | Tensor, divisor: float | Tensor, rounded: torch.dtype
-) -> Tensor:
-    # Squares must not overflow or vanish. The largest entry of a second moment is on its diagonal.
-    lift = eps * divisor
-    unit = matrices.diagonal(dim1=-2, dim2=-1).amax(-1) + lift
-    unit.clamp_min_(torch.finfo(unit.dtype).tiny)
-    a, ridge = matrices / per_block(unit, 3), lift / unit
-    square, squares = product(a, a, Sum(a.dtype), symmetric=True, squares=True)
-    # Between the largest eigenvalue and that times the fourth root of how many are as large; the
-    # Frobenius norm, with a square root, would be above it by eight where they decay slowly.
-    slope, offset, power = line(squares, unit, ridge, divisor, order)
-
-    (first, *others, last), error = _SQUARE_ROOT if order == 2 else _FIRST_OF_TWO
-    dtype = rounded if order == 2 else a.dtype
-    inverse, root = _first_of_a(first, a, square, slope, offset, dtype)
-    del a, square  # matrices are large
-    share = 0.5
-    if order == 4:
-        inverse, root = _iterate(others, inverse, root)
-        (root,) = product(root, _factor(last, inverse, root), Sum(root.dtype))
-        above = 1.0 + error
-        (first, *others, last), _ = _SECOND_OF_TWO
-        nu = (root + root.mT).mul_(0.5 / (above * first.half))
-        _plus(nu, -first.middle / first.half)
-        inverse, root = _first_of_nu(first, nu, rounded)
-        share *= above**-0.5
-        del nu
-    with products_in("high"):  # where there is no fp16
-        inverse, root = _iterate(others, inverse, root)
-        factor = _factor(last, inverse, root, share)
-        whole = torch.promote_types(inverse.dtype, torch.float32)
-        (inverse,) = product(factor, inverse, Sum(whole, power))
-    return inverse + inverse.mT
+        (first, *others, last), error = _SQUARE_ROOT if order == 2 else _FIRST_OF_TWO
+        dtype = rounded if order == 2 else a.dtype
+        inverse, root = _first_of_a(first, a, square, slope, offset, dtype)
+        del a, square  # matrices are large
+        share = 0.5
+        if order == 4:
+            inverse, root = _iterate(others, inverse, root)
+            (root,) = product(root, _factor(last, inverse, root), Sum(root.dtype))
+            above = 1.0 + error
+            (first, *others, last), _ = _SECOND_OF_TWO
+            nu = (root + root.mT).mul_(0.5 / (above * first.half))
+            _plus(nu, -first.middle / first.half)
+            inverse, root = _first_of_nu(first, nu, rounded)
+            share *= above**-0.5
+            del nu
+        with products_in("high"):  # where there is no fp16
+            inverse, root = _iterate(others, inverse, root)
+            factor = _factor(last, inverse, root, share)
+            whole = torch.promote_types(inverse.dtype, torch.float32)
+            (inverse,) = product(factor, inverse, Sum(whole, power))
+        return inverse + inverse.mT
 
 
 def _first_of_a(

@@ -81,7 +81,14 @@ class ShampooRule(Rule):
                 # error of a factor from a training was 0.3 to 0.8 times this.
                 ridge = ridge + torch.linalg.matrix_norm(factors) * (_ROUNDING / c)
             if self.method == "qr":
-                roots, bad = self._roots_of_bases(sides, where, factors, cold, ridge, c)
+                kept = [self.state[f"eigenvectors_{i}"] for i in sides]
+                pairs = zip(kept, factors.chunk(len(sides)), strict=True)
+                bases = [updated_basis(basis, where, part, cold) for basis, part in pairs]
+                values, vectors, lost = map(torch.cat, zip(*bases, strict=True))
+                values = values / per_block(c, 2)
+                given = values, vectors, self.exponent, ridge, self.resolution
+                roots, bad = root_from_basis(*given)
+                bad = lost | bad
             else:
                 roots, bad = inverse_root(
                     factors, self.exponent, ridge, self.method, self.resolution, c
@@ -130,25 +137,6 @@ class ShampooRule(Rule):
             for i, root in self.roots.items()
         }
 
-    def _roots_of_bases(
-        self,
-        sides: Sequence[int],
-        where: Positions,
-        factors: Tensor,
-        cold: bool,
-        ridge: float | Tensor,
-        correction: float | Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Inverse roots of the factors of sides of one length, side after side, by eigenvectors
-        that are kept, and where that failed."""
-        parts = zip(sides, factors.chunk(len(sides)), strict=True)
-        kept = self.state
-        bases = [updated_basis(kept[f"eigenvectors_{i}"], where, part, cold) for i, part in parts]
-        eigenvalues, vectors, failed = map(torch.cat, zip(*bases, strict=True))
-        eigenvalues = eigenvalues / per_block(correction, 2)
-        roots, bad = root_from_basis(eigenvalues, vectors, self.exponent, ridge, self.resolution)
-        return roots, failed | bad
-
     def _keep_roots(
         self, sides: Sequence[int], where: Positions, roots: Tensor, bad: Tensor, cold: bool
     ) -> None:
@@ -184,13 +172,10 @@ class ShampooRule(Rule):
         if i in self.full:
             root = self.roots[i].read(dtype=self.products_in)
             return along(blocks.to(self.products_in), root, i, symmetric=True)
-        return scale_along(blocks, self._diagonal_root(i, step.correction).to(blocks.dtype), i)
-
-    def _diagonal_root(self, i: int, correction: float | Tensor) -> Tensor:
-        """The root of a diagonal factor, [B, d_i]."""
-        own, diagonal = self._correction_of(i, correction), self.state[f"diagonals_{i}"]
-        ridge = self._ridge(diagonal, own)
-        return ridged_powers(diagonal / per_block(own, 2), self.exponent, ridge, self.resolution)
+        c, diagonal = self._correction_of(i, step.correction), self.state[f"diagonals_{i}"]
+        ridge, scaled = self._ridge(diagonal, c), diagonal / per_block(c, 2)
+        root = ridged_powers(scaled, self.exponent, ridge, self.resolution)
+        return scale_along(blocks, root.to(blocks.dtype), i)
 
     def health(self, correction: float | Tensor) -> tuple[Tensor, Tensor]:
         """The residual is the change of the root at its last refresh: it is known what the old one
@@ -199,7 +184,8 @@ class ShampooRule(Rule):
         for i, root in self.roots.items():
             factor = self.factors[i].read()
             # What the root magnifies most is what the factor has least of.
-            largest, smallest = (_growth(factor, _dominant(m)) for m in (factor, root.read()))
+            rows = (_dominant(matrices) for matrices in (factor, root.read()))
+            largest, smallest = ((v @ factor * v).sum((1, 2)) for v in rows)
             conditions.append(condition_number(largest, smallest, self.resolution))
         changes = torch.stack([squares.sum(1) for squares in self._changes.values()])
         relative = (changes[..., 0] / changes[..., 1]).sqrt_()
@@ -233,9 +219,3 @@ def _dominant(matrices: Tensor) -> Tensor:
     for _ in range(_POWER_ITERATIONS):
         vectors = torch.nn.functional.normalize(vectors @ matrices, dim=-1, eps=_TINY)
     return vectors
-
-
-def _growth(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """v A v^T of rows v of length 1, [B]."""
-    result: Tensor = (vectors @ matrices * vectors).sum((1, 2))
-    return result

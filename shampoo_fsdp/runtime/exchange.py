@@ -124,7 +124,16 @@ class Exchange:
         route = self._gather
         room = sum(route.received) if route.staying is None else 0
         rows = self._make_rows(self._rows + room)
-        self._stage(gradients, rows[: self._rows].view(-1))
+        shards = self._shards_in(rows[: self._rows].view(-1))
+        targets, sources = [], []
+        for target, gradient in zip(shards, gradients, strict=True):
+            if gradient is None:
+                target.fill_(torch.nan)
+            else:
+                targets.append(target)
+                sources.append(gradient)
+        if targets:
+            torch._foreach_copy_(targets, sources)
         self._pack(rows, route)
         self._set_out(route, "gradients")
 
@@ -149,17 +158,6 @@ class Exchange:
         that this one and that of what travels have."""
         updates = _pick(self._arrived(), self._scatter.order).view(-1)
         return self._shards_in(updates.to(torch.promote_types(updates.dtype, dtype)))
-
-    def _stage(self, gradients: Sequence[Tensor | None], memory: Tensor) -> None:
-        targets, sources = [], []
-        for target, gradient in zip(self._shards_in(memory), gradients, strict=True):
-            if gradient is None:
-                target.fill_(torch.nan)
-            else:
-                targets.append(target)
-                sources.append(gradient)
-        if targets:
-            torch._foreach_copy_(targets, sources)
 
     def _shards_in(self, memory: Tensor) -> list[Tensor]:
         parts = torch.split(memory, [math.prod(shape) for shape in self._shapes])

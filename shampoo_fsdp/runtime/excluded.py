@@ -67,10 +67,6 @@ class ExcludedParameters:
         """The state of a parameter before the first step, in its shape, placement and type."""
         return {name: torch.zeros_like(member.parameter) for name in self._names}
 
-    def has_types_of_the_model(self) -> bool:
-        """Whether the state has the types of the parameters, which may be cast to others."""
-        return all(m.state["exp_avg"].dtype == m.parameter.dtype for m in self.members)
-
     def step(self, groups: Sequence[Mapping[str, object]]) -> None:
         """Update the members that have a gradient, in place.
 

@@ -130,13 +130,10 @@ class Member:
                 f"the gradient of parameter '{self.name}' is {gradient.layout} of {gradient.dtype};"
                 " allowed: dense and real ones (of embeddings by sparse=False)."
             )
-        if (
-            isinstance(self.parameter, DTensor)
-            and isinstance(gradient, DTensor)
-            and gradient.placements != self.parameter.placements
-        ):
+        placements = getattr(self.parameter, "placements", None)
+        if isinstance(gradient, DTensor) and placements not in (None, gradient.placements):
             # Tensor parallelism may leave the gradient of a replicated weight as partial sums.
-            gradient = gradient.redistribute(placements=self.parameter.placements)
+            gradient = gradient.redistribute(placements=placements)
         self.gradient = local_shard(gradient)
 
 
