@@ -112,7 +112,7 @@ class Shampoo(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; a RuntimeError if a step has been taken."""
-        if self._built and self._parameters.has_values:
+        if self._built and self._built.parameters.has_values:
             raise RuntimeError(
                 "add_param_group() after a step. Build another one with all groups and "
                 'on_mismatch = "rebuild", and load the state_dict() of this one into it.'

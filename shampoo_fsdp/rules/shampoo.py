@@ -85,9 +85,8 @@ class ShampooRule(Rule):
                 pairs = zip(kept, factors.chunk(len(sides)), strict=True)
                 bases = [updated_basis(basis, where, part, cold) for basis, part in pairs]
                 values, vectors, lost = map(torch.cat, zip(*bases, strict=True))
-                values = values / per_block(c, 2)
-                given = values, vectors, self.exponent, ridge, self.resolution
-                roots, bad = root_from_basis(*given)
+                powers = self.exponent, ridge, self.resolution
+                roots, bad = root_from_basis(values / per_block(c, 2), vectors, *powers)
                 bad = lost | bad
             else:
                 roots, bad = inverse_root(
