@@ -252,7 +252,7 @@ def _take(name: str, entries: Mapping[str, Tensor], found: Mapping[str, Any]) ->
             shape = f"shape {tuple(theirs.shape)}" if isinstance(theirs, Tensor) else repr(theirs)
             problem = (
                 f"the entry '{entry}' of optimizer.state of parameter '{name}' is "
-                f"{'missing' if entry in missing else shape}, but was {type(mine).__name__} of shape "
-                f"{tuple(mine.shape)}; put one there, on any device, or remove all to start anew."
+                f"{'missing' if entry in missing else shape}, but was {type(mine).__name__} of "
+                f"shape {tuple(mine.shape)}; put one there, on any device, or remove all to start anew."
             )
     return problem
