@@ -253,6 +253,6 @@ def _take(name: str, entries: Mapping[str, Tensor], found: Mapping[str, Any]) ->
             problem = (
                 f"the entry '{entry}' of optimizer.state of parameter '{name}' is "
                 f"{'missing' if entry in missing else shape}, but was {type(mine).__name__} of "
-                f"shape {tuple(mine.shape)}; put one there, on any device, or remove all to start anew."
+                f"shape {tuple(mine.shape)}: put one there, on any device, or remove all entries."
             )
     return problem
