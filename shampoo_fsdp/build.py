@@ -114,7 +114,7 @@ def build(
         shapes = {member.name: member.spec.shape for member in members}
         others = [name for name, _ in frozen]
         for problem in what_names_miss(shapes, others, is_embedding, chosen):
-            warnings.warn(problem, stacklevel=4)
+            warnings.warn(problem, stacklevel=5)
     return state(
         Parameters(
             frozen,

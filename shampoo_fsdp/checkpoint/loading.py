@@ -200,7 +200,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
             index = item.storage_index
             index = replace(index, fqn=report.renamed.get(index.fqn, index.fqn))
             items.append(replace(item, storage_index=index))
-        return LoadPlan(items, planner_data=self.report)
+        return LoadPlan(items, planner_data=replace(report, left_out=set(), renamed={}))
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         for plan in global_plan:

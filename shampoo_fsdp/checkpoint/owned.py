@@ -133,8 +133,9 @@ class OwnedBlocks(torch.Tensor):
         if saved.shape != self.shape:
             raise ValueError(
                 f"state of shape {tuple(saved.shape)} does not fit {tuple(self.shape)}: it was "
-                "saved with other settings, or of another model. The state here may be overwritten "
-                "in part: build the optimizer again with the settings of then."
+                "saved with other settings (preconditioner, max_preconditioner_dim, ...), or of "
+                "another model. The state here may be overwritten in part: build the optimizer "
+                "again with the settings of then."
             )
         same = isinstance(saved, OwnedBlocks) and saved.has_pieces_of(self)
         if isinstance(saved, OwnedBlocks) and not same:

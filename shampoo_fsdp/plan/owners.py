@@ -1,5 +1,6 @@
 """Chooses the owner of each block: even work first, then where most of the block lies already."""
 
+import functools
 import heapq
 import math
 from collections import defaultdict
@@ -36,6 +37,7 @@ def choose_owners(
         sites, phases: of each block, where it lies and when its roots are refreshed.
         ranks: ascending; they tell the nodes.
     """
+    costs = functools.cache(costs)
     on_node: dict[int, list[int]] = defaultdict(list)
     for position, rank in enumerate(ranks):
         on_node[rank // config.ranks_per_node].append(position)

@@ -182,7 +182,8 @@ class Rule(ABC):
         """Set the state of these blocks to what it is before the first step: zero, and the identity
         for eigenvectors and roots."""
         for name, kept in self.state.items():
-            kind = name.rstrip("_0123456789")
+            entry, _, side = name.rpartition("_")
+            kind = entry if side.isdigit() else name
             if kind in ("eigenvectors", "inverse_roots"):
                 MatrixStack(kept).write_identity(where)
             elif kind in self.entries:
@@ -199,7 +200,8 @@ class Rule(ABC):
 
     def skips_blocks(self, gradient: Tensor) -> bool:
         """Whether :meth:`accumulate` leaves out by itself what is not usable of such gradients,
-        and nothing else looks at them: else it is zero there."""
+        and nothing else looks at them: else it is zero there. True only where our own kernels
+        can run: the stack launches them then, too."""
         return False
 
     @abstractmethod

@@ -64,8 +64,9 @@ def refuse_nameless(shapes: Mapping[str, tuple[int, ...]], config: ShampooConfig
     if matrices:
         raise ValueError(
             f"{len(shapes)} parameters have no names, which tell what of {len(matrices)} matrices "
-            "are embeddings and the output layer. Give Shampoo shampoo_fsdp.param_groups(model) or "
-            "model.named_parameters(); or set exclude = [] to precondition all matrices."
+            "are embeddings and the output layer. Give Shampoo shampoo_fsdp.param_groups(model), "
+            "model.named_parameters() or groups with 'param_names'; or set exclude = [] to "
+            "precondition all matrices."
         )
 
 

@@ -24,7 +24,8 @@ _SAID_AT = (10, 100, 1000)
 
 _BAD_GRADIENT = (
     "the gradient of {} has been unusable for {} steps in a row: entries that are not finite, or "
-    "above 1e15. It gets no weight decay meanwhile, and what they reach no updates."
+    "above 1e15. It gets no weight decay meanwhile, and what they reach no updates. "
+    "(on_nonfinite = 'raise' stops there.)"
 )
 _FAILED_ROOT = (
     "an inverse root or eigenbasis of {} has failed at {} refreshes in a row: the last good one "

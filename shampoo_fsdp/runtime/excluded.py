@@ -96,8 +96,10 @@ class ExcludedParameters:
         gradient = old.pop("gradient")
         sizes = [span["gradient"].numel() for span in chunk]
         beta1, beta2 = group.betas[0], group.graft_beta2
-        small = gradient.numel() < 2**31
-        if self._plain_adamw and small and can_run(gradient, *old.values()):
+        fits = gradient.numel() < 2**31 and all(
+            t.is_contiguous() for t in (gradient, *old.values())
+        )
+        if self._plain_adamw and fits and can_run(gradient, *old.values()):
             adamw_masked(
                 *(old["value"], gradient, old["exp_avg"], old["exp_avg_sq"]),
                 self.skipped_entries if counts else torch.zeros_like(self.skipped_entries),

@@ -142,10 +142,9 @@ def settings_to_load(
     result = []
     for group, saved in zip(groups, saved_groups, strict=True):
         check_torch_options(saved or {})
-        left_out = {"params", *(TORCH_OPTIONS.keys() - group.keys())}  # AdamW's groups have these
+        # (AdamW's groups have torch's options. Names are those that state was made by.)
+        left_out = {"params", "param_names", *(TORCH_OPTIONS.keys() - group.keys())}
         settings = {k: copy.deepcopy(v) for k, v in (saved or {}).items() if k not in left_out}
-        if "param_names" in group or len(settings.get("param_names", ())) != len(group["params"]):
-            settings.pop("param_names", None)
         # (lr is what a schedule has made of it, negative after its end.)
         check_group(config, {**group, **settings, "lr": 0.0})
         result.append(settings)

@@ -223,7 +223,7 @@ def refuse_offloaded(named: Iterable[tuple[str, Tensor, int]]) -> None:
             continue
         if (device := parameter.device_mesh.device_type) != "cpu":
             problem = (
-                f"parameter '{name}' is on the CPU and its mesh on '{device}': write "
+                f"parameter '{name}' is on the CPU and its mesh on '{device}' (CPU offload): write "
                 "fully_shard(..., offload_policy=OffloadPolicy()), in TorchTitan "
                 "training.enable_cpu_offload = false; or, to work on the CPU, root_method = 'eigh'."
             )
@@ -241,7 +241,8 @@ def refuse_moved(members: Iterable[Member], device: torch.device) -> None:
         if parameter.device != device or not parameter.is_floating_point():
             raise ValueError(
                 f"parameter '{member.name}' is of {parameter.dtype} on {parameter.device} now, but "
-                f"its state is for a real one on {device}: build Shampoo anew and load_state_dict()"
+                f"its state is for a real one on {device}: build Shampoo anew and "
+                "load_state_dict()."
             )
 
 

@@ -103,13 +103,14 @@ class Parameters:
             raise trouble
         if self.config.on_nonfinite == "raise":
             _refuse_nonfinite(self, trouble)
+        settings = [GroupSettings.of(group, self.config) for group in groups]
         count(self.members, self.config.start_preconditioning_step)
-        self._take_steps(groups)
+        self._take_steps(groups, settings)
         for member in self.members:
             member.gradient = None  # the caller may free them
         return trouble
 
-    def _take_steps(self, groups: Groups) -> None:
+    def _take_steps(self, groups: Groups, settings: Sequence[GroupSettings]) -> None:
         """Take the step of all parameters; all ranks do so in this order.
 
         While something travels, something else is computed: the excluded parameters; the first half
@@ -119,8 +120,8 @@ class Parameters:
 
         Args:
             groups: of the optimizer.
+            settings: of each group.
         """
-        settings = [GroupSettings.of(group, self.config) for group in groups]
         steps = [bucket.step(settings, self.watch) for bucket in self.buckets]
         # Updates wait until memory of the next gradients is free. Not where these come from other
         # ranks: they may be waiting for such updates before they send.

@@ -151,3 +151,34 @@ def test_importing_it_imports_torch_alone():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" in found.stdout.split()
     assert not {"rich", "matplotlib", "torchtitan", "tomli"} & set(found.stdout.split())
+
+
+def test_state_loads_again_and_again_without_names():
+    matrix = nn.Parameter(torch.randn(4, 3))
+    named, nameless = Shampoo([("weight", matrix)]), Shampoo([matrix], exclude=[])
+    matrix.grad = torch.randn(4, 3)
+    named.step()
+    for _ in range(2):
+        nameless.load_state_dict(named.state_dict())
+        nameless.load_state_dict(nameless.state_dict())
+    assert nameless.state[matrix]["step"] == 1.0
+
+
+def test_a_step_that_is_refused_does_not_count():
+    optimizer = Shampoo([("weight", nn.Parameter(torch.randn(4, 3)))])
+    (group,) = optimizer.param_groups
+    (matrix,) = group["params"]
+    matrix.grad = torch.randn(4, 3)
+    betas, group["betas"] = group["betas"], (0.9,)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not enough values"):
+            optimizer.step()
+    group["betas"] = betas
+    optimizer.step()
+    assert optimizer.state[matrix]["step"] == 1.0
+
+
+def test_a_warning_of_names_points_at_who_builds_the_optimizer():
+    with pytest.warns(UserWarning, match="none of 1") as caught:
+        Shampoo([("vector", nn.Parameter(torch.zeros(3)))])
+    assert {warning.filename for warning in caught} == {__file__}

@@ -348,3 +348,18 @@ def test_blocks_are_left_out_where_the_kernel_of_factors_does_not_run(monkeypatc
         optimizer.step()
     assert weight.isfinite().all() and optimizer.state[weight]["factors"].isfinite().all()
     assert optimizer.counters()[1:3].tolist() == [0, 1]
+
+
+def test_neighbours_of_a_strided_vector_stay_as_they_are():
+    table = torch.randn(8, 8)
+    before = table.clone()
+    vector = nn.Parameter(table[:, 0])
+    vector.grad = torch.ones(()).expand(8)
+    dense = nn.Parameter(torch.zeros(3))
+    dense.grad = torch.ones(3)
+    groups = [{"params": [("vector", vector)]}, {"params": [("dense", dense)]}]
+    with pytest.warns(match="none of 2"):
+        optimizer = Shampoo(groups, lr=0.1, weight_decay=0.0)
+    optimizer.step()
+    assert (table[:, 0] < before[:, 0] - 0.09).all()
+    assert torch.equal(table[:, 1:], before[:, 1:])
