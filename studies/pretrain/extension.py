@@ -53,7 +53,7 @@ class JobConfig:
 
 def register() -> None:
     """Adds `study_1M`, ..., `study_w64`, ... to `llama3`, and the study's optimizers."""
-    for name, dim, layers in (("1M", 128, 5), ("3M", 192, 6), ("10M", 256, 13)):
+    for name, dim, layers in (("0.3M", 64, 5), ("1M", 128, 5), ("3M", 192, 6), ("10M", 256, 13)):
         llama3.llama3_args.setdefault(
             f"study_{name}",
             llama3.TransformerModelArgs(
