@@ -205,7 +205,7 @@ def _reason(name: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str
         then, now = ("is", "is not") if MARKER in saved else ("is not", "is")
         return (
             f"parameter '{name}' {then} preconditioned in the checkpoint, but {now} here; see the "
-            "settings 'exclude' ('default' knows some by their type) and 'precondition_1d'."
+            "settings 'exclude' ('default' knows embeddings by type) and 'precondition_1d'."
         )
     if MARKER in here and (before := shape_of(saved[MARKER])) != (after := shape_of(here[MARKER])):
         if len(before) != len(after):
