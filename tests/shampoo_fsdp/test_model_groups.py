@@ -110,7 +110,7 @@ def test_a_checkpoint_in_which_such_an_embedding_was_preconditioned_is_told_apar
         parameter.grad = torch.ones_like(parameter)
     before.step()
     saved = before.state_dict()
-    said = r"'shared\.weight' is preconditioned in the checkpoint, .*'exclude' \(.*by their type"
+    said = r"'shared\.weight' is preconditioned in the checkpoint, .*'exclude' \(.*by type\)"
     with pytest.raises(ValueError, match=said):
         Shampoo(param_groups(model)).load_state_dict(saved)
     rebuilt = Shampoo(param_groups(model), on_mismatch="rebuild")
