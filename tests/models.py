@@ -34,6 +34,8 @@ from shampoo_fsdp import Shampoo
 
 LAYOUTS = ("single", "fsdp", "hsdp", "tp_fsdp", "tp", "ddp")
 """Names for `build`. hsdp and tp_fsdp need an even number of ranks, tp 2; the others any."""
+SMALL = {"dim": 12, "hidden": 20, "vocab": 16, "n_layers": 1}
+"""Sizes for tests that look at few parameters, or are slow."""
 
 
 # ------------------------------------------------------------------------------- model

@@ -140,12 +140,6 @@ def _composed(name: str, values: Tensor) -> Tensor:
     return inverse
 
 
-def eigenbasis(matrix: Tensor) -> Tensor:
-    """Orthonormal eigenvectors, as columns, by ascending eigenvalue."""
-    eigenvectors: Tensor = torch.linalg.eigh(matrix)[1]
-    return eigenvectors
-
-
 def complete_basis(matrix: Tensor, basis: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues, those up to `least` of the largest as zeros, and eigenvectors. Those of the
     zeros are axes, each with a little of all the others, orthogonal to the rest one by one."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_fsdp import ShampooConfig
 from tests.reference.algebra import LARGEST_GRADIENT, kept_in
 from tests.reference.grafting import GraftedMethod, Moments
 from tests.reference.kl_shampoo import KLShampooRule
@@ -37,7 +38,7 @@ _RULES = {"shampoo": ShampooRule, "soap": SoapRule, "kl_shampoo": KLShampooRule}
 class _Block:
     """A rectangle of a parameter and its state."""
 
-    coordinates: tuple[int, ...]
+    number: int
     index: tuple[int | slice, ...]
     moments: Moments
     rule: ShampooRule | SoapRule
@@ -49,10 +50,8 @@ class ReferenceShampoo:
     Args:
         shapes: shape of each parameter, by name.
         excluded: names of parameters that take the grafted method's own step (Adam's for "none").
-        phase: from a parameter's name and a block's coordinates; for "staggered". The coordinates
-            count the blocks along each dimension of the shape that is cut, after the number of the
-            matrix for a batch of them: (e, i, j).
-        settings: see :class:`Settings`. `lr` is an attribute that a test may change.
+        phase: from a parameter's name and a block's number, row by row; for "staggered".
+        group: lr, betas, eps and weight_decay.
 
     Gradients that are no use, by an entry that is not finite or above LARGEST_GRADIENT: such a
     block keeps its state on this step, but for the roots, which are refreshed when due, and its D
@@ -63,13 +62,14 @@ class ReferenceShampoo:
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, ...]],
+        config: ShampooConfig,
         *,
         excluded: Set[str] = frozenset(),
-        phase: Callable[[str, tuple[int, ...]], int] = lambda name, coordinates: 0,
-        **settings: Any,
+        phase: Callable[[str, int], int] = lambda name, number: 0,
+        **group: Any,
     ) -> None:
-        self.settings = given = Settings(**settings)
-        self.lr, self.phase = given.lr, phase
+        self.settings = given = Settings(config, **group)
+        self.phase = phase
         self.method = GraftedMethod(given.grafting, given.beta3, given)
         of_excluded = "adam" if given.grafting == "none" else given.grafting
         self.excluded_method = GraftedMethod(of_excluded, given.betas[0], given)
@@ -80,10 +80,10 @@ class ReferenceShampoo:
             if name not in excluded:
                 view, batches = self._view(shape)
                 self.blocks[name] = []
-                for block in blocks_of(view, batches, given):
+                for number, block in enumerate(blocks_of(view, batches, given)):
                     cut = torch.empty(view)[block.index].shape
                     rule = _RULES[given.preconditioner](cut, block.kinds, given)
-                    state = _Block(block.coordinates, block.index, Moments.zeros(cut), rule)
+                    state = _Block(number, block.index, Moments.zeros(cut), rule)
                     self.blocks[name].append(state)
 
     def _view(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -94,23 +94,22 @@ class ReferenceShampoo:
     def step(self, params: dict[str, Tensor], grads: Mapping[str, Tensor | None]) -> None:
         """Update the parameters (fp64) in place; those with no gradient are left as they are."""
         for name, param in params.items():
-            if param.dtype != torch.float64:
-                raise TypeError(f"{name} is {param.dtype}; the reference computes in fp64")
             grad = grads.get(name)
             if grad is None:
                 continue
             grad = grad.double()
             self.t[name] += 1
-            kind, weight_decay = self.settings.weight_decay_type, self.settings.weight_decay
+            lr, weight_decay = self.settings.lr, self.settings.weight_decay
+            kind = self.settings.weight_decay_type
             if kind == "l2":
                 grad = grad + weight_decay * param
             before = param.clone()
             direction = self._direction(name, grad)
-            if kind == "decoupled":
-                param *= 1 - self.lr * weight_decay
-            elif kind == "independent":
-                param *= 1 - weight_decay * self.lr / self.settings.initial_lr
-            param -= self.lr * self._scale(name, param.shape) * direction
+            # Here lr does not change: the schedule's factor is 1.
+            param *= (
+                1 - {"decoupled": lr * weight_decay, "independent": weight_decay, "l2": 0}[kind]
+            )
+            param -= lr * self._scale(name, param.shape) * direction
             if name in self.excluded:
                 param.copy_(torch.where(_usable(grad), param, before))
 
@@ -179,7 +178,7 @@ class ReferenceShampoo:
         period = self._period(t)
         if self.settings.refresh_schedule == "together":
             return t % period == 0
-        return (t + self.phase(name, block.coordinates)) % period == 0
+        return (t + self.phase(name, block.number)) % period == 0
 
     def _period(self, t: int) -> int:
         """Time between refreshes at step t: p from the step on that is the sum of how long the

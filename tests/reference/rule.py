@@ -6,92 +6,32 @@ Sources:
     Shi et al. 2023, arXiv 2309.06497: Algorithm 2 and Section 3 (averages and bias correction).
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.reference.algebra import eigenbasis, gram, kept_in, warm_qr_step
+from shampoo_fsdp import ShampooConfig
+from tests.reference.algebra import gram, kept_in, warm_qr_step
 
 
-@dataclass(kw_only=True)
 class Settings:
-    """Those of the optimizer, by their names there; "float32" and "bfloat16" are types of what is
-    kept of blocks from step to step, all is computed in fp64."""
+    """Those of :class:`ShampooConfig` and of a parameter group, by their names there, with the
+    defaults that depend on others resolved. "float32" and "bfloat16" are types of what is kept of
+    blocks from step to step; all is computed in fp64."""
 
-    lr: float
-    betas: tuple[float, float]
-    """betas[1] == 1 means that the factors are plain sums (Gupta et al. 2018) instead of
-    exponential averages (Shi et al. 2023)."""
-    eps: float
-    weight_decay: float
-    max_preconditioner_dim: int
-    """The largest side of a block."""
-    precondition_frequency: int
-    """Steps from one refresh of a block's roots to the next."""
-    preconditioner_eps: float
-    """Added to the eigenvalues of the bias-corrected factors."""
-    initial_lr: float | None = None
-    """For weight_decay_type "independent". None: lr."""
-    start_preconditioning_step: int = 2
-    """The first step that uses the roots, and computes them."""
-    refresh_warmup_steps: int | None = None
-    """Over which the time between refreshes grows from 1. None: 10 times the frequency."""
-    refresh_schedule: str = "together"
-    """"together": when t % frequency == 0; "staggered": when (t + phase) % frequency == 0."""
-    preconditioner: str = "shampoo"
-    grafting: str = "adam"
-    """"adam", "rmsprop" (no bias correction), "adagrad" (sums), "sgd" or "none"."""
-    grafting_beta2: float | None = None
-    """None: betas[1]."""
-    grafting_eps: float | None = None
-    """None: eps."""
-    beta3: float | None = None
-    """Weight of the last momentum in what is used of it, of preconditioned parameters. None:
-    betas[0]^2, Nesterov's."""
-    use_bias_correction: bool = True
-    momentum: float = 0.0
-    """Of the direction, as in torch.optim.SGD; so are the next two."""
-    nesterov: bool = False
-    dampening: float = 0.0
-    weight_decay_type: str = "decoupled"
-    root_method: str | None = None
-    """"qr" improves the last eigenbasis by orthogonal iteration, "eigh_pseudo_inverse" leaves out
-    null spaces; all others have the same limit, which is computed here, but "polynomial", which
-    has its own. None: "qr" for soap, "eigh" for the others."""
-    root_exponents: list[float] | None = None
-    """Entry k-1 is the power -root_exponents[k-1] of tensors with k factors; 0: the rule's own."""
-    large_dim: str = "block"
-    """What dimensions above the cap get: "block" (they are cut), "one_sided" (no factor),
-    "diagonal" (a diagonal one)."""
-    max_factor_ratio: float = 4.0
-    """A side has a factor of at most so many times the block's elements, or if it is shortest."""
-    base_width: int | None = None
-    """The lr of a weight [m, n] that is preconditioned is multiplied by the root of base_width / n
-    (experts [E, m, n] the same, [m, n_1, n_2, ...] with the product). None: by 1."""
-    precondition_1d: bool = False
-    """Blocks of one row or column are vectors, with all of their factors."""
-    merge_dims: str = "matrix"
-    """"matrix": shapes of order 4 and more count as [out, rest]; "small": neighbouring dimensions
-    are merged up to the cap."""
-    factor_dtype: str = "float32"
-    root_dtype: str = "float32"
-    momentum_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
+    def __init__(self, config: ShampooConfig, **group: Any) -> None:
+        vars(self).update(vars(config) | group)
         for name, default in (
-            ("initial_lr", self.lr),
             ("refresh_warmup_steps", 10 * self.precondition_frequency),
             ("grafting_beta2", self.betas[1]),
             ("grafting_eps", self.eps),
             ("beta3", self.betas[0] ** 2),
             ("root_method", "qr" if self.preconditioner == "soap" else "eigh"),
-            ("root_exponents", []),
+            ("root_dtype", "float32"),
         ):
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        assert self.grafting not in ("adam", "rmsprop") or self.grafting_beta2 < 1
-        assert self.preconditioner != "kl_shampoo" or self.betas[1] < 1
 
     def correction(self, beta: float, t: int) -> float:
         """1 - beta^t; 1 for sums, or if it is not wanted."""
@@ -145,4 +85,4 @@ class GramFactors:
 def new_basis(matrix: Tensor, old: Tensor, warm: bool, settings: Settings) -> Tensor:
     if warm and settings.root_method == "qr":
         return warm_qr_step(matrix, old)
-    return eigenbasis(matrix)
+    return torch.linalg.eigh(matrix)[1]

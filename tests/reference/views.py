@@ -15,30 +15,12 @@ from dataclasses import dataclass
 from tests.reference.rule import Settings
 
 
-def tile_sizes(size: int, cap: int) -> list[int]:
+def tiles(size: int, cap: int) -> list[slice]:
     """Cut a dimension in ceil(size / cap) tiles; the first ones are one longer, if it does not come
-    out even. If size and cap are multiples of 8, so are tiles of 64 and more."""
+    out even. (Sides of 64 and more, which are cut in eights, are not compared.)"""
     count = math.ceil(size / cap)
-    if size % 8 == 0 and cap % 8 == 0 and size // count >= 64:
-        return [
-            8 * (size // 8 // count + (1 if i < size // 8 % count else 0)) for i in range(count)
-        ]
-    return [size // count + (1 if i < size % count else 0) for i in range(count)]
-
-
-def block_slices(
-    shape: tuple[int, ...], caps: tuple[int, ...]
-) -> dict[tuple[int, ...], tuple[slice, ...]]:
-    """Map the coordinates of each block of the grid to the rectangle that it covers.
-
-    caps: the largest tile of each dimension.
-    """
-    slices = []
-    for size, cap in zip(shape, caps, strict=True):
-        ends = list(itertools.accumulate(tile_sizes(size, cap)))
-        slices.append([slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)])
-    grid = itertools.product(*(range(len(of_dimension)) for of_dimension in slices))
-    return {at: tuple(slices[d][i] for d, i in enumerate(at)) for at in grid}
+    ends = [i * (size // count) + min(i, size % count) for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def merge_small(shape: tuple[int, ...], cap: int) -> tuple[int, ...]:
@@ -70,8 +52,6 @@ def view_shape(shape: tuple[int, ...], merge_dims: str, cap: int) -> tuple[tuple
 class BlockView:
     """One block of a parameter."""
 
-    coordinates: tuple[int, ...]
-    """In the grid of blocks, after the number of the matrix for a batch of them."""
     index: tuple[int | slice, ...]
     """Where the block lies in the view."""
     kinds: tuple[str, ...]
@@ -85,11 +65,11 @@ def blocks_of(view: tuple[int, ...], batches: int, settings: Settings) -> list[B
     if uncut == "none" and min(sizes) > cap:
         uncut = "full"  # nothing would be preconditioned, so that all is cut
     kinds = tuple(uncut if size > cap else "full" for size in sizes)
-    caps = tuple(cap if uncut == "full" else max(size, cap) for size in sizes)
+    cuts = [tiles(size, cap if uncut == "full" else max(size, cap)) for size in sizes]
     return [
-        BlockView((*batch, *at), (*batch, *slices), _in_proportion(slices, kinds, settings))
+        BlockView((*batch, *slices), _in_proportion(slices, kinds, settings))
         for batch in itertools.product(*map(range, view[:batches]))
-        for at, slices in block_slices(sizes, caps).items()
+        for slices in itertools.product(*cuts)
     ]
 
 

@@ -8,7 +8,6 @@ spectrum, in a basis that is not the axes', and bases are first taken when enoug
 summed up. (What holds for other gradients is the subject of test_bad_numbers.py.)
 """
 
-import dataclasses
 import functools
 import itertools
 import zlib
@@ -26,7 +25,6 @@ from shampoo_fsdp.plan.grid import make_grid
 from tests.models import set_gradients
 from tests.reference import ReferenceShampoo
 from tests.reference.algebra import rounded
-from tests.reference.rule import Settings
 
 STEPS = 20
 START = 9
@@ -73,19 +71,12 @@ def reference_for(
 ) -> ReferenceShampoo:
     group, config = optimizer.param_groups[0], optimizer.config
 
-    def phase(name: str, coordinates: tuple[int, ...]) -> int:
-        grid = make_grid(shapes[name], config)
-        index = list(grid.coordinates()).index(tuple(coordinates))
-        return refresh_phase(name, index, len(grid), config.precondition_frequency)
+    def phase(name: str, number: int) -> int:
+        blocks = len(make_grid(shapes[name], config))
+        return refresh_phase(name, number, blocks, config.precondition_frequency)
 
-    known = {field.name for field in dataclasses.fields(Settings)}
-    return ReferenceShampoo(
-        shapes,
-        **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
-        **{k: v for k, v in dataclasses.asdict(config).items() if k in known},
-        excluded=excluded,
-        phase=phase,
-    )
+    group = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    return ReferenceShampoo(shapes, config, excluded=excluded, phase=phase, **group)
 
 
 def beginning(

@@ -10,18 +10,11 @@ from shampoo_fsdp import Shampoo
 
 DECAY = 0.1
 STEPS = 20  # before the checkpoint
-
-
-def steady(step: int) -> float:
-    return 1.0
-
-
-def warm_up(step: int) -> float:
-    return min(1.0, 0.01 * (step + 1))
-
-
-def falling(step: int) -> float:
-    return 1.0 - step / 60
+SCHEDULES = {
+    "steady": lambda step: 1.0,
+    "warm up": lambda step: min(1.0, 0.01 * (step + 1)),
+    "falling": lambda step: 1.0 - step / 60,
+}
 
 
 def build(lr: float) -> Shampoo:
@@ -46,63 +39,54 @@ def lost(optimizer: Shampoo) -> float:
     return matrix
 
 
-def saved(lr: float, schedule) -> tuple[dict, dict]:
-    optimizer = build(lr)
-    scheduler = LambdaLR(optimizer, schedule)
-    for step in range(STEPS):
-        assert lost(optimizer) == pytest.approx(DECAY * schedule(step), abs=1e-6)
+def check(optimizer: Shampoo, scheduler: LambdaLR, schedule, steps: range) -> None:
+    for step in steps:
+        assert lost(optimizer) == pytest.approx(DECAY * schedule(step), abs=1e-6), step
         scheduler.step()
+
+
+def saved(schedule) -> tuple[dict, dict]:
+    """State dicts of an optimizer with an lr of 0.01 and of its scheduler."""
+    optimizer = build(0.01)
+    scheduler = LambdaLR(optimizer, schedule)
+    check(optimizer, scheduler, schedule, range(STEPS))
     return optimizer.state_dict(), scheduler.state_dict()
 
 
-def check(optimizer: Shampoo, scheduler: LambdaLR, schedule, first: int) -> None:
-    for step in range(first, first + 8):
-        assert lost(optimizer) == pytest.approx(DECAY * schedule(step), abs=1e-6), step - first
-        scheduler.step()
-
-
 each_lr = pytest.mark.parametrize("lr", [0.033, 0.01, 0.003])
-each_schedule = pytest.mark.parametrize("schedule", [steady, warm_up, falling])
 
 
 @each_lr
-@each_schedule
-def test_optimizer_and_scheduler_go_on_from_the_checkpoint(lr, schedule):
-    state, schedulers = saved(0.01, schedule)
-    optimizer = build(lr)
-    scheduler = LambdaLR(optimizer, schedule)
-    optimizer.load_state_dict(state)
-    scheduler.load_state_dict(schedulers)
-    check(optimizer, scheduler, schedule, STEPS)
-    assert optimizer.param_groups[0]["initial_lr"] == 0.01
-
-
-@each_lr
-@each_schedule
-def test_the_scheduler_goes_on_with_the_lr_of_this_job(lr, schedule):
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("scheduler_is_loaded", [True, False])
+def test_the_schedule_goes_on(lr, schedule, scheduler_is_loaded):
     """TorchTitan 0.3 takes over the step alone, and sets lr anew."""
     optimizer = build(lr)
     scheduler = LambdaLR(optimizer, schedule)
-    optimizer.load_state_dict(saved(0.01, schedule)[0])
-    scheduler.last_epoch = STEPS
-    optimizer.param_groups[0]["lr"] = lr * schedule(STEPS)
-    check(optimizer, scheduler, schedule, STEPS)
-    assert optimizer.param_groups[0]["initial_lr"] == lr
+    of_optimizer, of_scheduler = saved(schedule)
+    optimizer.load_state_dict(of_optimizer)
+    if scheduler_is_loaded:
+        scheduler.load_state_dict(of_scheduler)
+    else:
+        scheduler.last_epoch = STEPS
+        optimizer.param_groups[0]["lr"] = lr * schedule(STEPS)
+    check(optimizer, scheduler, schedule, range(STEPS, STEPS + 8))
+    assert optimizer.param_groups[0]["initial_lr"] == (0.01 if scheduler_is_loaded else lr)
 
 
 @each_lr
 def test_a_scheduler_that_is_built_after_loading_takes_the_lr_of_the_checkpoint(lr):
     optimizer = build(lr)
-    optimizer.load_state_dict(saved(0.01, falling)[0])
-    scheduler = LambdaLR(optimizer, warm_up)
-    check(optimizer, scheduler, warm_up, 0)
+    optimizer.load_state_dict(saved(SCHEDULES["falling"])[0])
+    scheduler = LambdaLR(optimizer, SCHEDULES["warm up"])
+    check(optimizer, scheduler, SCHEDULES["warm up"], range(8))
     assert scheduler.base_lrs == [0.01]
 
 
 @each_lr
 def test_without_a_scheduler_the_lr_is_that_of_the_job(lr, caplog):
     optimizer = build(lr)
-    optimizer.load_state_dict(saved(0.01, steady)[0])
+    optimizer.load_state_dict(saved(SCHEDULES["steady"])[0])
     assert (lr == 0.01) == (f"0.01 in the checkpoint and {lr} here" not in caplog.text)
     optimizer.param_groups[0]["lr"] = lr
     for _ in range(3):
