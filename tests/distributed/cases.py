@@ -63,7 +63,7 @@ class Case:
     halt: int
     """After so many steps it is saved."""
     saved_as: str
-    """"file", which the first rank writes alone, or "folder"."""
+    """"file", which the first rank writes alone, "folder", or "whole": a full state dict."""
 
     def __str__(self) -> str:
         return "\n".join(f"    {name}: {value}" for name, value in vars(self).items())
@@ -138,7 +138,7 @@ def _draw(number: int, dice: random.Random) -> Case:
         source=source,
         target=target,
         halt=dice.randint(1, steps - 1),
-        saved_as=dice.choice(("file", "folder")),
+        saved_as=dice.choice(("file", "folder", "whole")),
     )
 
 

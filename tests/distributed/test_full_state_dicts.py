@@ -1,7 +1,5 @@
 """Whole tensors on rank 0 from state that is spread over ranks, and back onto any mesh."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner
-from tests.models import full_parameters, train, with_shampoo
-from tests.ranks import ranks, run_ranks
+from tests.models import train, with_shampoo
+from tests.ranks import ranks
 
 OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 3}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -32,115 +30,38 @@ def plain(value):
     return value.full_tensor() if isinstance(value, DTensor) else value + 0
 
 
-def whole_state_after_four_steps(layout, options):
-    model, optimizer = optimizer_on(layout, **options)
-    train(model, optimizer, range(4))
-    # Pieces, put together by hand.
-    expected = {}
-    for name, parameter in model.named_parameters():
-        expected[name] = {e: plain(v) for e, v in optimizer.state[parameter].items()}
-    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    if dist.is_initialized() and dist.get_rank():
-        assert not state
-        return None
-    for name, entries in expected.items():
-        found = state["state"][name]
-        assert found.keys() == entries.keys()
-        for entry, value in entries.items():
-            assert not isinstance(found[entry], DTensor), (name, entry)
-            assert torch.equal(found[entry] + 0, value), (name, entry)
-    tensors = {n: {e: v + 0 for e, v in es.items()} for n, es in state["state"].items()}
-    return {"state": tensors, "param_groups": state["param_groups"]}
-
-
-def goes_on_as_the_original(layout, state, options, expected):
-    """Args:
-    state: a full state dict, or the file of what one rank has saved alone.
-    """
-    model, optimizer = optimizer_on(layout, **options)
-    train(model, optimizer, range(4))  # for the weights
-    replicas = dist.group.WORLD if layout == "ddp" else None
-    other = Shampoo(model.named_parameters(), replicas=replicas, **OPTIONS | options)
-    names = [name for name, _ in model.named_parameters()]
-    if isinstance(state, Path):
-        state = torch.load(state, weights_only=True)
-        other.load_state_dict(state)
-        names = [*range(len(names))]
-    elif layout == "single":
-        set_optimizer_state_dict(model, other, state)
-    else:
-        given = state if dist.get_rank() == 0 else {}
-        spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_optimizer_state_dict(model, other, given, options=spread)
-    for name, parameter in zip(names, model.parameters(), strict=True):
-        for entry, value in other.state[parameter].items():
-            assert torch.equal(plain(value), state["state"][name][entry]), (name, entry)
-    train(model, other, range(4, 7))
-    for name, value in full_parameters(model).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-
-
-def alone_after_seven_steps(options):
-    model, optimizer = optimizer_on("single", **options)
-    train(model, optimizer, range(7))
-    return full_parameters(model)
-
-
-IN_BF16 = dict.fromkeys(("factor_dtype", "root_dtype", "momentum_dtype"), "bfloat16")
-SMALL = {"preconditioner": "shampoo", "symmetric_packing": True, **IN_BF16}
-MOVES = [("fsdp", "hsdp", SMALL), ("hsdp", "tp_fsdp", {}), ("tp_fsdp", "ddp", {})]
-
-
-def moves_on_four_ranks(alone, expected):
-    """Args:
-    alone: the state of one process; expected: what it comes to.
-
-    Returns:
-        the last state, in other settings, on rank 0.
-    """
-    for source, target, options in MOVES:
-        state = [whole_state_after_four_steps(source, options)]
-        dist.broadcast_object_list(state)
-        goes_on_as_the_original(target, state[0], options, expected[bool(options)])
-    goes_on_as_the_original("fsdp", alone, {}, expected[False])
-    return whole_state_after_four_steps("ddp", SMALL)
-
-
-def test_a_full_state_dict_moves_between_meshes():
-    expected = [alone_after_seven_steps(options) for options in ({}, SMALL)]
-    given = {"alone": whole_state_after_four_steps("single", {}), "expected": expected}
-    last = run_ranks(4, moves_on_four_ranks, **given)[0]
-    goes_on_as_the_original("single", last, SMALL, expected[True])
-
-
-def rank_0_saves_alone(layout, file):
-    model, optimizer = optimizer_on(layout)
-    train(model, optimizer, range(4))
-    rank = dist.get_rank()
-    if rank == 0:
-        with pytest.raises(TypeError, match=r"\(\) on all ranks .* or save with torch\.dist"):
+@ranks(2)
+def test_rank_0_gets_whole_tensors(tmp_path):
+    """By PyTorch or from the optimizer, whose next state dict alone has them. (What comes of them
+    on any mesh: test_fuzz.)"""
+    rank, file = dist.get_rank(), tmp_path / "optimizer.pt"
+    for layout in ("ddp", "fsdp"):
+        model, optimizer = optimizer_on(layout)
+        train(model, optimizer, range(4))
+        states = [optimizer.state[p].items() for p in model.parameters()]
+        expected = [{entry: plain(value) for entry, value in state} for state in states]
+        if rank == 0:
+            with pytest.raises(TypeError, match=r"\(\) on all ranks .* or save with torch\.dist"):
+                torch.save(optimizer.state_dict(), file)
+        optimizer.consolidate_state_dict(to=1)
+        optimizer.consolidate_state_dict()  # nothing is left of the one before
+        if rank == 0:
             torch.save(optimizer.state_dict(), file)
-    optimizer.consolidate_state_dict(to=1)
-    optimizer.consolidate_state_dict()  # nothing is left of the one before
-    if rank == 0:
-        torch.save(optimizer.state_dict(), file)
-    # Of the next state dict alone, and of no later step.
-    weight = model.layers["0"].attention.wq.weight
-    index = [id(p) for p in optimizer.param_groups[0]["params"]].index(id(weight))
-    for again in (False, True):
-        if again:
-            optimizer.consolidate_state_dict()
-            train(model, optimizer, range(4, 5))
-        assert isinstance(optimizer.state_dict()["state"][index]["factors"], DTensor)
-
-
-@pytest.mark.parametrize(("source", "n", "target"), [("ddp", 2, "fsdp"), ("fsdp", 4, "ddp")])
-def test_what_rank_0_saves_alone_goes_on_anywhere(source, n, target, tmp_path):
-    file = tmp_path / "optimizer.pt"
-    run_ranks(2, rank_0_saves_alone, layout=source, file=file)
-    given = {"state": file, "options": {}, "expected": alone_after_seven_steps({})}
-    goes_on_as_the_original("single", **given)
-    run_ranks(n, goes_on_as_the_original, layout=target, **given)
+        by_torch = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        if rank == 0:
+            for found in (torch.load(file, weights_only=True), by_torch):
+                found = [*found["state"].values()]
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        else:
+            assert not by_torch
+        # Of the next state dict alone, and of no later step.
+        weight = model.layers["0"].attention.wq.weight
+        index = [id(p) for p in optimizer.param_groups[0]["params"]].index(id(weight))
+        for again in (False, True):
+            if again:
+                optimizer.consolidate_state_dict()
+                train(model, optimizer, range(4, 5))
+            assert isinstance(optimizer.state_dict()["state"][index]["factors"], DTensor)
 
 
 @ranks(2)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -199,27 +200,35 @@ def build(
 
 
 def save(case: Case, model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, folder: Path) -> None:
-    if case.saved_as == "file":
-        optimizer.consolidate_state_dict()
-        if dist.get_rank() == 0:
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    else:
+    if case.saved_as == "folder":
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.save(state, checkpoint_id=folder / "dcp", process_group=group_of(mesh))
+        return
+    if case.saved_as == "file":
+        optimizer.consolidate_state_dict()
+        whole = optimizer.state_dict()
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = get_optimizer_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        torch.save(whole, folder / "optimizer.pt")
 
 
 def load(case: Case, model: nn.Module, optimizer: Shampoo, mesh: DeviceMesh, folder: Path) -> None:
-    if case.saved_as == "file":
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    else:
+    if case.saved_as == "folder":
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(
-            state,
-            checkpoint_id=folder / "dcp",
-            planner=ShampooLoadPlanner(),
-            process_group=group_of(mesh),
-        )
+        group, planner = group_of(mesh), ShampooLoadPlanner()
+        dcp.load(state, checkpoint_id=folder / "dcp", planner=planner, process_group=group)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        return
+    whole = torch.load(folder / "optimizer.pt", weights_only=True)
+    if case.saved_as == "file":
+        optimizer.load_state_dict(whole)
+    else:
+        spread = mesh.size() == 4  # PyTorch does so to all ranks alone
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=spread)
+        given = {} if spread and dist.get_rank() else whole
+        set_optimizer_state_dict(model, optimizer, given, options=options)
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:

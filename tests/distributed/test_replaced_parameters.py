@@ -14,11 +14,13 @@ from tests.ranks import ranks
 SMALL = {"dim": 12, "hidden": 20, "vocab": 16}
 
 
-def model():
+def model(sharded=False):
     torch.manual_seed(0)
     model = TinyLlama(**SMALL)
     model.token = model.tok_embeddings  # an embedding by its type alone
     del model.tok_embeddings
+    if sharded:
+        shard(model)
     return model
 
 
@@ -34,9 +36,8 @@ def put_in(optimizer, model):
 
 
 @ranks(2)
-def test_the_next_step_trains_the_new_ones(tmp_path):
-    after = model()
-    shard(after)
+def test_the_next_step_trains_the_new_ones():
+    after = model(sharded=True)
     expected = Shampoo(param_groups(after), lr=1e-2)
     train(after, expected, range(4))
 
@@ -53,7 +54,7 @@ def test_the_next_step_trains_the_new_ones(tmp_path):
 
 
 @ranks(2)
-def test_state_is_not_made_for_a_whole_model_that_is_still_to_be_sharded(tmp_path):
+def test_state_is_not_made_for_a_whole_model_that_is_still_to_be_sharded():
     whole = model()
     optimizer = Shampoo(param_groups(whole))
     assert optimizer._built is None
@@ -66,7 +67,7 @@ def test_state_is_not_made_for_a_whole_model_that_is_still_to_be_sharded(tmp_pat
 
 
 @ranks(2)
-def test_a_state_dict_of_before_makes_no_state(tmp_path):
+def test_a_state_dict_of_before_makes_no_state():
     whole = model()
     optimizer = Shampoo(param_groups(whole), lr=1e-2)
     # Accelerate moves it to the device and loads it again, before it shards the model.
@@ -84,13 +85,11 @@ def test_a_state_dict_of_before_makes_no_state(tmp_path):
 
 
 @ranks(2)
-def test_state_of_steps_is_not_lost_in_silence(tmp_path):
-    sharded = model()
-    shard(sharded)
+def test_state_of_steps_is_not_lost_in_silence():
+    sharded = model(sharded=True)
     optimizer = Shampoo(param_groups(sharded), lr=1e-2)
     train(sharded, optimizer, range(1))
-    other = model()
-    shard(other)
+    other = model(sharded=True)
     put_in(optimizer, other)
     set_gradients(other, deterministic_gradients(other, 1))
     for use in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict({})):
@@ -99,10 +98,9 @@ def test_state_of_steps_is_not_lost_in_silence(tmp_path):
 
 
 @ranks(2)
-def test_a_rank_may_be_without_gradients(tmp_path):
+def test_a_rank_may_be_without_gradients():
     """All of them on the first step, or of one matrix later."""
-    sharded = model()
-    shard(sharded)
+    sharded = model(sharded=True)
     optimizer = Shampoo(param_groups(sharded), lr=1e-2, precondition_frequency=2)
     for step in range(4):
         set_gradients(sharded, deterministic_gradients(sharded, step))
