@@ -76,6 +76,7 @@ def _train(steps: int, lr: float, name: str) -> tuple[float, float]:
             "model.flavor": "tiny",
             "optimizer.name": name,
             "optimizer.lr": lr,
+            "optimizer.shampoo.lr_factor": 1.0,
             "training.steps": steps,
         }
         arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]

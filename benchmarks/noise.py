@@ -66,7 +66,12 @@ def maker(rule: str, precision: str) -> Maker:
     if options is None:
         return lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     return lambda model: Shampoo(
-        model.named_parameters(), lr=1e-2, exclude=[], matmul_precision=precision, **options
+        model.named_parameters(),
+        lr=1e-2,
+        lr_factor=1.0,
+        exclude=[],
+        matmul_precision=precision,
+        **options,
     )
 
 

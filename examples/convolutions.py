@@ -33,11 +33,13 @@ net = nn.Sequential(block(1, 16), block(16, 32), block(32, 64), nn.Flatten())
 net.head = nn.Linear(64 * 4 * 4, 10)  # by its name left to AdamW's step
 if args.layout == "fsdp2":
     model: nn.Module = fully_shard(net)
-    optimizer = Shampoo(param_groups(net, weight_decay=0.1), lr=3e-3)
+    optimizer = Shampoo(param_groups(net, weight_decay=0.1), lr=3e-3, lr_factor=1)
 else:
     model = DistributedDataParallel(net)
     everyone = dist.group.WORLD  # shares the work
-    optimizer = Shampoo(param_groups(net, weight_decay=0.1), lr=3e-3, replicas=everyone)
+    optimizer = Shampoo(
+        param_groups(net, weight_decay=0.1), lr=3e-3, lr_factor=1, replicas=everyone
+    )
 weights, state = get_state_dict(model, optimizer)
 saved = {"model": weights, "optimizer": state, "step": 0}
 if args.resume:

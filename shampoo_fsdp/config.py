@@ -182,9 +182,14 @@ class ShampooConfig:
     (`param_groups(model)`, TorchTitan), for every `nn.Embedding` and what is tied to it, whatever
     its name. ["default", "router"] adds to it, ["router"] takes its place, [] excludes nothing."""
 
+    lr_factor: PositiveFloat = 3.0
+    """The step's lr as a multiple of lr, so that lr is the one that AdamW wants; 1 takes lr as it
+    is, as for convolutions. Each parameter group has its own, and so do checkpoints: that of before
+    this setting is 1."""
+
     excluded_lr_factor: PositiveFloat = 1.0
-    """lr of the parameters that are not preconditioned (excluded ones, and vectors), as a multiple
-    of lr; below 1 if lr is above what AdamW bears."""
+    """The same for the parameters that are not preconditioned (excluded ones, and vectors), on top
+    of lr_factor; 1 / lr_factor gives them AdamW's very step."""
 
     base_width: PositiveInt | None = None
     """Width for which lr is meant: a preconditioned weight [out, in] moves by sqrt(base_width / in)

@@ -30,15 +30,20 @@ class GroupSettings:
 
     @classmethod
     def of(
-        cls, group: Mapping[str, Any], config: ShampooConfig, lr_factor: float = 1.0
+        cls, group: Mapping[str, Any], config: ShampooConfig, excluded_lr_factor: float = 1.0
     ) -> "GroupSettings":
         """
         Args:
-            group: of the optimizer; its lr may be a tensor on the CPU.
-            lr_factor: a multiple of its lr, which leaves "independent" weight decay as it is.
+            group: of the optimizer; its lr may be a tensor on the CPU, and its `lr_factor` may have
+                been taken out: then it is 1.
+            excluded_lr_factor: one more multiple of its lr. Neither changes "independent" weight
+                decay.
         """
-        lr = lr_factor * float(group["lr"])
-        initial = lr_factor * float(group.get("initial_lr", group["lr"]))
+
+        def scaled(lr: Any) -> float:
+            return excluded_lr_factor * (float(lr) * float(group.get("lr_factor", 1.0)))
+
+        lr, initial = scaled(group["lr"]), scaled(group.get("initial_lr", group["lr"]))
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
         lost = {
             "decoupled": lr * decay,

@@ -40,10 +40,10 @@ class Shampoo(torch.optim.Optimizer):
 
     Any module, each matrix and convolution of it:
 
-        optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=1e-3, exclude=[])
+        optimizer = Shampoo(param_groups(model), lr=1e-3, lr_factor=1, exclude=[])
 
-    Set lr to two or three times AdamW's (once, for convolutions), and keep betas, eps, weight
-    decay, schedule and clipping. Then `step()` and `zero_grad()` as with any optimizer.
+    Keep AdamW's lr, betas, eps, weight decay, schedule and clipping: `lr_factor` is what Shampoo
+    wants of lr, and 1 for convolutions. Then `step()` and `zero_grad()` as with any optimizer.
 
     How it works (Shi et al. 2023, arXiv 2309.06497): a parameter is cut into blocks, in the same
     way on every mesh; each has one owner among the ranks of the mesh, which keeps its state. On a
@@ -73,8 +73,8 @@ class Shampoo(torch.optim.Optimizer):
         Args:
             params: `shampoo_fsdp.param_groups(model)`, which knows embeddings by their type,
                 `model.named_parameters()`, or groups of these, or of plain parameters and
-                'param_names', with their own lr, betas, eps and weight_decay. Without names
-                `exclude` has to be [], or there are no matrices.
+                'param_names', with their own lr, lr_factor, betas, eps and weight_decay. Without
+                names `exclude` has to be [], or there are no matrices.
             lr, betas, eps, weight_decay: as in AdamW; lr may be a tensor, on the CPU. betas[1] also
                 averages the factors. For the kind of weight decay see `weight_decay_type`.
             replicas: the mesh (of one dimension) or process group on which plain tensors are
@@ -92,6 +92,7 @@ class Shampoo(torch.optim.Optimizer):
         self._is_embedding: dict[str, bool] = {}
         self._built: State | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults["lr_factor"] = self.config.lr_factor
         check_group(self.config, defaults)
         self._own_lrs: list[tuple[float | None, float]] = []
         self._loaded_lrs: list[float] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from shampoo_fsdp.checkpoint.fits import decide, is_state_entry
+from shampoo_fsdp.checkpoint.fits import OF_BEFORE, decide, is_state_entry
 from shampoo_fsdp.checkpoint.loading import carry_out, copy_own_part, flat, other_pieces, start_anew
 from shampoo_fsdp.checkpoint.owned import OwnedBlocks, Reading
 from shampoo_fsdp.checkpoint.sharded import state_entries
@@ -198,6 +198,11 @@ class State:
             _logger.warning(f"The saved state of {name_some(frozen)}, frozen here, is not used.")
         if said := str(report):
             _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
+        before = [loaded for loaded in settings if loaded and "lr_factor" not in loaded]
+        if tell_all(rank_sets, report.of_shampoo) and before:
+            _logger.warning(OF_BEFORE)
+            for loaded in before:
+                loaded["lr_factor"] = 1.0
 
         for group, loaded in zip(param_groups, settings, strict=True):
             group.update(loaded)

@@ -3,18 +3,18 @@
 From 0.3 on, in a registry's function:
 
     from shampoo_torchtitan.configs import shampoo
-    config.optimizer = shampoo(lr=1e-3)
+    config.optimizer = shampoo(lr=3e-4)
 
-(from 0.4 on also Shampoo.Config(pattern=".*", lr=1e-3) of this package, in its list of optimizers),
+(from 0.4 on also Shampoo.Config(pattern=".*", lr=3e-4) of this package, in its list of optimizers),
 or with any job, on its command line:
 
-    --override.imports 'shampoo_torchtitan.configs.use_shampoo={"lr": 1e-3}'
+    --override.imports shampoo_torchtitan.configs.use_shampoo
 
 In a job file, for 0.2 and later:
 
     [optimizer]
     name = "shampoo"
-    lr = 1e-3                     # about 3 times AdamW's
+    lr = 3e-4                     # AdamW's
 
     [optimizer.shampoo]           # its own settings: python -m shampoo_fsdp plan --help
     precondition_frequency = 10

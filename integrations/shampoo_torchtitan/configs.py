@@ -6,10 +6,10 @@ In a user's own registry function, in the place of `default_adamw(lr=3e-4)`:
 
     config.optimizer = shampoo(lr=3e-4, precondition_frequency=20)
 
-or on the command line of any job, which keeps its groups and what is not given (lr should be about
-3 times AdamW's):
+or on the command line of any job, which keeps its groups and what is not given:
 
-    --override.imports 'shampoo_torchtitan.configs.use_shampoo={"lr": 1e-3}'
+    --override.imports shampoo_torchtitan.configs.use_shampoo
+    --override.imports 'shampoo_torchtitan.configs.use_shampoo={"precondition_frequency": 20}'
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive, override
-from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
@@ -123,8 +122,7 @@ def use_shampoo(
 
     Args:
         config: The job's.
-        lr, betas, eps, weight_decay: Of all these groups; by default each keeps its own. lr should
-            be about 3 times AdamW's.
+        lr, betas, eps, weight_decay: Of all these groups; by default each keeps its own.
         **settings: Fields of ShampooConfig.
 
     Raises:
@@ -133,17 +131,12 @@ def use_shampoo(
     values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     given = {name: value for name, value in values.items() if value is not None}
 
-    def changed(name: str, theirs: dict[str, Any]) -> dict[str, Any]:
+    def changed(theirs: dict[str, Any]) -> dict[str, Any]:
         new = theirs | given
         checked = {key: new.get(key, _DEFAULTS[key]) for key in _DEFAULTS}
         validate_hyperparameters(own, **checked)
         if "betas" in new:
             new["betas"] = tuple(new["betas"])
-        if "lr" in theirs and "lr" not in given:
-            logger.warning(
-                f"lr = {new['lr']:g} is the one of {name}; Shampoo is best with about 3 times "
-                "that: set lr"
-            )
         return new
 
     try:

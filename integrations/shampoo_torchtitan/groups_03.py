@@ -85,19 +85,19 @@ def _build_shampoo(
 def with_shampoo(
     config: OptimizersContainer.Config,
     own: ShampooConfig,
-    changed: Callable[[str, dict[str, Any]], dict[str, Any]],
+    changed: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
     """What becomes of a container's configuration with Shampoo in all groups of Adam and AdamW.
 
     Args:
         own: Shampoo's settings.
-        changed: The hyperparameters that Shampoo has in the place of those of this optimizer.
+        changed: The hyperparameters that Shampoo has in the place of another optimizer's.
     """
     groups = [
         dataclasses.replace(
             group,
             optimizer_name=NAME,
-            optimizer_kwargs=changed(group.optimizer_name, group.optimizer_kwargs),
+            optimizer_kwargs=changed(group.optimizer_kwargs),
         )
         if group.optimizer_name in ADAM
         else group

@@ -139,18 +139,18 @@ def _listed(config: Any) -> list[Any]:
 def with_shampoo(
     config: OptimizersContainer.Config,
     own: ShampooConfig,
-    changed: Callable[[str, dict[str, Any]], dict[str, Any]],
+    changed: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
     """What becomes of a container's configuration with Shampoo in the place of Adam and AdamW.
 
     Args:
         own: Shampoo's settings.
-        changed: The hyperparameters that Shampoo has in the place of those of this optimizer.
+        changed: The hyperparameters that Shampoo has in the place of another optimizer's.
     """
     optimizers = [
         Shampoo.Config(
             pattern=of.pattern,
-            **changed(of._owner.__name__, _hyperparameters(of)),
+            **changed(_hyperparameters(of)),
             **vars(own),
         )
         if isinstance(of, Adam.Config | AdamW.Config)

@@ -32,6 +32,10 @@ _MOMENTS = ("step", "exp_avg", *_SECOND_MOMENTS)
 _MOMENTUM = "momentum_buffer"
 _STATE = re.compile(r"(?P<parameter>(?:.*?\.)?state\..+)\.(?P<entry>\w+)")
 _SETTING_OF_GROUP = re.compile(r"(?:.*?\.)?param_groups\..+")
+OF_BEFORE = (
+    "The checkpoint has no 'lr_factor' and goes on with 1, as it was: keep its lr. To change that, "
+    "set 'lr_factor' in the optimizer's param_groups after loading."
+)
 _HINT = 'Set it as it was, or on_mismatch = "rebuild" to keep what fits and start the rest anew.'
 
 
@@ -74,6 +78,8 @@ class LoadReport:
     renamed: dict[str, str] = field(default_factory=dict)
     """Second moments that are read from the key of another kind, and are multiplied or divided by
     the number of steps."""
+    of_shampoo: bool = False
+    """Whether the saved state is Shampoo's."""
 
     def merge(self, other: "LoadReport") -> None:
         """Add the names of parameters that another rank has."""
@@ -120,6 +126,7 @@ def decide(
     report.left_out |= {k for k in here if k not in saved and _SETTING_OF_GROUP.fullmatch(k)}
     shampoo_here = any(MARKER in entries for entries in keys_here.values())
     shampoo_saved = any(MARKER in entries for entries in keys_saved.values())
+    report.of_shampoo = shampoo_saved
     switched_on = shampoo_here and not shampoo_saved
     switched_off = shampoo_saved and not shampoo_here
     for parameter, keys in keys_here.items():

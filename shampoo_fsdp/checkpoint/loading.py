@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.tensor import DTensor
 
 from shampoo_fsdp.checkpoint.fits import (
+    OF_BEFORE,
     LoadReport,
     OnMismatch,
     check_others,
@@ -161,7 +162,8 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
     """Loads what fits of an optimizer's state; all the rest must fit, as with the default planner.
 
     It serves Shampoo and AdamW, each from checkpoints of both. Settings of parameter groups that
-    the checkpoint lacks keep their values. See :mod:`shampoo_fsdp.checkpoint.fits`; what was not
+    the checkpoint lacks keep their values, but for `lr_factor`, which is 1 in Shampoo's of before
+    there was one. See :mod:`shampoo_fsdp.checkpoint.fits`; what was not
     loaded is logged once, by the coordinator.
 
     Args:
@@ -173,7 +175,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
     """What this rank (and, on the coordinator, any rank) has not loaded."""
 
     def __init__(self, on_mismatch: OnMismatch = "refuse") -> None:
-        super().__init__()
+        super().__init__()  # which flattens
         if on_mismatch not in ("refuse", "rebuild"):
             refuse("on_mismatch", on_mismatch, "'refuse' or 'rebuild'")
         self.on_mismatch: OnMismatch = on_mismatch
@@ -207,13 +209,26 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
             self.report.merge(plan.planner_data)
         if said := str(self.report):
             _logger.warning(f"Not all optimizer state comes from the checkpoint: {said}.")
+        if self._without_lr_factor():
+            _logger.warning(OF_BEFORE)
         return super().create_global_plan(global_plan)
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         # Not before: now every rank has accepted the checkpoint.
         begin(self.state_dict, self.report)
+        for key in self._without_lr_factor():
+            *path, last = self.mappings[key]
+            held: Any = self.original_state_dict
+            for part in path:
+                held = held[part]
+            held[last] = 1.0
         self._unread = sum(item.type == LoadItemType.TENSOR for item in new_plan.items)
         return super().finish_plan(new_plan)
+
+    def _without_lr_factor(self) -> list[str]:
+        """Keys of what a checkpoint of Shampoo from before it lacks."""
+        lacking = self.report.left_out if self.report.of_shampoo else ()
+        return [key for key in lacking if key.endswith(".lr_factor")]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         super().commit_tensor(read_item, tensor)

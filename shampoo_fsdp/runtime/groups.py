@@ -12,7 +12,13 @@ from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
-from shampoo_fsdp.validation import TORCH_OPTIONS, check_torch_options, name_some, refuse
+from shampoo_fsdp.validation import (
+    TORCH_OPTIONS,
+    check_fields,
+    check_torch_options,
+    name_some,
+    refuse,
+)
 
 __all__ = ["FromEmbedding", "FromModel", "plain_name"]
 
@@ -39,7 +45,7 @@ def check_entries(group: Any) -> None:
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"expected a parameter group with the key 'params', found {group!r}.")
     for field in dataclasses.fields(ShampooConfig):
-        if field.name in group:
+        if field.name in group and field.name != "lr_factor":
             raise ValueError(f"setting '{field.name}' is no group's: give it to Shampoo.")
     check_torch_options(group)
 
@@ -57,6 +63,7 @@ def take_types(group: dict[str, Any]) -> dict[str, bool]:
 
 def check_group(config: ShampooConfig, group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first entry of a parameter group that is not allowed."""
+    check_fields(ShampooConfig, {"lr_factor": group.get("lr_factor", 1.0)})
     values = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
     if isinstance(lr := group["lr"], Tensor):
         if lr.device.type != "cpu" or lr.numel() != 1 or not lr.is_floating_point():

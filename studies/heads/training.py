@@ -41,6 +41,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     optimizer = Shampoo(
         model.named_parameters(),
         lr=lr,
+        lr_factor=1.0,
         betas=(0.9, 0.95),
         weight_decay=0.1,
         excluded_lr_factor=0.5,

@@ -159,7 +159,8 @@ def trainer_of(settings: dict[str, Any]) -> Iterator[StudyTrainer]:
     """The trainer of a job, which is closed afterwards."""
     with tempfile.TemporaryDirectory() as temporary, _one_process(), _quiet():
         job = Path(temporary, "job.toml")
-        job.write_text(toml_text(settings))
+        # The studies' lr are the step's own.
+        job.write_text(toml_text({"optimizer.shampoo.lr_factor": 1.0, **settings}))
         config = JobReader().parse_args(["--job.config_file", str(job)])
         # The launcher's own choice on CPUs is fp32, for all CPUs.
         precision = settings.get("training.mixed_precision_param", "float32")

@@ -114,7 +114,7 @@ def _optimizer(model: nn.Module, settings: dict[str, Any]) -> Optimizer:
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
     if settings["optimizer"] == "AdamW":
         return torch.optim.AdamW(groups, **options)
-    return Shampoo(groups, **options)
+    return Shampoo(groups, lr_factor=1.0, **options)
 
 
 def _digits(held_out: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ SHAPES = {
 }
 SETTINGS = {
     "lr": 1e-2,
+    "lr_factor": 1.0,
     "betas": (0.9, 0.9),
     "max_preconditioner_dim": 32,
     "precondition_frequency": 3,

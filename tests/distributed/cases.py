@@ -220,6 +220,7 @@ def _settings(dice: random.Random) -> dict[str, Any]:
     chosen = {name: dice.choice(of) for name, of in choices.items() if dice.random() < often}
     return {
         "lr": 1e-2,
+        "lr_factor": 1.0,
         "preconditioner": rule,
         "max_preconditioner_dim": dice.choice((3, 4, 8, 8, 16, 64)),
         "precondition_frequency": dice.choice((1, 2, 3, 5)),

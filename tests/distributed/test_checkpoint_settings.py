@@ -38,7 +38,11 @@ SOURCES: dict[str, dict[str, Any] | None] = {
 # What is saved, the settings that load it, and words of the refusal; "" if it is accepted.
 CASES: dict[str, tuple[str, dict[str, Any] | None, str]] = {
     "the same": ("shampoo", {}, ""),
-    "lr and betas": ("shampoo", {"lr": 5.0, "betas": (0.1, 0.2), "weight_decay": 0.0}, ""),
+    "hyperparameters": (
+        "shampoo",
+        {"lr": 5.0, "lr_factor": 7.0, "betas": (0.1, 0.2), "weight_decay": 0.0},
+        "",
+    ),
     "frequency": ("shampoo", {"precondition_frequency": 2, "start_preconditioning_step": 3}, ""),
     "rmsprop": ("shampoo", {"grafting": "rmsprop"}, ""),
     "no grafting": ("shampoo", {"grafting": "none"}, ""),
@@ -178,13 +182,15 @@ def test_only_matrices_that_lack_a_factor_now_start_their_factors_anew(results):
 
 
 def test_the_settings_of_groups_come_from_the_checkpoint_and_others_from_the_job(results):
-    before, after = results.before_and_after("lr and betas")
-    for setting in ("lr", "betas", "weight_decay"):
+    before, after = results.before_and_after("hyperparameters")
+    for setting in ("lr", "lr_factor", "betas", "weight_decay"):
         key = f"param_groups.{WQ}.{setting}"
         assert after[key] == before[key]
     expected = results.ranks[0]["the same"].parameters
-    found = results.ranks[0]["lr and betas"].parameters
+    found = results.ranks[0]["hyperparameters"].parameters
     assert all(torch.equal(found[n], expected[n]) for n in expected)
+    _, after = results.before_and_after("from adamw")
+    assert after[f"param_groups.{WQ}.lr_factor"] == 3.0  # which AdamW's has not
     other = results.ranks[0]["frequency"].parameters
     assert not all(torch.equal(other[n], expected[n]) for n in expected)
 

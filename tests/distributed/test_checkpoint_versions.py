@@ -93,6 +93,7 @@ def test_an_earlier_version_goes_on(version, member):
     saved = {member: state(model, optimizer)}
     dcp.load(saved, checkpoint_id=folder, planner=ShampooLoadPlanner())
     set_optimizer_state_dict(model, optimizer, saved[member]["optimizer"], options=FLAT)
+    assert optimizer.param_groups[0]["lr_factor"] == (1.0 if version == "checkpoint-0.1" else 3.0)
     train(model, optimizer, range(SAVED_AT, END))
     expected = torch.load(folder / "expected.pt", weights_only=True)[member]
     for name, p in model.named_parameters():

@@ -81,6 +81,7 @@ class Regressions:
             self.parameters.items(),
             **{
                 "lr": 0.02,
+                "lr_factor": 1.0,
                 "betas": (0.8, 0.8),
                 "weight_decay": 0.0,
                 "max_preconditioner_dim": 6 if "large_dim" in options else 4,

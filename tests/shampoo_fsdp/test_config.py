@@ -31,6 +31,9 @@ def build(**settings):
             "parameter '0' .* 4 rows; .* 'head_dim' = 3",
         ),
         ({"excluded_lr_factor": 0.0}, r"excluded_lr_factor.* 0\.0; allowed: a positive number"),
+        ({"lr_factor": 0.0}, r"'lr_factor' is 0\.0; allowed: a positive number"),
+        ({"lr_factor": -1}, "'lr_factor' is -1"),
+        ({"lr_factor": float("nan")}, "'lr_factor' is nan"),
         ({"precondition_1d": "no"}, "precondition_1d.*'no'.*true or false"),
         ({"lr": torch.tensor(-0.1)}, "lr.* -0.1.*a finite number >= 0"),
         ({"lr": torch.ones(2)}, "lr.*tensor.*a tensor of one, of floating point, on the CPU"),
@@ -79,6 +82,8 @@ def test_a_group_is_checked_as_well():
     parameter = torch.nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match=r"weight_decay.* -1"):
         Shampoo([{"params": [parameter], "weight_decay": -1}])
+    with pytest.raises(ValueError, match=r"'lr_factor' is 0; allowed: a positive number"):
+        Shampoo([{"params": [parameter], "lr_factor": 0}])
 
 
 def test_the_time_between_refreshes_grows_to_the_frequency():

@@ -38,6 +38,7 @@ SHAPES = {
 ORDER_3 = {"layers.0.tensor": (5, 9, 1, 3)}  # with merge_dims = "small"
 DEFAULTS = {
     "lr": 1e-2,
+    "lr_factor": 1.0,
     "betas": (0.9, 0.9),
     "max_preconditioner_dim": 8,
     "precondition_frequency": 3,

@@ -18,6 +18,7 @@ def test_the_first_update_of_a_late_expert_is_as_large_as_that_of_adam(root_meth
     optimizer = Shampoo(
         [("experts", experts)],
         lr=LR,
+        lr_factor=1,
         weight_decay=0.0,
         preconditioner="soap",
         root_method=root_method,
@@ -41,7 +42,7 @@ def test_kl_shampoo_goes_on_after_a_time_of_tiny_gradients():
     targets += 0.1 * torch.randn(256, 8, generator=generator)
     weights = nn.Parameter(torch.zeros(12, 8))
     optimizer = Shampoo(
-        [("weights", weights)], lr=4e-3, weight_decay=0.0, preconditioner="kl_shampoo"
+        [("weights", weights)], lr=4e-3, lr_factor=1, weight_decay=0.0, preconditioner="kl_shampoo"
     )
     for step in range(1200):
         start = weights.detach().clone()

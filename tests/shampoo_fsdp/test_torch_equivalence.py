@@ -110,6 +110,7 @@ def test_before_the_start_it_is_the_optimizer_of_torch(preconditioner, case):
         lambda parameters: Shampoo(
             parameters.items(),
             lr=LR,
+            lr_factor=1,
             max_preconditioner_dim=5,
             start_preconditioning_step=1000,
             **options,
@@ -120,7 +121,7 @@ def test_before_the_start_it_is_the_optimizer_of_torch(preconditioner, case):
 
 def test_excluded_parameters_take_exactly_the_steps_of_adamw():
     options = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
-    ours = train(lambda named: Shampoo(named.items(), exclude=["."], **options))
+    ours = train(lambda named: Shampoo(named.items(), lr_factor=1, exclude=["."], **options))
     theirs = train(lambda named: torch.optim.AdamW(named.values(), fused=True, **options))
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 
@@ -133,6 +134,7 @@ SCHEDULED = {
         {"lr": LR, "weight_decay": 0.2},
     ),
     "a smaller lr": (OF_EXCLUDED, {"lr": 0.25 * LR, "weight_decay": 0.01}),
+    "a larger lr": ({"exclude": ["."], "lr_factor": 2.0}, {"lr": 2.0 * LR, "weight_decay": 0.1}),
     "a smaller lr does not shrink independent decay": (
         OF_EXCLUDED | INDEPENDENT,
         {"lr": 0.25 * LR, "weight_decay": 0.01 / (0.25 * LR)},
@@ -144,10 +146,28 @@ SCHEDULED = {
 def test_a_schedule_of_lr_acts_as_on_adamw(case):
     ours, theirs = SCHEDULED[case]
     betas = {"betas": (0.9, 0.95)}
+    ours = {"lr": LR, "lr_factor": 1, **betas, **ours}
     check(
-        train(lambda named: scheduled(Shampoo(named.items(), lr=LR, **betas, **ours))),
+        train(lambda named: scheduled(Shampoo(named.items(), **ours))),
         train(lambda named: scheduled(torch.optim.AdamW(named.values(), **betas, **theirs))),
     )
+
+
+def test_lr_factor_is_a_multiple_of_the_lr_of_each_group():
+    """To the last bit, under a schedule, for excluded parameters and weight decay as well."""
+
+    def trained(*groups, **common):
+        def make(named):
+            parts = list(named.items())[:2], list(named.items())[2:]
+            given = [{"params": p, **of} for p, of in zip(parts, groups, strict=True)]
+            common.update(excluded_lr_factor=0.3, weight_decay=0.3, max_preconditioner_dim=8)
+            return scheduled(Shampoo(given, **common))
+
+        return train(make)
+
+    found = trained({}, {"lr_factor": 0.5}, lr=LR, lr_factor=4)
+    expected = trained({"lr": 4 * LR}, {"lr": 0.5 * LR}, lr_factor=1)
+    assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=LR",
-        help="default: " + " ".join(f"{name}={of.lr:g}" for name, of in CONTESTANTS.items()),
+        help="default: "
+        + " ".join(f"{name}={of.lr:g}" for name, of in CONTESTANTS.items())
+        + "; KL-Shampoo's step has twice its lr (lr_factor = 2)",
     )
     parser.add_argument("--html", default="compare.html", metavar="FILE", help="compare.html")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from shampoo_fsdp.config import ShampooConfig
 from shampoo_fsdp.model_groups import param_groups
 from shampoo_fsdp.optimizer import Shampoo
 from shampoo_fsdp.tools.compare.muon import Muon
@@ -78,13 +79,14 @@ def _muon(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 def _shampoo(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     groups = param_groups(model)
-    return [Shampoo(groups, lr, (0.9, 0.95), weight_decay=0.1, excluded_lr_factor=0.5)]
+    config = ShampooConfig(lr_factor=2.0, excluded_lr_factor=0.5)  # half a million tokens want 2
+    return [Shampoo(groups, lr, (0.9, 0.95), weight_decay=0.1, config=config)]
 
 
 CONTESTANTS = {
     "AdamW": Contestant(8e-3, _adamw),
     "Muon": Contestant(3.2e-2, _muon),
-    "KL-Shampoo": Contestant(1.6e-2, _shampoo),
+    "KL-Shampoo": Contestant(8e-3, _shampoo),
 }
 
 

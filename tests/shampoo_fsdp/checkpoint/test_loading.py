@@ -1,11 +1,19 @@
 """State dicts of optimizers with other parameters, and of AdamW, in one process."""
 
 import copy
+import functools
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from shampoo_fsdp import Shampoo
+from shampoo_fsdp.checkpoint import ShampooLoadPlanner
 from tests.models import TinyLlama, deterministic_gradients, set_gradients
 
 OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 2}
@@ -107,12 +115,40 @@ class TestOtherParameters:
             new.load_state_dict(old.state_dict())
 
 
+class TestFromBeforeLrFactor:
+    def test_a_state_dict(self, model, caplog):
+        old = trained(model.named_parameters(), model, **OPTIONS, lr_factor=1)
+        del old.param_groups[0]["lr_factor"]
+        new = Shampoo(model.named_parameters(), **OPTIONS)
+        new.load_state_dict(old.state_dict())
+        assert new.param_groups[0]["lr_factor"] == 1.0
+        assert caplog.text.count("has no 'lr_factor' and goes on with 1, as it was") == 1
+
+    @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.parametrize("planner", [ShampooLoadPlanner(), None], ids=["ours", "PyTorch's"])
+    def test_a_folder(self, model, tmp_path, caplog, flat, planner):
+        old = trained(model.named_parameters(), model, **OPTIONS, lr_factor=1)
+        new = Shampoo(model.named_parameters(), **OPTIONS)
+        del old.param_groups[0]["lr_factor"]
+        if planner is None:  # it insists on what is there
+            del new.param_groups[0]["lr_factor"]
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        read = functools.partial(get_optimizer_state_dict, model, options=options)
+        dcp.save({"optimizer": read(old)}, checkpoint_id=tmp_path)
+        state = {"optimizer": read(new)}
+        dcp.load(state, checkpoint_id=tmp_path, planner=planner)
+        set_optimizer_state_dict(model, new, state["optimizer"], options=options)
+        assert new.param_groups[0]["lr_factor"] == 1.0
+        assert caplog.text.count("has no 'lr_factor' and goes on with 1, as it was") == 1
+
+
 class TestAdamW:
     def test_its_moments_are_taken_over(self, model):
         adamw = trained(model.parameters(), model, torch.optim.AdamW, lr=3e-3, betas=(0.8, 0.9))
         new = Shampoo(model.named_parameters(), **OPTIONS)
         new.load_state_dict(adamw.state_dict())
         assert new.param_groups[0]["lr"] == 3e-3 and new.param_groups[0]["betas"] == (0.8, 0.9)
+        assert new.param_groups[0]["lr_factor"] == 3.0
         for parameter in model.parameters():
             mine, theirs = entries_of(new, parameter), adamw.state[parameter]
             for name in ("step", "exp_avg", "exp_avg_sq"):

@@ -308,6 +308,7 @@ def test_a_step_with_kernels_is_the_step_without(rule, grafting, settings, expec
         optimizer = Shampoo(
             model.named_parameters(),
             lr=0.01,
+            lr_factor=1,
             preconditioner=rule,
             grafting=grafting,
             kernels=kernels,
