@@ -141,9 +141,9 @@ class ShampooConfig:
     """Dampening of that momentum, as in torch.optim.SGD."""
 
     weight_decay_type: Literal["decoupled", "l2", "independent"] = "decoupled"
-    """'decoupled': weights shrink by lr * weight_decay (AdamW); 'l2': weight_decay * weight is
-    added to the gradient; 'independent': weights shrink by weight_decay * lr / initial lr, so that
-    the schedule counts and the size of lr does not."""
+    """'decoupled': weights shrink by lr_factor * lr * weight_decay (AdamW); 'l2': weight_decay *
+    weight is added to the gradient; 'independent': weights shrink by weight_decay * lr / initial
+    lr, so that the schedule counts and the size of lr does not."""
 
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which factors are kept; they are computed with in fp32."""
