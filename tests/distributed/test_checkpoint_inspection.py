@@ -77,7 +77,8 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
     wq = parameters[WQ]
     assert wq["step"] == wq["factor_step"] == STEPS and wq["shape"] == [24, 24]
     assert wq["preconditioner"] == "kl_shampoo" and wq["max_preconditioner_dim"] == 16
-    assert wq["settings"]["lr"] == 1e-2 and wq["settings"]["weight_decay"] == 0.1
+    assert (wq["settings"]["lr"], wq["settings"]["lr_factor"]) == (5e-3, 2.0)
+    assert wq["settings"]["weight_decay"] == 0.1
     assert parameters["norm.weight"]["blocks"] == []
     factors = optimizer.state_dict()["state"]
     index = [n for n, _ in built.model.named_parameters()].index(WQ)

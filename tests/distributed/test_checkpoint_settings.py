@@ -190,7 +190,7 @@ def test_the_settings_of_groups_come_from_the_checkpoint_and_others_from_the_job
     found = results.ranks[0]["hyperparameters"].parameters
     assert all(torch.equal(found[n], expected[n]) for n in expected)
     _, after = results.before_and_after("from adamw")
-    assert after[f"param_groups.{WQ}.lr_factor"] == 3.0  # which AdamW's has not
+    assert after[f"param_groups.{WQ}.lr_factor"] == SETTINGS["lr_factor"]  # which AdamW's has not
     other = results.ranks[0]["frequency"].parameters
     assert not all(torch.equal(other[n], expected[n]) for n in expected)
 

@@ -21,7 +21,7 @@ from tests.distributed.test_meshes import Collectives, relative_difference
 from tests.models import Built, build, full_parameters, train, with_shampoo
 from tests.ranks import run_ranks
 
-SETTINGS = {"lr": 1e-2, "max_preconditioner_dim": 16, "precondition_frequency": 4}
+SETTINGS = {"lr": 5e-3, "lr_factor": 2.0, "max_preconditioner_dim": 16, "precondition_frequency": 4}
 SAVED_AT, END = 6, 10  # in the middle of a period
 
 

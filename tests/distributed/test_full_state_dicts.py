@@ -17,7 +17,7 @@ from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner
 from tests.models import train, with_shampoo
 from tests.ranks import ranks
 
-OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 3}
+OPTIONS = {"lr": 5e-3, "lr_factor": 2.0, "max_preconditioner_dim": 8, "precondition_frequency": 3}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

@@ -38,7 +38,7 @@ def train(rank: int | None) -> dict[str, Tensor]:
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         if rank is not None:
             fully_shard(model)
-        optimizer = Shampoo(model.named_parameters(), lr=1e-2, exclude=[], **options)
+        optimizer = Shampoo(model.named_parameters(), lr=1e-2, lr_factor=1, exclude=[], **options)
         generator = torch.Generator().manual_seed(rows)
         for _ in range(STEPS):
             inputs = torch.randn(WORLD * rows, 64, generator=generator)

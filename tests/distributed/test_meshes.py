@@ -11,7 +11,7 @@ from shampoo_fsdp import Shampoo
 from tests.models import full_parameters, train, with_shampoo
 from tests.ranks import ranks, run_ranks
 
-SETTINGS = {"lr": 1e-2, "max_preconditioner_dim": 16, "precondition_frequency": 4}
+SETTINGS = {"lr": 1e-2, "lr_factor": 1.0, "max_preconditioner_dim": 16, "precondition_frequency": 4}
 # 53 rows are uneven parts of tensor parallelism, and of FSDP in it.
 SIZES = {"hidden": 53}
 

@@ -14,6 +14,7 @@ def _updates(rule: str, method: str, steps: int = 40, **settings) -> tuple[Tenso
     optimizer = Shampoo(
         [("weight", weight)],
         lr=0.01,
+        lr_factor=1,
         preconditioner=rule,
         root_method=method,
         matmul_precision="medium",

@@ -49,6 +49,7 @@ name = "shampoo"
 lr = 1e-2
 
 [optimizer.shampoo]
+lr_factor = 1
 precondition_frequency = 2
 start_preconditioning_step = 2
 
@@ -76,6 +77,7 @@ seed = 0
 TINY_JOB_WITH_DEFAULTS = TINY_JOB.replace(
     """
 [optimizer.shampoo]
+lr_factor = 1
 precondition_frequency = 2
 start_preconditioning_step = 2
 """,

@@ -32,7 +32,8 @@ def trained(
 ) -> tuple[Tensor, Shampoo]:
     """[24, 16], from zeros, on the gradients of these steps; and its optimizer."""
     weight = nn.Parameter(torch.zeros(24, 16))
-    optimizer = Shampoo([("w", weight)], lr=1e-2, precondition_frequency=2, **settings)
+    common = {"lr": 1e-2, "lr_factor": 1.0, "precondition_frequency": 2}
+    optimizer = Shampoo([("w", weight)], **common, **settings)
     if state is not None:
         optimizer.load_state_dict(state)
     for step in steps:

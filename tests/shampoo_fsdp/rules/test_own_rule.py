@@ -70,6 +70,7 @@ def test_its_direction_is_its_own():
     optimizer = Shampoo(
         [("w", parameter)],
         lr=1.0,
+        lr_factor=1,
         betas=(0.0, 0.0),
         eps=0.0,
         weight_decay=0.0,

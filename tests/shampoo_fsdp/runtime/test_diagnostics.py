@@ -17,6 +17,7 @@ def trained(steps: int, **settings) -> tuple[nn.Parameter, Shampoo, torch.Tensor
     optimizer = Shampoo(
         [("layers.3.attention.wq.weight", weight)],
         lr=1.0,
+        lr_factor=1,
         weight_decay=0.0,
         precondition_frequency=2,
         max_preconditioner_dim=8,
