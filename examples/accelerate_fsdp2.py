@@ -30,7 +30,7 @@ torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=4, **sizes))
 # Its lr is AdamW's. Accelerate puts the sharded parameters into it later.
-optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=3e-3, **head_settings(model))
+optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=3.3e-3, **head_settings(model))
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
 
 text = b"".join(f.read_bytes() for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))

@@ -32,7 +32,7 @@ model.second, model.output = Block(64, 4, 256, 0.0), nn.Linear(64, 256)
 policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
 for module in (model.first, model.second, model.output, model):
     fully_shard(module, mp_policy=policy)
-optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=3e-3)
+optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=3.3e-3)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 10, 1.0))
 if args.resume:
     weights, state = get_state_dict(model, optimizer)

@@ -53,7 +53,7 @@ trainer = hf.Trainer(
     settings,
     train_dataset=[{"input_ids": line, "labels": line} for line in lines],
     # lr is AdamW's; that of TrainingArguments is not used.
-    optimizer_cls_and_kwargs=(Shampoo, {"params": param_groups(model, 0.1), "lr": 3e-3}),
+    optimizer_cls_and_kwargs=(Shampoo, {"params": param_groups(model, 0.1), "lr": 3.3e-3}),
     callbacks=[PrintLoss],
 )
 trainer.train(resume_from_checkpoint=arguments.resume)

@@ -29,7 +29,7 @@ class Model(lightning.LightningModule):
             fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = Shampoo(param_groups(self, weight_decay=0.1), lr=3e-3)
+        optimizer = Shampoo(param_groups(self, weight_decay=0.1), lr=3.3e-3)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 10, 1.0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -36,7 +36,7 @@ class Shampoo(torch.optim.Optimizer):
 
     A language model, once it is sharded; embeddings and the output layer take AdamW's step:
 
-        optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=1e-3)
+        optimizer = Shampoo(param_groups(model, weight_decay=0.1), lr=3e-4)
 
     Any module, each matrix and convolution of it:
 
