@@ -252,9 +252,8 @@ class LeftAlone:
         self.generator = torch.Generator().manual_seed(0)
         self.parameters = {name: nn.Parameter(g) for name, g in self.gradients(dtype).items()}
         self.dtype = dtype
-        self.optimizer = Shampoo(
-            self.parameters.items(), lr=0.1, weight_decay=0.3, exclude=["."], **options
-        )
+        common = {"lr": 0.1, "lr_factor": 1, "weight_decay": 0.3, "exclude": ["."]}
+        self.optimizer = Shampoo(self.parameters.items(), **common, **options)
         for _ in range(3):
             self.step(self.gradients(dtype))
 
