@@ -1,5 +1,6 @@
 """What all commands of the benchmarks and studies share: their parser, and tables for people."""
 
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from shampoo_fsdp.tools.parser import Parser
 
-__all__ = ["console", "markdown_table", "parser_of", "table"]
+__all__ = ["console", "markdown_table", "need_02", "parser_of", "table"]
 
 
 def parser_of(module: str, text: str | None) -> Parser:
@@ -19,6 +20,17 @@ def parser_of(module: str, text: str | None) -> Parser:
         description=text,
         formatter_class=RawDescriptionHelpFormatter,
     )
+
+
+def need_02(what: str) -> None:
+    """Ends the process if what it does trains models of TorchTitan 0.2."""
+    from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+
+    if JOBS_ARE_FUNCTIONS:
+        sys.exit(
+            f"{what} trains models of TorchTitan 0.2, and a newer one is installed: "
+            "`TITAN=0.2.2 ./run_tests.sh -h` makes an environment for it, ./.venv-0.2.2"
+        )
 
 
 def console() -> Console:

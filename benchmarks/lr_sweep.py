@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import console, parser_of, table
+from benchmarks.command import console, need_02, parser_of, table
 from benchmarks.ranks import run_on_ranks
-from shampoo_torchtitan.generation import need_02
 
 __all__ = ["main"]
 

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.utils._pytree import tree_map_only
-from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, without_code
@@ -27,22 +26,12 @@ from shampoo_torchtitan.container import JobError, alike_on_all_ranks, shampoos_
 from shampoo_torchtitan.generation import titan
 from shampoo_torchtitan.names import ReaderOfOldNames
 
-__all__ = [
-    "ShampooCheckpoints",
-    "complete_checkpoints",
-    "explain",
-    "extend_checkpoints",
-]
-
-
 try:
     from torchtitan.components import checkpointer as titan_checkpoints
 except ImportError:  # TorchTitan 0.2
     from torchtitan.components import checkpoint as titan_checkpoints
 CheckpointManager = titan_checkpoints.CheckpointManager
 DATALOADER, MODEL, OPTIMIZER = "dataloader", "model", "optimizer"
-
-_Answer = TypeVar("_Answer")
 
 
 def explain(error: CheckpointException, folder: str) -> str:
@@ -58,11 +47,11 @@ def explain(error: CheckpointException, folder: str) -> str:
                 f"{folder} does not fit this job: {failure} (Settings without a table are those of "
                 "[optimizer.shampoo]. Another --job.dump_folder starts anew.)"
             )
-    damage = find_damage(folder) or _first_failure(error)
     parent, name = os.path.split(folder.rstrip("/"))
     return (
-        f"{folder} is damaged or incomplete: {damage}. Another one is loaded with "
-        f"--checkpoint.load_step; there are: {_complete_ones(parent, but=name)}."
+        f"{folder} is damaged or incomplete: {find_damage(folder) or _first_failure(error)}. "
+        "Another one is loaded with --checkpoint.load_step; there are: "
+        f"{_complete_ones(parent, but=name)}."
     )
 
 
@@ -86,10 +75,6 @@ class ShampooCheckpoints(CheckpointManager):
 
     def lock_folder(self) -> None:
         """Refuses a folder that cannot be used, or that another job saves its checkpoints in."""
-        if self.enable:
-            _asked_of_rank_0(self._lock, "Cannot use the folder of checkpoints: ")
-
-    def _lock(self) -> None:
         if "://" in self.folder:
             if not titan().loads_remote_folders:
                 raise ValueError(
@@ -101,39 +86,31 @@ class ShampooCheckpoints(CheckpointManager):
             self.folder_lock = lock_folder(self.folder)
 
     def load(self, step: int = -1) -> bool:
-        if not self.enable:
-            return bool(super().load(step))
         folder = self.folder
         steps = _asked_of_rank_0(lambda: find_steps(folder), f"Cannot look into {folder}: ")
         if step == -1:
             step = max((number for number in steps if steps[number]), default=-1)
+        elif step not in steps:
+            raise JobError(
+                f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
+                f"{_complete_ones(folder)}."
+            )
         if step == -1:
             # TorchTitan 0.2 would start from nothing, only because a folder is there.
             self.folder = f"{folder}/none"
         try:
             return bool(super().load(step))
-        except FileNotFoundError:
-            raise JobError(
-                f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
-                f"{_complete_ones(folder)}."
-            ) from None
         finally:
             self.folder = folder
 
     def dcp_load(
-        self,
-        state_dict: dict[str, Any],
-        checkpoint_id: str,
-        from_hf: bool,
-        from_quantized: bool,
+        self, state_dict: Any, checkpoint_id: str, from_hf: bool, from_quantized: bool
     ) -> None:
         if from_hf:
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         with alike_on_all_ranks(f"{checkpoint_id}: ", Exception):
             reader = self._reader(checkpoint_id)
-        if _asked_of_rank_0(lambda: reader.size(".metadata"), f"{checkpoint_id}: ") is None:
-            raise JobError(explain(CheckpointException("", {}), checkpoint_id))
         # "refuse" if one of them says so.
         on_mismatch = max(of.config.on_mismatch for of in shampoos_of(self.states[OPTIMIZER]))
         try:
@@ -189,18 +166,15 @@ class ShampooCheckpoints(CheckpointManager):
         ones.
         """
         if self.keep_latest_k <= 0 or dist.get_rank() != 0:
-            super()._purge_stale_checkpoints()
             return
-        try:
+        # A remote file system may raise anything; what is left will go with the next checkpoint.
+        with contextlib.suppress(Exception):
             steps = find_steps(self.folder)
-        except Exception as error:  # whatever a remote file system raises
-            logger.warning(f"No old checkpoint is deleted, as {self.folder} does not say: {error}")
-            return
-        kept = sorted(step for step, complete in steps.items() if complete)[-self.keep_latest_k :]
-        if len(kept) == self.keep_latest_k:
-            for step in sorted(steps):
-                if step < kept[0]:
-                    self.purge_queue.put(self._create_checkpoint_id(step))
+            complete = sorted(step for step in steps if steps[step])
+            if len(complete) >= self.keep_latest_k:
+                for step in sorted(steps):
+                    if step < complete[-self.keep_latest_k]:
+                        self.purge_queue.put(self._create_checkpoint_id(step))
 
 
 class _JobPlanner(ShampooLoadPlanner):
@@ -230,18 +204,18 @@ class _JobPlanner(ShampooLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def _asked_of_rank_0(question: Callable[[], _Answer], failed: str) -> _Answer:
+def _asked_of_rank_0(question: Callable[[], Any], failed: str) -> Any:
     """What rank 0 finds in a file system, on every rank.
 
     Raises:
         JobError: On every rank: `failed`, and what rank 0 could not do.
     """
-    answer = list[Any]([None])
+    answer = [None]
     with alike_on_all_ranks(failed, Exception):  # whatever a remote file system raises
         if dist.get_rank() == 0:
             answer[0] = question()
     dist.broadcast_object_list(answer, src=0)
-    return answer[0]  # type: ignore[no-any-return]
+    return answer[0]
 
 
 _titan_init = CheckpointManager.__init__
@@ -258,16 +232,13 @@ def _init(self: CheckpointManager, *args: Any, **kwargs: Any) -> None:
             "CheckpointManager.Config, or AdamW"
         )
     _titan_init(self, *args, **kwargs)
-    if ours and hasattr(self, "states"):  # not if checkpoints are switched off
+    if ours and self.enable:
         self.__class__ = _class_for(type(self))
-        self.lock_folder()
+        _asked_of_rank_0(self.lock_folder, "Cannot use the folder of checkpoints: ")
 
 
-@functools.cache
 def _class_for(manager: type[CheckpointManager]) -> type[CheckpointManager]:
     """What a manager becomes; one of a user's own, as 0.3 allows, stays that as well."""
-    if manager is CheckpointManager:
-        return ShampooCheckpoints
     return type(manager.__name__, (ShampooCheckpoints, manager), {})
 
 

@@ -1,6 +1,5 @@
 """What is in a job's folder of checkpoints, on this machine or where fsspec reaches it."""
 
-import errno
 import fcntl
 import logging
 import os
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import IO
 
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
-
-__all__ = ["complete_checkpoints", "find_steps", "lock_folder"]
 
 _WRITTEN_LAST = (".metadata", "model.safetensors.index.json")
 
@@ -27,11 +24,12 @@ def find_steps(folder: str | Path) -> dict[int, bool]:
     except FileNotFoundError:
         return {}
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
-    readers = {step: SafeFileSystemReader(os.path.join(folder, f"step-{step}")) for step in steps}
-    return {
-        step: any(reader.size(name) is not None for name in _WRITTEN_LAST)
-        for step, reader in readers.items()
-    }
+
+    def is_complete(step: int) -> bool:
+        reader = SafeFileSystemReader(os.path.join(folder, f"step-{step}"))
+        return any(reader.size(name) is not None for name in _WRITTEN_LAST)
+
+    return {step: is_complete(step) for step in steps}
 
 
 def complete_checkpoints(folder: str | Path) -> list[str]:
@@ -57,12 +55,12 @@ def lock_folder(folder: str) -> IO[bytes]:
         raise ValueError(f"{folder} cannot be written to: {error}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"another job writes to {folder}; give this one another --job.dump_folder, or stop "
+            "the other first"
+        ) from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise ValueError(
-                f"another job writes to {folder}; give this one another --job.dump_folder, or stop "
-                "the other first"
-            ) from None
         logging.getLogger().warning(f"{path} cannot be locked ({error}): let no other job write")
     return file

@@ -24,14 +24,7 @@ from torchtitan.config.override import derive, override
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.model_groups import typed_parameters
-from shampoo_torchtitan import checkpoint, metrics
-from shampoo_torchtitan.container import (
-    JobError,
-    alike_on_all_ranks,
-    hyperparameters,
-    log_summary,
-    shampoos_of,
-)
+from shampoo_torchtitan import checkpoint, container, metrics
 from shampoo_torchtitan.generation import groups
 
 __all__ = ["ShampooOptimizers", "shampoo", "use_shampoo"]
@@ -55,20 +48,21 @@ class ShampooOptimizers(OptimizersContainer):  # type: ignore[misc]
         """Shampoo's own settings."""
 
         def __post_init__(self) -> None:
-            validate_hyperparameters(self.shampoo, **hyperparameters(self))
+            validate_hyperparameters(self.shampoo, **container.hyperparameters(self))
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         """
         Raises:
             JobError: The settings do not fit the model, on this rank or on another.
         """
-        with alike_on_all_ranks():
+        with container.alike_on_all_ranks():
             pairs = [pair for part in model_parts for pair in typed_parameters(part)]
             kinds = {pair.parameter: type(pair) for pair in pairs}
             complete = groups().complete(config, model_parts, kinds)
             super().__init__(complete, model_parts=model_parts)
-            log_summary(shampoos_of(self))  # with it all are planned, which is what may be refused
-        if shampoos_of(self):
+            # With it all are planned, which is what may be refused.
+            container.log_summary(container.shampoos_of(self))
+        if container.shampoos_of(self):
             checkpoint.extend_checkpoints()
             metrics.extend_metrics()
 
@@ -130,15 +124,6 @@ def use_shampoo(
     """
     values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     given = {name: value for name, value in values.items() if value is not None}
-
-    def changed(theirs: dict[str, Any]) -> dict[str, Any]:
-        new = theirs | given
-        checked = {key: new.get(key, _DEFAULTS[key]) for key in _DEFAULTS}
-        validate_hyperparameters(own, **checked)
-        if "betas" in new:
-            new["betas"] = tuple(new["betas"])
-        return new
-
     try:
         if type(config) is not OptimizersContainer.Config:
             raise ValueError(
@@ -146,13 +131,14 @@ def use_shampoo(
                 "replace; allowed: TorchTitan's own OptimizersContainer.Config"
             )
         own = settings_from_keywords(settings)
-        found = groups().with_shampoo(config, own, changed)
+        validate_hyperparameters(
+            own, **container.hyperparameters(ShampooOptimizers.Config()) | given
+        )
+        if betas is not None:
+            given["betas"] = tuple(betas)  # of JSON
+        found = groups().with_shampoo(config, own, given)
         if found[groups().FIELD] == getattr(config, groups().FIELD):
             raise ValueError("it would change nothing: the job has no groups of Adam or AdamW")
         return derive(config, ShampooOptimizers.Config, **found)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
-        raise JobError(f"Bad job settings: use_shampoo: {error}") from None
-
-
-# Of optimizers in groups that do not say more.
-_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+        raise container.JobError(f"Bad job settings: use_shampoo: {error}") from None

@@ -1,6 +1,7 @@
 """What TorchTitan's containers of optimizers can do where Shampoo is in them."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,19 +10,8 @@ from torch import Tensor, nn
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.runtime.choice import exactly
 from shampoo_fsdp.runtime.groups import FromModel
-
-__all__ = [
-    "ADAM",
-    "JobError",
-    "alike_on_all_ranks",
-    "complete_groups",
-    "hyperparameters",
-    "log_summary",
-    "named",
-    "shampoos_of",
-    "with_heads",
-]
 
 ADAM = ("Adam", "AdamW")
 """Optimizers whose place Shampoo takes, by name."""
@@ -94,6 +84,23 @@ def hyperparameters(table: Any) -> dict[str, Any]:
         "eps": table.eps,
         "weight_decay": table.weight_decay,
     }
+
+
+def without_others(
+    own: ShampooConfig, listed: Sequence[Any], ours: Sequence[Any], names: Sequence[str]
+) -> ShampooConfig:
+    """Shampoo's settings, with what other optimizers have excluded.
+
+    Args:
+        listed: What a job lists, each with a pattern; the first that matches counts.
+        ours: Those of Shampoo.
+        names: Of all parameters.
+    """
+    first = {
+        name: next((of for of in listed if re.search(of.pattern, name)), None) for name in names
+    }
+    others = [name for name, of in first.items() if of not in ours]
+    return own.completed(exclude=[*own.exclude, *map(exactly, others)])
 
 
 def shampoos_of(container: Any) -> list[Shampoo]:

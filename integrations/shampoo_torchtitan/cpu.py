@@ -6,14 +6,12 @@ TorchTitan's device (best: before TorchTitan is imported at all, which needs `tr
 """
 
 import importlib.util
-import itertools
 import math
 import os
 import resource
 import sys
 import types
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +21,28 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
-
-__all__ = ["AT_LEAST_2_14", "MeshIndependentInit", "enable", "fit", "needed"]
+from shampoo_torchtitan.generation import file_of_titan
 
 # The modules that want triton, in 0.2 and in 0.3.
 _KERNELS = (
     "torchtitan.models.moe.kernels",
     "torchtitan.distributed.minimal_async_ep.kernels",
+)
+# `torch.cpu` with the functions that TorchTitan calls on an accelerator's module.
+_DEVICE = types.SimpleNamespace(
+    **vars(torch.cpu)
+    | {
+        "current_device": lambda: 0,
+        "get_device_name": lambda device=None: f"CPU with {os.cpu_count()} cores",
+        "get_device_properties": lambda device=None: types.SimpleNamespace(
+            total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        ),
+        "memory_stats": lambda device=None: dict.fromkeys(
+            ("active_bytes.all.peak", "reserved_bytes.all.peak"),
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        ),
+        **dict.fromkeys(("reset_peak_memory_stats", "empty_cache"), lambda device=None: None),
+    }
 )
 AT_LEAST_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
@@ -44,16 +57,15 @@ def enable() -> None:
     _load_moe_kernels()
     import torchtitan.tools.utils
 
-    if isinstance(torchtitan.tools.utils.device_module, _Cpu):
+    if torchtitan.tools.utils.device_module is _DEVICE:
         return
-    cpu = _Cpu()
     # TorchTitan reads the device once, at import, and its modules copy the answer.
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan."):
             if hasattr(module, "device_type"):
                 module.device_type = "cpu"
             if hasattr(module, "device_module"):
-                module.device_module = cpu
+                module.device_module = _DEVICE
     _reduce_by_sums_only()
     if not hasattr(dist, "set_timeout"):  # TorchTitan 0.3 wants torch 2.14's
         dist.set_timeout = lambda timeout, group=None: None  # type: ignore[attr-defined]
@@ -106,13 +118,7 @@ class MeshIndependentInit(TorchDispatchMode):
     other. Here every rank draws the whole tensor, as one process would, and keeps its rectangle.
     """
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         draws_in_place = torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable
         if not (draws_in_place and args and isinstance(args[0], DTensor)):
@@ -130,66 +136,31 @@ class MeshIndependentInit(TorchDispatchMode):
         return target
 
 
-class _Cpu(types.ModuleType):
-    """`torch.cpu` with the functions that TorchTitan calls on an accelerator's module."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)
-
-    def current_device(self) -> int:
-        return 0
-
-    def get_device_name(self, device: Any = None) -> str:
-        return f"CPU with {os.cpu_count()} cores"
-
-    def get_device_properties(self, device: Any = None) -> types.SimpleNamespace:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return types.SimpleNamespace(total_memory=memory)
-
-    def memory_stats(self, device: Any = None) -> dict[str, int]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
-
-
 def _load_moe_kernels() -> None:
     """Loads TorchTitan's MoE kernels, with a stand-in for `triton` where that is not installed.
 
     The stand-in is gone again before anybody can ask whether triton is there: torch would believe
     it, and remember.
     """
-    found = importlib.util.find_spec("torchtitan")
-    folders = (found and found.submodule_search_locations) or ()
-    stand_ins = {} if importlib.util.find_spec("triton") else _stand_ins_for_triton()
+    triton: Any = types.ModuleType("triton")
+    language: Any = types.ModuleType("triton.language")
+    triton.language = language
+    # Types, and functions that annotations call.
+    language.__getattr__ = lambda name: lambda *_: None
+    triton.jit = lambda kernel=None, **_: kernel or (lambda kernel: kernel)
+    known = importlib.util.find_spec("triton")
+    stand_ins = {} if known else {"triton": triton, "triton.language": language}
     sys.modules.update(stand_ins)
-    for name, folder in itertools.product(_KERNELS, folders):
-        path = Path(folder, *name.split(".")[1:]).with_suffix(".py")
-        if name not in sys.modules and path.exists():
-            spec: Any = importlib.util.spec_from_file_location(name, path)
-            sys.modules[name] = module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+    for name in _KERNELS:
+        path = file_of_titan(name.partition(".")[2].replace(".", "/") + ".py")
+        if name not in sys.modules and path:
+            sys.modules[name] = module = types.ModuleType(name)
+            exec(compile(path.read_text(), path, "exec"), vars(module))
     for stand_in in stand_ins:
         del sys.modules[stand_in]
     # The token permutation of 0.2 has a slow form for the CPU, which nothing there asks for.
     if kernels := sys.modules.get(_KERNELS[0]):
         kernels.fill_indices_wrapper = kernels.fill_indices_cpu  # type: ignore[attr-defined]
-
-
-def _stand_ins_for_triton() -> dict[str, types.ModuleType]:
-    triton: Any = types.ModuleType("triton")
-    triton.language = types.ModuleType("triton.language")
-    # Types, and functions that annotations call.
-    triton.language.__getattr__ = lambda name: lambda *_: None
-    triton.jit = lambda kernel=None, **_: kernel or (lambda kernel: kernel)
-    return {"triton": triton, "triton.language": triton.language}
 
 
 def _reduce_by_sums_only() -> None:

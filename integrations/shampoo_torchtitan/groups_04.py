@@ -4,8 +4,7 @@ whose Config has a pattern, and Shampoo is one of them."""
 import contextlib
 import copy
 import dataclasses
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from torchtitan.components.optimizer import Adam, AdamW, BaseOptimizer, Optimize
 import shampoo_fsdp
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import validate_hyperparameters
-from shampoo_fsdp.runtime.choice import exactly
 from shampoo_fsdp.runtime.groups import FromModel
 from shampoo_torchtitan import checkpoint, metrics
 from shampoo_torchtitan.container import (
@@ -25,9 +23,8 @@ from shampoo_torchtitan.container import (
     log_summary,
     named,
     with_heads,
+    without_others,
 )
-
-__all__ = ["FIELD", "Shampoo", "adam", "complete", "settings", "with_shampoo"]
 
 FIELD = "optimizers"
 """Of a container's configuration, which has what is described here."""
@@ -137,22 +134,16 @@ def _listed(config: Any) -> list[Any]:
 
 
 def with_shampoo(
-    config: OptimizersContainer.Config,
-    own: ShampooConfig,
-    changed: Callable[[dict[str, Any]], dict[str, Any]],
+    config: OptimizersContainer.Config, own: ShampooConfig, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What becomes of a container's configuration with Shampoo in the place of Adam and AdamW.
 
     Args:
         own: Shampoo's settings.
-        changed: The hyperparameters that Shampoo has in the place of another optimizer's.
+        given: Hyperparameters that Shampoo has in the place of another optimizer's.
     """
     optimizers = [
-        Shampoo.Config(
-            pattern=of.pattern,
-            **changed(_hyperparameters(of)),
-            **vars(own),
-        )
+        Shampoo.Config(pattern=of.pattern, **_hyperparameters(of) | given, **vars(own))
         if isinstance(of, Adam.Config | AdamW.Config)
         else of
         for of in config.optimizers
@@ -160,10 +151,10 @@ def with_shampoo(
     return {FIELD: optimizers}
 
 
-def adam(name: str, **given: Any) -> OptimizersContainer.Config:
-    """Adam or AdamW of all parameters."""
-    of = {"Adam": Adam, "AdamW": AdamW}[name]
-    return OptimizersContainer.Config(optimizers=[of.Config(pattern=".*", **given)])
+def adam(name: str, config: Any) -> OptimizersContainer.Config:
+    """Adam or AdamW of all parameters, with what a `ShampooOptimizers.Config` has of them."""
+    of = {"Adam": Adam, "AdamW": AdamW}[name].Config(pattern=".*", **hyperparameters(config))
+    return OptimizersContainer.Config(optimizers=[of])
 
 
 def settings(config: Any, names: Sequence[str]) -> ShampooConfig:
@@ -173,13 +164,9 @@ def settings(config: Any, names: Sequence[str]) -> ShampooConfig:
         ValueError: There are several Shampoos, of different settings.
     """
     listed = _listed(config) if hasattr(config, "shampoo") else config.optimizers
-    found = [of.shampoo for of in listed if isinstance(of, Shampoo.Config)]
-    if any(own != found[0] for own in found):
+    ours = [of for of in listed if isinstance(of, Shampoo.Config)]
+    if any(of.shampoo != ours[0].shampoo for of in ours):
         raise ValueError(
-            f"the job has {len(found)} Shampoos of different settings, and `plan` knows one kind"
+            f"the job has {len(ours)} Shampoos of different settings, and `plan` knows one kind"
         )
-    if not found:
-        return ShampooConfig()
-    first = {name: next((c for c in listed if re.search(c.pattern, name)), None) for name in names}
-    others = [name for name, of in first.items() if not isinstance(of, Shampoo.Config)]
-    return found[0].completed(exclude=[*found[0].exclude, *map(exactly, others)])  # type: ignore[no-any-return]
+    return without_others(ours[0].shampoo, listed, ours, names) if ours else ShampooConfig()

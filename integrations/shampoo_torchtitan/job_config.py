@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from shampoo_fsdp import ShampooConfig
 
-__all__ = ["JobConfig", "Optimizer"]
-
 
 @dataclass
 class Optimizer:

@@ -9,8 +9,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader
 
-__all__ = ["ReaderOfOldNames", "name_in_03"]
-
 _RENAMED = (
     (r"^output\.", "lm_head."),
     (r"\.attention\.(w[qkv])\.", r".attention.qkv_linear.\1."),
@@ -42,9 +40,6 @@ class ReaderOfOldNames(SafeFileSystemReader):
         found = super().read_metadata(*args, **kwargs)
         found.state_dict_metadata = {
             self._now(key): value for key, value in found.state_dict_metadata.items()
-        }
-        found.planner_data = {
-            self._now(key): value for key, value in (found.planner_data or {}).items()
         }
         found.storage_data = {
             dataclasses.replace(index, fqn=self._now(index.fqn)): value

@@ -11,16 +11,7 @@ from torchtitan.distributed import ParallelDims
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.model_groups import typed_parameters
-from shampoo_torchtitan import checkpoint, metrics
-from shampoo_torchtitan.container import (
-    alike_on_all_ranks,
-    complete_groups,
-    hyperparameters,
-    log_summary,
-    with_heads,
-)
-
-__all__ = ["NAME", "build_optimizers", "refuse_unsupported", "register", "settings_of"]
+from shampoo_torchtitan import checkpoint, container, metrics
 
 NAME = "shampoo"
 
@@ -83,17 +74,17 @@ def build_optimizers(
     # DDP keeps plain tensors, which do not say with whom they are replicated.
     ddp = parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled
     replicas = parallel_dims.get_mesh("dp_replicate") if ddp else None
-    with alike_on_all_ranks():
-        settings = hyperparameters(optimizer_config)
-        settings["config"] = with_heads(settings_of(optimizer_config), model_parts)
-        container = _Container(model_parts, settings, replicas)
-        log_summary(container.optimizers)  # with it all are planned: what may be refused
+    with container.alike_on_all_ranks():
+        settings = container.hyperparameters(optimizer_config)
+        settings["config"] = container.with_heads(settings_of(optimizer_config), model_parts)
+        ours = _Container(model_parts, settings, replicas)
+        container.log_summary(ours.optimizers)  # with it all are planned: what may be refused
     chosen = optimizer_config.implementation
-    for optimizer in container.optimizers:
-        complete_groups(optimizer, fused=chosen == "fused", foreach=chosen == "foreach")
+    for optimizer in ours.optimizers:
+        container.complete_groups(optimizer, fused=chosen == "fused", foreach=chosen == "foreach")
     checkpoint.extend_checkpoints()
     metrics.extend_metrics()
-    return container
+    return ours
 
 
 def settings_of(optimizer_config: Any) -> ShampooConfig:

@@ -32,8 +32,6 @@ from shampoo_fsdp.tools.plan_report import add_plan_options, report_plan
 from shampoo_torchtitan.container import with_heads
 from shampoo_torchtitan.generation import parallel_dims, titan
 
-__all__ = ["job_plan", "job_specs", "main", "read_job"]
-
 _DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
 
 

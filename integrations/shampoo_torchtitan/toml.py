@@ -34,8 +34,6 @@ from shampoo_torchtitan.configs import ShampooOptimizers
 from shampoo_torchtitan.container import ADAM
 from shampoo_torchtitan.generation import groups, register_demo, text
 
-__all__ = ["is_of_files", "read", "value_of"]
-
 register_demo()  # files may name what is in it
 
 # What 0.2 calls so has another name in 0.3; keys, and tables with all that is in them.
@@ -78,13 +76,11 @@ _LEFT_OUT = {
 }
 if "implementation" not in field_types(OptimizersContainer.Config):  # since 0.4
     _LEFT_OUT["optimizer.implementation"] = "fused"
-_IMPORT = "experimental.custom_import"
-_OURS = ("", "shampoo_torchtitan", "shampoo_torchtitan.optimizer")  # is there without an import
 _SHAMPOO = "optimizer.shampoo."
-_OF_OPTIMIZER = ("name", "lr", "beta1", "beta2", "eps", "weight_decay")
 _OF_FILES = (
-    *("job.config_file", "job.description", "model.name", "model.flavor", _IMPORT),
-    *(f"optimizer.{key}" for key in _OF_OPTIMIZER),
+    *("job.config_file", "job.description", "experimental.custom_import"),
+    *("model.name", "model.flavor"),
+    *(f"optimizer.{key}" for key in ("name", "lr", "beta1", "beta2", "eps", "weight_decay")),
     *(*_MOVED, *_GONE, *_LEFT_OUT, *text().KEYS),
 )
 # All that a file may say, for whoever looks for it elsewhere.
@@ -92,11 +88,11 @@ _EVERYWHERE = dict.fromkeys([*_OF_FILES, *setting_names(ShampooOptimizers.Config
 _EVERYWHERE |= dict.fromkeys(setting_names(Trainer.Config))
 # What 0.3's own jobs turn CUDA graphs off for, which 0.2 did not have.
 _NO_GRAPHS_WITH = ("parallelism.expert_parallel_degree", "parallelism.pipeline_parallel_degree")
-_RECOMPUTE: dict[str, Any] = {
-    "selective": SelectiveAC.Config,
-    "full": FullAC.Config,
-    "memory_budget": MemoryBudgetAC.Config,
-    "none": lambda: None,
+_RECOMPUTE = {
+    "selective": SelectiveAC,
+    "full": FullAC,
+    "memory_budget": MemoryBudgetAC,
+    "none": None,
 }
 
 
@@ -130,23 +126,24 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
         ImportError, OSError, ValueError, TypeError: Names the file, or the setting and what is
             allowed.
     """
-    try:
-        tables = tomllib.loads(Path(path).read_text() if path else "")
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"job.config_file {path} is not TOML: {error}") from None
+    tables = tomllib.loads(Path(path).read_text() if path else "")
     settings = dict(_leaves(tables)) | dict(overrides or {})
     settings.pop("job.description", None)
-    if (module := settings.pop(_IMPORT, "")) not in _OURS:
+    if module := settings.pop("experimental.custom_import", ""):
         importlib.import_module(f"{module}")
     name, flavor = settings.pop("model.name", "llama3"), settings.pop("model.flavor", "debugmodel")
     config = _model(name, flavor)
     text().take(config, settings)
-    config.optimizer = _optimizer(settings)
+    of_shampoo = [key for key in settings if key.startswith(_SHAMPOO)]
+    own = {key.removeprefix(_SHAMPOO): settings.pop(key) for key in of_shampoo}
+    check_fields(ShampooConfig, own, "optimizer.shampoo", _EVERYWHERE)
+    config.optimizer = ShampooOptimizers.Config(shampoo=ShampooConfig(**own))
+    optimizer = settings.pop("optimizer.name", "AdamW")
     if (mode := settings.pop("activation_checkpoint.mode", None)) is not None:
-        if not isinstance(mode, str) or mode not in _RECOMPUTE:
-            allowed = ", ".join(_RECOMPUTE)
-            raise ValueError(f"activation_checkpoint.mode = {mode!r}: must be one of {allowed}")
-        config.activation_checkpoint = _RECOMPUTE[mode]()
+        if f"{mode}" not in _RECOMPUTE:
+            refuse("activation_checkpoint.mode", mode, " or ".join(map(repr, _RECOMPUTE)))
+        kind = _RECOMPUTE[mode]
+        config.activation_checkpoint = kind and kind.Config()
     if any(settings.get(degree, 1) != 1 for degree in _NO_GRAPHS_WITH):
         settings.setdefault("training.disable_cuda_graphs", True)
     for prefix, nothing in _LEFT_OUT.items():
@@ -166,17 +163,18 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
         if check := getattr(getattr(config, field.name), "__post_init__", None):
             check()
     config.__post_init__()
+    if optimizer in ADAM:
+        config.optimizer = groups().adam(optimizer, config.optimizer)
+    elif f"{optimizer}".lower() != "shampoo":
+        refuse("optimizer.name", optimizer, "'shampoo', 'Adam' or 'AdamW'")
     return config
 
 
 def _model(name: Any, flavor: Any) -> Trainer.Config:
     """A job of this model, whose other settings are defaults."""
-    try:
-        registry = importlib.import_module(f"torchtitan.models.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"torchtitan.models.{name}":  # what the model needs
-            raise
+    if name not in _supported_models:
         refuse("model.name", name, " or ".join(map(repr, sorted(_supported_models))))
+    registry = importlib.import_module(f"torchtitan.models.{name}")
     flavors = next((there for key, there in vars(registry).items() if key.endswith("_configs")), ())
     if flavors and flavor not in flavors:
         refuse("model.flavor", flavor, f"{' or '.join(map(repr, flavors))} of {name}")
@@ -189,25 +187,6 @@ def _model(name: Any, flavor: Any) -> Trainer.Config:
             "language model"
         ) from error
     return Trainer.Config(model_spec=spec, loss=ChunkedLossWrapper.Config(loss_fn=loss))
-
-
-def _optimizer(settings: dict[str, Any]) -> OptimizersContainer.Config:
-    """What `[optimizer]` says; what is used is taken out."""
-    table = {key: settings.pop(key) for key in list(settings) if key.startswith(_SHAMPOO)}
-    own = {key.removeprefix(_SHAMPOO): value for key, value in table.items()}
-    known = [key for key in _OF_OPTIMIZER if f"optimizer.{key}" in settings]
-    given = {key: settings.pop(f"optimizer.{key}") for key in known}
-    name = given.pop("name", "AdamW")
-    given["shampoo"] = settings.pop("optimizer.shampoo", own)
-    check_fields(ShampooOptimizers.Config, given, "optimizer", _EVERYWHERE)
-    given["shampoo"] = ShampooConfig(**own)
-    if isinstance(name, str) and name.lower() == "shampoo":
-        return ShampooOptimizers.Config(**given)
-    if name not in ADAM:
-        raise ValueError(f"optimizer.name = {name!r}: must be one of shampoo, Adam, AdamW")
-    del given["shampoo"]
-    betas = given.pop("beta1", 0.9), given.pop("beta2", 0.95)
-    return groups().adam(name, **given, betas=betas)  # type: ignore[no-any-return]
 
 
 def _set(config: Any, key: str, value: Any) -> None:

@@ -27,7 +27,6 @@ from shampoo_torchtitan.generation import parallel_dims, titan
 _titan = titan()
 _titan.register()
 
-__all__ = ["BAD_SETTINGS", "JobReader", "Trainer", "main"]
 
 BAD_SETTINGS = (AssertionError, ImportError, NotImplementedError, OSError, TypeError, ValueError)
 """What reading a job raises, here and in TorchTitan."""

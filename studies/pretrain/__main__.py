@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import parser_of
-from shampoo_torchtitan.generation import need_02
+from benchmarks.command import need_02, parser_of
 from studies.pretrain.plan import STAGES, Study
 from studies.pretrain.results import Results
 from studies.pretrain.toml_files import read_toml

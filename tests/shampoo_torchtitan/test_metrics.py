@@ -20,8 +20,8 @@ def logged(container: object) -> dict[str, float]:
     processor = object.__new__(MetricsProcessor)
     processor.optimizers = container
     with mock.patch.object(metrics, "_titan_log") as log:
-        metrics._log(processor, 4, 1.0, 1.0, 1.0, {"theirs": 2.0})
-    return log.call_args.args[-1]
+        metrics._log(processor, 4, 1.0, 1.0, 1.0, extra_metrics={"theirs": 2.0})
+    return log.call_args.kwargs["extra_metrics"]
 
 
 def test_figures_of_the_step_reach_the_metrics_and_its_times_the_log(caplog):

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS, TEXT_IS_OF_GRAIN
 
-__all__ = ["BYTE_TOKENIZER", "VOCABULARY", "register"]
-
 BYTE_TOKENIZER = Path(__file__).parent / "byte_tokenizer"
 """A tokenizer of the 256 bytes, and of begin and end of text."""
 

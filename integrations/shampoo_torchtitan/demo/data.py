@@ -5,12 +5,9 @@ TorchTitan has it as the data sets `python_source` and `python_source_validation
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 from datasets import Dataset
-
-__all__ = ["python_source"]
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _VALIDATION_EVERY = 20
@@ -30,7 +27,8 @@ def python_source(folder: str, validation: bool = False) -> Dataset:
         FileNotFoundError: The folder has no Python files.
     """
     root = Path(folder)
-    names = _names(root)
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    names = [name for name in names if not _NOT_LIBRARY.intersection(name.parts[:-1])]
     # Mixed, so that a file's neighbours, and so a rank's batches, come from all over the library.
     names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     if not names:
@@ -38,12 +36,3 @@ def python_source(folder: str, validation: bool = False) -> Dataset:
     chosen = [n for i, n in enumerate(names) if (i % _VALIDATION_EVERY == 0) == validation]
     texts = [(root / name).read_text("utf-8", errors="replace") for name in chosen]
     return Dataset.from_dict({"text": [text for text in texts if text]})
-
-
-def _names(root: Path) -> list[Path]:
-    names: list[Path] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]  # not even looked into
-        below = Path(folder).relative_to(root)
-        names += [below / name for name in files if name.endswith(".py")]
-    return names

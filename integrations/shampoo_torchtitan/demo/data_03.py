@@ -2,14 +2,12 @@
 
 import sysconfig
 from functools import partial
-from typing import Any
+from operator import itemgetter
 
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from shampoo_torchtitan.demo.data import python_source
-
-__all__ = ["register"]
 
 
 def register() -> None:
@@ -17,9 +15,4 @@ def register() -> None:
     library = sysconfig.get_paths()["stdlib"]
     for name, validation in (("python_source", False), ("python_source_validation", True)):
         load = partial(python_source, validation=validation)
-        DATASETS.setdefault(name, DatasetConfig(library, load, _text))
-
-
-def _text(document: dict[str, Any]) -> str:
-    text: str = document["text"]
-    return text
+        DATASETS.setdefault(name, DatasetConfig(library, load, itemgetter("text")))

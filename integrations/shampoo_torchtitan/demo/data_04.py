@@ -9,8 +9,6 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, TextProcessor
 
 from shampoo_torchtitan.demo.data import python_source
 
-__all__ = ["register"]
-
 
 class PythonSource(HuggingFaceRandomAccessSource):  # type: ignore[misc]
     """The Python files under a folder."""

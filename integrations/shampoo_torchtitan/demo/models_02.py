@@ -4,8 +4,6 @@ from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 from shampoo_torchtitan.demo import VOCABULARY
 
-__all__ = ["register"]
-
 
 def register() -> None:
     """Adds `tiny` (for tests) and `small` (a first run in about two minutes) to `llama3`."""
