@@ -10,8 +10,6 @@ from rich.table import Table
 
 from shampoo_fsdp.tools.parser import Parser
 
-__all__ = ["console", "markdown_table", "need_02", "parser_of", "table"]
-
 
 def parser_of(module: str, text: str | None) -> Parser:
     """A parser for `python -m module`, whose help begins with this text."""

@@ -43,8 +43,6 @@ from shampoo_fsdp.tools.models import MODELS, model_specs
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
-__all__ = ["CASES", "dry_run", "dry_run_of", "main"]
-
 CASES = {
     "8b-on-8": ("llama3-8b", "dp_shard=8"),
     "665m": ("665m", "dp_shard=1"),

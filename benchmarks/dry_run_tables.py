@@ -24,8 +24,6 @@ from shampoo_fsdp.tools.machine import Machine
 from shampoo_fsdp.tools.pretended_gpu import CUDA, pretended_gpu
 from shampoo_fsdp.tools.work import Work
 
-__all__ = ["main"]
-
 _OTHERS: dict[str, dict[str, Any]] = {
     "shampoo": {"preconditioner": "shampoo"},
     "soap": {"preconditioner": "soap"},

@@ -39,8 +39,6 @@ from shampoo_fsdp.plan.shards import ParameterSpec
 from shampoo_fsdp.runtime.choice import excluded_names
 from shampoo_fsdp.tools.machine import Machine
 
-__all__ = ["main"]
-
 _ROWS = "^AdamW, fused|Muon|^ours"  # decompositions of the others would take all of the time
 _SECONDS = 480.0  # nothing is begun after that
 _ROOT_ELEMENTS = 2**24  # of a stack, as the optimizer takes them at once

@@ -17,8 +17,6 @@ from shampoo_fsdp.kernels.refresh import keep, parts, two_sums
 from shampoo_fsdp.rules.precision import full_precision, products_in
 from tests.reference import kernels as references
 
-__all__ = ["measure_kernels", "measure_products"]
-
 _ELEMENTS = 2**26  # of a stack: 256 MiB in fp32, more than a cache has
 
 _Call = Callable[[], object]
@@ -28,13 +26,15 @@ def measure_kernels(n: int, device: str) -> list[dict[str, Any]]:
     """Milliseconds of a stack of [n, n] blocks, with bandwidth and TFLOP/s by each kernel's own
     count, and how much longer plain PyTorch takes. On CPUs both are plain."""
     rows = []
-    for name, (call, plain) in _calls(n, device).items():
+    for name, call in _calls(n, device).items():
         costs = [(0, 0)]
         if device == "cuda":
             with observed_by(lambda *cost, of=costs: of.append(cost)):
                 call()
-        ours = call if device == "cuda" else plain
-        times = in_turns({"ours": ours, "plain": plain}, _wait(device))
+        plain = partial(_plain, call)
+        times = in_turns(
+            {"ours": call if device == "cuda" else plain, "plain": plain}, _wait(device)
+        )
         seconds = times["ours"]
         rows.append(
             {
@@ -73,49 +73,37 @@ def measure_products(n: int, device: str) -> list[dict[str, Any]]:
     ]
 
 
-def _calls(n: int, device: str) -> dict[str, tuple[_Call, _Call]]:
-    """By kernel a call as the optimizer makes it, with 16-bit operands and state in fp32, and its
-    plain form."""
+def _calls(n: int, device: str) -> dict[str, partial[Any]]:
+    """By kernel a call as the optimizer makes it, with 16-bit operands and state in fp32."""
     shape = _blocks(n, device), n, n
     blocks = shape[0]
     g, m, v = (torch.randn(shape, device=device).square_() for _ in range(3))
     mixed = torch.empty_like(g, dtype=torch.bfloat16)
-    ones, rates = torch.ones(blocks, device=device), (0.1, 0.05, 0.9, 1e-8)
+    ones = torch.ones(blocks, device=device)
     halves = (g / n).half()
     bad = torch.zeros(blocks, dtype=torch.bool, device=device)
     changes = torch.empty(blocks, parts(n), 2, device=device)
     skipped = torch.zeros((), dtype=torch.int64, device=device)
     step = {"step_size": 1e-3, "lost": 1e-4, "rate1": 0.1, "rate2": 0.05, "eps": 1e-8, "root": 1.0}
     polynomial = Sum(torch.float16, alpha=0.5, beta=1.0, gamma=0.1)
-    squares = {"symmetric": True, "squares": True}
-    momenta_of, adamw_of = (g, ones, m, v, mixed, *rates), (m, g, m, v, skipped, 1e30)
-    gram_of = v, mixed, ones * 0.05, 1.0 / n
-    calls: dict[str, _Call] = {
-        "product, split fp32": lambda: product(g, g, Sum(), **squares),
-        "product, fp16": lambda: product(halves, halves, polynomial, c=halves, symmetric=True),
-        "two_sums": lambda: two_sums(v, m, ones, ones, (0.5, 0.5, 0.1, 0.2, 0.3)),
-        "keep": lambda: keep(g, mixed, bad, changes),
-    }
     return {
-        "momenta": (
-            partial(momenta, *momenta_of),
-            partial(references.momenta_reference, *momenta_of),
-        ),
-        "gram": (
-            partial(update_factors, *gram_of),
-            partial(references.update_factors_reference, *gram_of),
-        ),
-        **{name: (call, partial(_plain, call)) for name, call in calls.items()},
-        "adamw": (
-            partial(adamw_masked, *adamw_of, **step),
-            partial(references.adamw_masked_reference, *adamw_of, **step),
-        ),
+        "momenta": partial(momenta, g, ones, m, v, mixed, 0.1, 0.05, 0.9, 1e-8),
+        "gram": partial(update_factors, v, mixed, ones * 0.05, 1.0 / n),
+        "product, split fp32": partial(product, g, g, Sum(), symmetric=True, squares=True),
+        "product, fp16": partial(product, halves, halves, polynomial, c=halves, symmetric=True),
+        "two_sums": partial(two_sums, v, m, ones, ones, (0.5, 0.5, 0.1, 0.2, 0.3)),
+        "keep": partial(keep, g, mixed, bad, changes),
+        "adamw": partial(adamw_masked, m, g, m, v, skipped, 1e30, **step),
     }
 
 
-def _plain(call: _Call) -> None:
-    with kernels("off"):
-        call()
+def _plain(call: partial[Any]) -> None:
+    """The same in plain PyTorch."""
+    if reference := getattr(references, f"{call.func.__name__}_reference", None):
+        reference(*call.args, **call.keywords)
+    else:
+        with kernels("off"):
+            call()
 
 
 def _blocks(n: int, device: str) -> int:

@@ -21,8 +21,6 @@ from benchmarks.rows import Row
 from shampoo_fsdp.runtime.bucket import Stopwatch
 from shampoo_fsdp.runtime.parameters import local_shard
 
-__all__ = ["alone", "measure_row"]
-
 _WARM_UP = 3  # the first refresh of all blocks is on the second step
 _STEPS = 30  # timed, at most, or a period
 _PROFILED_MS = 5000.0  # a step may have very many kernels

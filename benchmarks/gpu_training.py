@@ -15,8 +15,6 @@ from benchmarks.gpu_steps import alone
 from benchmarks.rows import Row
 from shampoo_fsdp.runtime.bucket import Stopwatch
 
-__all__ = ["measure_training"]
-
 _SEQUENCE = 2048
 _WARM_UP = 3
 _STEPS = 20  # timed, at least, in whole periods

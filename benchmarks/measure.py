@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp.checkpoint.sharded import local_parts
 
-__all__ = ["Sent", "memory", "state_bytes"]
-
 
 class Sent(TorchDispatchMode):
     """Within it, counts the bytes that the calling rank sends to others, by the least that each

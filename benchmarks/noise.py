@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from benchmarks.command import console, parser_of, table
 from shampoo_fsdp import Shampoo
 
-__all__ = ["main", "maker", "moved_apart", "range_kept"]
-
 RULES: dict[str, dict[str, Any] | None] = {
     "kl_shampoo": {},
     "kl_shampoo, polynomial": {"root_method": "polynomial"},

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST", "RESIDUAL", "chains", "count_products", "inverse_square_root"]
-
 LEAST = 1e-5
 """The smallest eigenvalue that they are made for, relative to the largest: TF32 rounds what is less
 away."""

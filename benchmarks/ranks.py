@@ -14,8 +14,6 @@ import torch._dynamo  # the first use of an optimizer imports it: here, not in e
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-__all__ = ["run_on_ranks"]
-
 
 def run_on_ranks(
     n: int, function: Callable[..., Any], /, *arguments: Any, init: bool = True

@@ -1,6 +1,6 @@
 """Inverse roots: the cost and the error of each method.
 
-    python -m benchmarks.roots --sizes 256 --json roots.json    # default: all sizes
+    python -m benchmarks.roots --sizes 256    # default: all sizes
 
 Errors are those of the method: against an fp64 root of the same fp32 matrix, with the method's own
 floor or ridge. "effect" is the error of X g for g = A^(1/2) u, u random, which is distributed as
@@ -15,14 +15,12 @@ On CUDA, which `python -m benchmarks.gpu` measures, torch.linalg.eigh makes the 
 (pytorch/pytorch#175585).
 """
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = parser_of("benchmarks.roots", __doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file as well")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -65,9 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row for n, name in product(options.sizes, SPECTRA) for row in measure_errors(n, name)
         ],
     }
-    if options.json:
-        setting = {"torch": torch.__version__}
-        Path(options.json).write_text(json.dumps(setting | figures, indent=1), encoding="utf-8")
     for title, rows in figures.items():
         console().print(table(title.replace("_", " "), rows))
 
@@ -100,7 +94,6 @@ def measure_cost(n: int, blocks: int, exponent: float, device: str = "cpu") -> R
             "ms": 1e3 * seconds[name],
             "time / eigh": seconds[name] / seconds["eigh"],
             "FLOPs / eigh": flops[name] / flops["eigh"],
-            "FLOPs / n^3": flops[name],
             "time as n^3 FLOPs of a product": 2.0 * seconds[name] / seconds["one product"],
         }
         for name in flops

@@ -24,8 +24,6 @@ from torch.optim import Optimizer
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.runtime.choice import excluded_names
 
-__all__ = ["Row", "meta_rows", "our_rows", "shampoo_row", "torch_rows"]
-
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 HYPERPARAMETERS = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 

@@ -29,8 +29,6 @@ from benchmarks.ranks import run_on_ranks
 from benchmarks.rows import Row, meta_rows, our_rows, torch_rows
 from shampoo_fsdp.runtime.parameters import local_shard
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""

@@ -13,8 +13,6 @@ import numpy as np
 
 from shampoo_fsdp.tools.page import COLORS
 
-__all__ = ["band", "finish", "panels", "reference", "save", "shade", "style_of"]
-
 plt.rcParams |= {
     **{"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 9, "legend.frameon": False},
     **{"axes.spines.top": False, "axes.spines.right": False},

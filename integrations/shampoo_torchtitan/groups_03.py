@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+from torchtitan.config.override import derive
 
 from shampoo_fsdp import Shampoo, ShampooConfig
 from shampoo_fsdp.runtime.groups import FromModel
@@ -40,7 +41,7 @@ def complete(
 
 
 def _listed(config: Any) -> list[ParamGroupConfig]:
-    return config.param_groups or [ParamGroupConfig(".*", NAME)]
+    return config.param_groups or [ParamGroupConfig(pattern=".*", optimizer_name=NAME)]
 
 
 def _with_common(config: Any) -> list[ParamGroupConfig]:
@@ -98,8 +99,9 @@ def with_shampoo(
 
 def adam(name: str, config: Any) -> OptimizersContainer.Config:
     """Adam or AdamW of all parameters, with what a `ShampooOptimizers.Config` has of them."""
-    group = ParamGroupConfig(".*", name, container.hyperparameters(config))
-    return OptimizersContainer.Config(param_groups=[group], implementation=config.implementation)
+    values = container.hyperparameters(config)
+    group = ParamGroupConfig(pattern=".*", optimizer_name=name, optimizer_kwargs=values)
+    return derive(config, OptimizersContainer.Config, param_groups=[group])  # type: ignore[no-any-return]
 
 
 def settings(config: Any, names: Sequence[str]) -> ShampooConfig:

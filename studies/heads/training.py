@@ -22,8 +22,6 @@ from shampoo_torchtitan.demo.data import python_source
 from shampoo_torchtitan.demo.models_03 import llama
 from studies.pretrain.results import versions
 
-__all__ = ["train"]
-
 _LENGTH, _BATCH = 128, 16
 _HELD_OUT_BYTES = 65_536
 _BEGIN, _END = 256, 257

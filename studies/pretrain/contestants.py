@@ -4,7 +4,6 @@ import shampoo_torchtitan.train  # noqa: F401  first: it makes TorchTitan run wi
 
 # isort: split
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 
-from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp import Shampoo
+from shampoo_torchtitan.container import hyperparameters
 from studies.pretrain import peers
-
-__all__ = ["Muon", "MuonContainer", "Peer", "PeerContainer", "ShardedShampooContainer"]
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -74,14 +72,8 @@ class _WithAdamW(OptimizersContainer):  # type: ignore[type-arg]
             for name, parameter in part.named_parameters():
                 matrix = parameter.ndim == 2 and name.startswith("layers.")
                 (hidden if matrix else others).append(parameter)
-            adamw = torch.optim.AdamW(
-                others,
-                lr=config.lr * adamw_lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
+            own = hyperparameters(config) | {"lr": config.lr * adamw_lr}
+            adamw = torch.optim.AdamW(others, **own, fused=True)
             self.optimizers += [of_matrices(hidden), adamw]
         self._post_init([p for part in model_parts for p in part.parameters()], {})
 
@@ -135,19 +127,8 @@ class ShardedShampooContainer(OptimizersContainer):  # type: ignore[type-arg]
                 pieces = [nn.Parameter(p) for p in parameter.data.chunk(config.simulated_shards)]
                 self._shards.append((parameter, pieces))
                 named += [(f"{name}.{i}", piece) for i, piece in enumerate(pieces)]
-            settings = {
-                f.name: getattr(config.shampoo, f.name) for f in dataclasses.fields(ShampooConfig)
-            }
-            self.optimizers.append(
-                Shampoo(
-                    named,
-                    lr=config.lr,
-                    betas=(config.beta1, config.beta2),
-                    eps=config.eps,
-                    weight_decay=config.weight_decay,
-                    **settings,
-                )
-            )
+            of_job = hyperparameters(config)
+            self.optimizers.append(Shampoo(named, **of_job, config=config.shampoo))
         self._post_init([p for part in model_parts for p in part.parameters()], {})
 
     def step(self, *args: Any, **kwargs: Any) -> None:

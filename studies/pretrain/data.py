@@ -24,8 +24,6 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from shampoo_torchtitan.demo.data import python_source
 
-__all__ = ["batches", "held_out", "register", "tokens"]
-
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 _TUNING_EVERY = 20

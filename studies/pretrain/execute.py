@@ -10,8 +10,6 @@ from typing import Any
 from studies.pretrain.plan import Loss, Study
 from studies.pretrain.results import Results, Run
 
-__all__ = ["execute", "missing"]
-
 
 def missing(
     study: Study,

@@ -18,6 +18,7 @@ import torchtitan.models.llama3 as llama3
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from shampoo_fsdp import ShampooConfig
+from shampoo_torchtitan.demo import VOCABULARY
 from studies.pretrain import data
 from studies.pretrain.contestants import (
     Muon,
@@ -26,10 +27,6 @@ from studies.pretrain.contestants import (
     PeerContainer,
     ShardedShampooContainer,
 )
-
-__all__ = ["JobConfig", "Optimizer", "register"]
-
-_VOCABULARY = 260  # 256 bytes and the special tokens, as in the flavors of shampoo_torchtitan
 
 
 @dataclass
@@ -53,30 +50,13 @@ class JobConfig:
 
 def register() -> None:
     """Adds `study_1M`, ..., `study_w64`, ... to `llama3`, and the study's optimizers."""
-    for name, dim, layers in (("0.3M", 64, 5), ("1M", 128, 5), ("3M", 192, 6), ("10M", 256, 13)):
-        llama3.llama3_args.setdefault(
-            f"study_{name}",
-            llama3.TransformerModelArgs(
-                dim=dim,
-                n_layers=layers,
-                n_heads=dim // 32,
-                vocab_size=_VOCABULARY,
-                multiple_of=32,
-                rope_theta=10000,
-            ),
-        )
-    for dim in (64, 128, 256, 512):  # fixed depth and size of heads, as widths are compared
-        llama3.llama3_args.setdefault(
-            f"study_w{dim}",
-            llama3.TransformerModelArgs(
-                dim=dim,
-                n_layers=2,
-                n_heads=dim // 32,
-                vocab_size=_VOCABULARY,
-                multiple_of=32,
-                rope_theta=10000,
-            ),
-        )
+    sizes = {"0.3M": (64, 5), "1M": (128, 5), "3M": (192, 6), "10M": (256, 13)}
+    # Of fixed depth and size of heads, as widths are compared.
+    sizes |= {f"w{dim}": (dim, 2) for dim in (64, 128, 256, 512)}
+    common = {"vocab_size": VOCABULARY, "multiple_of": 32, "rope_theta": 10000}
+    for name, (dim, layers) in sizes.items():
+        model = llama3.TransformerModelArgs(dim=dim, n_layers=layers, n_heads=dim // 32, **common)
+        llama3.llama3_args.setdefault(f"study_{name}", model)
     data.register()
     _attention_in_fp32_on_cpu()
     build = llama3.build_optimizers

@@ -27,8 +27,6 @@ from studies.pretrain.summary import (
     target,
 )
 
-__all__ = ["draw"]
-
 _SHOWN = 0.7  # nats above the best; ablations beyond are written at the edge
 _LOSS = "held-out loss, nats per token"
 _TUNING_LOSS = "final loss, tuning text"

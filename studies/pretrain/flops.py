@@ -17,8 +17,6 @@ from studies.pretrain.plan import Study
 from studies.pretrain.results import Results
 from studies.pretrain.summary import BASELINE, at, seconds, summaries, target
 
-__all__ = ["flops_of_a_step", "table"]
-
 _SHAMPOO = "optimizer.shampoo."
 
 

@@ -24,8 +24,6 @@ from studies.pretrain import data
 from studies.pretrain.results import versions
 from studies.pretrain.toml_files import toml_text
 
-__all__ = ["StudyTrainer", "run", "trainer_of"]
-
 _TOKENIZER = "./outputs/byte_tokenizer"  # what it is called in the records
 _TRAINING_TOKENS = 40_000_000  # at most: large data sets are not read to their end
 _HELD_OUT_TOKENS = 500_000

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["BUILDERS", "build"]
-
 
 def build(code: str, config: Any, parameters: list[nn.Parameter]) -> Optimizer:
     """Make the optimizer of these matrices.

@@ -12,8 +12,6 @@ from typing import Any
 from studies.pretrain.results import Run
 from studies.pretrain.toml_files import flat, read_toml, tomllib
 
-__all__ = ["ABLATIONS", "FINAL", "LR", "SHORTER", "STAGES", "TUNING", "Loss", "Study"]
-
 Loss = Callable[[Run], float | None]
 """The final validation loss of a run, or None while there is none."""
 
@@ -102,15 +100,10 @@ class Study:
 
     def final(self, size: str, contestant: str, best: dict[str, Any]) -> list[Run]:
         """The runs that contestants are compared by, one for each seed."""
-        seeds, text = self.general["final_seeds"], self.general["held_out"]
+        best = {**best, "validation.dataset": self.general["held_out"]}
         return [
-            self._run(
-                size,
-                contestant,
-                FINAL,
-                {**best, "debug.seed": seed, "validation.dataset": text},
-            )
-            for seed in seeds
+            self._run(size, contestant, FINAL, {**best, "debug.seed": seed})
+            for seed in self.general["final_seeds"]
         ]
 
     def shorter(self, size: str, contestant: str, best: dict[str, Any]) -> list[Run]:

@@ -17,8 +17,6 @@ from studies.pretrain.summary import (
     target,
 )
 
-__all__ = ["markdown"]
-
 
 def markdown(study: Study, sizes: Iterable[str], contestants: list[str], results: Results) -> str:
     """One table for each size that has results, and one of the ablations."""

@@ -15,8 +15,6 @@ from typing import Any
 
 import shampoo_fsdp
 
-__all__ = ["Results", "Run", "complete", "versions"]
-
 _CHANGE_NOTHING = ("job.description", "job.dump_folder", "metrics.log_freq")
 
 

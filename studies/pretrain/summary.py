@@ -10,20 +10,6 @@ import numpy as np
 from studies.pretrain.plan import LR, Study
 from studies.pretrain.results import Results, Run
 
-__all__ = [
-    "BASELINE",
-    "Summary",
-    "ablation_losses",
-    "at",
-    "by_lr",
-    "optimizer_ms",
-    "reached",
-    "seconds",
-    "smoothed",
-    "summaries",
-    "target",
-]
-
 BASELINE = "AdamW"
 
 

@@ -9,8 +9,6 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib  # type: ignore[import-not-found,no-redef]
 
-__all__ = ["flat", "read_toml", "toml_text"]
-
 
 def read_toml(text: str) -> dict[str, Any]:
     """A TOML document, flat."""

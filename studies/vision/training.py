@@ -15,8 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from shampoo_fsdp import Shampoo, param_groups
 from studies.pretrain.results import versions
 
-__all__ = ["train"]
-
 _TUNING, _TEST = 500, 1_000  # images that are not trained on
 _BATCH = 128
 _SHIFT = 2  # pixels, at random, in each direction
