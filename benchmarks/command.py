@@ -14,9 +14,7 @@ from shampoo_fsdp.tools.parser import Parser
 def parser_of(module: str, text: str | None) -> Parser:
     """A parser for `python -m module`, whose help begins with this text."""
     return Parser(
-        prog=f"python -m {module}",
-        description=text,
-        formatter_class=RawDescriptionHelpFormatter,
+        prog=f"python -m {module}", description=text, formatter_class=RawDescriptionHelpFormatter
     )
 
 

@@ -54,12 +54,7 @@ CASES = {
 
 
 def dry_run_of(
-    model: str,
-    mesh: str,
-    config: ShampooConfig,
-    machine: Machine,
-    *,
-    by_line: bool = False,
+    model: str, mesh: str, config: ShampooConfig, machine: Machine, *, by_line: bool = False
 ) -> dict[str, Any]:
     """A dry run of a well-known model on a mesh such as "dp_shard=64,tp=8", of the rank with the
     most work."""

@@ -17,11 +17,7 @@ from torch.utils._pytree import tree_map_only
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, without_code
 from shampoo_fsdp.runtime.groups import plain_name
-from shampoo_torchtitan.checkpoint_folders import (
-    complete_checkpoints,
-    find_steps,
-    lock_folder,
-)
+from shampoo_torchtitan.checkpoint_folders import complete_checkpoints, find_steps, lock_folder
 from shampoo_torchtitan.container import JobError, alike_on_all_ranks, shampoos_of
 from shampoo_torchtitan.generation import titan
 from shampoo_torchtitan.names import ReaderOfOldNames

@@ -30,8 +30,7 @@ class JobError(ValueError):
 
 @contextlib.contextmanager
 def alike_on_all_ranks(
-    failed: str = "Cannot build the optimizer: ",
-    *told: type[Exception],
+    failed: str = "Cannot build the optimizer: ", *told: type[Exception]
 ) -> Iterator[None]:
     """What is refused on one rank, as by the parameters of a stage of a pipeline, is on all.
 

@@ -24,10 +24,7 @@ from shampoo_fsdp.plan.shards import placement_of, shard_rectangle
 from shampoo_torchtitan.generation import file_of_titan
 
 # The modules that want triton, in 0.2 and in 0.3.
-_KERNELS = (
-    "torchtitan.models.moe.kernels",
-    "torchtitan.distributed.minimal_async_ep.kernels",
-)
+_KERNELS = ("torchtitan.models.moe.kernels", "torchtitan.distributed.minimal_async_ep.kernels")
 # `torch.cpu` with the functions that TorchTitan calls on an accelerator's module.
 _DEVICE = types.SimpleNamespace(
     **vars(torch.cpu)

@@ -39,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line about what is wrong with the job."""
     parser = Parser(
         prog="python -m shampoo_torchtitan.plan",
-        usage="%(prog)s --job.config_file FILE --world-size N [--device cpu] [--json] "
-        "[--html FILE] [what is assumed of a GPU] [any setting of the job]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -23,13 +23,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from shampoo_fsdp import ShampooConfig
-from shampoo_fsdp.validation import (
-    check_fields,
-    field_types,
-    refuse,
-    refuse_unknown,
-    setting_names,
-)
+from shampoo_fsdp.validation import check_fields, field_types, refuse, refuse_unknown, setting_names
 from shampoo_torchtitan.configs import ShampooOptimizers
 from shampoo_torchtitan.container import ADAM
 from shampoo_torchtitan.generation import groups, register_demo, text
@@ -88,12 +82,7 @@ _EVERYWHERE = dict.fromkeys([*_OF_FILES, *setting_names(ShampooOptimizers.Config
 _EVERYWHERE |= dict.fromkeys(setting_names(Trainer.Config))
 # What 0.3's own jobs turn CUDA graphs off for, which 0.2 did not have.
 _NO_GRAPHS_WITH = ("parallelism.expert_parallel_degree", "parallelism.pipeline_parallel_degree")
-_RECOMPUTE = {
-    "selective": SelectiveAC,
-    "full": FullAC,
-    "memory_budget": MemoryBudgetAC,
-    "none": None,
-}
+_MODES = {"selective": SelectiveAC, "full": FullAC, "memory_budget": MemoryBudgetAC, "none": None}
 
 
 def __getattr__(name: str) -> Any:
@@ -140,9 +129,9 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
     config.optimizer = ShampooOptimizers.Config(shampoo=ShampooConfig(**own))
     optimizer = settings.pop("optimizer.name", "AdamW")
     if (mode := settings.pop("activation_checkpoint.mode", None)) is not None:
-        if f"{mode}" not in _RECOMPUTE:
-            refuse("activation_checkpoint.mode", mode, " or ".join(map(repr, _RECOMPUTE)))
-        kind = _RECOMPUTE[mode]
+        if f"{mode}" not in _MODES:
+            refuse("activation_checkpoint.mode", mode, " or ".join(map(repr, _MODES)))
+        kind = _MODES[mode]
         config.activation_checkpoint = kind and kind.Config()
     if any(settings.get(degree, 1) != 1 for degree in _NO_GRAPHS_WITH):
         settings.setdefault("training.disable_cuda_graphs", True)
