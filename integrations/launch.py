@@ -23,11 +23,8 @@ def main() -> None:
         run(arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if failure.exitcode == _BAD_SETTING:
-            sys.exit(_BAD_SETTING)
-        print(error, file=sys.stderr)
-        print(f"Output of all ranks: {arguments.log_dir}", file=sys.stderr)
-        sys.exit(1)
+        report = f"{error}\nOutput of all ranks: {arguments.log_dir}"
+        sys.exit(_BAD_SETTING if failure.exitcode == _BAD_SETTING else report)
     print(f"Output of all ranks: {arguments.log_dir}")
 
 
