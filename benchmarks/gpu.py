@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -180,9 +180,15 @@ def _dry_runs(sizes: llama.Sizes, ours: dict[str, dict[str, Any]]) -> dict[str, 
     # Of this one's memory on a GPU none shall be taken.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         runs = pool.submit(_run_dry, llama.specs(sizes), ours).result()
-    adamw = next(iter(runs.values()))["AdamW"]
-    return {"AdamW, fused": _expected(adamw["launches"], adamw)} | {
-        name: _expected(run["total"]["launches"], run) for name, run in runs.items()
+    rows = {name: {**run["total"], **run} for name, run in runs.items()}
+    rows["AdamW, fused"] = next(iter(runs.values()))["AdamW"]
+    return {
+        name: {
+            "dry_kernels": row["launches"],
+            "model_ms": row["ms"],
+            "dry_peak_mb": row["peak bytes"] / 1e6,
+        }
+        for name, row in rows.items()
     }
 
 
@@ -192,14 +198,6 @@ def _run_dry(
     return {
         name: dry_run(specs, ShampooConfig(**settings), Machine())
         for name, settings in ours.items()
-    }
-
-
-def _expected(launches: float, figures: Mapping[str, float]) -> dict[str, float]:
-    return {
-        "dry_kernels": launches,
-        "model_ms": figures["ms"],
-        "dry_peak_mb": figures["peak bytes"] / 1e6,
     }
 
 

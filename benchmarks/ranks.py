@@ -40,13 +40,7 @@ def run_on_ranks(
 
 
 def _rank_main(
-    rank: int,
-    n: int,
-    port: int,
-    folder: Path,
-    init: bool,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    rank: int, n: int, port: int, folder: Path, init: bool, function: Any, arguments: Any
 ) -> None:
     for name, value in (("RANK", rank), ("WORLD_SIZE", n), ("MASTER_PORT", port)):
         os.environ[name] = str(value)
