@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks: style, types, the site, tests. Sets everything up on the first call.
-# Arguments go to pytest: ./run_tests.sh tests/shampoo_torchtitan -k metrics
+# Arguments go to pytest: ./run_tests.sh tests/shampoo_torchtitan -k plan
 # TITAN=0.2.2 ./run_tests.sh: with that TorchTitan. TITAN=0.4: what a stand-in for it can show.
 # TITAN=main TORCHTITAN_FOLDER=...: what a checkout of August 2026 can. Without any, what depends on
 # TorchTitan is run with all but the last.
@@ -9,8 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 source ./make_venv.sh
 
-everything=()
-if [ $# -eq 0 ]; then everything=(-n 2 --dist loadfile); fi  # two files at a time
+everything=()  # two files at a time, in the order of tests/conftest.py
+if [ $# -eq 0 ]; then everything=(-n 2 --dist loadfile --no-loadscope-reorder); fi
 titans=tests/shampoo_torchtitan
 
 stand_in() {
@@ -23,7 +23,7 @@ stand_in() {
 
 if [ "${TITAN:-}" = main ]; then
   make_venv
-  if [ $# -eq 0 ]; then set -- $titans/test_{main,configs,job_config,groups_04,metrics}.py; fi
+  if [ $# -eq 0 ]; then set -- $titans/test_{main,configs,job_config,groups_04}.py; fi
   PATH="$PWD/$venv/bin:$PATH" exec pytest -q "$@"
 elif [ "${TITAN:-}" = 0.4 ]; then
   unset TITAN

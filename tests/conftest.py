@@ -13,24 +13,17 @@ import tests.arithmetic  # noqa: F401
 torch.set_num_threads(1)
 
 _CUDA = Path(__file__).parent / "cuda"
+# A file that is long and comes last leaves a core idle.
+_FIRST = ("meshes", "fuzz", "training", "checkpoint_crashes", "examples", "job")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("checkpoints")
-    group.addoption(
-        "--all-pairs", action="store_true", help="load every mesh's checkpoint on every"
-    )
-    group.addoption("--crash-rounds", type=int, default=3, help="kill a training so many times")
-    group.addoption(
-        "--crash-saving", choices=("async", "disabled"), help="how it saves; else one or the other"
-    )
-
-    group.addoption(
-        "--starts", type=int, default=3, help="take so many first steps beside other traffic"
-    )
-
-    group = parser.getgroup("random search")
-    group.addoption(
+    add = parser.getgroup("shampoo_fsdp").addoption
+    add("--all-pairs", action="store_true", help="load every mesh's checkpoint on every")
+    add("--crash-rounds", type=int, default=3, help="kill a training so many times")
+    add("--crash-saving", choices=("async", "disabled"), help="how it saves; else one or the other")
+    add("--starts", type=int, default=3, help="take so many first steps beside other traffic")
+    add(
         "--random-search",
         type=int,
         nargs="?",
@@ -38,17 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="EXAMPLES",
         help="draw so many other examples for each test that draws; --hypothesis-seed repeats",
     )
-
-    group.addoption(
+    add(
         "--fuzz",
         type=_numbers,
         default="40",
         metavar="[FIRST:]END",
         help="the trainings with these numbers, of those that are drawn for several meshes",
     )
-
-    group = parser.getgroup("GPUs")
-    group.addoption(
+    add(
         "--cuda",
         nargs="?",
         const="cuda",
@@ -68,6 +58,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return True if _CUDA in (collection_path, *collection_path.parents) else None
     others = collection_path.is_file() and _CUDA not in collection_path.parents
     return True if others else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _FIRST)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,17 +1,26 @@
 """`--cuda` runs the tests of GPUs alone, and says so where there is no GPU."""
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
+import pytest
+
+from tests.ranks import run_ranks
 
 
-def test_without_a_gpu_each_is_skipped_with_the_reason():
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--cuda"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
-    assert "no CUDA GPU here" in run.stdout
-    assert "skipped in" in run.stdout
-    assert "passed" not in run.stdout and "failed" not in run.stdout
+def run_without_a_gpu() -> str:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.chdir(Path(__file__).resolve().parents[1])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        pytest.main(["-q", "-rs", "-p", "no:cacheprovider", "--cuda"])
+    return said.getvalue()
+
+
+def test_each_is_skipped_with_the_reason():
+    (said,) = run_ranks(1, run_without_a_gpu, init=False, timeout=240)
+    assert "no CUDA GPU here" in said and " skipped" in said
+    assert " skipped" in said
+    assert "passed" not in said and "failed" not in said

@@ -31,9 +31,11 @@ def gpu(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.fixture
-def gpus(device: torch.device) -> int:
-    """How many ranks there can be, two or more."""
+@pytest.fixture(params=["one", "all"])
+def ranks(request: pytest.FixtureRequest, device: torch.device) -> int:
+    """How many there are."""
+    if request.param == "one":
+        return 1
     if device.type == "cpu":
         return 2
     if torch.cuda.device_count() < 2:

@@ -1,7 +1,6 @@
 """FSDP2 over NCCL: the weights are those of one process."""
 
 import pytest
-import torch
 from torch import Tensor
 
 from shampoo_fsdp import Shampoo
@@ -39,18 +38,9 @@ def train_on_ranks(device_type: str, settings: dict[str, object]) -> dict[str, T
     return trained(sharded_llama(device_type), settings)
 
 
-def compare(device: torch.device, ranks: int, settings: dict[str, object], most: float) -> None:
+@pytest.mark.parametrize(("settings", "most"), CASES)
+def test_ranks_equal_one_process(device, ranks, settings, most):
     alone = trained(TinyLlama().to(device), settings)
-    found = run_ranks(ranks, train_on_ranks, init=False, device_type=device.type, settings=settings)
-    for parameters in found:
+    given = {"device_type": device.type, "settings": settings}
+    for parameters in run_ranks(ranks, train_on_ranks, init=False, **given):
         assert relative_difference(parameters, alone) <= most
-
-
-@pytest.mark.parametrize(("settings", "most"), CASES)
-def test_one_rank_equals_one_process(device, settings, most):
-    compare(device, 1, settings, most)
-
-
-@pytest.mark.parametrize(("settings", "most"), CASES)
-def test_all_ranks_equal_one_process(device, gpus, settings, most):
-    compare(device, gpus, settings, most)

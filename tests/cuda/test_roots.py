@@ -1,7 +1,5 @@
 """Inverse roots and products in the precision of a GPU's units, against fp64."""
 
-import functools
-
 import pytest
 import torch
 
@@ -21,25 +19,17 @@ every_root = pytest.mark.parametrize(
 )
 
 
-@functools.cache
-def matrices(n: int) -> torch.Tensor:
-    return with_spectrum(decaying(n, 1e3))
-
-
 @every_root
-@pytest.mark.parametrize("n", [33, 256])
-def test_a_root_is_as_exact_as_fp32_lets_it_be(device, method, exponent, n):
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(33, torch.float32), (256, torch.float32), (64, torch.float64)]
+)
+def test_a_root_is_as_exact_as_its_type_lets_it_be(device, method, exponent, n, dtype):
     """The condition of 1e3 magnifies the 16 bits that polynomials have at their start."""
-    root, failed = inverse_root(matrices(n).float().to(device), exponent, 1e-12, method)
+    eps, most = (1e-12, 2e-3) if dtype == torch.float32 else (1e-30, 1e-9)
+    matrices = with_spectrum(decaying(n, 1e3))
+    root, failed = inverse_root(matrices.to(device, dtype), exponent, eps, method)
     assert root.device.type == device.type and not failed.any()
-    assert relative_error(root.cpu(), exact_root(matrices(n), exponent)) < 2e-3
-
-
-@every_root
-def test_a_root_in_fp64(device, method, exponent):
-    root, failed = inverse_root(matrices(64).to(device), exponent, 1e-30, method)
-    assert not failed.any()
-    assert relative_error(root.cpu(), exact_root(matrices(64), exponent)) < 1e-9
+    assert relative_error(root.cpu(), exact_root(matrices, exponent)) < most
 
 
 @pytest.mark.parametrize("exponent", [-0.5, -0.25])

@@ -64,6 +64,8 @@ class Case:
     """After so many steps it is saved."""
     saved_as: str
     """"file", which the first rank writes alone, "folder", or "whole": a full state dict."""
+    moved: bool
+    """Whether others move its state to and fro, before it is saved and, on one rank, later."""
 
     def __str__(self) -> str:
         return "\n".join(f"    {name}: {value}" for name, value in vars(self).items())
@@ -124,8 +126,9 @@ def _draw(number: int, dice: random.Random) -> Case:
     middle = dice.randint(1, len(names)) if dice.random() < 0.5 else len(names)
     groups = [(names[:middle], {}), (names[middle:], _group(dice))]
     settings, steps = _settings(dice), dice.randint(6, 12)
-    source, target = (dice.choice(list(LAYOUTS)) for _ in range(2))
-    return Case(
+    layouts = list(LAYOUTS)  # each in turn, and a hundred numbers have all pairs
+    source, target = layouts[number % 10], layouts[(3 * number + number // 10) % 10]
+    case = Case(
         number=number,
         shapes=shapes,
         cut={name: _cut(shape, settings, dice) for name, shape in shapes.items()},
@@ -139,7 +142,11 @@ def _draw(number: int, dice: random.Random) -> Case:
         target=target,
         halt=dice.randint(1, steps - 1),
         saved_as=dice.choice(("file", "folder", "whole")),
+        moved=dice.random() < 0.5,
     )
+    if dice.random() < 0.4:  # refused, and drawn anew, if its rows are no whole heads
+        settings |= {"split_heads": ["w0"], "head_dim": dice.choice((2, 3))}
+    return case
 
 
 def _shape(dice: random.Random) -> tuple[int, ...]:

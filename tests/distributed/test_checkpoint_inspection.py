@@ -22,35 +22,29 @@ from tests.ranks import run_ranks
 WQ = "layers.0.attention.wq.weight"
 STEPS = 5
 
-CHECKPOINTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "alone": ("single", True, {}),
-    "two ranks": ("fsdp", True, {}),
-    "two ranks, not flat": ("fsdp", False, {}),
-    "diagonals": ("single", True, {"large_dim": "diagonal"}),
-    "soap, packed": ("fsdp", True, {"preconditioner": "soap", "symmetric_packing": True}),
-    "fewer factors": ("single", True, {"max_factor_ratio": 0.5}),
-    "heads": ("single", True, {"split_heads": ["wq"], "head_dim": 6}),
-    "heads, two ranks": ("fsdp", True, {"split_heads": ["wq"], "head_dim": 6}),
-    "cut at shards": ("fsdp", True, {"block_alignment": "shard"}),
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "flat": {},
+    "not flat": {},
+    "diagonals": {"large_dim": "diagonal"},
+    "soap, packed": {"preconditioner": "soap", "symmetric_packing": True},
+    "fewer factors": {"max_factor_ratio": 0.5},
+    "heads": {"split_heads": ["wq"], "head_dim": 6},
+    "cut at shards": {"block_alignment": "shard"},
 }
-"""Layout, whether the state dict is flat, and settings."""
+"""Settings."""
 
 
-def save(names: list[str], folder: Path) -> None:
-    for name in names:
-        layout, flat, settings = CHECKPOINTS[name]
-        built, optimizer = make(layout, **settings)
+def save(folder: Path) -> None:
+    for name, settings in CHECKPOINTS.items():
+        built, optimizer = make("fsdp", **settings)
         train(built, optimizer, range(STEPS))
-        dcp.save(states(built, optimizer, flat), checkpoint_id=folder / name)
+        dcp.save(states(built, optimizer, name != "not flat"), checkpoint_id=folder / name)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inspection")
-    names = {layout: [n for n, case in CHECKPOINTS.items() if case[0] == layout]
-             for layout in ("single", "fsdp")}  # fmt: skip
-    save(names["single"], path)
-    run_ranks(2, save, names=names["fsdp"], folder=path)
+    run_ranks(2, save, folder=path)
     return path
 
 
@@ -60,16 +54,16 @@ def inspect(capsys: Any, *arguments: object) -> dict[str, Any]:
     return report
 
 
-def optimizer_alone(settings: dict[str, Any]) -> tuple[Built, Any]:
-    built, optimizer = make("single", **settings)
+def optimizer_alone() -> tuple[Built, Any]:
+    built, optimizer = make("single")
     train(built, optimizer, range(STEPS))
     return built, optimizer
 
 
-@pytest.mark.parametrize("name", ["alone", "two ranks", "two ranks, not flat"])
+@pytest.mark.parametrize("name", ["flat", "not flat"])
 def test_it_tells_what_the_optimizer_has(folder, capsys, name):
     report = inspect(capsys, folder / name)
-    built, optimizer = optimizer_alone({})
+    built, optimizer = optimizer_alone()
     assert report["optimizer"] == "Shampoo"
     assert report["bytes_on_disk"] == sum(f.stat().st_size for f in (folder / name).iterdir())
     parameters = {p["name"]: p for p in report["parameters"]}
@@ -105,22 +99,19 @@ def test_it_tells_what_the_optimizer_has(folder, capsys, name):
     ],
 )
 def test_every_kind_of_factor_is_known(folder, capsys, name, kinds):
-    report = inspect(capsys, folder / name)
-    rule = CHECKPOINTS[name][2].get("preconditioner", "kl_shampoo")
-    for parameter in report["parameters"]:
-        for expected in [k for n, k in kinds.items() if n == parameter["name"]]:
-            assert parameter["preconditioner"] == rule
-            for block in parameter["blocks"]:
-                assert sorted(f["kind"] for f in block["factors"]) == sorted(expected)
-                factors = sorted(block["factors"], key=lambda f: f["dimension"])
-                sides = [block["shape"][f["dimension"]] for f in factors]
-                assert [f["n"] for f in factors] == sides
-                assert all(f["condition_number"] >= 1.0 for f in block["factors"])
+    parameters = {p["name"]: p for p in inspect(capsys, folder / name)["parameters"]}
+    for parameter, expected in kinds.items():
+        rule = CHECKPOINTS[name].get("preconditioner", "kl_shampoo")
+        assert parameters[parameter]["preconditioner"] == rule
+        for block in parameters[parameter]["blocks"]:
+            factors = sorted(block["factors"], key=lambda f: f["dimension"])
+            assert sorted(f["kind"] for f in factors) == sorted(expected)
+            assert [f["n"] for f in factors] == [block["shape"][f["dimension"]] for f in factors]
+            assert all(f["condition_number"] >= 1.0 for f in factors)
 
 
-@pytest.mark.parametrize("name", ["heads", "heads, two ranks"])
-def test_blocks_are_cut_between_heads(folder, capsys, name):
-    report = inspect(capsys, folder / name, "--parameter", "layers.0.attention.wq")
+def test_blocks_are_cut_between_heads(folder, capsys):
+    report = inspect(capsys, folder / "heads", "--parameter", "layers.0.attention.wq")
     (wq,) = report["parameters"]
     assert [b["offsets"] for b in wq["blocks"]] == [
         [row, column] for row in (0, 6, 12, 18) for column in (0, 12)
@@ -128,7 +119,7 @@ def test_blocks_are_cut_between_heads(folder, capsys, name):
 
 
 def test_numbers_that_are_not_finite_are_found(folder, capsys, tmp_path):
-    built, optimizer = optimizer_alone({})
+    built, optimizer = optimizer_alone()
     saved = states(built, optimizer, flat=True)
     saved["optimizer"][f"state.{WQ}.factors"][7] = float("nan")
     saved["optimizer"]["state.norm.weight.exp_avg"][:2] = float("inf")
@@ -146,14 +137,14 @@ def test_numbers_that_are_not_finite_are_found(folder, capsys, tmp_path):
 
 
 def test_a_choice_of_parameters_and_blocks(folder, capsys):
-    chosen = inspect(capsys, folder / "two ranks", "--parameter", "wq|norm", "--blocks", "1")
+    chosen = inspect(capsys, folder / "flat", "--parameter", "wq|norm", "--blocks", "1")
     names = [p["name"] for p in chosen["parameters"]]
     assert names == [
         WQ, "layers.0.attention_norm.weight", "layers.0.ffn_norm.weight", "norm.weight",
     ]  # fmt: skip
     wq = chosen["parameters"][0]
     assert len(wq["blocks"]) == 1 and wq["number_of_blocks"] == 4
-    assert main(["inspect", str(folder / "two ranks"), "--blocks", "1"]) == 0
+    assert main(["inspect", str(folder / "flat"), "--blocks", "1"]) == 0
     assert "1 of 4" in capsys.readouterr().out
 
 
@@ -166,7 +157,7 @@ def test_no_more_is_read_at_once_than_a_rank_has_written_at_once(folder, capsys,
         return found
 
     monkeypatch.setattr(SafeFileSystemReader, "entry", recorded)
-    inspect(capsys, folder / "two ranks")
+    inspect(capsys, folder / "flat")
     assert max(sizes) == 26 * 24 * 4  # half of w1, of 52 rows
 
 
@@ -188,8 +179,8 @@ def test_what_cannot_be_inspected_is_said_in_a_line(folder, capsys, tmp_path):
     assert "there is no checkpoint in it" in refusal(tmp_path / "empty")
     assert "it holds the checkpoints model, step-1; choose one" in refusal(tmp_path)
     assert "has no optimizer state; was only the model saved?" in refusal(tmp_path / "model")
-    assert "no name matches 'zz'" in refusal(folder / "alone", "--parameter", "zz")
-    assert "is no regular expression" in refusal(folder / "alone", "--parameter", "(")
+    assert "no name matches 'zz'" in refusal(folder / "flat", "--parameter", "zz")
+    assert "is no regular expression" in refusal(folder / "flat", "--parameter", "(")
     (torn,) = (tmp_path / "step-1").glob("*.distcp")
     torn.write_bytes(torn.read_bytes()[:999])
     assert f"{torn.name} has 999 bytes, of which there should be" in refusal(tmp_path / "step-1")

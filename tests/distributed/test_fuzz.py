@@ -29,6 +29,7 @@ from shampoo_fsdp.checkpoint import ShampooLoadPlanner
 from tests.distributed.cases import LAYOUTS, Case, draw
 from tests.models import full_parameters, set_gradients
 from tests.ranks import run_ranks
+from tests.shampoo_fsdp.test_state import move
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 5e-2}
 """Of a parameter's whole update, where rounding is not magnified, by the parameter's type. (CPUs
@@ -163,6 +164,8 @@ def train(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> Result:
         if dist.get_rank() == 0:
             folder.mkdir(exist_ok=True)
             torch.save((weights, refused), folder / "weights.pt")
+        if case.moved:
+            move(optimizer)
         save(case, model, optimizer, mesh, folder)
     dist.barrier()
 
@@ -172,6 +175,8 @@ def train(case: Case, meshes: dict[str, DeviceMesh], folder: Path) -> Result:
         return None, [], counters.tolist()
     model, optimizer = build(case, found, case.target, mesh, case.later)
     load(case, model, optimizer, mesh, folder)
+    if case.moved and dist.get_rank() == 0:
+        move(optimizer)
     refused += take_steps(case, dict(model.named_parameters()), optimizer, steps[case.halt :])
     counters += optimizer.counters()[[0, 2, 3]]
     return full_parameters(model), refused, counters.tolist()

@@ -1,4 +1,4 @@
-"""State that others move, and checkpoints that cannot be read to the end, on several ranks."""
+"""Checkpoints that cannot be read to the end, and state that others spoil, on several ranks."""
 
 from pathlib import Path
 
@@ -6,48 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
-from tests.distributed.test_checkpoints import make, resume_all, states
-from tests.distributed.test_meshes import relative_difference
+from tests.distributed.test_checkpoints import make, states
 from tests.models import full_parameters, train
-from tests.ranks import ranks, run_ranks
-from tests.shampoo_fsdp.test_state import move
-
-SAVED_AT, END = 6, 10
-
-
-def moved_and_saved(layouts: list[str], folder: Path) -> list[tuple[dict[str, Tensor], ...]]:
-    """The parameters at the end of a run that nothing happens to, and of one whose state is moved
-    to and fro, and saved while it is away."""
-    ends = []
-    for layout in layouts:
-        built, optimizer = make(layout)
-        train(built, optimizer, range(END))
-        expected = full_parameters(built.model)
-        built, optimizer = make(layout)
-        train(built, optimizer, range(SAVED_AT))
-        move(optimizer)
-        dcp.save(states(built, optimizer, True), checkpoint_id=folder / layout)
-        move(optimizer)
-        train(built, optimizer, range(SAVED_AT, END - 1))
-        if dist.is_initialized() and dist.get_rank() == 0:
-            move(optimizer)  # on one rank alone
-        train(built, optimizer, range(END - 1, END))
-        ends.append((expected, full_parameters(built.model)))
-    return ends
-
-
-def test_moved_state_goes_on_and_is_saved_for_any_mesh(tmp_path):
-    layouts = ["fsdp", "tp", "ddp"]
-    ends = run_ranks(2, moved_and_saved, layouts=layouts, folder=tmp_path)
-    for of_rank in ends:
-        for expected, found in of_rank:
-            assert relative_difference(found, expected) == 0.0
-    runs = [{"layout": "single", "folder": tmp_path / o, "flat": True} for o in layouts]
-    for found, (expected, _) in zip(resume_all(runs), ends[0], strict=True):
-        assert relative_difference(found, expected) <= 1e-5
+from tests.ranks import ranks
 
 
 @ranks(2)

@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import os
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,53 +37,28 @@ EXPERT_TENSORS = not JOBS_ARE_FUNCTIONS
 on_cpu = pytest.mark.skipif(not cpu.needed(), reason="this machine has an accelerator")
 
 TINY_JOB = """
-[model]
-name = "llama3"
-flavor = "tiny"
-hf_assets_path = "{tokenizer}"
-
-[job]
-dump_folder = "{folder}"
-
-[optimizer]
-name = "shampoo"
-lr = 1e-2
-
-[optimizer.shampoo]
-lr_factor = 1
-precondition_frequency = 2
-start_preconditioning_step = 2
-
-[lr_scheduler]
-warmup_steps = 2
-
-[training]
-dataset = "python_source"
-dataset_path = "{folder}/source"
-local_batch_size = 2
-seq_len = 32
-steps = 4
-
-[checkpoint]
-interval = 100
-last_save_model_only = false
-
-[metrics]
-log_freq = 1
-
-[debug]
-seed = 0
+model.name = "llama3"
+model.flavor = "tiny"
+model.hf_assets_path = "{tokenizer}"
+job.dump_folder = "{folder}"
+optimizer.name = "shampoo"
+optimizer.lr = 1e-2
+optimizer.shampoo.lr_factor = 1
+optimizer.shampoo.precondition_frequency = 2
+optimizer.shampoo.start_preconditioning_step = 2
+lr_scheduler.warmup_steps = 2
+training.dataset = "python_source"
+training.dataset_path = "{folder}/source"
+training.local_batch_size = 2
+training.seq_len = 32
+training.steps = 4
+checkpoint.interval = 100
+checkpoint.last_save_model_only = false
+metrics.log_freq = 1
+debug.seed = 0
 """
 
-TINY_JOB_WITH_DEFAULTS = TINY_JOB.replace(
-    """
-[optimizer.shampoo]
-lr_factor = 1
-precondition_frequency = 2
-start_preconditioning_step = 2
-""",
-    "",
-).replace("lr = 1e-2", "lr = 3e-3")
+TINY_JOB_WITH_DEFAULTS = re.sub(r"optimizer\.shampoo.*\n", "", TINY_JOB.replace("1e-2", "3e-3"))
 
 
 def write_job(folder: Path, text: str = TINY_JOB) -> Path:

@@ -24,31 +24,6 @@ from shampoo_torchtitan.generation import TEXT_IS_OF_GRAIN, groups
 of_03 = pytest.mark.skipif(groups().FIELD != "param_groups", reason="the groups of TorchTitan 0.3")
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("optimizer.name = 5", "'optimizer.name' is 5; allowed: 'shampoo'"),
-        ('optimizer = "x"', r"a table, \[optimizer\]"),
-        ('model.name = "llama9"', "'llama9'; allowed: .*'llama3'"),
-        ('model.name = "flux"\nmodel.flavor = "flux-debug"', "no such language model|No module"),
-        ("job = 3", "unknown setting 'job'"),
-        ('experimental.custom_import = "nosuch"', "'nosuch'"),
-        ('job.custom_config_module = "my.config"', "no such setting"),
-        ("activation_checkpoint.early_stop = true", "no such setting"),
-        ('activation_checkpoint.mode = "some"', "is 'some'; allowed: 'selective' or 'full'"),
-        (
-            'optimizer.param_groups = [{pattern = ".*"}]',
-            "start from a Python function|unknown setting 'optimizer.param_groups'",
-        ),
-    ],
-)
-def test_what_cannot_be_is_said(tmp_path, text, said):
-    file = tmp_path / "job.toml"
-    file.write_text(text)
-    with pytest.raises((ImportError, TypeError, ValueError), match=said):
-        toml.read(str(file))
-
-
 def test_what_changes_nothing_is_no_trouble_and_a_users_module_is_imported(tmp_path, monkeypatch):
     (tmp_path / "my_own_data.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -123,6 +98,7 @@ def test_before_04_it_is_said_what_there_is():
 
 # By name, what each file says, by keys with dots (from Meta's TorchTitan, BSD 3-clause).
 JOBS = json.loads((Path(__file__).parents[1] / "data/jobs-of-torchtitan-0.2.2.json").read_text())
+assert len(JOBS) == 12
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -140,7 +116,3 @@ def test_it_is_read_and_its_model_built_and_what_is_left_out_is_said(name, caplo
     option = JOBS[name].get("activation_checkpoint.selective_ac_option", "op")
     keys |= {"activation_checkpoint.selective_ac_option"} if option != "op" else set()
     assert sorted(said) == sorted(keys)
-
-
-def test_there_are_twelve():
-    assert len(JOBS) == 12

@@ -1,6 +1,6 @@
 """What is found in the model for Shampoo."""
 
-import re
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -12,7 +12,6 @@ from shampoo_torchtitan.checkpoint import CheckpointManager
 from shampoo_torchtitan.container import JobError, alike_on_all_ranks, with_heads
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.ranks import run_ranks
-from tests.shampoo_torchtitan import jobs
 
 
 class Attention(nn.Module):
@@ -33,23 +32,6 @@ def test_the_rows_of_a_head_come_from_the_model():
         with_heads(config, [part, Attention(8)])
 
 
-def blocks(job, arguments) -> dict[str, tuple[int, ...]]:
-    trainer = jobs.make_trainer(job, *arguments)
-    (optimizer,) = trainer.optimizers.optimizers
-    members = [member for member in optimizer._parameters.members if member.part]
-    trainer.close()
-    return {m.name: m.part.grid.tiles for m in members if re.search(r"attention\.w|wqkv", m.name)}
-
-
-@jobs.on_cpu
-def test_attention_of_a_job_is_cut_between_heads(tmp_path):
-    arguments = ["--optimizer.shampoo.split_heads", r"\.w[qkv]\.,wqkv"]
-    (found,) = run_ranks(1, blocks, init=False, job=jobs.write_job(tmp_path), arguments=arguments)
-    # 4 heads of 16 rows each for queries, keys and values, in one matrix or three.
-    assert sum(tiles[0] for name, tiles in found.items() if "layers.0" in name) in (12, 13)
-    assert max(tiles[0] for tiles in found.values()) in (4, 12)
-
-
 class Stage(nn.Module):
     def __init__(self, **embeddings: nn.Module) -> None:
         super().__init__()
@@ -58,20 +40,31 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict({"0": nn.Linear(8, 8, bias=False)})
 
 
-def test_embeddings_of_every_part_are_known_by_their_type(recwarn):
-    parts = [Stage(token=nn.Embedding(20, 8), position=nn.Embedding(4, 8)), Stage()]
+def container(*parts: nn.Module, **settings: Any) -> Any:
     if JOBS_ARE_FUNCTIONS:
-        from shampoo_torchtitan.configs import ShampooOptimizers
+        from shampoo_torchtitan.configs import shampoo
 
-        container = ShampooOptimizers(ShampooOptimizers.Config(), model_parts=parts)
-    else:
-        from shampoo_torchtitan.optimizer import build_optimizers
-        from tests.shampoo_torchtitan.test_optimizer import ONE_RANK, config
+        return shampoo(**settings).build(model_parts=list(parts))
+    from shampoo_torchtitan.optimizer import build_optimizers
+    from tests.shampoo_torchtitan.test_optimizer import ONE_RANK, config
 
-        container = build_optimizers(parts, config(), ONE_RANK)
-    left = [optimizer.matrices_left_to_grafting() for optimizer in container.optimizers]
+    return build_optimizers(list(parts), config(shampoo=ShampooConfig(**settings)), ONE_RANK)
+
+
+def test_embeddings_of_every_part_are_known_by_their_type_and_heads_by_their_rows(recwarn):
+    first = Stage(token=nn.Embedding(20, 8), position=nn.Embedding(4, 8), a=Attention(4))
+    optimizers = container(first, Stage(), split_heads=["layers"]).optimizers
+    left = [optimizer.matrices_left_to_grafting() for optimizer in optimizers]
     assert left == [["token.weight", "position.weight"], []]
+    assert {optimizer.config.head_dim for optimizer in optimizers} == {4}
     assert not [warning for warning in recwarn if "exclude" in str(warning.message)]
+
+
+def test_settings_that_do_not_fit_the_model_end_the_job():
+    said = r"Cannot build the optimizer: parameter 'layers\.0\.weight': root_method = "
+    exponents = {"root_method": "polynomial", "root_exponents": [0.0, 0.123]}
+    with pytest.raises(JobError, match=said):
+        container(Stage(), preconditioner="shampoo", **exponents)
 
 
 def fail_on_one_rank() -> list[str]:
@@ -108,10 +101,8 @@ def test_torchft_is_refused():
     """Its trainer always has this manager, and would step Shampoo without TorchFT."""
     from torchtitan.experiments.torchft.checkpoint import TorchFTCheckpointManager
 
-    from shampoo_torchtitan.configs import ShampooOptimizers
-
     model = Stage()
-    optimizers = ShampooOptimizers(ShampooOptimizers.Config(), model_parts=[model])
+    optimizers = container(model)
     with pytest.raises(JobError, match=r"TorchFTCheckpointManager, TorchFT's, .*not support"):
         TorchFTCheckpointManager.Config(enable=False).build(
             dataloader=None, model_parts=[model], optimizers=optimizers, lr_schedulers=None,

@@ -1,39 +1,25 @@
 """The ways in which a job of TorchTitan's own launcher comes to Shampoo, each for 20 steps."""
 
-import json
+import contextlib
+import io
 import os
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torchtitan.components.optimizer
+import torchtitan.train
+from torchtitan.components.metrics import BaseLogger
 
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
+from tests.ranks import run_ranks
 from tests.shampoo_torchtitan import jobs
 
 pytestmark = jobs.on_cpu
 
 functions = pytest.mark.skipif(not JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.2 has TOML files alone")
 files = pytest.mark.skipif(JOBS_ARE_FUNCTIONS, reason="TorchTitan 0.3 imports nothing for a file")
-
-# What `python -m torchtitan.train` does, on a CPU; losses go to the first argument.
-_TITAN = """
-import json, sys
-from unittest import mock
-from shampoo_torchtitan import cpu
-file = sys.argv.pop(1)
-cpu.enable()
-import torchtitan.train
-from torchtitan.components.metrics import BaseLogger
-for name in [name for name in sys.modules if name.startswith("shampoo_torchtitan")]:
-    del sys.modules[name]  # TorchTitan's launcher knows nothing of us
-metrics = []
-logging = mock.patch.object(BaseLogger, "log", lambda self, m, step: metrics.append((step, m)))
-with logging, mock.patch("time.sleep"):
-    torchtitan.train.main(*[torchtitan.train.Trainer][: MAIN_TAKES_A_TRAINER])
-with open(file, "w") as out:
-    json.dump(metrics, out)
-"""
 
 # A user's own registry.
 _REGISTRY = """
@@ -47,56 +33,69 @@ def adamw():
     config.optimizer = default_adamw(lr=3e-3)
     titan().fit_to_cpu(config)
     return config
-
 def native():
     config = adamw()
     config.optimizer = shampoo(lr=3e-3, precondition_frequency=2)
     return config
-
-def listed():
-    from torchtitan.components.optimizer import AdamW, OptimizersContainer
-    from shampoo_torchtitan import Shampoo
-
-    config = adamw()
-    config.optimizer = OptimizersContainer.Config(
-        optimizers=[
-            AdamW.Config(pattern="embeddings|lm_head|norm", lr=1e-3),
-            Shampoo.Config(pattern="feed_forward", lr=3e-3, weight_decay=0.0),
-            Shampoo.Config(pattern=".*", lr=3e-3),
-        ]
-    )
-    return config
-
 def grouped():
-    if not hasattr(default_adamw(), "param_groups"):
-        return listed()  # from 0.4 on
-    config = adamw()
-    kwargs = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    config.optimizer = shampoo(
-        param_groups=[
-            ParamGroupConfig(pattern="embeddings|lm_head|norm", optimizer_name="AdamW",
-                             optimizer_kwargs={**kwargs, "lr": 1e-3}),
-            ParamGroupConfig(pattern="feed_forward", optimizer_name="Shampoo",
-                             optimizer_kwargs={**kwargs, "weight_decay": 0.0}),
-            ParamGroupConfig(pattern=".*", optimizer_name="Shampoo", optimizer_kwargs=kwargs),
-        ]
-    )
+    config, ours = adamw(), {"lr": 3e-3}
+    settings = {
+        "embeddings|lm_head|norm": ("AdamW", {"lr": 1e-3}),
+        "feed_forward": ("Shampoo", {**ours, "weight_decay": 0.0}),
+        ".*": ("Shampoo", ours),
+    }
+    if hasattr(config.optimizer, "param_groups"):
+        adam = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        config.optimizer = shampoo(param_groups=[
+            ParamGroupConfig(pattern=p, optimizer_name=name, optimizer_kwargs=adam | of)
+            for p, (name, of) in settings.items()
+        ])
+    else:  # from 0.4 on
+        from torchtitan.components.optimizer import AdamW, OptimizersContainer
+        from shampoo_torchtitan import Shampoo
+        kinds = {"AdamW": AdamW, "Shampoo": Shampoo}
+        config.optimizer = OptimizersContainer.Config(
+            optimizers=[kinds[n].Config(pattern=p, **of) for p, (n, of) in settings.items()]
+        )
     return config
 """
 
 
+def forget_us() -> None:
+    """TorchTitan's launcher knows nothing of us."""
+    if JOBS_ARE_FUNCTIONS:
+        sys.modules["torchtitan.config.override"]._REGISTRY.clear()
+    else:
+        ours = torchtitan.components.optimizer.build_optimizers
+        theirs = sys.modules[ours.__module__]._titan_build_optimizers
+        for module in list(sys.modules.values()):
+            if vars(module).get("build_optimizers") is ours:
+                module.build_optimizers = theirs
+    for name in [name for name in sys.modules if name.startswith("shampoo_torchtitan")]:
+        del sys.modules[name]
+
+
+def launched(folder: Path, arguments: list[str]) -> tuple[list[tuple[int, dict]], str]:
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    forget_us()
+    metrics, said = [], io.StringIO()
+    with (
+        mock.patch.object(BaseLogger, "log", lambda self, m, step: metrics.append((step, m))),
+        mock.patch("time.sleep"),
+        mock.patch.object(sys, "argv", ["train", *arguments]),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        torchtitan.train.main(*[torchtitan.train.Trainer][: not JOBS_ARE_FUNCTIONS])
+    return metrics, said.getvalue()
+
+
 def titan(folder: Path, *arguments: str) -> tuple[list[tuple[int, dict[str, float]]], str]:
     """Steps with their metrics, and the log, of TorchTitan's own launcher."""
-    code = _TITAN.replace("MAIN_TAKES_A_TRAINER", str(int(not JOBS_ARE_FUNCTIONS)))
-    environment = os.environ | {
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"},
-        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(folder)]),
-    }
-    command = [sys.executable, "-c", code, "metrics.json", *arguments]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads((folder / "metrics.json").read_text()), run.stdout + run.stderr
+    given = {"folder": folder, "arguments": list(arguments)}
+    (found,) = run_ranks(1, launched, init=False, timeout=240, **given)
+    return found
 
 
 def trains_and_resumes(folder: Path, *arguments: str) -> str:
@@ -128,12 +127,20 @@ def test_a_job_file_of_02_that_imports_us(folder):
     assert "Shampoo preconditions" in log
 
 
+USE = 'shampoo_torchtitan.configs.use_shampoo={"lr": 2e-3, "precondition_frequency": 2}'
+JOBS = {
+    "with settings of the command line": (
+        ["--config=native", "--optimizer.lr=2e-3", "--optimizer.shampoo.precondition-frequency=1"]
+    ),
+    "of AdamW with an override": ["--config=adamw", "--override.imports", USE],
+}
+
+
 @functions
-def test_a_function_of_a_registry_with_settings_of_the_command_line(folder):
-    arguments = ["--module=registry", "--config=native", "--training.steps=2"]
-    arguments += ["--optimizer.lr=1e-4", "--optimizer.shampoo.precondition-frequency=1"]
-    metrics, log = titan(folder, *arguments)
-    assert "Shampoo preconditions" in log and "'lr': 0.0001" in log
+@pytest.mark.parametrize("job", JOBS)
+def test_a_function_of_a_registry(folder, job):
+    metrics, log = titan(folder, "--module=registry", *JOBS[job], "--training.steps=4")
+    assert "Shampoo preconditions" in log and "'lr': 0.002" in log
     assert metrics[-1][1]["shampoo/root_refreshes"] > 0
 
 
@@ -142,15 +149,6 @@ def test_groups_with_their_own_optimizer_lr_and_weight_decay(folder):
     log = trains_and_resumes(folder, "--module=registry", "--config=grouped")
     assert "Optimizer AdamW (model_part=0)" in log and "'lr': 0.001" in log
     assert log.count("Optimizer Shampoo (model_part=0)") == 2 and "'weight_decay': 0.0" in log
-
-
-@functions
-def test_an_override_of_a_job_of_adamw(folder):
-    override = 'shampoo_torchtitan.configs.use_shampoo={"lr": 2e-3, "precondition_frequency": 2}'
-    arguments = ["--module=registry", "--config=adamw", "--override.imports", override]
-    metrics, log = titan(folder, *arguments, "--training.steps=4")
-    assert "'lr': 0.002" in log
-    assert metrics[-1][1]["shampoo/root_refreshes"] > 0
 
 
 @functions

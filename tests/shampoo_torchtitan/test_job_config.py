@@ -33,12 +33,9 @@ def test_settings_come_from_the_file_and_the_command_line(tmp_path):
 @of_02
 def test_titans_own_reader_takes_the_table_through_custom_config_module(tmp_path):
     text = """
-    [job]
-    custom_config_module = "shampoo_torchtitan.job_config"
-    [optimizer]
-    name = "shampoo"
-    [optimizer.shampoo]
-    precondition_frequency = 7
+    job.custom_config_module = "shampoo_torchtitan.job_config"
+    optimizer.name = "shampoo"
+    optimizer.shampoo.precondition_frequency = 7
     """
     for reader in (ConfigManager, JobReader):
         config = read(tmp_path, text, reader=reader)
@@ -100,6 +97,21 @@ BAD = {
     ),
     "not TOML": ("[optimizer", ["Expected ']'"]),
 }
+BAD_FROM_03_ON = {
+    "number for a string": ("optimizer.name = 5", ["'optimizer.name' is 5; allowed: 'shampoo'"]),
+    "string for a table": ('optimizer = "x"', ["a table, [optimizer]"]),
+    "integer for a table": ("job = 3", ["unknown setting 'job'"]),
+    "model of images": ('model.name = "flux"\nmodel.flavor = "flux-debug"', ["flux"]),
+    "no such module": ('experimental.custom_import = "nosuch"', ["'nosuch'"]),
+    "no such key": ("activation_checkpoint.early_stop = true", ["no such setting"]),
+    "a key of 0.2": ('job.custom_config_module = "my.config"', ["no such setting"]),
+    "a word": (
+        'activation_checkpoint.mode = "some"',
+        ["is 'some'; allowed: 'selective' or"],
+    ),
+    "groups": ('optimizer.param_groups = [{pattern = ".*"}]', ["optimizer.param_groups"]),
+}
+BAD |= BAD_FROM_03_ON if JOBS_ARE_FUNCTIONS else {}
 
 
 @pytest.mark.parametrize("text, said", BAD.values(), ids=BAD.keys())
@@ -146,16 +158,12 @@ def test_the_configurations_can_be_read(path):
 @of_03
 def test_keys_of_02_go_where_they_are_now(tmp_path):
     text = """
-    [job]
-    dump_folder = "here"
-    description = "no matter"
-    custom_config_module = "shampoo_torchtitan.job_config"
-    [experimental]
-    custom_import = "shampoo_torchtitan"
-    [profiling]
-    enable_profiling = true
-    [training]
-    dataset = "c4"
+    job.dump_folder = "here"
+    job.description = "no matter"
+    job.custom_config_module = "shampoo_torchtitan.job_config"
+    experimental.custom_import = "shampoo_torchtitan"
+    profiling.enable_profiling = true
+    training.dataset = "c4"
     [optimizer]
     name = "AdamW"
     lr = 0.5

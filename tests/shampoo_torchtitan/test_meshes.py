@@ -51,23 +51,24 @@ ONE_LAYER_A_STAGE = [  # several stages on a rank, some without a matrix
     "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
     "--parallelism.pipeline_parallel_layers_per_stage=1",
 ]
+# In an order that a checkpoint takes in and out of pipelines.
 DENSE = {
     "1": mesh(1),
     "FSDP2": mesh(2),
-    "DDP4": mesh(4, data_parallel_replicate=4, data_parallel_shard=1),
-    "HSDP2x2xTP2": mesh(8, data_parallel_replicate=2, tensor_parallel=2),
-    "TP4": mesh(4, tensor_parallel=4),
     "PP2xFSDP2": mesh(4, pipeline_parallel=2),
+    "DDP2": mesh(2, data_parallel_replicate=2, data_parallel_shard=1),
     "PP2xTP2": mesh(4, pipeline_parallel=2, tensor_parallel=2),
+    "HSDP2x2xTP2": mesh(8, data_parallel_replicate=2, tensor_parallel=2),
     "PP2x2": mesh(2, *ONE_LAYER_A_STAGE, pipeline_parallel=2),
+    "TP2": mesh(2, tensor_parallel=2),
 }
 EXPERTS = {
     "1": mesh(1),
     "EP2xFSDP2": mesh(4, expert_parallel=2),
+    "PP2xEP2": mesh(4, pipeline_parallel=2, expert_parallel=2),
     "EP2xETP2": mesh(4, tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2),
     "EP4xTP2": mesh(4, tensor_parallel=2, expert_parallel=4),
     "HSDP2x2xEP2": mesh(4, data_parallel_replicate=2, expert_parallel=2),
-    "PP2xEP2": mesh(4, pipeline_parallel=2, expert_parallel=2),
 }
 MESHES = {"llama3": DENSE, "deepseek_v3": EXPERTS}
 
@@ -163,9 +164,7 @@ def test_each_trains_as_one_process_and_as_planned_and_checkpoints_move(tmp_path
         if (jobs.PIPELINES or "PP" not in name) and (jobs.EXPERT_TENSORS or "ETP" not in name)
     }
     names, everything = list(meshes), request.config.getoption("--all-pairs")
-    pairs = (
-        itertools.product(names, names) if everything else itertools.pairwise([*names, names[0]])
-    )
+    pairs = itertools.product(names, names) if everything else itertools.pairwise(names)
     pairs = dict.fromkeys([*((name, name) for name in names[:2]), *pairs])
     job, done = jobs.write_job(tmp_path), set()
     for mesh in [*names, *names]:  # the second time for what had not been saved yet

@@ -26,32 +26,18 @@ def specs_of(world_size: int, model: str, flavor: str, *settings: str, **degrees
 
 @pytest.mark.skipif(JOBS_ARE_FUNCTIONS, reason="built-in models have the names of 0.2")
 @pytest.mark.parametrize(
-    ("built_in", "mesh", "model", "flavor", "degrees"),
+    ("built_in", "mesh", "degrees"),
     [
-        ("llama3-8b", {"dp_shard": 64}, "llama3", "8B", {}),
-        ("llama3-8b", {"dp_shard": 8, "tp": 4}, "llama3", "8B", {"tensor_parallel": 4}),
-        (
-            "llama3-8b",
-            {"dp_replicate": 2, "dp_shard": 8},
-            "llama3",
-            "8B",
-            {"data_parallel_replicate": 2},
-        ),
-        (
-            "deepseek-v3-like",
-            {"dp_shard": 64, "ep": 32},
-            "deepseek_v3",
-            "671B",
-            {"expert_parallel": 32},
-        ),
+        ("llama3-8b", {"dp_shard": 64}, {}),
+        ("llama3-8b", {"dp_shard": 8, "tp": 4}, {"tensor_parallel": 4}),
+        ("llama3-8b", {"dp_replicate": 2, "dp_shard": 8}, {"data_parallel_replicate": 2}),
+        ("deepseek-v3-like", {"dp_shard": 64, "ep": 32}, {"expert_parallel": 32}),
     ],
 )
-def test_the_built_in_models_are_laid_out_as_torchtitan_does(
-    built_in, mesh, model, flavor, degrees
-):
-    ranks = len(model_specs(built_in, mesh)[0].ranks)
-    (theirs,) = specs_of(ranks, model, flavor, **degrees)
+def test_the_built_in_models_are_laid_out_as_torchtitan_does(built_in, mesh, degrees):
+    model = ("llama3", "8B") if built_in == "llama3-8b" else ("deepseek_v3", "671B")
     ours = {spec.name: spec for spec in model_specs(built_in, mesh)}
+    (theirs,) = specs_of(len(ours["output.weight"].ranks), *model, **degrees)
     matrices = {spec.name: spec for spec in theirs if len(spec.shape) > 1}
     assert matrices == {name: spec for name, spec in ours.items() if len(spec.shape) > 1}
 
@@ -83,9 +69,11 @@ def test_embeddings_of_every_stage_are_known_by_their_type(monkeypatch):
 
 def test_settings_of_the_command_line_reach_the_plan():
     arguments = ["--model.name=llama3", "--model.flavor=8B", "--optimizer.name=shampoo"]
-    config = read_job([*arguments, "--optimizer.shampoo.max_preconditioner_dim=2048"])
+    arguments += ["--optimizer.shampoo.max_preconditioner_dim=2048"]
+    config = read_job([*arguments, "--optimizer.shampoo.split_heads", r"w[qkv]+\.weight"])
     specs = job_specs(config, 16)
-    given = ShampooConfig(max_preconditioner_dim=2048)
+    heads = {"split_heads": [r"w[qkv]+\.weight"], "head_dim": 128}  # as the model has them
+    given = ShampooConfig(max_preconditioner_dim=2048, **heads)
     for device in ("cuda", "cpu"):
         report = job_plan(config, specs, 16, device).figures
         assert report["settings"] == dataclasses.asdict(on_device(given, torch.device(device)))
@@ -115,17 +103,14 @@ def test_the_command_reads_a_job_file_and_gpus_that_share_a_sequence_share_its_t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            "--world-size 7 --model.name llama3 --parallelism.tensor_parallel_degree 2",
-            "WORLD_SIZE(7)",
-        ),
-        ("--world-size 0 --model.name llama3", "the degrees do not make 0 ranks"),
-        ("--world-size 4 --model.flavor 9B", "'9B'"),
-        ("--world-size 4 --job.config_file missing.toml", "missing.toml"),
+        ("7 --model.name llama3 --parallelism.tensor_parallel_degree 2", "WORLD_SIZE(7)"),
+        ("0 --model.name llama3", "the degrees do not make 0 ranks"),
+        ("4 --model.flavor 9B", "'9B'"),
+        ("4 --job.config_file missing.toml", "missing.toml"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, message):
-    assert main(arguments.split()) == 2
+    assert main(["--world-size", *arguments.split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err

@@ -57,7 +57,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.parametrize("contestant", Study(_STUDY).contestants)
-def test_every_contestant_trains_and_repeats_itself(small, contestant):
+def test_every_contestant_trains(small, contestant):
     settings = {**Study(_STUDY).job("1M", contestant), **small}
     curve = job.run(settings)
     assert curve["step"] == [2, 4, 6]
@@ -65,8 +65,6 @@ def test_every_contestant_trains_and_repeats_itself(small, contestant):
     assert curve["seconds"][0] < curve["seconds"][-1]
     assert curve["optimizer_seconds"] < curve["cpu_seconds"][-1]
     assert {"torch", "torchtitan", "shampoo_fsdp", "commit"} <= set(curve["versions"])
-    again = job.run(settings)
-    assert again["loss"] == curve["loss"]
     if contestant == "AdamW":
         other = job.run({**settings, "debug.seed": 1})
         assert other["loss"] != curve["loss"]

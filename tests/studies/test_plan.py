@@ -17,16 +17,13 @@ shorter = 0.5
 tuning_part = { tiny = 0.2 }
 held_out = "unseen"
 ablations = ["tiny"]
-
 [seconds_per_step]
 tiny = 0.1
-
 [contestants.AdamW.job.optimizer]
 name = "AdamW"
 [contestants.AdamW.tune]
 "optimizer.lr" = [1e-3, 1e-2, 1e-1]
 "optimizer.weight_decay" = [0.3]
-
 [[ablation]]
 contestant = "AdamW"
 setting = "optimizer.eps"
@@ -34,15 +31,10 @@ values = [1e-8, 1e-4]
 """
 
 _JOB = """
-[optimizer]
-lr = 1.0
-weight_decay = 0.1
-[lr_scheduler]
-warmup_steps = 10
-[training]
-steps = 100
-[validation]
-dataset = "tuning"
+optimizer = { lr = 1.0, weight_decay = 0.1 }
+lr_scheduler.warmup_steps = 10
+training.steps = 100
+validation.dataset = "tuning"
 """
 
 
@@ -69,17 +61,11 @@ def test_the_best_lr_then_the_best_weight_decay_are_kept(study):
     assert len(runs) == 3 and best is None
     runs, best = study.tuning("tiny", "AdamW", _loss)
     assert (best[LR], best["optimizer.weight_decay"]) == (1e-2, 0.3)
-    assert [run.settings[LR] for run in runs[:3]] == [1e-3, 1e-2, 1e-1]
-    assert {run.settings["optimizer.weight_decay"] for run in runs[:3]} == {0.1}
-    assert {run.settings["optimizer.weight_decay"] for run in runs[3:]} == {0.1, 0.3}
-    assert {run.settings[LR] for run in runs[3:]} == {1e-2}
-
-
-def test_the_list_of_lr_grows_until_the_best_is_inside(study):
-    def loss(run: Run) -> float:
-        return abs(run.settings[LR] - 1e-5)
-
-    runs, best = study.tuning("tiny", "AdamW", loss)
+    decays = [(run.settings[LR], run.settings["optimizer.weight_decay"]) for run in runs]
+    assert decays[:3] == [(1e-3, 0.1), (1e-2, 0.1), (1e-1, 0.1)]
+    assert set(decays[3:]) == {(1e-2, 0.1), (1e-2, 0.3)}
+    # The list of lr grows until the best is inside.
+    runs, best = study.tuning("tiny", "AdamW", lambda run: abs(run.settings[LR] - 1e-5))
     assert best[LR] == pytest.approx(1e-5)
     assert min(run.settings[LR] for run in runs) == pytest.approx(1e-6)
 

@@ -5,7 +5,7 @@ It takes the place of `torchtitan/components/optimizer/optimizer.py`.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -32,7 +32,16 @@ class BaseOptimizer(Optimizer, Configurable):
         pattern: str
 
 
-class Adam(torch.optim.Adam, BaseOptimizer):
+class _Adam(BaseOptimizer):
+    """Takes its configuration, all but the pattern, as torch's own does."""
+
+    def __init__(self, config: BaseOptimizer.Config, *, params: Any) -> None:
+        settings = asdict(config)
+        del settings["pattern"]
+        super().__init__(params, **settings)
+
+
+class Adam(_Adam, torch.optim.Adam):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseOptimizer.Config):
         lr: float = 1e-3
@@ -41,18 +50,8 @@ class Adam(torch.optim.Adam, BaseOptimizer):
         weight_decay: float = 0.0
         fused: bool | None = True
 
-    def __init__(self, config: Config, *, params: Any) -> None:
-        super().__init__(
-            params,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=config.fused,
-        )
 
-
-class AdamW(torch.optim.AdamW, BaseOptimizer):
+class AdamW(_Adam, torch.optim.AdamW):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseOptimizer.Config):
         lr: float = 8e-4
@@ -61,17 +60,6 @@ class AdamW(torch.optim.AdamW, BaseOptimizer):
         weight_decay: float = 0.1
         foreach: bool | None = None
         fused: bool | None = True
-
-    def __init__(self, config: Config, *, params: Any) -> None:
-        super().__init__(
-            params,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            foreach=config.foreach,
-            fused=config.fused,
-        )
 
 
 class OptimizersContainer(Optimizer, Stateful, Configurable):
