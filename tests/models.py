@@ -12,6 +12,7 @@ an optimizer needs.
 """
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -32,8 +33,6 @@ from torch.distributed.tensor.parallel import (
 
 from shampoo_fsdp import Shampoo
 
-LAYOUTS = ("single", "fsdp", "hsdp", "tp_fsdp", "tp", "ddp")
-"""Names for `build`. hsdp and tp_fsdp need an even number of ranks, tp 2; the others any."""
 SMALL = {"dim": 12, "hidden": 20, "vocab": 16, "n_layers": 1}
 """Sizes for tests that look at few parameters, or are slow."""
 
@@ -89,26 +88,18 @@ class Built(NamedTuple):
     mesh: DeviceMesh | None
 
 
-def build(
-    layout: str,
-    *,
-    dim: int = 24,
-    hidden: int = 52,
-    vocab: int = 40,
-    n_layers: int = 2,
-    dtype: torch.dtype = torch.float32,
-) -> Built:
+def build(layout: str, *, dtype: torch.dtype = torch.float32, **sizes: int) -> Built:
     """Make the model with the same values on every layout.
 
     Args:
         layout: "single" (plain tensors), "ddp" (the same, with the mesh of the ranks that hold
             them), "fsdp" (all ranks), "hsdp" (2 replicas), "tp" (all ranks) or "tp_fsdp" (TP of 2
-            within FSDP, as TorchTitan does).
-        dim, hidden, vocab, n_layers: sizes; the default ones divide evenly by TP, and by FSDP on
-            2 and 4 ranks.
+            within FSDP, as TorchTitan does). hsdp and tp_fsdp need an even number of ranks.
         dtype: of the parameters.
+        sizes: of :class:`TinyLlama`; the default ones divide evenly by TP, and by FSDP on 2 and 4
+            ranks.
     """
-    model = TinyLlama(dim=dim, hidden=hidden, vocab=vocab, n_layers=n_layers).to(dtype)
+    model = TinyLlama(**sizes).to(dtype)
     if layout == "single":
         return Built(model, None)
     world = dist.get_world_size()
@@ -184,9 +175,7 @@ def deterministic_gradients(
 
 def _gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
     rows = shape[0] if shape else 1
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
+    columns = math.prod(shape[1:])
     rank = max(1, min(rows, columns) // 4)
     lasting, fresh = _generator(f"{name} gradient"), _generator(f"{name} gradient {step}")
     left = torch.randn(rows, rank, generator=lasting, dtype=torch.float64)

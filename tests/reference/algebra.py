@@ -48,8 +48,7 @@ def rounded(seed: int) -> Iterator[None]:
 def along(tensor: Tensor, matrix: Tensor, d: int) -> Tensor:
     """The mode product: multiply dimension d of the tensor with a matrix, from the left."""
     # tensordot puts the new dimension last.
-    product: Tensor = torch.tensordot(tensor, matrix, dims=([d], [1]))
-    return product.movedim(-1, d)
+    return torch.tensordot(tensor, matrix, dims=([d], [1])).movedim(-1, d)
 
 
 def precondition(tensor: Tensor, roots: list[Tensor | None]) -> Tensor:
@@ -81,13 +80,7 @@ def raised(eigenvalues: Tensor, ridge: float, dtype: str = "float32", least: flo
 
 
 def inverse_root(
-    factor: Tensor,
-    exponent: float,
-    ridge: float,
-    *,
-    dtype: str = "float32",
-    pseudo_inverse: bool = False,
-    least: float = 0.0,
+    factor: Tensor, exponent: float, ridge: float, *, dtype: str, pseudo: bool, least: float
 ) -> Tensor:
     """(factor + ridge I)^(-exponent), eigenvalues raised before as by :func:`raised`.
 
@@ -97,17 +90,15 @@ def inverse_root(
             is 1/4 for matrices (Algorithm 1).
         ridge: preconditioner_eps.
         dtype: in which a matrix is kept; diagonals are fp32.
-        pseudo_inverse: what lies in the null space, as far as the type resolves it, is sent to zero
+        pseudo: what lies in the null space, as far as the type resolves it, is sent to zero
             instead: all eigenvalues up to n times the floor.
         least: see :func:`raised`.
     """
     if factor.ndim == 1:
         return raised(factor, ridge, least=least) ** -exponent
-    eigenvalues: Tensor
-    eigenvectors: Tensor
     eigenvalues, eigenvectors = torch.linalg.eigh(factor)
     powers = raised(eigenvalues, ridge, dtype, least) ** -exponent
-    if pseudo_inverse:
+    if pseudo:
         cutoff = eigenvalues.max().clamp(min=0) * FLOORS[dtype] * len(factor)
         powers = torch.where(eigenvalues > cutoff, powers, 0.0)
     return eigenvectors @ torch.diag(powers) @ eigenvectors.T
@@ -180,8 +171,6 @@ def warm_qr_step(matrix: Tensor, basis: Tensor) -> Tensor:
         return basis
     order = rotated.diag().argsort(descending=True)
     shift = QR_SHIFT * rotated.diag().max().clamp(min=0)
-    q: Tensor
-    r: Tensor
     q, r = torch.linalg.qr((matrix @ basis + shift * basis)[:, order])
     turned = torch.empty_like(basis)
     turned[:, order] = q * torch.where(r.diag() < 0, -1.0, 1.0)

@@ -80,11 +80,10 @@ class ReferenceShampoo:
             if name not in excluded:
                 view, batches = self._view(shape)
                 self.blocks[name] = []
-                for number, block in enumerate(blocks_of(view, batches, given)):
-                    cut = torch.empty(view)[block.index].shape
-                    rule = _RULES[given.preconditioner](cut, block.kinds, given)
-                    state = _Block(number, block.index, Moments.zeros(cut), rule)
-                    self.blocks[name].append(state)
+                for number, (index, kinds) in enumerate(blocks_of(view, batches, given)):
+                    cut = torch.empty(view)[index].shape
+                    rule = _RULES[given.preconditioner](cut, kinds, given)
+                    self.blocks[name].append(_Block(number, index, Moments.zeros(cut), rule))
 
     def _view(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         cap = self.settings.max_preconditioner_dim

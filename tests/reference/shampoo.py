@@ -82,6 +82,6 @@ class ShampooRule(GramFactors):
             self.settings.preconditioner_eps,
             dtype=self.settings.factor_dtype,
             least=self.least,
-            pseudo_inverse=self.settings.root_method == "eigh_pseudo_inverse",
+            pseudo=self.settings.root_method == "eigh_pseudo_inverse",
         )
         return root * unit**-self.exponent

@@ -10,7 +10,6 @@ Sources:
 
 import itertools
 import math
-from dataclasses import dataclass
 
 from tests.reference.rule import Settings
 
@@ -48,18 +47,12 @@ def view_shape(shape: tuple[int, ...], merge_dims: str, cap: int) -> tuple[tuple
     return (shape[0], math.prod(shape[1:])) if len(shape) >= 4 else shape, 0
 
 
-@dataclass(frozen=True)
-class BlockView:
-    """One block of a parameter."""
-
-    index: tuple[int | slice, ...]
-    """Where the block lies in the view."""
-    kinds: tuple[str, ...]
-    """For each dimension of the block the kind of its factor: "full", "diagonal" or "none"."""
-
-
-def blocks_of(view: tuple[int, ...], batches: int, settings: Settings) -> list[BlockView]:
-    """Cut a view in blocks; how dimensions above the cap are treated is `large_dim`'s choice."""
+def blocks_of(
+    view: tuple[int, ...], batches: int, settings: Settings
+) -> list[tuple[tuple[int | slice, ...], tuple[str, ...]]]:
+    """Cut a view in blocks: where each lies, and for each of its dimensions the kind of its factor,
+    "full", "diagonal" or "none". How dimensions above the cap are treated is `large_dim`'s choice.
+    """
     sizes, cap = view[batches:], settings.max_preconditioner_dim
     uncut = {"block": "full", "one_sided": "none", "diagonal": "diagonal"}[settings.large_dim]
     if uncut == "none" and min(sizes) > cap:
@@ -67,7 +60,7 @@ def blocks_of(view: tuple[int, ...], batches: int, settings: Settings) -> list[B
     kinds = tuple(uncut if size > cap else "full" for size in sizes)
     cuts = [tiles(size, cap if uncut == "full" else max(size, cap)) for size in sizes]
     return [
-        BlockView((*batch, *slices), _in_proportion(slices, kinds, settings))
+        ((*batch, *slices), _in_proportion(slices, kinds, settings))
         for batch in itertools.product(*map(range, view[:batches]))
         for slices in itertools.product(*cuts)
     ]

@@ -86,19 +86,6 @@ def test_a_group_is_checked_as_well():
         Shampoo([{"params": [parameter], "lr_factor": 0}])
 
 
-def test_the_time_between_refreshes_grows_to_the_frequency():
-    config = ShampooConfig(precondition_frequency=5, refresh_warmup_steps=20)
-    assert [config.refresh_period(step) for step in (1, 4, 8, 12, 19, 20, 21)] == [
-        1, 1, 2, 3, 4, 4, 5
-    ]  # fmt: skip
-    by_default = ShampooConfig(precondition_frequency=4)
-    assert [by_default.refresh_period(step) for step in (1, 19, 20, 30, 39, 40)] == [
-        1, 1, 2, 3, 3, 4
-    ]  # fmt: skip
-    at_once = ShampooConfig(precondition_frequency=5, refresh_warmup_steps=0)
-    assert at_once.refresh_period(1) == 5
-
-
 @pytest.mark.parametrize("frequency", [2, 10, 20])
 @pytest.mark.parametrize("warmup", [None, 0, 1, 50])
 def test_no_block_waits_for_more_than_two_periods(frequency, warmup):

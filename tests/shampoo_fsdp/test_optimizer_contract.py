@@ -25,9 +25,9 @@ SCHEDULERS = {
 }
 
 
-def problem(seed=0):
+def problem():
     """A model and a function that makes its gradients and returns its loss."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs, targets = torch.randn(64, 6), torch.randn(64, 3)
 
@@ -40,12 +40,10 @@ def problem(seed=0):
     return model, loss
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_loss_falls_under_each_scheduler(name, as_tensor):
+def test_the_loss_falls_under_each_scheduler(name):
     model, loss = problem()
-    lr = torch.tensor(1e-2) if as_tensor else 1e-2  # schedulers change it in place
-    optimizer = Shampoo(model.named_parameters(), lr=lr)
+    optimizer = Shampoo(model.named_parameters(), lr=torch.tensor(1e-2))  # changed in place
     scheduler = SCHEDULERS[name](optimizer)
     first, seen = loss(), set()
     for _ in range(12):
@@ -95,8 +93,7 @@ def test_a_state_dict_loads_into_a_model_of_another_type(dtype):
 
 
 def test_gradient_scaling_skips_infinite_steps_and_undoes_the_scale():
-    plain, plain_loss = problem()
-    scaled, scaled_loss = problem()
+    (plain, plain_loss), (scaled, scaled_loss) = problem(), problem()
     one = Shampoo(plain.named_parameters(), lr=1e-2)
     other = Shampoo(scaled.named_parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -104,7 +101,7 @@ def test_gradient_scaling_skips_infinite_steps_and_undoes_the_scale():
         plain_loss()
         scaled_loss()
         for parameter in scaled.parameters():
-            parameter.grad *= scaler.get_scale() if scaler.get_scale() else 1.0
+            parameter.grad *= scaler.get_scale()
         scaler.scale(torch.ones(()))  # it starts with the first loss
         if step == 2:
             scaled[0].weight.grad[0, 0] = torch.inf
@@ -112,10 +109,7 @@ def test_gradient_scaling_skips_infinite_steps_and_undoes_the_scale():
             one.step()
         scaler.step(other)
         scaler.update()
-        for parameter in scaled.parameters():
-            parameter.grad = None
-    for expected, found in zip(plain.parameters(), scaled.parameters(), strict=True):
-        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(scaled.state_dict(), plain.state_dict())
     assert other.counters()[2:].tolist() == [0, 0]  # the scaler saw it first
 
 
@@ -123,11 +117,8 @@ def test_frozen_groups_and_parameters_without_elements_are_along():
     model, loss = problem()
     frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
     empty = nn.Parameter(torch.zeros(0, 5))
-    groups = [
-        {"params": list(model.named_parameters())},
-        {"params": [("frozen", frozen)], "lr": 1.0},
-        {"params": [("empty", empty)]},
-    ]
+    named = [*model.named_parameters(), ("empty", empty)]
+    groups = [{"params": named}, {"params": [("frozen", frozen)], "lr": 1.0}]
     optimizer = Shampoo(groups, lr=1e-2)
     first = loss()
     for _ in range(5):

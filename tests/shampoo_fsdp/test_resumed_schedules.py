@@ -18,12 +18,9 @@ SCHEDULES = {
 
 
 def build(lr: float) -> Shampoo:
-    optimizer = Shampoo(
-        [("w", nn.Parameter(torch.ones(4, 4))), ("b", nn.Parameter(torch.ones(4)))],
-        lr=lr,
-        weight_decay=DECAY,
-        weight_decay_type="independent",
-    )
+    named = [("w", nn.Parameter(torch.ones(4, 4))), ("b", nn.Parameter(torch.ones(4)))]
+    decay = {"weight_decay": DECAY, "weight_decay_type": "independent"}
+    optimizer = Shampoo(named, lr=lr, **decay)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
     return optimizer

@@ -33,8 +33,3 @@ def test_a_room_does_not_know(room, forbidden):
     for file in files:
         for name in imported(file):
             assert f"{name}.".find(f"{forbidden}.") != 0, f"{file.name} imports {name}"
-
-
-def test_every_room_says_what_it_is_for():
-    for file in ROOT.glob("*/__init__.py"):
-        assert len(ast.get_docstring(ast.parse(file.read_text())) or "") > 100, file

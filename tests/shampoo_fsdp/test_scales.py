@@ -15,14 +15,8 @@ LR = 0.01
 def test_the_first_update_of_a_late_expert_is_as_large_as_that_of_adam(root_method, idle):
     generator = torch.Generator().manual_seed(0)
     experts = nn.Parameter(torch.zeros(2, 32, 48))
-    optimizer = Shampoo(
-        [("experts", experts)],
-        lr=LR,
-        lr_factor=1,
-        weight_decay=0.0,
-        preconditioner="soap",
-        root_method=root_method,
-    )
+    settings = {"lr_factor": 1, "preconditioner": "soap", "root_method": root_method}
+    optimizer = Shampoo([("experts", experts)], lr=LR, weight_decay=0.0, **settings)
     for step in range(idle + 1):
         experts.grad = torch.randn(2, 32, 48, generator=generator)
         if step < idle:

@@ -12,14 +12,9 @@ OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 16, "refresh_schedule": "togeth
 HEADS = {"split_heads": [r"wqkv"], "head_dim": HEAD_DIM}
 
 
-def fused(values: Tensor) -> nn.ParameterDict:
-    """[n_kv, heads_per_kv + 2, head_dim, in], as rows."""
-    return nn.ParameterDict({"wqkv": values.reshape(-1, COLUMNS).clone()})
-
-
-def apart(values: Tensor) -> nn.ParameterDict:
-    heads = values.reshape(-1, HEAD_DIM, COLUMNS)
-    return nn.ParameterDict({f"head{i}": head.clone() for i, head in enumerate(heads)})
+def cut_apart(values: Tensor) -> dict[str, Tensor]:
+    """[n_kv, heads_per_kv + 2, head_dim, in], head by head; fused they are rows."""
+    return {f"head{i}": head for i, head in enumerate(values.reshape(-1, HEAD_DIM, COLUMNS))}
 
 
 @pytest.mark.parametrize(
@@ -35,16 +30,18 @@ def apart(values: Tensor) -> nn.ParameterDict:
 def test_heads_of_a_fused_projection_are_trained_as_if_each_were_alone(settings):
     shape = (KV, HEADS_PER_KV + 2, HEAD_DIM, COLUMNS)
     values = deterministic_gradients({"w": shape}, -1)["w"]
-    one, many = fused(values), apart(values)
+    one = {"wqkv": nn.Parameter(values.reshape(-1, COLUMNS).clone())}
+    many = {name: nn.Parameter(head.clone()) for name, head in cut_apart(values).items()}
     options = OPTIONS | settings
-    together = Shampoo(one.named_parameters(), **options, **HEADS)
+    together = Shampoo(one.items(), **options, **HEADS)
     # Each alone is a matrix, which merging would make a vector.
-    separate = Shampoo(many.named_parameters(), **(options | {"merge_dims": "matrix"}))
+    separate = Shampoo(many.items(), **(options | {"merge_dims": "matrix"}))
     for step in range(6):
         gradient = deterministic_gradients({"w": shape}, step)["w"]
-        for model, optimizer, cut in ((one, together, fused), (many, separate, apart)):
-            set_gradients(model, dict(cut(gradient).items()))
-            optimizer.step()
+        set_gradients(one, {"wqkv": gradient.reshape(-1, COLUMNS)})
+        set_gradients(many, cut_apart(gradient))
+        together.step()
+        separate.step()
     found = one["wqkv"].detach().view(-1, HEAD_DIM, COLUMNS)
     expected = torch.stack([p.detach() for p in many.values()])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.rules.matrices import to_device
-from tests.models import TinyLlama, deterministic_gradients, set_gradients
+from tests.models import SMALL, TinyLlama, deterministic_gradients, set_gradients, with_shampoo
 
 # Operators that hand a value of a tensor, or a shape that depends on values, to Python.
 READS_BACK = {
@@ -44,10 +44,8 @@ class NoReadBack(TorchDispatchMode):
     ],
 )
 def test_no_step_reads_a_value_back(settings):
-    model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=2)
-    optimizer = Shampoo(
-        model.named_parameters(), max_preconditioner_dim=8, precondition_frequency=3, **settings
-    )
+    few = {"max_preconditioner_dim": 8, "precondition_frequency": 3}
+    (model, _), optimizer = with_shampoo("single", SMALL, **few, **settings)
     for step in range(8):  # before, at and after the start; refreshes due and not
         gradients = dict(deterministic_gradients(model, step))
         if step == 5:
@@ -55,6 +53,8 @@ def test_no_step_reads_a_value_back(settings):
         set_gradients(model, gradients)
         with NoReadBack():
             optimizer.step()
+    with pytest.raises(AssertionError, match="reads"), NoReadBack():
+        bool(model.output.weight[0, 0] > 0.0)
 
 
 @pytest.mark.parametrize("grafting", ["adam", "rmsprop"])
@@ -78,13 +78,12 @@ def test_what_goes_to_an_accelerator_is_pinned_first(monkeypatch):
 
 
 def test_a_default_device_of_the_program_is_no_business_of_ours():
-    model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=1)
+    model = TinyLlama(**SMALL)
     with torch.device("meta"):
         optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=8)
     for step in range(3):
         set_gradients(model, deterministic_gradients(model, step))
         with torch.device("meta"):
             optimizer.step()
-            state = optimizer.state_dict()
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(optimizer.state_dict())
     assert all(parameter.isfinite().all() for parameter in model.parameters())

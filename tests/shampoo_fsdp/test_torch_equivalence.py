@@ -67,7 +67,7 @@ def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def train(make) -> dict[str, Tensor]:
+def train(make, steps: int = STEPS) -> dict[str, Tensor]:
     """Parameters after the steps, one of them without a gradient at times."""
     generator = torch.Generator().manual_seed(0)
     parameters = {
@@ -75,7 +75,7 @@ def train(make) -> dict[str, Tensor]:
         for name, shape in SHAPES.items()
     }
     optimizer = make(parameters)
-    for step in range(STEPS):
+    for step in range(steps):
         gradients: dict[str, Tensor | None] = dict(deterministic_gradients(SHAPES, step))
         gradients["layers.0.small"] *= 10.0 ** -torch.arange(8.0)  # which are no rounding
         if step % 7 in (0, 3):
@@ -106,17 +106,8 @@ def test_before_the_start_it_is_the_optimizer_of_torch(preconditioner, case):
     _, shared, options, _ = EQUAL[case]
     options = {"betas": (0.9, 0.95), "preconditioner": preconditioner, **shared, **options}
     options["beta3"] = options["betas"][0]
-    ours = train(
-        lambda parameters: Shampoo(
-            parameters.items(),
-            lr=LR,
-            lr_factor=1,
-            max_preconditioner_dim=5,
-            start_preconditioning_step=1000,
-            **options,
-        )
-    )
-    check(ours, train_with_torch(case))
+    options |= {"lr_factor": 1, "max_preconditioner_dim": 5, "start_preconditioning_step": 1000}
+    check(train(lambda named: Shampoo(named.items(), lr=LR, **options)), train_with_torch(case))
 
 
 def test_excluded_parameters_take_exactly_the_steps_of_adamw():
@@ -177,7 +168,7 @@ def test_lr_may_be_a_tensor(options):
     """Which schedulers then change in place."""
     lr = torch.tensor(LR, dtype=torch.float64)
     found, expected = (
-        train(lambda named, lr=lr: scheduled(Shampoo(named.items(), lr=lr, **options)))
+        train(lambda named, lr=lr: scheduled(Shampoo(named.items(), lr=lr, **options)), steps=9)
         for lr in (lr, LR)
     )
     assert lr != LR

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
-from tests.models import TinyLlama, deterministic_gradients, set_gradients
+from tests.models import TinyLlama, train
 
 OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 2}
 WQ = "layers.0.attention.wq.weight"
@@ -22,12 +22,7 @@ WQ = "layers.0.attention.wq.weight"
 
 def trained(parameters, model, optimizer_class=Shampoo, **options):
     optimizer = optimizer_class(parameters, **options)
-    for step in range(4):
-        set_gradients(model, deterministic_gradients(model, step))
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.grad = None
-        optimizer.step()
+    train(model, optimizer, range(4))
     return optimizer
 
 
@@ -61,8 +56,7 @@ class TestOtherParameters:
         assert_same_state(new, old, dict(named)[WQ])
         assert new.state[dict(named)["output.weight"]]["step"] == 0
         assert "all starts anew for 'tok_embeddings.weight'" in caplog.text
-        set_gradients(model, deterministic_gradients(model, 5))
-        new.step()
+        train(model, new, [5])
 
     def test_fewer_and_reordered_parameters_take_over_by_name(self, model, caplog):
         named = list(model.named_parameters())
@@ -154,8 +148,7 @@ class TestAdamW:
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(mine[name], theirs[name])
             assert mine.get("factor_step", 0.0) == 0.0
-        set_gradients(model, deterministic_gradients(model, 5))
-        new.step()
+        train(model, new, [5])
         assert "amsgrad" not in new.param_groups[0] and "fused" not in new.param_groups[0]
 
     @pytest.mark.parametrize("packed", [False, True])

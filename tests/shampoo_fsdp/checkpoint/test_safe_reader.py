@@ -67,17 +67,13 @@ def test_nothing_is_run(what, folder, capsys, tmp_path):
 
 
 def test_what_it_asked_for_is_named(folder, tmp_path):
-    data = PICKLES["a command"](tmp_path / "ran")
-    (folder / ".metadata").write_bytes(data)
-    with pytest.raises(UnsafeCheckpoint, match=r"nothing was run \(it asks for 'posix\.system'"):
-        SafeFileSystemReader(folder).read_metadata()
-
-
-def test_no_mesh_is_made_which_other_ranks_would_have_to_join(folder):
+    """Also a mesh, which other ranks would have to join."""
     mesh = b"ctorch.distributed.device_mesh\nDeviceMesh\n(Vcpu\n(lI0\natR."
-    (folder / ".metadata").write_bytes(mesh)
-    with pytest.raises(UnsafeCheckpoint, match=r"asks for 'torch\.distributed\.device_mesh\.Dev"):
-        SafeFileSystemReader(folder).read_metadata()
+    command = PICKLES["a command"](tmp_path / "ran")
+    for data, asked in ((command, "posix.system"), (mesh, "torch.distributed.device_mesh.Dev")):
+        (folder / ".metadata").write_bytes(data)
+        with pytest.raises(UnsafeCheckpoint, match=rf"nothing was run \(it asks for '{asked}"):
+            SafeFileSystemReader(folder).read_metadata()
     assert not torch.distributed.is_initialized()
 
 

@@ -1,6 +1,7 @@
 """Blocks tile a parameter exactly, evenly, and by its shape alone."""
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -15,15 +16,19 @@ from shampoo_fsdp.plan.grid import even_cuts, head_rows, make_grid
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
 
-@given(shape=shapes, cap=st.integers(2, 11), merge_dims=st.sampled_from(["matrix", "small"]))
-def test_blocks_tile_the_view_exactly(shape, cap, merge_dims):
-    grid = make_grid(shape, ShampooConfig(max_preconditioner_dim=cap, merge_dims=merge_dims))
+def assert_tiled(grid) -> None:
     covered = torch.zeros(grid.view_shape, dtype=torch.int64)
     for coordinate in grid.coordinates():
         covered[tuple(slice(*interval) for interval in grid.rectangle(coordinate))] += 1
-        assert max(grid.block_shape(coordinate)) <= cap
     assert covered.eq(1).all()
-    assert covered.numel() == torch.Size(shape).numel()
+
+
+@given(shape=shapes, cap=st.integers(2, 11), merge_dims=st.sampled_from(["matrix", "small"]))
+def test_blocks_tile_the_view_exactly(shape, cap, merge_dims):
+    grid = make_grid(shape, ShampooConfig(max_preconditioner_dim=cap, merge_dims=merge_dims))
+    assert_tiled(grid)
+    assert max(map(max, grid.block_shapes)) <= cap
+    assert math.prod(grid.view_shape) == math.prod(shape)
 
 
 @given(size=st.integers(1, 1250), cap=st.integers(1, 128), times=st.sampled_from([1, 8]))
@@ -54,46 +59,34 @@ def test_no_block_crosses_a_given_border():
     assert grid.cuts == ((0, 4, 7, 10), (0, 3, 6))
 
 
-def head_of_each_row(shape: tuple[int, ...], head_dim: int) -> list[int]:
-    """Of a fused projection, by counting: row after row, matrix after matrix."""
-    rows = shape[-2]
-    return [row // head_dim for row in range(rows)]
-
-
 @given(
     heads=st.integers(1, 5),
-    head_dim=st.integers(1, 7),
     columns=st.integers(1, 12),
     batch=st.sampled_from([(), (3,)]),
-    cap=st.integers(1, 16),
-    merge_dims=st.sampled_from(["matrix", "small"]),
-    large_dim=st.sampled_from(["block", "one_sided", "diagonal"]),
     border=st.integers(0, 20),
+    settings=st.fixed_dictionaries(
+        {
+            "head_dim": st.integers(1, 7),
+            "max_preconditioner_dim": st.integers(1, 16),
+            "merge_dims": st.sampled_from(["matrix", "small"]),
+            "large_dim": st.sampled_from(["block", "one_sided", "diagonal"]),
+        }
+    ),
 )
-def test_no_block_has_rows_of_two_heads(
-    heads, head_dim, columns, batch, cap, merge_dims, large_dim, border
-):
+def test_no_block_has_rows_of_two_heads(heads, columns, batch, border, settings):
+    head_dim, cap = settings["head_dim"], settings["max_preconditioner_dim"]
     shape = (*batch, heads * head_dim, columns)
-    config = ShampooConfig(
-        split_heads=["wqkv"],
-        head_dim=head_dim,
-        max_preconditioner_dim=cap,
-        merge_dims=merge_dims,
-        large_dim=large_dim,
-    )
+    config = ShampooConfig(split_heads=["wqkv"], **settings)
     borders = [(0, size) for size in shape]
     borders[-2] = (0, min(border, shape[-2]), shape[-2])
     head = head_rows("layers.0.wqkv.weight", shape, config)
     for further in ((), borders):
         grid = make_grid(shape, config, further, head)
         assert grid.view_shape == shape and grid.batch_dims == len(batch)
-        covered = torch.zeros(shape, dtype=torch.int64)
-        for coordinate in grid.coordinates():
-            rectangle = grid.rectangle(coordinate)
-            covered[tuple(slice(*interval) for interval in rectangle)] += 1
-            assert len(set(head_of_each_row(shape, head_dim)[slice(*rectangle[-2])])) == 1
-            assert large_dim != "block" or max(grid.block_shape(coordinate)) <= cap
-        assert covered.eq(1).all()
+        assert_tiled(grid)
+        for start, stop in itertools.pairwise(grid.cuts[-2]):
+            assert start // head_dim == (stop - 1) // head_dim
+        assert config.large_dim != "block" or max(map(max, grid.block_shapes)) <= cap
         if not further and cap >= head_dim:  # none is cut for nothing
             assert grid.cuts[-2] == tuple(range(0, shape[-2] + 1, head_dim))
 
@@ -118,11 +111,7 @@ def test_rows_that_are_no_whole_heads_are_refused_by_name(shape):
 
 
 def test_phases_spread_like_parameters_evenly_over_a_period():
-    kinds = ["attention.wq", "attention.wo", "feed_forward.w1"]
-    for kind in kinds:
-        phases = Counter(
-            refresh_phase(f"layers.{layer}.{kind}.weight", index, 5, 10)
-            for layer in range(6)
-            for index in range(5)
-        )
+    for kind in ("attention.wq", "attention.wo", "feed_forward.w1"):
+        blocks = itertools.product([f"layers.{i}.{kind}.weight" for i in range(6)], range(5))
+        phases = Counter(refresh_phase(name, index, 5, 10) for name, index in blocks)
         assert set(phases.values()) == {3} and len(phases) == 10

@@ -1,8 +1,10 @@
 """Rectangles of shards against torch's own arithmetic, and what is refused."""
 
 import itertools
+import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
@@ -53,21 +55,19 @@ def test_shards_cover_the_tensor_once_per_replica(layout):
         shard_rectangle((13, 7), mesh_shape, placements, coordinate)
         for coordinate in itertools.product(*map(range, mesh_shape))
     ]
-    replicas = 1
-    for size, placement in zip(mesh_shape, placements, strict=True):
-        replicas *= size if isinstance(placement, Replicate) else 1
-    for row, column in itertools.product(range(13), range(7)):
-        holders = [1 for (r, c) in held if r[0] <= row < r[1] and c[0] <= column < c[1]]
-        assert len(holders) == replicas
+    of_mesh = zip(mesh_shape, placements, strict=True)
+    replicas = math.prod(size for size, placed in of_mesh if isinstance(placed, Replicate))
+    count = torch.zeros(13, 7)
+    for rectangle in held:
+        count[tuple(slice(*interval) for interval in rectangle)] += 1
+    assert count.eq(replicas).all()
 
 
 def test_a_view_may_not_split_merged_dimensions():
     dims = ((0,), (1, 2, 3))
     whole = ((2, 4), (0, 3), (0, 5), (0, 5))
     assert view_rectangle(whole, (8, 3, 5, 5), dims) == ((2, 4), (0, 75))
-    assert view_rectangle(((0, 8), (1, 2), (0, 5), (0, 5)), (8, 3, 5, 5), dims) == (
-        (0, 8),
-        (25, 50),
-    )
+    row = ((0, 8), (1, 2), (0, 5), (0, 5))
+    assert view_rectangle(row, (8, 3, 5, 5), dims) == ((0, 8), (25, 50))
     with pytest.raises(ValueError, match="dimension 1"):
         view_rectangle(((0, 8), (0, 3), (0, 2), (0, 5)), (8, 3, 5, 5), dims)

@@ -1,11 +1,13 @@
 """The plan: every piece arrives, once; owners are where the data is; work is balanced."""
 
+import dataclasses
 import itertools
 import json
 import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -72,7 +74,7 @@ def elements_of(transfer: Transfer) -> int:
 
 def specs(mesh: str) -> list[ParameterSpec]:
     mesh_shape, placements = MESHES[mesh]
-    ranks = tuple(range(10, 10 + torch.Size(mesh_shape).numel()))
+    ranks = tuple(range(10, 10 + math.prod(mesh_shape)))
     placements = {**placements, "experts": placements["a"]}
     return [spec_of(n, SHAPES[n], ranks, mesh_shape, placements[n]) for n in SHAPES]
 
@@ -82,37 +84,17 @@ def plans_of_all_ranks(mesh: str, config: ShampooConfig = CONFIG) -> list[Plan]:
     return [plan_of(parameters, config, rank) for rank in sorted(parameters[0].ranks)]
 
 
-Blocks = dict[OwnedBlock, Tensor]
+def carry(plans: list[Plan], kind: str, source: Callable, target: Callable) -> None:
+    """Carry out all ranks' transfers of a kind by hand, between views of tensors that these
+    functions give for a rank, the number of a parameter and a transfer."""
+    for (me, plan), (peer, other) in itertools.product(enumerate(plans), repeat=2):
+        sent = [(p, t) for p, t in moves(plan, f"{kind}_out") if t.peer == peer]
+        received = [(p, t) for p, t in moves(other, f"{kind}_in") if t.peer == me]
+        for out, into in zip(sent, received, strict=True):
+            target(peer, *into).copy_(source(me, *out))
 
 
-def deliver(plans: list[Plan], shards: list[list[Tensor]]) -> list[Blocks]:
-    """Carry out all ranks' transfers of gradients, by hand."""
-    blocks = [
-        {b: torch.full([stop - start for start, stop in b.rectangle], torch.nan) for _, b in mine}
-        for mine in map(blocks_of, plans)
-    ]
-    for me, plan in enumerate(plans):
-        for peer in range(len(plans)):
-            sent = [(p, t) for p, t in moves(plan, "gather_out") if t.peer == peer]
-            received = [t for _, t in moves(plans[peer], "gather_in") if t.peer == me]
-            for (p, source), target in zip(sent, received, strict=True):
-                blocks[peer][target.block][target.in_block] = shards[me][p][source.in_shard]
-    return blocks
-
-
-def send_back(plans: list[Plan], blocks: list[Blocks]) -> list[list[Tensor]]:
-    """The same with updates."""
-    shards = [[torch.full(part.shard_shape, torch.nan) for part in plan.parts] for plan in plans]
-    for me, plan in enumerate(plans):
-        for peer in range(len(plans)):
-            sent = [t for _, t in moves(plan, "scatter_out") if t.peer == peer]
-            received = [(p, t) for p, t in moves(plans[peer], "scatter_in") if t.peer == me]
-            for source, (p, target) in zip(sent, received, strict=True):
-                shards[peer][p][target.in_shard] = blocks[me][source.block][source.in_block]
-    return shards
-
-
-def shards_of(plans: list[Plan], mesh: str, full: dict[str, Tensor]) -> list[list[Tensor]]:
+def shards_of(mesh: str, full: dict[str, Tensor]) -> list[list[Tensor]]:
     parameters = specs(mesh)
 
     def shard(p: ParameterSpec, coordinate: tuple[int, ...]) -> Tensor:
@@ -145,35 +127,36 @@ def test_with_owners_nearby_ranks_know_few_others():
 
 @pytest.mark.parametrize("alignment", ["logical", "shard"])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_piece_arrives_at_its_place_and_back(mesh, alignment):
-    config = ShampooConfig(
-        max_preconditioner_dim=5, precondition_frequency=3, block_alignment=alignment
-    )
-    plans = plans_of_all_ranks(mesh, config)
-    full = {n: torch.arange(float(torch.Size(s).numel())).view(s) for n, s in SHAPES.items()}
-    shards = shards_of(plans, mesh, full)
-    blocks = deliver(plans, shards)
+def test_every_block_has_one_owner_where_its_pieces_arrive_and_from_where_they_go_back(
+    mesh, alignment
+):
+    plans = plans_of_all_ranks(mesh, dataclasses.replace(CONFIG, block_alignment=alignment))
+    owned = Counter((p, b.index) for plan in plans for p, b in blocks_of(plan))
+    assert set(owned.values()) == {1}
+    assert sum(owned.values()) == sum(len(part.grid) for part in plans[0].parts)
+    assert len({plan.assignment.fingerprint for plan in plans}) == 1
+    full = {n: torch.arange(float(math.prod(s))).view(s) for n, s in SHAPES.items()}
+    shards = shards_of(mesh, full)
+    blocks = [
+        {b: torch.full([stop - start for start, stop in b.rectangle], torch.nan) for _, b in mine}
+        for mine in map(blocks_of, plans)
+    ]
+    back = [[torch.full(part.shard_shape, torch.nan) for part in plan.parts] for plan in plans]
+    of_blocks = lambda rank, p, t: blocks[rank][t.block][t.in_block]  # noqa: E731
+    carry(plans, "gather", lambda rank, p, t: shards[rank][p][t.in_shard], of_blocks)
     for plan, mine in zip(plans, blocks, strict=True):
         for parameter, block in blocks_of(plan):
             name, values = list(SHAPES)[parameter], mine[block]
             expected = full[name][tuple(slice(*interval) for interval in block.rectangle)]
             assert torch.equal(values, expected)
-    for mine, expected in zip(send_back(plans, blocks), shards, strict=True):
+    carry(plans, "scatter", of_blocks, lambda rank, p, t: back[rank][p][t.in_shard])
+    for mine, expected in zip(back, shards, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_block_has_one_owner(mesh):
-    plans = plans_of_all_ranks(mesh)
-    owned = Counter((p, b.index) for plan in plans for p, b in blocks_of(plan))
-    assert set(owned.values()) == {1}
-    assert sum(owned.values()) == sum(len(part.grid) for part in plans[0].parts)
-    assert len({plan.assignment.fingerprint for plan in plans}) == 1
-
-
-@pytest.mark.parametrize("mesh", MESHES)
 def test_the_plan_knows_what_each_rank_sends(mesh):
-    config = ShampooConfig(max_preconditioner_dim=5, precondition_frequency=3, ranks_per_node=4)
+    config = dataclasses.replace(CONFIG, ranks_per_node=4)
     plans, totals = plans_of_all_ranks(mesh, config), totals_of(specs(mesh), config)
     node = [rank // config.ranks_per_node for rank in plans[0].assignment.ranks]
     for me, plan in enumerate(plans):
@@ -190,11 +173,8 @@ def test_the_plan_knows_what_each_rank_sends(mesh):
 def test_the_least_that_can_be_sent_is_counted_block_by_block(mesh):
     """Each block at a rank that holds most of it: the rest comes, and goes to all replicas."""
     plans, totals = plans_of_all_ranks(mesh), totals_of(specs(mesh), CONFIG)
-    least = 0
-    for plan in plans:
-        for part in plan.parts:
-            for block in part.blocks:
-                least += least_sent(part, block)
+    parts = [part for plan in plans for part in plan.parts]
+    least = sum(least_sent(part, block) for part in parts for block in part.blocks)
     assert totals.least_sent == least
     assert sum(totals.sent) >= least
 
@@ -203,7 +183,7 @@ def least_sent(part: Part, block: OwnedBlock) -> int:
     held: Counter[int] = Counter()
     for t in part.scatter_out:  # with replicas, all that hold a piece
         held[t.peer] += elements_of(t) * (t.block is block)
-    size = torch.Size([stop - start for start, stop in block.rectangle]).numel()
+    size = math.prod(stop - start for start, stop in block.rectangle)
     most = max(held.values())
     return (size - most) + (held.total() - most)
 

@@ -8,12 +8,20 @@ from torch import Tensor, nn
 from shampoo_fsdp import Shampoo
 
 
+def random_basis(n: int, blocks: int = 3, seed: int = 0) -> Tensor:
+    """Orthonormal columns in fp64, [blocks, n, n]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(blocks, n, n, generator=generator, dtype=torch.float64)).Q
+
+
+def from_basis(eigenvalues: Tensor, vectors: Tensor) -> Tensor:
+    """In fp64, the matrices that have these."""
+    return (vectors * eigenvalues.double()) @ vectors.mT
+
+
 def with_spectrum(eigenvalues: Tensor, blocks: int = 3, seed: int = 0) -> Tensor:
     """[blocks, n, n] in fp64 with the given eigenvalues."""
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(blocks, n, n, generator=generator, dtype=torch.float64)).Q
-    return (q * eigenvalues.double()) @ q.mT
+    return from_basis(eigenvalues, random_basis(len(eigenvalues), blocks, seed))
 
 
 def long_average(blocks: int, n: int, *, rank: int, steps: int, decay: float) -> Tensor:
@@ -28,12 +36,15 @@ def long_average(blocks: int, n: int, *, rank: int, steps: int, decay: float) ->
 
 
 def trained(
-    steps: Iterable[int], state: dict[str, object] | None = None, **settings: object
+    steps: Iterable[int],
+    state: dict[str, object] | None = None,
+    name: str = "w",
+    **settings: object,
 ) -> tuple[Tensor, Shampoo]:
     """[24, 16], from zeros, on the gradients of these steps; and its optimizer."""
     weight = nn.Parameter(torch.zeros(24, 16))
     common = {"lr": 1e-2, "lr_factor": 1.0, "precondition_frequency": 2}
-    optimizer = Shampoo([("w", weight)], **common, **settings)
+    optimizer = Shampoo([(name, weight)], **common, **settings)
     if state is not None:
         optimizer.load_state_dict(state)
     for step in steps:

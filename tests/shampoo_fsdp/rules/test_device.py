@@ -10,6 +10,7 @@ from shampoo_fsdp.rules.precision import has_fast_bfloat16
 from tests.shampoo_fsdp.rules.matrices import trained
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAMPOO, SOAP = {"preconditioner": "shampoo"}, {"preconditioner": "soap"}
 
 
 @pytest.mark.parametrize(
@@ -17,19 +18,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [
         ({}, CPU, "eigh", "highest", "float32"),
         ({}, CUDA, "polynomial", "medium", "bfloat16"),
-        ({"preconditioner": "shampoo"}, CUDA, "polynomial", "medium", "bfloat16"),
-        ({"preconditioner": "soap"}, CPU, "qr", "highest", "float32"),
-        ({"preconditioner": "soap"}, CUDA, "qr", "high", "float32"),
-        ({"preconditioner": "soap", "matmul_precision": "medium"}, CUDA, "qr", "medium", "float32"),
+        (SHAMPOO, CUDA, "polynomial", "medium", "bfloat16"),
+        (SOAP, CPU, "qr", "highest", "float32"),
+        (SOAP, CUDA, "qr", "high", "float32"),
+        (SOAP | {"matmul_precision": "medium"}, CUDA, "qr", "medium", "float32"),
         # Where products cannot take the roots they are decomposed.
         ({"factor_dtype": "bfloat16"}, CUDA, "polynomial", "medium", "bfloat16"),
-        (
-            {"preconditioner": "shampoo", "root_exponents": [0.123]},
-            CUDA,
-            "eigh",
-            "medium",
-            "bfloat16",
-        ),
+        (SHAMPOO | {"root_exponents": [0.123]}, CUDA, "eigh", "medium", "bfloat16"),
         ({"root_method": "qr"}, CUDA, "qr", "medium", "float32"),
         ({"matmul_precision": "highest"}, CUDA, "polynomial", "highest", "float32"),
         ({"root_dtype": "float32"}, CUDA, "polynomial", "medium", "float32"),
@@ -45,8 +40,7 @@ def test_the_device_decides_what_is_not_given(settings, device, method, precisio
 def test_cpus_multiply_in_16_bits_where_they_can_and_old_gpus_in_fp32(monkeypatch):
     monkeypatch.setattr(production, "has_fast_bfloat16", lambda _: True)
     assert on_device(ShampooConfig(), CPU).matmul_precision == "medium"
-    soap = ShampooConfig(preconditioner="soap")
-    assert on_device(soap, CPU).matmul_precision == "highest"  # no TF32
+    assert on_device(ShampooConfig(**SOAP), CPU).matmul_precision == "highest"  # no TF32
     monkeypatch.setattr(production, "has_fast_bfloat16", has_fast_bfloat16)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)

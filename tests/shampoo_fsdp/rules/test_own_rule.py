@@ -19,7 +19,7 @@ from shampoo_fsdp.rules import Rule, register
 from shampoo_fsdp.tools.command import main
 from shampoo_fsdp.tools.plan_figures import JobPlan
 from shampoo_fsdp.validation import refuse
-from tests.models import TinyLlama, build, full_parameters, train
+from tests.models import SMALL, full_parameters, train, with_shampoo
 from tests.ranks import run_ranks
 
 
@@ -67,16 +67,8 @@ SETTINGS = {"preconditioner": "rows", "max_preconditioner_dim": 16, "preconditio
 
 def test_its_direction_is_its_own():
     parameter = nn.Parameter(torch.zeros(3, 2))
-    optimizer = Shampoo(
-        [("w", parameter)],
-        lr=1.0,
-        lr_factor=1,
-        betas=(0.0, 0.0),
-        eps=0.0,
-        weight_decay=0.0,
-        grafting="none",
-        preconditioner="rows",
-    )
+    group = {"lr": 1.0, "lr_factor": 1, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
+    optimizer = Shampoo([("w", parameter)], **group, grafting="none", preconditioner="rows")
     gradient = torch.tensor([[3.0, 4.0], [0.6, 0.8], [-6.0, 8.0]])
     parameter.grad = gradient
     optimizer.step()
@@ -103,18 +95,16 @@ def trained_and_resumed(folder: str) -> tuple[list[torch.Tensor], list[torch.Ten
     """Parameters after six steps, and after three and three more from a checkpoint."""
     result = []
     for resumed in (False, True):
-        built = build("fsdp")
-        optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-        train(built.model, optimizer, range(3))
+        (model, _), optimizer = with_shampoo("fsdp", **SETTINGS)
+        train(model, optimizer, range(3))
         if resumed:
-            state = get_optimizer_state_dict(built.model, optimizer)
-            dcp.save(state, checkpoint_id=folder)
-            optimizer = Shampoo(built.model.named_parameters(), **SETTINGS)
-            state = get_optimizer_state_dict(built.model, optimizer)
+            dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=folder)
+            optimizer = Shampoo(model.named_parameters(), **SETTINGS)
+            state = get_optimizer_state_dict(model, optimizer)
             dcp.load(state, checkpoint_id=folder, planner=ShampooLoadPlanner())
-            set_optimizer_state_dict(built.model, optimizer, state)
-        train(built.model, optimizer, range(3, 6))
-        result.append([*full_parameters(built.model).values()])
+            set_optimizer_state_dict(model, optimizer, state)
+        train(model, optimizer, range(3, 6))
+        result.append([*full_parameters(model).values()])
     return tuple(result)
 
 
@@ -130,11 +120,10 @@ def test_it_trains_on_ranks_and_resumes_and_is_inspected(tmp_path, capsys):
 
 
 def test_a_checkpoint_of_another_rule_is_refused_by_name():
-    model = TinyLlama(dim=12, hidden=20, vocab=16, n_layers=1)
-    saved = Shampoo(model.named_parameters(), **SETTINGS).state_dict()
-    other = Shampoo(model.named_parameters(), max_preconditioner_dim=16)
+    _, rows = with_shampoo("single", SMALL, **SETTINGS)
+    _, other = with_shampoo("single", SMALL, max_preconditioner_dim=16)
     with pytest.raises(ValueError, match=r"'preconditioner' is 'rows' .* 'kl_sh"):
-        other.load_state_dict(saved)
+        other.load_state_dict(rows.state_dict())
 
 
 def test_it_is_planned():

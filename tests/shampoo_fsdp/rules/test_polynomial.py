@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.kernels import product
-from shampoo_fsdp.kernels.product import split
 from shampoo_fsdp.rules import polynomial
 from shampoo_fsdp.rules.roots import inverse_root, root_residual
 from tests.shampoo_fsdp.rules.matrices import long_average, with_spectrum
@@ -34,20 +33,16 @@ def emulate(monkeypatch, coarse: bool = False) -> None:
         monkeypatch.setattr(product, "split", lambda a: (a.half(), a.half()))
 
 
-def synthetic() -> dict[str, Tensor]:
-    n = 96
-    decay = torch.logspace(0, -8, n)
-    return {
-        "decaying": decay,
-        "rank n/4": torch.where(torch.arange(n) < n // 4, 1.0, 0.0),
-        "spike": torch.where(torch.arange(n) < 1, 1.0, 1e-3),
-        "flat": torch.ones(n),
-        "tiny": 1e-30 * decay,
-        "huge": 1e30 * decay,
-    }
-
-
-CASES = {**synthetic(), **{name: torch.tensor(values) for name, values in SPECTRA.items()}}
+DECAYING, PLACES = torch.logspace(0, -8, 96), torch.arange(96)
+CASES = {
+    "decaying": DECAYING,
+    "rank n/4": torch.where(PLACES < 24, 1.0, 0.0),
+    "spike": torch.where(PLACES < 1, 1.0, 1e-3),
+    "flat": torch.ones(96),
+    "tiny": 1e-30 * DECAYING,
+    "huge": 1e30 * DECAYING,
+    **{name: torch.tensor(values) for name, values in SPECTRA.items()},
+}
 
 
 def error_on_gradients(root: Tensor, matrix: Tensor, least: float, exponent: float = -0.5) -> float:
@@ -63,14 +58,6 @@ def error_on_gradients(root: Tensor, matrix: Tensor, least: float, exponent: flo
     return (torch.linalg.matrix_norm(actual - exact) / torch.linalg.matrix_norm(exact)).item()
 
 
-def test_matrices_in_two_parts_have_16_bits():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 3, 40, 40, generator=generator)
-    product = split(a)[0].double() @ split(b)[1].double().mT
-    exact = a.double() @ b.double().mT
-    assert (product - exact).abs().max() < 2.0**-15 * (a.abs() @ b.abs().mT).max()
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("exponent", "resolution"),
@@ -79,7 +66,7 @@ def test_matrices_in_two_parts_have_16_bits():
 def test_a_gpus_units_are_precise_enough(case, exponent, resolution, monkeypatch):
     """What the 12 products leave, 0.12 for -1/2, is hardly more for it: 0.12 to 0.16 on the CPUs
     that we saw, whose sums round differently."""
-    matrix = with_spectrum(CASES[case], blocks=1)
+    matrix = with_spectrum(CASES[case][:: 1 + len(CASES[case]) // 200], blocks=1)
     emulate(monkeypatch)
     root, failed = inverse_root(matrix.float(), exponent, 0.0, "polynomial", resolution)
     assert not failed.any()
@@ -105,13 +92,6 @@ def test_no_exponent_fails_for_a_matrix_that_lacks_rank(exponent, rank, method):
     x = torch.randn(4, 60, rank, generator=generator)
     root, failed = inverse_root(x @ x.mT, exponent, 1e-12, method)
     assert root.isfinite().all() and not failed.any()
-
-
-@pytest.mark.parametrize("eps", [1e-30, 1e-19, 1e-6])
-def test_a_matrix_of_zeros_has_the_root_of_any_ridge(eps):
-    root, failed = inverse_root(torch.zeros(1, 3, 3), -0.5, eps, "polynomial")
-    assert not failed.any()
-    torch.testing.assert_close(root[0] * eps**0.5, torch.eye(3), rtol=0.12, atol=1e-3)
 
 
 def test_the_first_polynomial_needs_its_precision(monkeypatch):

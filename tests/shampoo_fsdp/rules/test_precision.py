@@ -89,12 +89,8 @@ def test_other_precisions_leave_nothing_to_the_library_of_a_cpu(precision):
 def test_grams_in_bf16_are_exact_sums_of_rounded_entries(blocks):
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(16 * blocks, 12))
-    optimizer = Shampoo(
-        [("weight", weight)],
-        preconditioner="shampoo",
-        matmul_precision="medium",
-        max_preconditioner_dim=16,
-    )
+    settings = {"preconditioner": "shampoo", "matmul_precision": "medium"}
+    optimizer = Shampoo([("weight", weight)], max_preconditioner_dim=16, **settings)
     weight.grad = torch.randn(16 * blocks, 12, generator=generator)
     optimizer.step()
     rounded = weight.grad.bfloat16().double().view(blocks, 16, 12)

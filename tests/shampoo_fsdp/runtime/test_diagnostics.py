@@ -8,47 +8,26 @@ from torch import nn
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.runtime.diagnostics import Diagnostics, merged
+from tests.shampoo_fsdp.rules.matrices import trained
 
-
-def trained(steps: int, **settings) -> tuple[nn.Parameter, Shampoo, torch.Tensor]:
-    """A matrix, its optimizer, and its update (over lr) on the last step."""
-    generator = torch.Generator().manual_seed(0)
-    weight = nn.Parameter(torch.randn(12, 8, generator=generator))
-    optimizer = Shampoo(
-        [("layers.3.attention.wq.weight", weight)],
-        lr=1.0,
-        lr_factor=1,
-        weight_decay=0.0,
-        precondition_frequency=2,
-        max_preconditioner_dim=8,
-        **settings,
-    )
-    before = weight.detach().clone()
-    for _ in range(steps):
-        before = weight.detach().clone()
-        weight.grad = torch.randn(weight.shape, generator=generator)
-        optimizer.step()
-    return weight, optimizer, before - weight.detach()
+SETTINGS = {"name": "layers.3.attention.wq.weight", "weight_decay": 0.0}
+AT_ONCE = {"refresh_schedule": "together", "refresh_warmup_steps": 0}
 
 
 @pytest.mark.parametrize("preconditioner", ["shampoo", "soap", "kl_shampoo"])
 def test_the_size_of_the_update_and_the_factors(preconditioner):
-    _, optimizer, update = trained(9, preconditioner=preconditioner)
+    settings = {"preconditioner": preconditioner, "max_preconditioner_dim": 16, **SETTINGS}
+    before, _ = trained(range(8), **settings)
+    after, optimizer = trained(range(9), **settings)
+    update = (before - after) / 1e-2  # over lr
     figures = merged([optimizer.diagnostics()])
-    assert figures["update_rms/attention.wq"] == pytest.approx(
-        float(update.square().mean().sqrt()), rel=1e-4
-    )
+    size = update.square().mean().sqrt().item()
+    assert figures["update_rms/attention.wq"] == pytest.approx(size, rel=1e-4)
     assert figures["condition_number"] > 1.0
     assert 0.0 < figures["root_residual"] < 1.0
-    assert figures["state_mib"] == pytest.approx(
-        sum(
-            tensor.nbytes
-            for bucket in optimizer._parameters.buckets
-            for stack in bucket.stacks
-            for tensor in stack.saved.values()
-        )
-        / 2**20
-    )
+    stacks = [stack for bucket in optimizer._parameters.buckets for stack in bucket.stacks]
+    kept = sum(tensor.nbytes for stack in stacks for tensor in stack.saved.values())
+    assert figures["state_mib"] == pytest.approx(kept / 2**20)
     parts = {"exchange", "excluded", "factors", "roots", "direction", "apply"}
     assert {name[3:] for name in figures if name.startswith("ms/")} == parts
     assert figures["direction_over_graft"] > 0.0
@@ -59,13 +38,8 @@ def test_the_residual_is_at_most_one_where_gradients_turn(preconditioner):
     """In directions that the factors lack an old root is thousands of times too large."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(16, 16, generator=generator))
-    optimizer = Shampoo(
-        [("wq.weight", weight)],
-        preconditioner=preconditioner,
-        precondition_frequency=4,
-        refresh_schedule="together",
-        refresh_warmup_steps=0,
-    )
+    settings = {"preconditioner": preconditioner, "precondition_frequency": 4, **AT_ONCE}
+    optimizer = Shampoo([("wq.weight", weight)], **settings)
     residuals = []
     for step in range(12):
         low, high = (0, 8) if step < 9 else (8, 16)
@@ -79,7 +53,7 @@ def test_the_residual_is_at_most_one_where_gradients_turn(preconditioner):
 def test_the_residual_is_how_far_the_last_refresh_moved_the_root():
     roots = {}
     for steps in (8, 9, 10, 11):
-        _, optimizer, _ = trained(steps, refresh_schedule="together", refresh_warmup_steps=0)
+        _, optimizer = trained(range(steps), **AT_ONCE, **SETTINGS)
         (bucket,) = optimizer._parameters.buckets
         roots[steps] = [s.rule.roots[i].read() for s in bucket.stacks for i in (0, 1)]
     changes = [

@@ -24,46 +24,40 @@ def rows():
     return torch.zeros(ROWS, dtype=torch.int32, device=CUDA)
 
 
-def product_of_16_bits(dtype):
-    torch.bmm(made(B, N, M, dtype=dtype), made(B, M, N, dtype=dtype), out_dtype=torch.float32)
-
-
-def gram_of_16_bits():
-    blocks = made(B, N, M, dtype=LOW)
-    torch.bmm(blocks, blocks.mT, out_dtype=torch.float32)
+def product_of(dtype, *, gram=False):
+    a = made(B, N, M, dtype=dtype)
+    torch.bmm(a, a.mT if gram else made(B, M, N, dtype=dtype), out_dtype=torch.float32)
 
 
 def assign_rows():
     made(100, M)[rows()] = made(ROWS, M)
 
 
+def moved(size):
+    return {"bytes": size, "operands": size}
+
+
 PRODUCT = 2 * B * N * N * M
-TAKEN = 4 * ROWS * (1 + 2 * M)  # numbers of rows; rows that are read and written
+TAKEN = {"bytes": 4 * ROWS * (1 + 2 * M)}  # numbers of rows; rows that are read and written
 OPERATORS = {
-    "rows": (lambda: made(100, M).index_select(0, rows()), {"bytes": TAKEN}),
-    "rows by an index": (lambda: made(100, M)[rows()], {"bytes": TAKEN}),
-    "rows assigned": (assign_rows, {"bytes": TAKEN}),
-    "rows copied": (lambda: made(100, M).index_copy_(0, rows(), made(ROWS, M)), {"bytes": TAKEN}),
+    "rows": (lambda: made(100, M).index_select(0, rows()), TAKEN),
+    "rows by an index": (lambda: made(100, M)[rows()], TAKEN),
+    "rows assigned": (assign_rows, TAKEN),
+    "rows copied": (lambda: made(100, M).index_copy_(0, rows(), made(ROWS, M)), TAKEN),
     "a sum": (lambda: made(M).add_(made(M)), {"bytes": 12 * M}),
     "a copy": (lambda: made(M).copy_(made(M, dtype=LOW)), {"bytes": 6 * M}),
     "zeros": (lambda: torch.zeros_like(made(M)), {"bytes": 4 * M}),
     "a view": (lambda: made(M, N).mT[:5], {}),
-    "fp16": (
-        lambda: product_of_16_bits(torch.float16),
-        {"bf16": PRODUCT, "bytes": B * N * (4 * M + 4 * N), "operands": B * N * (4 * M + 4 * N)},
-    ),
+    "fp16": (lambda: product_of(torch.half), {"bf16": PRODUCT} | moved(B * N * (4 * M + 4 * N))),
     "a gram": (
-        gram_of_16_bits,
-        {"bf16": PRODUCT, "bytes": B * N * (2 * M + 4 * N), "operands": B * N * (2 * M + 4 * N)},
+        lambda: product_of(LOW, gram=True),
+        {"bf16": PRODUCT} | moved(B * N * (2 * M + 4 * N)),
     ),
     "fp32": (
         lambda: made(B, N, M).bmm(made(B, M, N)),
-        {"fp32": PRODUCT, "bytes": B * N * (8 * M + 4 * N), "operands": B * N * (8 * M + 4 * N)},
+        {"fp32": PRODUCT} | moved(B * N * (8 * M + 4 * N)),
     ),
-    "QR": (
-        lambda: torch.linalg.qr(made(B, N, N)),
-        {"decompositions": B, "qr": B * N**1.5},
-    ),
+    "QR": (lambda: torch.linalg.qr(made(B, N, N)), {"decompositions": B, "qr": B * N**1.5}),
 }
 
 
@@ -80,14 +74,7 @@ def test_an_operator(name):
 
 
 def adamw_kernel():
-    numbers = {
-        "step_size": 1e-3,
-        "lost": 0.0,
-        "rate1": 0.1,
-        "rate2": 0.05,
-        "eps": 1e-8,
-        "root": 1.0,
-    }
+    numbers = dict(step_size=1e-3, lost=0.0, rate1=0.1, rate2=0.05, eps=1e-8, root=1.0)
     tensors = [made(M) for _ in range(4)]
     adamw_masked(*tensors, made((), dtype=torch.int64), 1e15, **numbers)
 
