@@ -9,8 +9,6 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.models import TinyLlama
 
-__all__ = ["SETTINGS", "own_device", "sharded_llama", "start"]
-
 SETTINGS = {"lr": 1e-2, "lr_factor": 1.0, "max_preconditioner_dim": 16, "precondition_frequency": 4}
 
 

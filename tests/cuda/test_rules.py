@@ -5,7 +5,10 @@ import functools
 import pytest
 import torch
 
+from benchmarks.dry_run import dry_run
 from shampoo_fsdp.config import RULES, ShampooConfig
+from shampoo_fsdp.tools.machine import Machine
+from tests.benchmarks.test_dry_run import specs
 from tests.cuda.training import difference, trained
 
 pytestmark = pytest.mark.cuda
@@ -77,3 +80,11 @@ def test_what_a_device_chooses_itself(device, rule):
     expected = on_cpu(("preconditioner", rule), ("root_method", method))
     most = MOST["medium"] + MORE.get(method, 0.0)
     assert difference(trained(device, preconditioner=rule), expected) < most
+
+
+def test_a_dry_run_beside_work_on_the_device(device):
+    """Plans are made where GPUs are in use, too."""
+    kept = torch.ones(8, device=device)
+    found = dry_run(specs(2), ShampooConfig(max_preconditioner_dim=32), Machine())
+    assert found["total"]["launches"] > 100 and found["peak bytes"] > 0
+    assert kept.sum() == 8.0

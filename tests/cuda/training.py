@@ -9,8 +9,6 @@ from shampoo_fsdp import Shampoo
 from tests.models import set_gradients
 from tests.shampoo_fsdp.test_family import spread_gradients
 
-__all__ = ["SETTINGS", "SHAPES", "STEPS", "Training", "difference", "trained"]
-
 STEPS = 16
 SHAPES = {
     "layers.0.w": (96, 64),  # blocks of 32 x 32

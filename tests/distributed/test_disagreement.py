@@ -1,12 +1,17 @@
 """What goes wrong on one rank is an error on all of them, or harmless; never a hang."""
 
+import gc
 import pickle
+import weakref
 from multiprocessing.reduction import ForkingPickler
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
 from shampoo_fsdp import Shampoo
@@ -103,3 +108,34 @@ def test_a_gradient_that_one_rank_cannot_use_raises_there_and_nobody_waits():
         matrices["bad"].grad = torch.ones(8, 8)
         optimizer.step()  # and it can go on
         assert (matrices["bad"] < 1.0).all()
+
+
+@ranks(2)
+def test_after_an_interrupted_step_the_next_one_touches_no_memory_that_is_still_in_flight():
+    """Interrupted midway, as by Ctrl-C, with gradients in flight."""
+    torch.manual_seed(0)
+    model = nn.Linear(12, 16, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = Shampoo(model.named_parameters(), max_preconditioner_dim=16)
+    model(torch.ones(1, 12)).sum().backward()
+    with (
+        mock.patch.object(optimizer._parameters.excluded, "step", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        optimizer.step()
+    (bucket,) = optimizer._parameters.buckets
+    exchange = bucket._exchange
+    work, wait, waited_for = exchange._wait, exchange._finish, []
+    in_flight = weakref.ref(exchange._arriving.untyped_storage())
+    assert work is not None and in_flight() is not None
+    gc.collect()
+
+    def watched() -> None:
+        if exchange._wait is not None:
+            waited_for.append((exchange._wait, in_flight() is not None))
+        wait()
+
+    with mock.patch.object(exchange, "_finish", watched):
+        optimizer.step()
+    assert waited_for[0] == (work, True)
+    assert len(waited_for) == 3  # this one's gradients and updates
