@@ -40,8 +40,11 @@ from shampoo_fsdp.validation import refuse
 
 __all__ = ["ShampooRule"]
 
-_ROUNDING = 2.0**-9
-"""Of a number in bf16, relative to it."""
+# What the diagonal of a factor in bf16 is raised by, relative to it, where the rows of its
+# correlations have the norm 1: 8 times the rounding of an entry. (1M model, 240 steps: 0.4% of
+# the roots failed, 12% with half of it. A ridge as large as the rounding of the largest entries
+# cost 0.06 more.)
+_ROUNDING = 2.0**-6
 
 _POWER_ITERATIONS = 8
 _TINY = torch.finfo(torch.float32).tiny
@@ -77,9 +80,7 @@ class ShampooRule(Rule):
             c = _joined([self._correction_of(i, correction) for i in sides], factors)
             ridge = self._ridge(factors, c)
             if self.rounded and self.method == "polynomial":
-                # Rounding makes eigenvalues negative, and only "eigh" and "qr" can raise them. The
-                # error of a factor from a training was 0.3 to 0.8 times this.
-                ridge = ridge + torch.linalg.matrix_norm(factors) * (_ROUNDING / c)
+                _raise_diagonal(factors)
             if self.method == "qr":
                 kept = [self.state[f"eigenvectors_{i}"] for i in sides]
                 pairs = zip(kept, factors.chunk(len(sides)), strict=True)
@@ -198,6 +199,19 @@ class ShampooRule(Rule):
         """What is added to the eigenvalues of factors [B, d] or [B, d, d], once they are
         over their correction; a number or [B]."""
         return self.config.preconditioner_eps
+
+
+def _raise_diagonal(factors: Tensor) -> None:
+    """Let factors [B, n, n] outgrow the rounding of their entries, in place.
+
+    It makes eigenvalues negative, which only "eigh" and "qr" can raise. Its size goes with the
+    entries': what a row has of it goes with that row's diagonal.
+    """
+    diagonal = factors.diagonal(dim1=1, dim2=2)
+    scale = diagonal.clamp_min(_TINY).rsqrt()
+    correlations = factors * scale.unsqueeze(1) * scale.unsqueeze(2)
+    norm = torch.linalg.matrix_norm(correlations) * (_ROUNDING * diagonal.shape[1] ** -0.5)
+    diagonal.mul_(1.0 + norm.unsqueeze(1))
 
 
 def _joined(values: Sequence[float | Tensor], factors: Tensor) -> float | Tensor:
