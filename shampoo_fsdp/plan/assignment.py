@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -42,7 +43,7 @@ class OwnedBlock:
     phase: int
     """See :func:`refresh_phase`."""
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """With batch dimensions."""
         return shape_of(self.rectangle)

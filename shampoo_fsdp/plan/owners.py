@@ -63,17 +63,19 @@ def choose_owners(
         )
 
     of_site = {site: kind_of(number, site) for number, site in enumerate(dict.fromkeys(sites))}
-    kinds = [of_site[site] for site in sites]
-    in_phase: dict[int, list[int]] = defaultdict(list)
-    for block, phase in enumerate(phases):
-        in_phase[phase].append(block)
-    order = [sorted(in_phase[p], key=lambda b: kinds[b].urgency) for p in sorted(in_phase)]
+    in_phase: dict[int, dict[_Kind, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for block, (site, phase) in enumerate(zip(sites, phases, strict=True)):
+        in_phase[phase][of_site[site]].append(block)
+    order = [
+        sorted(in_phase[phase].items(), key=lambda alike: alike[0].urgency)
+        for phase in sorted(in_phase)
+    ]
     if config.owner_scope == "near":
-        return _deal_near(sites, kinds, order, ranks, config)
+        return _deal_near(sites, order, ranks, config)
     limits: list[tuple[float, float]] = [(math.inf, math.inf)] * len(order)
     if config.block_alignment != "shard":
-        limits = _limits(kinds, order, len(ranks))
-    return _deal(kinds, order, len(ranks), limits)
+        limits = _limits(order, len(ranks))
+    return _deal(order, len(sites), len(ranks), limits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,18 +96,20 @@ class _Kind:
     that many ranks hold a little of then level out the work."""
 
 
-def _limits(
-    kinds: Sequence[_Kind], order: Sequence[Sequence[int]], ranks: int
-) -> list[tuple[float, float]]:
+_Order = Sequence[Sequence[tuple[_Kind, Sequence[int]]]]
+"""For each phase the blocks of each kind, the most urgent kind first."""
+
+
+def _limits(order: _Order, ranks: int) -> list[tuple[float, float]]:
     """For each phase the most FLOPs of a rank on its step, and the most mean FLOPs over this and
     earlier phases."""
     every = mean = 0.0
-    all_means = sum(kind.mean for kind in kinds) / ranks
+    all_means = sum(kind.mean * len(blocks) for of in order for kind, blocks in of) / ranks
     limits = []
-    for blocks, (even_step, even_mean) in zip(order, _evenly(kinds, order, ranks), strict=True):
-        step = every + sum(kinds[block].step for block in blocks) / ranks
-        every += sum(kinds[block].every for block in blocks) / ranks
-        mean += sum(kinds[block].mean for block in blocks) / ranks
+    for of_phase, (even_step, even_mean) in zip(order, _evenly(order, ranks), strict=True):
+        step = every + sum(kind.step * len(blocks) for kind, blocks in of_phase) / ranks
+        every += sum(kind.every * len(blocks) for kind, blocks in of_phase) / ranks
+        mean += sum(kind.mean * len(blocks) for kind, blocks in of_phase) / ranks
         limits.append(
             (
                 max(even_step, (1.0 + _LOCALITY_SLACK) * step),
@@ -115,37 +119,32 @@ def _limits(
     return limits
 
 
-def _evenly(
-    kinds: Sequence[_Kind], order: Sequence[Sequence[int]], ranks: int
-) -> Iterator[tuple[float, float]]:
+def _evenly(order: _Order, ranks: int) -> Iterator[tuple[float, float]]:
     """For each phase the largest FLOPs and mean FLOPs that a rank comes to, if each block goes to
     the rank with the least work."""
     every, mean = [0.0] * ranks, [0.0] * ranks
-    for blocks in order:
+    for of_phase in order:
         heap = [(load, rank) for rank, load in enumerate(every)]
         heapq.heapify(heap)
-        for block in blocks:
-            kind, (load, rank) = kinds[block], heap[0]
-            heapq.heapreplace(heap, (load + kind.step, rank))
-            every[rank] += kind.every
-            mean[rank] += kind.mean
+        for kind, blocks in of_phase:
+            for _ in blocks:
+                load, rank = heap[0]
+                heapq.heapreplace(heap, (load + kind.step, rank))
+                every[rank] += kind.every
+                mean[rank] += kind.mean
         yield max(heap)[0], max(mean)
 
 
 def _deal(
-    kinds: Sequence[_Kind],
-    order: Sequence[Sequence[int]],
-    ranks: int,
-    limits: Sequence[tuple[float, float]],
+    order: _Order, blocks: int, ranks: int, limits: Sequence[tuple[float, float]]
 ) -> list[int]:
     """The owners of the blocks, each near its block within the limits, else for even work."""
-    owners, everybody = [-1] * len(kinds), tuple(range(ranks))
+    owners, everybody = [-1] * blocks, tuple(range(ranks))
     every, mean = [0.0] * ranks, [0.0] * ranks
-    for blocks, (most_step, most_mean) in zip(order, limits, strict=True):
+    for of_phase, (most_step, most_mean) in zip(order, limits, strict=True):
         load = list(every)
         heaps: _Heaps = {}
-        for block in blocks:
-            kind = kinds[block]
+        for kind, block in _each(of_phase):
             for group in kind.near:
                 owner = _least_busy(group, load, heaps)
                 if load[owner] + kind.step <= most_step and mean[owner] + kind.mean <= most_mean:
@@ -160,11 +159,7 @@ def _deal(
 
 
 def _deal_near(
-    sites: Sequence[Site],
-    kinds: Sequence[_Kind],
-    order: Sequence[Sequence[int]],
-    ranks: Sequence[int],
-    config: ShampooConfig,
+    sites: Sequence[Site], order: _Order, ranks: Sequence[int], config: ShampooConfig
 ) -> list[int]:
     """The owners of the blocks, each a rank that holds a part of it, with few ranks to send to.
 
@@ -177,11 +172,12 @@ def _deal_near(
     known = [sum(1 << r for r, other in enumerate(nodes) if other == node) for node in nodes]
     holders = {site: sum(1 << r for r in site.held) for site in set(sites)}
     scattered = [r * 0x9E3779B1 % 2**32 for r in range(len(ranks))]  # of alike ranks, far ones
-    owners, every, mean = [-1] * len(kinds), [0.0] * len(ranks), [0.0] * len(ranks)
-    for blocks, limits in zip(order, _limits(kinds, order, len(ranks)), strict=True):
+    owners, every, mean = [-1] * len(sites), [0.0] * len(ranks), [0.0] * len(ranks)
+    for of_phase, limits in zip(order, _limits(order, len(ranks)), strict=True):
         load = list(every)
-        for block in sorted(blocks, key=lambda block: -len(sites[block].held)):  # stable
-            kind, held, all_holders = kinds[block], sites[block].held, holders[sites[block]]
+        pairs = sorted(_each(of_phase), key=lambda pair: -len(sites[pair[1]].held))  # stable
+        for kind, block in pairs:
+            held, all_holders = sites[block].held, holders[sites[block]]
             choices = [
                 ((all_holders & ~known[r]).bit_count(), load[r], scattered[r], r)
                 for r in held
@@ -197,6 +193,10 @@ def _deal_near(
             every[owner] += kind.every
             mean[owner] += kind.mean
     return owners
+
+
+def _each(of_phase: Sequence[tuple[_Kind, Sequence[int]]]) -> Iterator[tuple[_Kind, int]]:
+    return ((kind, block) for kind, blocks in of_phase for block in blocks)
 
 
 _Heaps = dict[int, list[tuple[float, int]]]

@@ -4,7 +4,7 @@ import bisect
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,10 @@ class Site:
     """How many elements each rank holds."""
 
 
+_Overlaps = list[tuple[tuple[int, int], tuple[int, int]]]
+"""Intervals of shards along a dimension, and what of them lies in a tile."""
+
+
 class ShardMap:
     """The grid of a parameter and who holds which piece of its blocks.
 
@@ -112,12 +116,17 @@ class ShardMap:
             if volume(rectangle):
                 holders[rectangle].append(position[rank])  # in the order of the replicas
         self._holders = {rectangle: tuple(ranks) for rectangle, ranks in holders.items()}
-        self._intervals = [sorted({r[d] for r in holders}) for d in range(len(dims))]
-        borders = [sorted(set(itertools.chain(*pairs))) for pairs in self._intervals]
+        intervals = [sorted({r[d] for r in holders}) for d in range(len(dims))]
+        borders = [sorted(set(itertools.chain(*pairs))) for pairs in intervals]
         of_shards = borders if config.block_alignment == "shard" else ()
         self.grid = make_grid(shape, config, of_shards, head)
         self.row_width = math.gcd(*self.grid.cuts[-1], *borders[-1])
-        self.sites = [self._site(coordinate) for coordinate in self.grid.coordinates()]
+        along = [
+            [_overlaps(tile, of_dim) for tile in itertools.pairwise(cuts)]
+            for cuts, of_dim in zip(self.grid.cuts, intervals, strict=True)
+        ]
+        overlaps = itertools.product(*along)
+        self.sites = list(map(self._site, self.grid.coordinates(), overlaps))
 
     def blocks_of_shard(self, rank: int) -> list[int]:
         """Indices of the blocks that a rank's shard has a part of, ascending."""
@@ -130,24 +139,23 @@ class ShardMap:
             indices = [index * (len(cuts) - 1) + tile for index in indices for tile in tiles]
         return indices
 
-    def _site(self, coordinate: tuple[int, ...]) -> Site:
-        rectangle = self.grid.rectangle(coordinate)
-        pieces = tuple(self._pieces(rectangle))
-        held = {rank: volume(piece) for piece, ranks in pieces for rank in ranks}
-        return Site(rectangle, self.grid.block_shape(coordinate), pieces, held)
+    def _site(self, coordinate: tuple[int, ...], along: tuple[_Overlaps, ...]) -> Site:
+        pieces, held = [], dict[int, int]()
+        for overlaps in itertools.product(*along):
+            shard, piece = zip(*overlaps, strict=True)
+            if ranks := self._holders.get(shard):
+                pieces.append((piece, ranks))
+                held |= dict.fromkeys(ranks, volume(piece))
+        rectangle, shape = self.grid.rectangle(coordinate), self.grid.block_shape(coordinate)
+        return Site(rectangle, shape, tuple(pieces), held)
 
-    def _pieces(self, block: Rectangle) -> Iterator[tuple[Rectangle, tuple[int, ...]]]:
-        overlapping = []
-        for (start, stop), intervals in zip(block, self._intervals, strict=True):
-            # Intervals of one dimension are disjoint and sorted.
-            first = bisect.bisect_right(intervals, start, key=lambda interval: interval[1])
-            last = bisect.bisect_left(intervals, stop, key=lambda interval: interval[0])
-            overlapping.append(intervals[first:last])
-        for shard in itertools.product(*overlapping):
-            ranks = self._holders.get(shard)
-            if ranks is not None:
-                pairs = zip(block, shard, strict=True)
-                yield tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in pairs), ranks
+
+def _overlaps(tile: tuple[int, int], intervals: Sequence[tuple[int, int]]) -> _Overlaps:
+    """What a tile overlaps of disjoint, sorted intervals along a dimension."""
+    start, stop = tile
+    first = bisect.bisect_right(intervals, start, key=lambda interval: interval[1])
+    last = bisect.bisect_left(intervals, stop, key=lambda interval: interval[0])
+    return [((a, b), (max(start, a), min(stop, b))) for a, b in intervals[first:last]]
 
 
 def shard_maps(parameters: Sequence[ParameterSpec], config: ShampooConfig) -> list[ShardMap]:

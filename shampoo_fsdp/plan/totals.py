@@ -13,8 +13,8 @@ __all__ = ["Totals"]
 class Totals:
     """Sums over the blocks of each rank, and what it sends.
 
-    All blocks of one site that one rank owns are counted together, and each site's pieces are
-    visited once, whatever the number of layers.
+    All blocks of one shape and phase, or of one site, that one rank owns are counted together, and
+    each site's pieces are visited once, whatever the number of layers.
     """
 
     def __init__(self, assignment: Assignment) -> None:
@@ -38,23 +38,25 @@ class Totals:
         """For each phase the number of blocks, of all ranks, that are refreshed on its steps."""
         every = [0.0] * n
         refresh = [[0.0] * frequency for _ in range(n)]
-        owners_of: dict[Site, Counter[int]] = defaultdict(Counter)
-        blocks = zip(assignment.sites, assignment.phases, assignment.owners, strict=True)
-        for site, phase, owner in blocks:
-            flops, flops_of_roots, state = costs(site.shape)
-            every[owner] += flops
-            refresh[owner][phase] += flops_of_roots
-            self.state[owner] += state
-            self.owned[owner] += 1
-            self.refreshed[phase] += 1
-            owners_of[site][owner] += 1
+        shapes = [site.shape for site in assignment.sites]
+        alike = Counter(zip(shapes, assignment.phases, assignment.owners, strict=True))
+        for (shape, phase, owner), count in alike.items():
+            flops, flops_of_roots, state = costs(shape)
+            every[owner] += count * flops
+            refresh[owner][phase] += count * flops_of_roots
+            self.state[owner] += count * state
+            self.owned[owner] += count
+            self.refreshed[phase] += count
         self.load = [e + sum(r) / frequency for e, r in zip(every, refresh, strict=True)]
         """For each rank FLOPs per step, with a share of 1 / frequency of its roots."""
         self.phase_load = [[e + r for r in row] for e, row in zip(every, refresh, strict=True)]
         """For each rank and phase the FLOPs of a step of that phase."""
-        for shard_map in {id(shard_map): shard_map for shard_map in assignment.maps}.values():
-            for site in shard_map.sites:
-                self._add_sent(site, shard_map, owners_of[site])
+        owners_of: dict[ShardMap, list[list[int]]] = defaultdict(list)
+        for shard_map, first in zip(assignment.maps, assignment.first, strict=True):
+            owners_of[shard_map].append(assignment.owners[first : first + len(shard_map.sites)])
+        for shard_map, owners in owners_of.items():
+            for site, of_site in zip(shard_map.sites, zip(*owners, strict=True), strict=True):
+                self._add_sent(site, shard_map, Counter(of_site))
         on_node: Counter[int] = Counter()
         for rank, node in enumerate(self._node):
             on_node[node] += 1 << rank

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shampoo_fsdp.config import ShampooConfig
-from shampoo_fsdp.plan.assignment import OwnedBlock, Part, Slices
+from shampoo_fsdp.plan.assignment import OwnedBlock, Part, Slices, Transfer
 from shampoo_fsdp.rules.matrices import to_device, torch_dtype
 from shampoo_fsdp.runtime.parameters import Member
 from shampoo_fsdp.runtime.ranks import RankSet
@@ -82,29 +82,27 @@ class Exchange:
         starts = itertools.accumulate(map(math.prod, self._shapes), initial=0)
         placed = list(zip(starts, parts.values(), strict=False))
 
-        def in_shards(kind: str) -> list[_Piece]:
-            return [
-                (t.peer, _rows_of(start, part.shard_shape, t.in_shard, self._width))
-                for start, part in placed
-                for t in getattr(part, kind)
-            ]
+        in_shards = {
+            t: (t.peer, _rows_of(start, part.shard_shape, t.in_shard, self._width))
+            for start, part in placed
+            for t in {*part.gather_out, *part.scatter_in}
+        }
+        in_blocks = {
+            t: (t.peer, _rows_of(blocks[block], block.sizes, t.in_block, self._width))
+            for part in parts.values()
+            for t in {*part.gather_in, *part.scatter_out}
+            if (block := t.block) is not None
+        }
 
-        def in_blocks(kind: str) -> list[_Piece]:
-            return [
-                (t.peer, _rows_of(blocks[block], block.sizes, t.in_block, self._width))
-                for part in parts.values()
-                for t in getattr(part, kind)
-                if (block := t.block) is not None
-            ]
+        def pieces(found: Mapping[Transfer, _Piece], kind: str) -> list[_Piece]:
+            return [found[t] for part in parts.values() for t in getattr(part, kind)]
 
         self._rows = sum(map(math.prod, self._shapes)) // self._width
         """Of all shards."""
-        self._gather = _find_route(
-            in_shards("gather_out"), in_blocks("gather_in"), ranks, device, self._rows
-        )
-        self._scatter = _find_route(
-            in_blocks("scatter_out"), in_shards("scatter_in"), ranks, device
-        )
+        leaving, arriving = pieces(in_shards, "gather_out"), pieces(in_blocks, "gather_in")
+        self._gather = _find_route(leaving, arriving, ranks, device, self._rows)
+        leaving, arriving = pieces(in_blocks, "scatter_out"), pieces(in_shards, "scatter_in")
+        self._scatter = _find_route(leaving, arriving, ranks, device)
         self._wait: Callable[[], object] | None = None
         self._leaving = self._arriving = torch.empty(0, device="cpu")
         """What travels, and the rows that are kept with memory for those that come after them."""

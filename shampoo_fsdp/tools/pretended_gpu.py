@@ -17,6 +17,7 @@ from shampoo_fsdp.rules.precision import full_precision
 
 CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
+DEVICE = torch.ops.prim.device.default
 
 
 @contextmanager
@@ -42,6 +43,8 @@ class PretendedTensor(Tensor):
     (PyTorch's own fake tensors find out what comes of any operator, which takes them milliseconds.)
     """
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
     _on_meta = False
     """Whether an operator of that device is at work."""
 
@@ -57,7 +60,7 @@ class PretendedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:
+        if func is DEVICE:
             return _META if cls._on_meta else CUDA
         if func is torch.ops.aten._fused_sgd_.default:
             return None  # the one operator of a step that the meta device does not know
@@ -72,7 +75,13 @@ class PretendedTensor(Tensor):
                 result = func(*args, **kwargs)
             finally:
                 cls._on_meta = False
-        return tree_map_only(Tensor, _pretended, result) if on_gpu else result
+        if not on_gpu:
+            return result
+        return (
+            _pretended(result)
+            if isinstance(result, Tensor)
+            else tree_map_only(Tensor, _pretended, result)
+        )
 
 
 def _is_gpu(device: torch.device | str) -> bool:
@@ -95,10 +104,11 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if (device := kwargs.get("device")) and _is_gpu(device):
+        if func is DEVICE:
+            return args[0].device
+        if kwargs and (device := kwargs.get("device")) and _is_gpu(device):
             return PretendedTensor.__torch_dispatch__(func, types, args, kwargs)
-        return func(*args, **kwargs)
+        return func(*args, **kwargs or {})
 
 
 class _Indexing(TorchFunctionMode):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from shampoo_fsdp.kernels.language import observed_by
 from shampoo_fsdp.tools.machine import Machine
-from shampoo_fsdp.tools.pretended_gpu import PretendedTensor
+from shampoo_fsdp.tools.pretended_gpu import DEVICE, PretendedTensor
 
 
 @dataclass
@@ -110,9 +110,11 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is DEVICE:
+            return args[0].device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.is_view or func is torch.ops.prim.device.default:
+        if func.is_view:
             return result
         given, made = _storages((args, kwargs)), _storages(result)
         if not given and not made:
