@@ -14,16 +14,19 @@ or on the command line of any job, which keeps its groups and what is not given:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive, override
+from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import ShampooConfig
 from shampoo_fsdp.hyperparameters import settings_from_keywords, validate_hyperparameters
 from shampoo_fsdp.model_groups import typed_parameters
+from shampoo_fsdp.validation import name_some
 from shampoo_torchtitan import checkpoint, container, metrics
 from shampoo_torchtitan.generation import groups
 
@@ -65,6 +68,22 @@ class ShampooOptimizers(OptimizersContainer):  # type: ignore[misc]
         if container.shampoos_of(self):
             checkpoint.extend_checkpoints()
             metrics.extend_metrics()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As TorchTitan's, which leaves out what nothing here asks for; that is named."""
+        super().load_state_dict(state_dict)
+        here = {
+            f"state.{name}.{entry}"
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for entry in optimizer.state[parameter]
+        }
+        # An entry may be a dict, whose keys follow.
+        asked = lambda key: not here.isdisjoint(accumulate(key.split("."), "{}.{}".format))  # noqa: E731
+        unused = [key for key in state_dict if key.startswith("state.") and not asked(key)]
+        if unused:
+            logger.warning(f"The saved {name_some(unused)} is not used: there is none here.")
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -129,6 +129,11 @@ def test_entries_that_titan_would_leave_out_are_named(caplog):
     rebuilding = Shampoo.Config(pattern=".*", **SETTINGS, on_mismatch="rebuild")
     container(model, rebuilding).load_state_dict(saved)
     assert f"factors start anew for '{name}'" in caplog.text
+    fewer = shampoo(param_groups=[Shampoo.Config(pattern=".*", **SETTINGS, exclude=["layers.1"])])
+    saved = {"state.gone.weight.exp_avg": saved[f"state.{name}.exp_avg"]} | saved
+    fewer.build(model_parts=[model]).load_state_dict(saved)
+    assert "The saved 'state.gone.weight.exp_avg', 'state.layers.1." in caplog.text
+    assert caplog.text.count("is not used") == 1
 
 
 # ----------------------------------------------------------------------------------- settings
