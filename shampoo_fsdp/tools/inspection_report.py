@@ -36,7 +36,7 @@ def print_report(checkpoints: Sequence[_Checkpoint], console: Console) -> None:
         checkpoints: one or two, see :func:`shampoo_fsdp.tools.inspection.inspect_checkpoint`; the
             second one with what "moved" since the first.
     """
-    print_parts(_parts(checkpoints), console)
+    print_parts(_parts(checkpoints, on_page=False), console)
 
 
 def write_report(path: Path, checkpoints: Sequence[_Checkpoint]) -> None:
@@ -51,13 +51,13 @@ def write_report(path: Path, checkpoints: Sequence[_Checkpoint]) -> None:
             drawn = page.curves(spectra, "place among the eigenvalues", "eigenvalue by the largest")
             pictures.append(f"<h2>Spectra of factors at step {_step(checkpoint)}</h2>{drawn}")
     title = " and ".join(Path(checkpoint["folder"]).name for checkpoint in checkpoints)
-    page.write_report(path, f"Checkpoint {title}", _parts(checkpoints), pictures)
+    page.write_report(path, f"Checkpoint {title}", _parts(checkpoints, on_page=True), pictures)
 
 
 def verdict_of(parameter: Mapping[str, Any]) -> str:
     """How a parameter's state looks, in a few words; they begin with "healthy" if it is so."""
     if bad := parameter["nonfinite"].items():
-        return ", ".join(f"{number:,} NaN or infinite in {entry}" for entry, number in bad)
+        return "NaN or infinite: " + ", ".join(f"{number:,} in {entry}" for entry, number in bad)
     factors = [factor for block in parameter["blocks"] for factor in block["factors"]]
     if parameter["factor_step"] == 0:
         return "cold: its factors have seen no gradient"
@@ -69,7 +69,8 @@ def verdict_of(parameter: Mapping[str, Any]) -> str:
     return "healthy" if factors else "healthy (not preconditioned)"
 
 
-def _parts(checkpoints: Sequence[_Checkpoint]) -> Iterator[Part]:
+def _parts(checkpoints: Sequence[_Checkpoint], *, on_page: bool) -> Iterator[Part]:
+    """What is said; a page has room for the verdict of each parameter."""
     for checkpoint in checkpoints:
         yield from _head(checkpoint)
     if len(checkpoints) == 2:
@@ -82,7 +83,13 @@ def _parts(checkpoints: Sequence[_Checkpoint]) -> Iterator[Part]:
     groups = Counter(", ".join(_settings(p)) for p in last)
     rows = [(of or "(none are saved)", f"{number:,}") for of, number in groups.items()]
     yield Table("Settings of parameter groups", ("settings", "parameters"), rows)
-    yield Table("Parameters", _HEADS, [_figures(p) for p in last])
+    if on_page:
+        name, *heads = _HEADS
+        last = sorted(last, key=lambda p: p["name"] not in ill)
+        rows = [(name, verdicts[name], *others) for name, *others in map(_figures, last)]
+        yield Table("Parameters", (name, "verdict", *heads), rows)
+    else:
+        yield Table("Parameters", _HEADS, [_figures(p) for p in last])
     yield (
         "Vanishing: eigenvalues below the floor of the roots, 2^-23 of the largest (1e-5 with "
         "kl_shampoo, 2^-12 for factors in bf16). Condition number: largest eigenvalue by smallest, "

@@ -72,7 +72,8 @@ def test_the_page_of_two_checkpoints(tmp_path, capsys):
     _, second = json.loads(capsys.readouterr().out)
     moved = {value for entries in second["moved"].values() for value in entries.values()}
     assert moved == {0.0}
-    check(page, ("Health", "healthy", "What has moved", "effective rank"), pictures=2)
+    words = ("Health", "<td class=text>healthy</td>", "What has moved", "effective rank")
+    check(page, words, pictures=2)
 
 
 def test_a_config_of_hugging_face_is_planned(tmp_path, capsys):
