@@ -76,6 +76,21 @@ def test_a_file_trains_and_goes_on_on_another_mesh(tmp_path):
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--model.name=deepseek_v3", "--parallelism.expert_parallel_degree=2"],
+        ["--parallelism.pipeline_parallel_degree=2"],
+    ],
+    ids=["experts", "stages"],
+)
+def test_a_file_with_experts_or_stages_trains(settings, tmp_path):
+    file = write_job(tmp_path)
+    arguments = [f"--job.config_file={file}", *settings]
+    *_, losses = run_ranks(2, job, init=False, timeout=900, arguments=arguments)
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.2
+
+
 def test_what_a_file_says_of_batches_and_text(tmp_path):
     settings = {"training.seq_len": 64, "training.local_batch_size": 6}
     config = toml.read("", settings | {"training.global_batch_size": 24})

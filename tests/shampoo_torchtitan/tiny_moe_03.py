@@ -1,13 +1,15 @@
 """A MoE model small enough for the CPU: `deepseek_v3`, flavor `tiny`."""
 
+import dataclasses
 from typing import Any
 
 from torchtitan.models import deepseek_v3
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common import Embedding, Linear, RMSNorm
 
 
 def _tiny(**backends: Any) -> deepseek_v3.DeepSeekV3Model.Config:
     dim, vocabulary = 32, 260
+    rope = deepseek_v3._debugmodel(**backends).layers[0].attention.rope
     backends.pop("num_mtp_layers")
     layers = deepseek_v3._build_dsv3_layers(
         n_layers=3,
@@ -26,7 +28,7 @@ def _tiny(**backends: Any) -> deepseek_v3.DeepSeekV3Model.Config:
         num_shared_experts=1,
         router_top_k=2,
         router_score_func="softmax",
-        rope=ComplexRoPE.Config(dim=8, max_seq_len=4096, theta=10000.0),
+        rope=dataclasses.replace(rope, dim=8, theta=10000.0, scaling="none"),
         **backends,
     )
     return deepseek_v3.DeepSeekV3Model.Config(
