@@ -64,6 +64,7 @@ def enable() -> None:
             if hasattr(module, "device_module"):
                 module.device_module = _DEVICE
     _reduce_by_sums_only()
+    _exchange_lists_of_any_sizes()
     if not hasattr(dist, "set_timeout"):  # TorchTitan 0.3 wants torch 2.14's
         dist.set_timeout = lambda timeout, group=None: None  # type: ignore[attr-defined]
     _count_integers_in_histc()
@@ -169,6 +170,18 @@ def _reduce_by_sums_only() -> None:
         self.set_force_sum_reduction_for_comms(True)
 
     FSDPModule.set_gradient_divide_factor = set_factor_and_sum
+
+
+def _exchange_lists_of_any_sizes() -> None:
+    """Gloo's all-to-all of lists wants tensors of one size; those of MoE tokens have others."""
+
+    def all_to_all(received: list[torch.Tensor], sent: list[torch.Tensor], group: Any) -> None:
+        to, of = list(map(len, received)), list(map(len, sent))
+        arriving = sent[0].new_empty(sum(to), *sent[0].shape[1:])
+        dist.all_to_all_single(arriving, torch.cat(sent), to, of, group=group)
+        torch._foreach_copy_(received, arriving.split(to))
+
+    dist.all_to_all = all_to_all
 
 
 def _count_integers_in_histc() -> None:

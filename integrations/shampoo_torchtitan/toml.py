@@ -71,7 +71,10 @@ _LEFT_OUT = {
 if "implementation" not in field_types(OptimizersContainer.Config):  # since 0.4
     _LEFT_OUT["optimizer.implementation"] = "fused"
 _SHAMPOO = "optimizer.shampoo."
+# What 0.3's own jobs turn CUDA graphs off for, which 0.2 did not have.
+_NO_GRAPHS_WITH = ("parallelism.expert_parallel_degree", "parallelism.pipeline_parallel_degree")
 _OF_FILES = (
+    *_NO_GRAPHS_WITH,  # other settings follow from these
     *("job.config_file", "job.description", "experimental.custom_import"),
     *("model.name", "model.flavor"),
     *(f"optimizer.{key}" for key in ("name", "lr", "beta1", "beta2", "eps", "weight_decay")),
@@ -80,8 +83,6 @@ _OF_FILES = (
 # All that a file may say, for whoever looks for it elsewhere.
 _EVERYWHERE = dict.fromkeys([*_OF_FILES, *setting_names(ShampooOptimizers.Config, "optimizer")])
 _EVERYWHERE |= dict.fromkeys(setting_names(Trainer.Config))
-# What 0.3's own jobs turn CUDA graphs off for, which 0.2 did not have.
-_NO_GRAPHS_WITH = ("parallelism.expert_parallel_degree", "parallelism.pipeline_parallel_degree")
 _MODES = {"selective": SelectiveAC, "full": FullAC, "memory_budget": MemoryBudgetAC, "none": None}
 
 
