@@ -83,13 +83,13 @@ def _parts(checkpoints: Sequence[_Checkpoint], *, on_page: bool) -> Iterator[Par
     groups = Counter(", ".join(_settings(p)) for p in last)
     rows = [(of or "(none are saved)", f"{number:,}") for of, number in groups.items()]
     yield Table("Settings of parameter groups", ("settings", "parameters"), rows)
+    heads: tuple[str, ...] = _HEADS
+    figures = [_figures(p) for p in last]
     if on_page:
-        name, *heads = _HEADS
-        last = sorted(last, key=lambda p: p["name"] not in ill)
-        rows = [(name, verdicts[name], *others) for name, *others in map(_figures, last)]
-        yield Table("Parameters", (name, "verdict", *heads), rows)
-    else:
-        yield Table("Parameters", _HEADS, [_figures(p) for p in last])
+        heads = (heads[0], "verdict", *heads[1:])
+        figures = [(of[0], verdicts[of[0]], *of[1:]) for of in figures]
+        figures.sort(key=lambda of: of[0] not in ill)
+    yield Table("Parameters", heads, figures)
     yield (
         "Vanishing: eigenvalues below the floor of the roots, 2^-23 of the largest (1e-5 with "
         "kl_shampoo, 2^-12 for factors in bf16). Condition number: largest eigenvalue by smallest, "

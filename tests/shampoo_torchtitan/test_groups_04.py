@@ -127,9 +127,12 @@ def test_entries_that_titan_would_leave_out_are_named(caplog):
     with pytest.raises(ValueError, match=f"'factors' of parameter '{name}' has none"):
         container(model, *several()).load_state_dict(saved)
     rebuilding = Shampoo.Config(pattern=".*", **SETTINGS, on_mismatch="rebuild")
+    saved["param_groups.tok_embeddings.weight.lr_factor"] = 1.0  # which AdamW's group has not
     container(model, rebuilding).load_state_dict(saved)
     assert f"factors start anew for '{name}'" in caplog.text
-    fewer = shampoo(param_groups=[Shampoo.Config(pattern=".*", **SETTINGS, exclude=["layers.1"])])
+    fewer = shampoo(
+        param_groups=[Shampoo.Config(pattern=".*", **SETTINGS, exclude=["default", "layers.1"])]
+    )
     saved = {"state.gone.weight.exp_avg": saved[f"state.{name}.exp_avg"]} | saved
     fewer.build(model_parts=[model]).load_state_dict(saved)
     assert "The saved 'state.gone.weight.exp_avg', 'state.layers.1." in caplog.text
