@@ -149,14 +149,7 @@ def test_adamw_masked(kept, arrives):
     weights, exp_avg, gradient = torch.randn(3, 3, 1367).unbind()
     exp_avg_sq = torch.rand(3, 1367)
     gradient[1, :3] = torch.tensor([torch.nan, -torch.inf, 1e16])
-    numbers = {
-        "step_size": 0.2,
-        "lost": 0.01,
-        "rate1": 0.1,
-        "rate2": 0.05,
-        "eps": 1e-3,
-        "root": 0.4,
-    }
+    numbers = dict(step_size=0.2, lost=0.01, rate1=0.1, rate2=0.05, eps=1e-3, root=0.4)
     skipped = torch.tensor(5)
     tensors = [weights.to(kept), gradient.to(arrives), exp_avg.to(kept), exp_avg_sq.to(kept)]
     fast, slow = copies(*tensors, skipped), copies(*tensors, skipped)
@@ -171,31 +164,14 @@ def test_adamw_masked(kept, arrives):
 def test_adamw_masked_takes_the_step_of_torch():
     weights, gradient, exp_avg = torch.randn(3, 500).unbind()
     ours = copies(weights, gradient, exp_avg, exp_avg.square())
-    theirs = [[tensor] for tensor in copies(*ours)]
-    adamw(
-        *theirs,
-        [],
-        [torch.tensor(4.0)],
-        amsgrad=False,
-        maximize=False,
-        beta1=0.9,
-        beta2=0.99,
-        lr=0.01,
-        weight_decay=0.1,
-        eps=1e-8,
-    )
-    adamw_masked(
-        *ours,
-        torch.tensor(0),
-        1e15,
-        step_size=0.01 / (1.0 - 0.9**5),
-        lost=0.001,
-        rate1=1.0 - 0.9,
-        rate2=1.0 - 0.99,
-        eps=1e-8,
-        root=(1.0 - 0.99**5) ** 0.5,
-    )
-    for found, (expected,) in zip(ours, theirs, strict=True):
+    theirs = copies(*ours)
+    options = dict(lr=0.01, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8)
+    lists = [[tensor] for tensor in theirs]
+    adamw(*lists, [], [torch.tensor(4.0)], amsgrad=False, maximize=False, **options)
+    step_size, root = 0.01 / (1.0 - 0.9**5), (1.0 - 0.99**5) ** 0.5
+    numbers = dict(step_size=step_size, lost=0.001, rate1=0.1, rate2=0.01, eps=1e-8, root=root)
+    adamw_masked(*ours, torch.tensor(0), 1e15, **numbers)
+    for found, expected in zip(ours, theirs, strict=True):
         assert_close(found, expected)
 
 
@@ -282,18 +258,16 @@ def test_a_root_by_kernels_passes_the_check_of_roots(case, order):
     assert (difference < 0.12).all()  # 0.042, as with TF32, but 0.1 where rank lacks
 
 
+PACKED = {"momentum_dtype": "bfloat16", "symmetric_packing": True}
+
+
 @pytest.mark.parametrize(
     ("rule", "grafting", "settings", "expected"),
     [
         ("kl_shampoo", "adam", {}, {"_momenta", "_update_factors", "_adamw_masked"}),
         ("kl_shampoo", "none", {"start_preconditioning_step": 4}, {"_momenta", "_update_factors"}),
         ("shampoo", "adagrad", {"weight_decay_type": "l2"}, {"_momenta", "_update_factors"}),
-        (
-            "kl_shampoo",
-            "sgd",
-            {"momentum_dtype": "bfloat16", "symmetric_packing": True},
-            {"_momenta", "_update_factors"},
-        ),
+        ("kl_shampoo", "sgd", PACKED, {"_momenta", "_update_factors"}),
         ("soap", "adam", {}, {"_update_factors", "_adamw_masked"}),
     ],
 )
@@ -305,19 +279,11 @@ def test_a_step_with_kernels_is_the_step_without(rule, grafting, settings, expec
     def trained(kernels):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 24))
-        optimizer = Shampoo(
-            model.named_parameters(),
-            lr=0.01,
-            lr_factor=1,
-            preconditioner=rule,
-            grafting=grafting,
-            kernels=kernels,
-            matmul_precision="medium",
-            root_method="qr" if rule == "soap" else "eigh",
-            max_preconditioner_dim=32,
-            precondition_frequency=2,
-            **settings,
-        )
+        options = {"lr": 0.01, "lr_factor": 1, "max_preconditioner_dim": 32}
+        options |= {"preconditioner": rule, "root_method": "qr" if rule == "soap" else "eigh"}
+        options |= {"grafting": grafting, "matmul_precision": "medium", **settings}
+        named = model.named_parameters()
+        optimizer = Shampoo(named, kernels=kernels, precondition_frequency=2, **options)
         for step in range(8):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape)

@@ -117,12 +117,7 @@ SMALL = 4.0 * RESOLUTION
     ("method", "ridge", "eigenvalues", "counted"),
     [
         ("eigh", 1e-4, [4.0, 0.0, -1e-3], [4.0 + 1e-4, SMALL + 1e-4, SMALL + 1e-4]),
-        (
-            "eigh_pseudo_inverse",
-            0.0,
-            [4.0, 2.7 * SMALL, 3.3 * SMALL],
-            [4.0, torch.inf, 3.3 * SMALL],
-        ),
+        ("eigh_pseudo_inverse", 0.0, [4.0, 2.7 * SMALL, 3.3 * SMALL], [4.0, math.inf, 3.3 * SMALL]),
     ],
 )
 def test_what_a_matrix_lacks_counts_as_the_resolution_or_not_at_all(
