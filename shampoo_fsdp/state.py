@@ -198,10 +198,10 @@ class State:
             _logger.warning(f"The saved state of {name_some(frozen)}, frozen here, is not used.")
         if said := str(report):
             _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
-        before = [loaded for loaded in settings if loaded and "lr_factor" not in loaded]
-        if tell_all(rank_sets, report.of_shampoo) and before:
+        of_before = tell_all(rank_sets, report.of_before)
+        if of_before and not any("lr_factor" in loaded for loaded in settings):
             _logger.warning(OF_BEFORE)
-            for loaded in before:
+            for loaded in filter(None, settings):
                 loaded["lr_factor"] = 1.0
 
         for group, loaded in zip(param_groups, settings, strict=True):

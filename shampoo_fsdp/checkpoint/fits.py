@@ -78,8 +78,8 @@ class LoadReport:
     renamed: dict[str, str] = field(default_factory=dict)
     """Second moments that are read from the key of another kind, and are multiplied or divided by
     the number of steps."""
-    of_shampoo: bool = False
-    """Whether the saved state is Shampoo's."""
+    of_before: bool = False
+    """Whether the saved state is Shampoo's, and no group there has an `lr_factor`."""
 
     def merge(self, other: "LoadReport") -> None:
         """Add the names of parameters that another rank has."""
@@ -126,7 +126,7 @@ def decide(
     report.left_out |= {k for k in here if k not in saved and _SETTING_OF_GROUP.fullmatch(k)}
     shampoo_here = any(MARKER in entries for entries in keys_here.values())
     shampoo_saved = any(MARKER in entries for entries in keys_saved.values())
-    report.of_shampoo = shampoo_saved
+    report.of_before = shampoo_saved and not any(key.endswith(".lr_factor") for key in saved)
     switched_on = shampoo_here and not shampoo_saved
     switched_off = shampoo_saved and not shampoo_here
     for parameter, keys in keys_here.items():

@@ -227,7 +227,7 @@ class ShampooLoadPlanner(DefaultLoadPlanner):
 
     def _without_lr_factor(self) -> list[str]:
         """Keys of what a checkpoint of Shampoo from before it lacks."""
-        lacking = self.report.left_out if self.report.of_shampoo else ()
+        lacking = self.report.left_out if self.report.of_before else ()
         return [key for key in lacking if key.endswith(".lr_factor")]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:

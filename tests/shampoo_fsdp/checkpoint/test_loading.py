@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from shampoo_fsdp import Shampoo
 from shampoo_fsdp.checkpoint import ShampooLoadPlanner
+from shampoo_fsdp.checkpoint.fits import decide
 from tests.models import TinyLlama, train
 
 OPTIONS = {"lr": 1e-2, "max_preconditioner_dim": 8, "precondition_frequency": 2}
@@ -134,6 +135,11 @@ class TestFromBeforeLrFactor:
         set_optimizer_state_dict(model, new, state["optimizer"], options=options)
         assert new.param_groups[0]["lr_factor"] == 1.0
         assert caplog.text.count("has no 'lr_factor' and goes on with 1, as it was") == 1
+
+    def test_one_of_shampoo_beside_adamw_is_not_of_before(self):
+        saved = {"state.b.max_preconditioner_dim": torch.empty(4, 0), "param_groups.b.lr_factor": 2}
+        report = decide({"param_groups.a.lr_factor": 3.0}, saved, "refuse")
+        assert report.left_out == {"param_groups.a.lr_factor"} and not report.of_before
 
 
 class TestAdamW:
