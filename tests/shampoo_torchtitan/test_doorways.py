@@ -11,6 +11,7 @@ import pytest
 import torchtitan.components.optimizer
 import torchtitan.train
 from torchtitan.components.metrics import BaseLogger
+from torchtitan.config import ConfigManager
 
 from shampoo_torchtitan.generation import JOBS_ARE_FUNCTIONS
 from tests.ranks import run_ranks
@@ -79,6 +80,8 @@ def launched(folder: Path, arguments: list[str]) -> tuple[list[tuple[int, dict]]
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     forget_us()
+    if not JOBS_ARE_FUNCTIONS:  # it has read the command line when it was imported
+        ConfigManager.parse_args.__defaults__ = (arguments,)
     metrics, said = [], io.StringIO()
     with (
         mock.patch.object(BaseLogger, "log", lambda self, m, step: metrics.append((step, m))),
