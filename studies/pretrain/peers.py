@@ -61,7 +61,24 @@ def _meta(method: str, config: Any) -> _Found:
 def _heavyball(name: str, config: Any) -> _Found:
     heavyball = importlib.import_module("heavyball")
     heavyball.utils.compile_mode = None
-    return getattr(heavyball, name), {"eps": config.eps}
+
+    def make(parameters: Any, **settings: Any) -> Any:
+        optimizer = getattr(heavyball, name)(parameters, **settings)
+        # Flat state dicts have no sets and lists. (Its checkpoints cannot be loaded in any form.)
+        optimizer.register_state_dict_post_hook(
+            lambda _, given: given | {"state": _as_dicts(given["state"])}
+        )
+        return optimizer
+
+    return make, {"eps": config.eps}
+
+
+def _as_dicts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_dicts(v) for name, v in value.items()}
+    if isinstance(value, list | set):
+        return dict(enumerate(map(_as_dicts, value)))
+    return value
 
 
 def _nvidia(config: Any) -> _Found:
