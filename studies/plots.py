@@ -24,8 +24,9 @@ _DASHED = ("KL-Shampoo, fp32", "KL-Shampoo, base_width 64", "Shampoo, SGD's size
 
 
 def style_of(name: str) -> dict[str, Any]:
-    """Color and line of an optimizer, or of one with settings of its own after a comma."""
-    return {"color": COLORS[name.split(",")[0]], "ls": "--" if name in _DASHED else "-"}
+    """Color and line of an optimizer, or of one with settings of its own after a comma; peers' are
+    grey."""
+    return {"color": COLORS.get(name.split(",")[0], "0.5"), "ls": "--" if name in _DASHED else "-"}
 
 
 def shade(number: int, of: int) -> Any:
