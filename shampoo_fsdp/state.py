@@ -199,10 +199,8 @@ class State:
         if said := str(report):
             _logger.warning(f"Not all optimizer state comes from the state dict: {said}.")
         of_before = tell_all(rank_sets, report.of_before)
-        if of_before and not any("lr_factor" in loaded for loaded in settings):
-            _logger.warning(OF_BEFORE)
-            for loaded in filter(None, settings):
-                loaded["lr_factor"] = 1.0
+        of_before = of_before and not any("lr_factor" in loaded for loaded in settings)
+        _settle_lr_factor(param_groups, settings, saved_groups, bool(of_before))
 
         for group, loaded in zip(param_groups, settings, strict=True):
             group.update(loaded)
@@ -216,6 +214,36 @@ class State:
         states.update({key: copy.deepcopy(state[key]) for key in state.keys() - known})
         for member in members:
             member.state.update(_beside_ours(entries[member.name], member.parameter.device))
+
+
+def _settle_lr_factor(
+    groups: Sequence[Mapping[str, Any]],
+    settings: Sequence[dict[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any] | None],
+    of_before: bool,
+) -> None:
+    """Give groups of Shampoo that were saved without it what that means; say what is not this
+    job's.
+
+    Args:
+        settings: what the groups take over.
+        of_before: whether none of Shampoo's has it, where they are like AdamW's.
+    """
+    # (AdamW's have "amsgrad", Shampoo's in jobs of TorchTitan as well.)
+    as_they_were = [
+        loaded
+        for loaded, saved in zip(settings, saved_groups, strict=True)
+        if saved and "lr_factor" not in saved and (of_before or "amsgrad" not in saved)
+    ]
+    for loaded in as_they_were:
+        loaded["lr_factor"] = 1.0
+    if as_they_were:
+        _logger.warning(OF_BEFORE)
+        return
+    for group, loaded in zip(groups, settings, strict=True):
+        own = group.get("lr_factor", 1.0)
+        if (theirs := loaded.get("lr_factor", own)) != own:
+            _logger.warning(f"'lr_factor' is {theirs} in the checkpoint, which counts; {own} here.")
 
 
 def _beside_ours(entries: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

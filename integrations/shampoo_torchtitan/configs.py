@@ -71,7 +71,7 @@ class ShampooOptimizers(OptimizersContainer):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As TorchTitan's, which leaves out what nothing here asks for; that is named."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict(container.with_lr_factors(self, state_dict))
         here = {
             f"state.{name}.{entry}"
             for optimizer in self.optimizers

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchtitan.tools.logging import logger
 
 from shampoo_fsdp import Shampoo, ShampooConfig
+from shampoo_fsdp.rules.layout import MARKER
 from shampoo_fsdp.runtime.choice import exactly
 from shampoo_fsdp.runtime.groups import FromModel
 
@@ -106,6 +107,21 @@ def shampoos_of(container: Any) -> list[Shampoo]:
     """One for each part of the model and each of its configurations; others may be beside them."""
     optimizers = getattr(container, "optimizers", ())
     return [optimizer for optimizer in optimizers if isinstance(optimizer, Shampoo)]
+
+
+def with_lr_factors(container: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A flat state dict with each group's `lr_factor`, which TorchTitan asks for: where there is
+    none it is the job's for what AdamW had, and 1 for what Shampoo had from before it."""
+    of_before = any(key.endswith(f".{MARKER}") for key in state_dict) and not any(
+        key.endswith(".lr_factor") for key in state_dict
+    )
+    own = {
+        f"param_groups.{name}.lr_factor": 1.0 if of_before else group["lr_factor"]
+        for optimizer in shampoos_of(container)
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    return own | state_dict
 
 
 def named(group: Mapping[str, Any], kinds: Mapping[Tensor, type[FromModel]]) -> dict[str, Any]:

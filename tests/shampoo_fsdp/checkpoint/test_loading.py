@@ -111,13 +111,23 @@ class TestOtherParameters:
 
 
 class TestFromBeforeLrFactor:
-    def test_a_state_dict(self, model, caplog):
-        old = trained(model.named_parameters(), model, **OPTIONS, lr_factor=1)
+    @pytest.mark.parametrize("exclude", [["default"], ["."]])
+    def test_a_state_dict(self, model, caplog, exclude):
+        def groups():
+            (first, *others) = model.named_parameters()
+            return [{"params": [first]}, {"params": others, "lr_factor": 7.0}]
+
+        old = trained(groups(), model, **OPTIONS | {"exclude": exclude})
         del old.param_groups[0]["lr_factor"]
-        new = Shampoo(model.named_parameters(), **OPTIONS)
+        new = Shampoo(groups(), **OPTIONS | {"exclude": exclude})
         new.load_state_dict(old.state_dict())
-        assert new.param_groups[0]["lr_factor"] == 1.0
+        assert [group["lr_factor"] for group in new.param_groups] == [1.0, 7.0]
         assert caplog.text.count("has no 'lr_factor' and goes on with 1, as it was") == 1
+
+    def test_another_one_of_the_job_does_not_count_and_that_is_said(self, model, caplog):
+        old = trained(model.named_parameters(), model, **OPTIONS)
+        Shampoo(model.named_parameters(), **OPTIONS, lr_factor=1).load_state_dict(old.state_dict())
+        assert "'lr_factor' is 3.0 in the checkpoint, which counts; 1 here." in caplog.text
 
     @pytest.mark.parametrize("flat", [False, True])
     @pytest.mark.parametrize("planner", [ShampooLoadPlanner(), None], ids=["ours", "PyTorch's"])
