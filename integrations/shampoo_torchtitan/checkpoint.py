@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.utils._pytree import tree_map_only
+from torchtitan.tools.logging import logger
 
 from shampoo_fsdp.checkpoint import CheckpointMismatch, ShampooLoadPlanner, find_damage
 from shampoo_fsdp.checkpoint.safe_reader import SafeFileSystemReader, without_code
@@ -86,16 +87,16 @@ class ShampooCheckpoints(CheckpointManager):
         steps = _asked_of_rank_0(lambda: find_steps(folder), f"Cannot look into {folder}: ")
         if step == -1:
             step = max((number for number in steps if steps[number]), default=-1)
-        elif step not in steps:
-            raise JobError(
-                f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
-                f"{_complete_ones(folder)}."
-            )
         if step == -1:
             # TorchTitan 0.2 would start from nothing, only because a folder is there.
             self.folder = f"{folder}/none"
         try:
             return bool(super().load(step))
+        except FileNotFoundError:
+            raise JobError(
+                f"There is no step-{step} in {folder} (checkpoint.load_step); there are: "
+                f"{_complete_ones(folder)}."
+            ) from None
         finally:
             self.folder = folder
 
@@ -163,14 +164,16 @@ class ShampooCheckpoints(CheckpointManager):
         """
         if self.keep_latest_k <= 0 or dist.get_rank() != 0:
             return
-        # A remote file system may raise anything; what is left will go with the next checkpoint.
-        with contextlib.suppress(Exception):
+        try:
             steps = find_steps(self.folder)
-            complete = sorted(step for step in steps if steps[step])
-            if len(complete) >= self.keep_latest_k:
-                for step in sorted(steps):
-                    if step < complete[-self.keep_latest_k]:
-                        self.purge_queue.put(self._create_checkpoint_id(step))
+        except Exception as error:  # whatever a remote file system raises
+            logger.warning(f"No old checkpoint is deleted, as {self.folder} does not say: {error}")
+            return
+        complete = sorted(step for step in steps if steps[step])
+        if len(complete) >= self.keep_latest_k:
+            for step in sorted(steps):
+                if step < complete[-self.keep_latest_k]:
+                    self.purge_queue.put(self._create_checkpoint_id(step))
 
 
 class _JobPlanner(ShampooLoadPlanner):

@@ -175,11 +175,20 @@ def _reduce_by_sums_only() -> None:
 def _exchange_lists_of_any_sizes() -> None:
     """Gloo's all-to-all of lists wants tensors of one size; those of MoE tokens have others."""
 
-    def all_to_all(received: list[torch.Tensor], sent: list[torch.Tensor], group: Any) -> None:
+    def all_to_all(
+        output_tensor_list: list[torch.Tensor],
+        input_tensor_list: list[torch.Tensor],
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        received, sent = output_tensor_list, input_tensor_list
         to, of = list(map(len, received)), list(map(len, sent))
         arriving = sent[0].new_empty(sum(to), *sent[0].shape[1:])
-        dist.all_to_all_single(arriving, torch.cat(sent), to, of, group=group)
-        torch._foreach_copy_(received, arriving.split(to))
+        work = dist.all_to_all_single(arriving, torch.cat(sent), to, of, group, async_op=True)
+        if work is not None:  # None: this rank is not in the group
+            work.wait()  # lists are filled here, so what is returned is done
+            torch._foreach_copy_(received, arriving.split(to))
+        return work if async_op else None
 
     dist.all_to_all = all_to_all
 

@@ -18,14 +18,22 @@ _titan_log = MetricsProcessor.log
 
 
 @functools.wraps(_titan_log)
-def _log(self: Any, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
+def _log(
+    self: Any,
+    step: int,
+    global_avg_loss: float,
+    global_max_loss: float,
+    grad_norm: float,
+    extra_metrics: dict[str, Any] | None = None,
+) -> None:
     """Every rank calls this at the same step, as TorchTitan does: ranks add their counters."""
     if not (shampoos := shampoos_of(self.optimizers)):
-        _titan_log(self, *args, extra_metrics=extra_metrics, **kwargs)
+        _titan_log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         return
     counts, figures = _of_all_ranks(shampoos)
     ours = {f"shampoo/{name}": value for name, value in (counts | figures).items()}
-    _titan_log(self, *args, extra_metrics=(extra_metrics or {}) | ours, **kwargs)
+    extra_metrics = (extra_metrics or {}) | ours
+    _titan_log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
     said = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
     logger.info(f"shampoo so far: {said}")
     parts = [f"{n[3:]} {ms:.1f}" for n, ms in figures.items() if n.startswith("ms/")]

@@ -116,10 +116,14 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
         ImportError, OSError, ValueError, TypeError: Names the file, or the setting and what is
             allowed.
     """
-    tables = tomllib.loads(Path(path).read_text() if path else "")
+    try:
+        tables = tomllib.loads(Path(path).read_text() if path else "")
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"job.config_file {path} is not TOML: {error}") from None
     settings = dict(_leaves(tables)) | dict(overrides or {})
     settings.pop("job.description", None)
-    if module := settings.pop("experimental.custom_import", ""):
+    module = settings.pop("experimental.custom_import", "")
+    if module not in ("", "shampoo_torchtitan.optimizer"):  # which needs TorchTitan 0.2
         importlib.import_module(f"{module}")
     name, flavor = settings.pop("model.name", "llama3"), settings.pop("model.flavor", "debugmodel")
     config = _model(name, flavor)
@@ -149,24 +153,24 @@ def read(path: str, overrides: Mapping[str, Any] | None = None) -> Trainer.Confi
                 f"{key} = {value!r}: this TorchTitan has no such setting; what needs it starts "
                 "from a Python function"
             )
-    for field in dataclasses.fields(config):
-        if check := getattr(getattr(config, field.name), "__post_init__", None):
-            check()
-    config.__post_init__()
     if optimizer in ADAM:
         config.optimizer = groups().adam(optimizer, config.optimizer)
     elif f"{optimizer}".lower() != "shampoo":
         refuse("optimizer.name", optimizer, "'shampoo', 'Adam' or 'AdamW'")
+    for field in dataclasses.fields(config):
+        if check := getattr(getattr(config, field.name), "__post_init__", None):
+            check()
+    config.__post_init__()
     return config
 
 
 def _model(name: Any, flavor: Any) -> Trainer.Config:
     """A job of this model, whose other settings are defaults."""
-    if name not in _supported_models:
+    if f"{name}" not in _supported_models:
         refuse("model.name", name, " or ".join(map(repr, sorted(_supported_models))))
     registry = importlib.import_module(f"torchtitan.models.{name}")
     flavors = next((there for key, there in vars(registry).items() if key.endswith("_configs")), ())
-    if flavors and flavor not in flavors:
+    if flavors and f"{flavor}" not in flavors:
         refuse("model.flavor", flavor, f"{' or '.join(map(repr, flavors))} of {name}")
     try:
         spec = registry.model_registry(flavor)

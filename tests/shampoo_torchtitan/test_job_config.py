@@ -98,6 +98,8 @@ BAD = {
     "not TOML": ("[optimizer", ["Expected ']'"]),
 }
 BAD_FROM_03_ON = {
+    "not TOML": ("[optimizer", ["job.toml is not TOML: Expected ']'"]),
+    "a list for a name": ('model.name = ["llama3"]', ["'model.name' is ['llama3']; allowed: "]),
     "number for a string": ("optimizer.name = 5", ["'optimizer.name' is 5; allowed: 'shampoo'"]),
     "string for a table": ('optimizer = "x"', ["a table, [optimizer]"]),
     "integer for a table": ("job = 3", ["unknown setting 'job'"]),
@@ -161,7 +163,7 @@ def test_keys_of_02_go_where_they_are_now(tmp_path):
     job.dump_folder = "here"
     job.description = "no matter"
     job.custom_config_module = "shampoo_torchtitan.job_config"
-    experimental.custom_import = "shampoo_torchtitan"
+    experimental.custom_import = "shampoo_torchtitan.optimizer"
     profiling.enable_profiling = true
     training.dataset = "c4"
     [optimizer]
